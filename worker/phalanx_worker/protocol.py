@@ -146,6 +146,7 @@ class DesiredAttempt:
     grace_s: float  # between SIGTERM and SIGKILL when stopping
     groups: list[GroupPlacement]
     launch: Launch
+    started: bool = False  # its ranks did run: never start it again; if nothing of it is left, report `ended` with unseen exits
     traceparent: str | None = None
 
 
