@@ -1,0 +1,50 @@
+# Phalanx. `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.phalanx-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format lock bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## virtual environment in .venv with the pinned dependencies
+
+# torch first and by exact version: a range would take the largest build there is.
+$(STAMP): pyproject.toml requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup  ## a real distributed training, from HTTP to a trained model
+	@exec $(BIN)/phalanx up --data .phalanx/demo --port 0 --nodes 2 --gpus-per-node 2 -- $(BIN)/python examples/demo.py
+
+test: setup  ## all tests but the slow ones
+	@$(BIN)/pytest -m "not slow"
+
+test-slow: setup  ## the slow tests
+	@$(BIN)/pytest -m slow
+
+check: setup  ## ruff, pyright, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports
+
+format: setup  ## format the code
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+lock: setup  ## pin what is installed now in requirements.lock
+	@$(BIN)/python deploy/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock
+
+bench: setup  ## measure against the budgets (minutes)
+	@$(BIN)/python benchmarks/first_step.py
+	@$(BIN)/python benchmarks/steps_per_second.py
+
+clean:  ## remove the virtual environment and the data of the demo
+	@rm -rf $(VENV) .phalanx

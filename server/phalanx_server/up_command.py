@@ -1,0 +1,281 @@
+"""`phalanx up`: all of Phalanx on one machine, in one data directory, until Ctrl-C.
+
+Owns the order in which the parts start and stop. The parts are the same commands that one runs one by one in
+production: `server`, `scheduler`, `agent`; the database and the Ray cluster are local.
+"""
+
+import asyncio
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from phalanx_server.actions.bootstrap import bootstrap
+from phalanx_server.store.embedded import EmbeddedPostgres
+from phalanx_server.store.engine import create_engine
+from phalanx_server.store.migrate import upgrade
+from phalanx_server.supervise import Child, ChildFailed, Family, wait_until
+
+DEFAULT_DATA = Path("~/.phalanx").expanduser()
+DEFAULT_PORT = 8321
+START_TIMEOUT_S = 120.0
+WARM_TIMEOUT_S = 120.0
+
+console = Console(stderr=True, highlight=False)
+
+
+class Stopped(BaseException):
+    """A signal asked for the end. Not an Exception: nothing on the way may swallow it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What to run on this machine, and where it keeps its data."""
+
+    data: Path
+    host: str
+    port: int
+    nodes: int
+    gpus_per_node: int
+    gpu_type: str
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def path(self, name: str) -> Path:
+        return self.data / name
+
+
+@contextmanager
+def exclusive(data: Path) -> Iterator[None]:
+    """Hold the data directory: two `up` on one directory would fight over its database."""
+    with (data / "up.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"phalanx up: {data} is in use by another `phalanx up`; stop it or choose another --data"
+            ) from None
+        yield
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into Stopped; later ones are ignored while things are put away."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def stop(_number: int, _frame: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise Stopped
+
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, before[number])
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. SystemExit names the port if it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SystemExit(f"phalanx up: cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+        return probe.getsockname()[1]
+
+
+def secret_file(path: Path, text: str | None) -> str:
+    """Keep `text` in a file that only its owner reads, or read back what an earlier start kept there."""
+    if text is not None:
+        path.touch(mode=0o600)
+        path.write_text(text + "\n")
+    return path.read_text().strip()
+
+
+async def prepare_database(url: str) -> Any:
+    """Migrate, and on the first run create the root tenant, the cluster and the first tokens."""
+    await upgrade(url)
+    engine = create_engine(url)
+    try:
+        return await bootstrap(engine)
+    finally:
+        await engine.dispose()
+
+
+class Up:
+    """The parts of one machine, in the order of their start."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.family = Family()
+        self.postgres = EmbeddedPostgres(machine.path("postgres"))
+        self.admin_token = ""
+        self.first_run = False
+
+    def child(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Child:
+        logs = self.machine.path("logs")
+        argv = [sys.executable, "-m", "phalanx", name, *arguments]
+        return Child(name, argv, {**os.environ, **(env or {})}, logs / f"{name}.log")
+
+    def start(self) -> None:
+        """Ray takes longest, so it starts first; the server side comes up beside it."""
+        machine = self.machine
+        ray_file = machine.path("ray") / "ray.json"
+        ray_file.unlink(missing_ok=True)
+        ray = self.family.start(self._ray())
+        settings = self._start_database()
+        server = self.family.start(
+            self.child("server", "--host", machine.host, "--port", str(machine.port), env=settings)
+        )
+        self.family.start(self.child("scheduler", env=settings))
+        wait_until(lambda: self._ready(server), timeout_s=START_TIMEOUT_S, what="the server")
+        wait_until(lambda: self._written(ray, ray_file), timeout_s=START_TIMEOUT_S, what="Ray")
+        self.family.start(self._agent())
+
+    def _ray(self) -> Child:
+        machine = self.machine
+        return self.child(
+            "local-ray",
+            *("--nodes", str(machine.nodes), "--gpus-per-node", str(machine.gpus_per_node)),
+            *("--gpu-type", machine.gpu_type, "--data", str(machine.path("ray"))),
+        )
+
+    def _agent(self) -> Child:
+        machine = self.machine
+        return self.child(
+            "agent",
+            *("--server", machine.url, "--token-file", str(machine.path("cluster-token"))),
+            *("--ray-file", str(machine.path("ray") / "ray.json")),
+            *("--data", str(machine.path("nodes")), "--checkpoint-root", str(machine.path("checkpoints"))),
+        )
+
+    def _start_database(self) -> dict[str, str]:
+        url = self.postgres.start()
+        created = asyncio.run(prepare_database(url))
+        self.first_run = created is not None
+        self.admin_token = secret_file(self.machine.path("admin-token"), created and created.admin_token)
+        secret_file(self.machine.path("cluster-token"), created and created.cluster_token)
+        return {"PHALANX_DATABASE_URL": url, "PHALANX_STORAGE_URL": self.machine.path("storage").as_uri()}
+
+    def _ready(self, server: Child) -> bool:
+        server.expect_alive()
+        try:
+            return httpx.get(f"{self.machine.url}/readyz", timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    @staticmethod
+    def _written(ray: Child, ray_file: Path) -> bool:
+        ray.expect_alive()
+        return ray_file.exists()
+
+    def warm_nodes(self) -> int:
+        """How many nodes have a process with torch imported, ready to fork."""
+        answer = httpx.get(
+            f"{self.machine.url}/v1/nodes", headers={"Authorization": f"Bearer {self.admin_token}"}, timeout=5
+        )
+        answer.raise_for_status()
+        return sum(1 for node in answer.json()["items"] if node["state"] == "ready" and node["warm_ready"])
+
+    def wait_warm(self) -> None:
+        wait_until(
+            lambda: self.warm_nodes() >= self.machine.nodes, timeout_s=WARM_TIMEOUT_S, what="torch on every node", poll_s=0.2
+        )
+
+    def run(self, command: list[str]) -> int:
+        """Run `command` with this Phalanx as its server; its exit code."""
+        env = {**os.environ, "PHALANX_URL": self.machine.url, "PHALANX_TOKEN": self.admin_token}
+        with subprocess.Popen(command, env=env) as process:
+            try:
+                while process.poll() is None:
+                    self.family.tick(time.monotonic())
+                    time.sleep(0.1)
+            finally:
+                process.terminate()
+        return process.returncode
+
+    def stay(self) -> None:
+        while True:
+            self.family.tick(time.monotonic())
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        self.family.stop()
+        self.postgres.stop()
+
+
+def announce(up: Up) -> None:
+    """The URL always, the token on the first run only."""
+    machine = up.machine
+    console.print(f"Phalanx is up at [bold]{machine.url}[/]  ({machine.nodes} nodes × {machine.gpus_per_node} GPUs, data in {machine.data})")
+    if up.first_run:
+        console.print(f"Admin token, shown only now: [bold]{up.admin_token}[/]  (kept in {machine.path('admin-token')})")
+    console.print(f"Sign in with: phalanx login --url {machine.url} --token-file {machine.path('admin-token')}")
+
+
+def bring_up(machine: Machine, command: list[str]) -> int:
+    machine.path("logs").mkdir(parents=True, exist_ok=True)
+    for name in ("storage", "nodes", "checkpoints", "ray"):
+        machine.path(name).mkdir(exist_ok=True)
+    with exclusive(machine.data), stopped_by_signals():
+        up = Up(machine)
+        try:
+            with console.status("Starting PostgreSQL, the server, the scheduler and Ray"):
+                up.start()
+            with console.status("Importing torch on every node"):
+                up.wait_warm()
+            announce(up)
+            if command:
+                return up.run(command)
+            up.stay()
+            return 0
+        except Stopped:
+            return 130 if command else 0
+        except (ChildFailed, TimeoutError) as error:
+            console.print(f"[red]phalanx up:[/] {error}")
+            return 1
+        finally:
+            with console.status("Stopping"):
+                up.stop()
+
+
+def up(
+    data: Annotated[Path, typer.Option(help="Directory for everything that it keeps.")] = DEFAULT_DATA,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Emulated nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, max=64, help="GPUs of each emulated node.")] = 2,
+    gpu_type: Annotated[str, typer.Option(help="What the emulated GPUs are called.")] = "emulated",
+    command: Annotated[
+        list[str] | None, typer.Argument(help="After --: run this against it, then stop; its exit code is the answer.")
+    ] = None,
+) -> None:
+    """Run all of Phalanx on this machine: PostgreSQL, server, scheduler, Ray and its agent."""
+    data = data.expanduser().resolve()
+    if command and shutil.which(command[0]) is None:
+        raise SystemExit(f"phalanx up: {command[0]}: command not found")
+    data.mkdir(parents=True, exist_ok=True)
+    machine = Machine(data, host, free_port(host, port), nodes, gpus_per_node, gpu_type)
+    raise SystemExit(bring_up(machine, command or []))
+
+
+def register(app: typer.Typer) -> None:
+    app.command(context_settings={"ignore_unknown_options": False})(up)
