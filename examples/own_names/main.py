@@ -3,9 +3,10 @@
 import os
 import queue
 
-import server
 import torch
 import torch.distributed as dist
+
+import server
 import worker
 
 

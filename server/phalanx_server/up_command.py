@@ -98,7 +98,9 @@ def free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise SystemExit(f"phalanx up: cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+            raise SystemExit(
+                f"phalanx up: cannot listen on {host}:{port} ({error.strerror}); choose another --port"
+            ) from None
         return probe.getsockname()[1]
 
 
@@ -197,7 +199,10 @@ class Up:
 
     def wait_warm(self) -> None:
         wait_until(
-            lambda: self.warm_nodes() >= self.machine.nodes, timeout_s=WARM_TIMEOUT_S, what="torch on every node", poll_s=0.2
+            lambda: self.warm_nodes() >= self.machine.nodes,
+            timeout_s=WARM_TIMEOUT_S,
+            what="torch on every node",
+            poll_s=0.2,
         )
 
     def run(self, command: list[str]) -> int:
@@ -225,9 +230,14 @@ class Up:
 def announce(up: Up) -> None:
     """The URL always, the token on the first run only."""
     machine = up.machine
-    console.print(f"Phalanx is up at [bold]{machine.url}[/]  ({machine.nodes} nodes × {machine.gpus_per_node} GPUs, data in {machine.data})")
+    console.print(
+        f"Phalanx is up at [bold]{machine.url}[/]"
+        f"  ({machine.nodes} nodes × {machine.gpus_per_node} GPUs, data in {machine.data})"
+    )
     if up.first_run:
-        console.print(f"Admin token, shown only now: [bold]{up.admin_token}[/]  (kept in {machine.path('admin-token')})")
+        console.print(
+            f"Admin token, shown only now: [bold]{up.admin_token}[/]  (kept in {machine.path('admin-token')})"
+        )
     console.print(f"Sign in with: phalanx login --url {machine.url} --token-file {machine.path('admin-token')}")
 
 

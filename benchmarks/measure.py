@@ -1,0 +1,84 @@
+"""What the benchmarks share: a Phalanx of their own, jobs followed to their end, torchrun beside them, tables.
+
+A benchmark calls `inside(main)`: outside of a Phalanx it starts one in a temporary directory and runs itself there.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import phalanx
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "ddp_steps.py"
+
+
+def inside(main: Callable[[], None], *, nodes: int = 2, gpus_per_node: int = 2) -> None:
+    """Run `main` with PHALANX_URL set, in a `phalanx up` of its own where there is none."""
+    if "PHALANX_URL" in os.environ:
+        main()
+        return
+    with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as data:
+        up = [sys.executable, "-m", "phalanx", "up", "--data", data, "--port", "0"]
+        size = ["--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node)]
+        raise SystemExit(subprocess.run([*up, *size, "--", sys.executable, *sys.argv]).returncode)
+
+
+def run_job(
+    client: phalanx.Client, *, replicas: int, arguments: str, env: dict[str, str] | None = None
+) -> tuple[float, object, str]:
+    """Submit the script with `replicas` nodes' worth of two ranks, wait for its end: (time of the POST, job, its output)."""
+    spec = {
+        "name": "bench",
+        "tenant": "default",
+        "resources": {"replicas": replicas, "gpus_per_replica": 2},
+        "run": {"command": f"python {SCRIPT.name} {arguments}", "env": env or {}},
+    }
+    posted = time.time()
+    job = client.submit(spec, workdir=HERE)
+    job = client.wait(job.id)
+    if job.state != "succeeded":
+        raise RuntimeError(f"{job.id} {job.state}: {job.message}")
+    return posted, job, client.logs(job.id)
+
+
+def run_torchrun(arguments: str, *, ranks: int) -> tuple[float, str]:
+    """The same script under plain torchrun on this host: (time of its start, its output)."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    began = time.time()
+    done = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node", str(ranks), SCRIPT, *arguments.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return began, done.stdout
+
+
+def numbers(name: str, output: str) -> list[float]:
+    """Every `name X` line of `output`."""
+    return [float(value) for value in re.findall(rf"^{name} (\S+)$", output, re.MULTILINE)]
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Nearest-rank percentile."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
