@@ -35,7 +35,7 @@ def inside(main: Callable[[], None], *, nodes: int = 2, gpus_per_node: int = 2) 
 def run_job(
     client: phalanx.Client, *, replicas: int, arguments: str, env: dict[str, str] | None = None
 ) -> tuple[float, object, str]:
-    """Submit the script with `replicas` nodes' worth of two ranks, wait for its end: (time of the POST, job, its output)."""
+    """Run the script on `replicas` nodes × 2 ranks to its end: (time of the POST, job, its output)."""
     spec = {
         "name": "bench",
         "tenant": "default",

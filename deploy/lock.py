@@ -10,7 +10,9 @@ def main() -> None:
     for distribution in distributions():
         name = distribution.metadata["Name"].lower().replace("_", "-")
         pins[name] = distribution.version.split("+")[0]
-    print("# Exact versions of everything in .venv, made by `make lock`. pip reads it: pip install -r requirements.lock")
+    print(
+        "# Exact versions of everything in .venv, made by `make lock`. pip reads it: pip install -r requirements.lock"
+    )
     for name in sorted(pins.keys() - NOT_PINNED):
         print(f"{name}=={pins[name]}")
 
