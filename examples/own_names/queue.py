@@ -1,4 +1,4 @@
-"""The user's own module `queue`: a bounded buffer, and beside it the standard library's names for those who need them."""
+"""The user's own module `queue`: a bounded buffer, with the standard library's names for those who need them."""
 
 from _queue import Empty, SimpleQueue
 from collections import deque
