@@ -1,0 +1,303 @@
+"""Owns why a queued job waits: the reasons in order of precedence, the facts behind each, and the words for them.
+
+Refuses to know how a pass found out. An explanation holds facts only; words are made when somebody reads them, so a
+pass over many jobs renders nothing. Times are seconds since the Unix epoch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import ClassVar
+
+
+class HoldReason(StrEnum):
+    """Why a job waits. Where several hold, the first that would still hold if the others were lifted, in this order."""
+
+    IMPOSSIBLE = "impossible"
+    HELD = "held"
+    DEPENDENCY = "dependency"
+    ARRAY = "array"
+    NOT_BEFORE = "not_before"
+    BACKOFF = "backoff"
+    CARBON = "carbon"
+    QUOTA = "quota"
+    VICTIMS = "victims"
+    MAINTENANCE = "maintenance"
+    CAPACITY = "capacity"
+    FRAGMENTED = "fragmented"
+    TOPOLOGY = "topology"
+    RESERVED = "reserved"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation(ABC):
+    """One reason with its facts. `reason` is fixed by the class."""
+
+    reason: ClassVar[HoldReason]
+
+    @abstractmethod
+    def message(self) -> str:
+        """One clause for people: what it waits for, with the figures."""
+
+    @abstractmethod
+    def unblocks(self) -> tuple[str, ...]:
+        """What would let it start, one clause each."""
+
+    @property
+    def estimated_start(self) -> float | None:
+        """When it is expected to start; None where nothing known decides it."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Impossible(Explanation):
+    """It would not fit even if nothing else ran. `limits` says why, one clause per GPU type that it accepts."""
+
+    reason = HoldReason.IMPOSSIBLE
+    asks: str
+    limits: tuple[str, ...]
+
+    def message(self) -> str:
+        return f"can never start: needs {self.asks}, but {'; '.join(self.limits)}"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return ("the job asks for less", "nodes or quota are added")
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Explanation):
+    """Somebody put it on hold."""
+
+    reason = HoldReason.HELD
+
+    def message(self) -> str:
+        return "is on hold"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return ("the job is released",)
+
+
+@dataclass(frozen=True, slots=True)
+class WaitsForJobs(Explanation):
+    """Jobs that must end, or end well, before it."""
+
+    reason = HoldReason.DEPENDENCY
+    to_end: tuple[str, ...]
+    to_succeed: tuple[str, ...]
+
+    def message(self) -> str:
+        return f"waits for {' and '.join(self._conditions('to succeed', 'to end'))}"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return tuple(f"{job} succeeds" for job in self.to_succeed) + tuple(f"{job} ends" for job in self.to_end)
+
+    def _conditions(self, succeed: str, end: str) -> list[str]:
+        wanted = ((self.to_succeed, succeed), (self.to_end, end))
+        return [f"{_some(jobs)} {verb}" for jobs, verb in wanted if jobs]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayFull(Explanation):
+    """As many jobs of its array run as may at once."""
+
+    reason = HoldReason.ARRAY
+    array: str
+    max_running: int
+
+    def message(self) -> str:
+        return f"{self.max_running} jobs of its array run, and no more may at once"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return ("a job of the same array ends",)
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet(Explanation):
+    """It may not start before a time. `opens_at` counts its other gates of time too, which may open later."""
+
+    until: float
+    opens_at: float
+
+    @property
+    def estimated_start(self) -> float | None:
+        return self.opens_at
+
+    def unblocks(self) -> tuple[str, ...]:
+        return (f"it is {_time(self.until)}",)
+
+
+@dataclass(frozen=True, slots=True)
+class NotBefore(NotYet):
+    """The job's own earliest time."""
+
+    reason = HoldReason.NOT_BEFORE
+
+    def message(self) -> str:
+        return f"may not start before {_time(self.until)}, as was asked for"
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff(NotYet):
+    """The pause after a failed or lost attempt."""
+
+    reason = HoldReason.BACKOFF
+
+    def message(self) -> str:
+        return f"pauses until {_time(self.until)} after its last attempt"
+
+
+@dataclass(frozen=True, slots=True)
+class Carbon(NotYet):
+    """The hour that the carbon or price policy chose."""
+
+    reason = HoldReason.CARBON
+
+    def message(self) -> str:
+        return f"waits until {_time(self.until)} for cleaner or cheaper power"
+
+
+@dataclass(frozen=True, slots=True)
+class OverQuota(Explanation):
+    """Its tenant may not use that much. `limiter` is the tenant, its own or one above, whose quota is the tightest."""
+
+    reason = HoldReason.QUOTA
+    resource: str
+    asks: int
+    leaves: int
+    limiter: str
+
+    def message(self) -> str:
+        return f"needs {self.asks} {self.resource}, and the quota of {self.limiter} leaves {self.leaves}"
+
+    def unblocks(self) -> tuple[str, ...]:
+        missing = self.asks - self.leaves
+        return (
+            f"jobs under {self.limiter} release {missing} {self.resource}",
+            f"{self.limiter} gets {missing} more {self.resource}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WaitsForVictims(Explanation):
+    """Jobs are stopping for it; its place is kept."""
+
+    reason = HoldReason.VICTIMS
+    victims: tuple[str, ...]
+    starts_at: float
+
+    def message(self) -> str:
+        return f"waits for {_some(self.victims)} to stop" if self.victims else "waits for its kept place to become free"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return tuple(f"{job} stops" for job in self.victims)
+
+    @property
+    def estimated_start(self) -> float | None:
+        return self.starts_at
+
+
+@dataclass(frozen=True, slots=True)
+class InMaintenance(Explanation):
+    """Nodes that would do have a maintenance window now, or one before the job is sure to have ended."""
+
+    reason = HoldReason.MAINTENANCE
+    ends_at: float
+    run_limit_s: float | None
+
+    def message(self) -> str:
+        run = "without a time limit it" if self.run_limit_s is None else f"with its limit of {self.run_limit_s:g} s it"
+        return f"{run} would run into a maintenance window that ends at {_time(self.ends_at)}"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return (f"maintenance ends at {_time(self.ends_at)}", "the job has a time limit that ends before the window")
+
+    @property
+    def estimated_start(self) -> float | None:
+        return self.ends_at
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom(Explanation):
+    """Too little is free: `free` of `asks` units of the scarcest resource."""
+
+    reason = HoldReason.CAPACITY
+    gang: str
+    resource: str
+    asks: int
+    free: int
+
+    def message(self) -> str:
+        return f"needs {self.gang}: {self.asks} {self.resource}, of which {self.free} are free"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return (f"{self.asks - self.free} more {self.resource} become free",)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragmented(Explanation):
+    """Enough is free in total, but on the nodes there is room for `fit` of its replicas only."""
+
+    reason = HoldReason.FRAGMENTED
+    gang: str
+    replicas: int
+    fit: int
+
+    def message(self) -> str:
+        return f"needs {self.gang}: enough is free, but in pieces that hold {self.fit} of {self.replicas} replicas"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return ("enough becomes free together on one node for each replica",)
+
+
+@dataclass(frozen=True, slots=True)
+class Apart(Explanation):
+    """Enough is free on nodes, but not within one domain of the level; the cluster is the outermost level."""
+
+    reason = HoldReason.TOPOLOGY
+    gang: str
+    level: str
+
+    def message(self) -> str:
+        return f"needs {self.gang} within one {self.level}: enough is free, but not within one {self.level}"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return (f"enough becomes free within one {self.level}",)
+
+
+@dataclass(frozen=True, slots=True)
+class TopologyUnsupported(Explanation):
+    """It must stay within a topology domain, and this version places no gangs by topology."""
+
+    reason = HoldReason.TOPOLOGY
+    level: str
+
+    def message(self) -> str:
+        return f"must be placed by {self.level}, which this version does not do"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return ("the job is submitted without required topology and slices",)
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved(Explanation):
+    """What it needs is free, but kept for jobs ahead of it."""
+
+    reason = HoldReason.RESERVED
+    ahead: tuple[str, ...]
+
+    def message(self) -> str:
+        return f"what it needs is kept for {_some(self.ahead)}"
+
+    def unblocks(self) -> tuple[str, ...]:
+        return tuple(f"{job} starts and leaves enough" for job in self.ahead)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
