@@ -1,0 +1,227 @@
+"""Every error that leaves the API: RFC 9457 problem documents with a stable `code`.
+
+Owns the codes, their statuses, and the translation of framework, validation and database errors into problems.
+Refuses to show a traceback, a SQL text or a value that the caller did not send.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+log = structlog.get_logger("phalanx.api")
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 2
+
+# code -> (status, title)
+CODES: dict[str, tuple[int, str]] = {
+    "invalid_json": (400, "The body is not valid JSON"),
+    "invalid_request": (422, "The request is not valid"),
+    "unknown_field": (422, "The request has a field that does not exist"),
+    "impossible_request": (422, "No node of any cluster could ever run this"),
+    "unauthorized": (401, "A valid token is needed"),
+    "token_expired": (401, "The token has expired"),
+    "forbidden": (403, "The token does not allow this"),
+    "not_found": (404, "Not found"),
+    "method_not_allowed": (405, "The method is not allowed here"),
+    "conflict": (409, "The request conflicts with the current state"),
+    "idempotency_conflict": (409, "The idempotency key was used with another body"),
+    "superseded": (409, "A newer agent has taken over this cluster"),
+    "etag_mismatch": (412, "The resource has changed"),
+    "body_too_large": (413, "The body is too large"),
+    "unsupported_media_type": (415, "The media type is not supported"),
+    "precondition_required": (428, "If-Match is required"),
+    "rate_limited": (429, "Too many requests"),
+    "internal": (500, "Something went wrong on the server"),
+    "unavailable": (503, "The service is not available right now"),
+}
+_CODE_OF_STATUS = {400: "invalid_request", **{status: code for code, (status, _) in reversed(CODES.items())}}
+_CODE_OF_STATUS[422] = "invalid_request"
+
+
+class FieldError(BaseModel):
+    """What is wrong with one field, and what to do about it."""
+
+    field: str = Field(description="Path of the field, for example `jobs[3].resources.replicas`; empty for the whole body.")
+    message: str
+    hint: str | None = None
+
+
+class ProblemDocument(BaseModel):
+    """An RFC 9457 problem document."""
+
+    model_config = ConfigDict(title="Problem")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: list[FieldError] = []
+    request_id: str
+
+
+class Problem(HTTPException):
+    """Raise anywhere in the API; the handler makes the document. `code` must be one of CODES."""
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(status or CODES[code][0], detail, dict(headers) if headers else None)
+        self.code = code
+        self.errors = list(errors)
+
+
+def invalid(field: str, message: str, hint: str | None = None) -> Problem:
+    """One field of an otherwise readable request is wrong."""
+    return Problem("invalid_request", f"{field}: {message}", errors=[FieldError(field=field, message=message, hint=hint)])
+
+
+def not_found(what: str) -> Problem:
+    return Problem("not_found", f"There is no {what}, or it is not yours to see.")
+
+
+def unavailable(detail: str = "The database cannot be reached. Try again shortly.") -> Problem:
+    return Problem("unavailable", detail, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def respond(problem: Problem, request_id: str) -> Response:
+    """The HTTP response of a problem."""
+    document = ProblemDocument(
+        type=f"urn:phalanx:problem:{problem.code}",
+        title=CODES[problem.code][1],
+        status=problem.status_code,
+        detail=problem.detail,
+        code=problem.code,
+        errors=problem.errors,
+        request_id=request_id,
+    )
+    body = document.model_dump_json(exclude_none=True)
+    return Response(body, problem.status_code, headers=problem.headers, media_type=MEDIA_TYPE)
+
+
+# ------------------------------------------------------------------ translation
+
+
+def from_http(error: HTTPException) -> Problem:
+    """What the framework itself refuses: unknown routes, wrong methods, bodies that cannot be read."""
+    if isinstance(error, Problem):
+        return error
+    code = _CODE_OF_STATUS.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal")
+    return Problem(code, str(error.detail), headers=error.headers, status=error.status_code)
+
+
+def from_database(error: BaseException) -> Problem | None:
+    """Database trouble that passes (refused, too many connections, restarting) is a 503; None if it is anything else."""
+    if isinstance(error, PoolTimeout | InterfaceError | OperationalError | ConnectionError):
+        return unavailable()
+    if isinstance(error, DBAPIError):
+        return unavailable() if error.connection_invalidated or _passes(error.orig) else None
+    return unavailable() if _passes(error) else None
+
+
+# SQLSTATE classes: connection exception, insufficient resources, operator intervention; and serialization failures.
+_PASSING_STATES = ("08", "53", "57", "40")
+
+
+def _passes(error: BaseException | None) -> bool:
+    state = getattr(error, "sqlstate", None) or ""
+    return state[:2] in _PASSING_STATES
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]], *, body: Any, content_type: str) -> Problem:
+    """One problem for everything that validation found; the first error gives the code."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return invalid_json(body if isinstance(body, str) else "", position=int(first["loc"][-1]), reason=first["ctx"]["error"])
+    if isinstance(body, bytes) and not is_json(content_type):
+        return Problem("unsupported_media_type", f"Send the body as application/json, not {content_type or 'without a type'}.")
+    fields = [field_error(error) for error in errors[:50]]
+    code = "unknown_field" if any(error["type"] in ("extra_forbidden", "unknown_field") for error in errors) else "invalid_request"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    head = fields[0]
+    detail = f"{head.field}: {head.message}{more}" if head.field else f"{head.message}{more}"
+    return Problem(code, detail, errors=fields)
+
+
+def is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def invalid_json(text: str, *, position: int, reason: str) -> Problem:
+    line = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    detail = f"{reason} at line {line}, column {column}."
+    return Problem("invalid_json", detail, errors=[FieldError(field="", message=detail)])
+
+
+def field_error(error: Mapping[str, Any]) -> FieldError:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    hint = (error.get("ctx") or {}).get("hint")
+    if error["type"] == "extra_forbidden":
+        message = "this field does not exist"
+    return FieldError(field=field_path(error["loc"]), message=message, hint=hint)
+
+
+def field_path(loc: Sequence[int | str]) -> str:
+    """`("body", "jobs", 3, "resources", "replicas")` as `jobs[3].resources.replicas`."""
+    path = ""
+    for part in loc[1:] if loc and loc[0] in ("body", "query", "path", "header") else loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
+
+
+# ------------------------------------------------------------------ handlers
+
+
+def request_id_of(request: Request) -> str:
+    return request.scope.get("phalanx.request_id", "")
+
+
+async def handle_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return respond(from_http(error), request_id_of(request))
+
+
+async def handle_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = from_validation(error.errors(), body=error.body, content_type=request.headers.get("content-type", ""))
+    return respond(problem, request_id_of(request))
+
+
+def for_unexpected(error: Exception) -> Problem:
+    """The last resort: database trouble is a 503, everything else a 500 whose cause is only in our own log."""
+    problem = from_database(error)
+    if problem is not None:
+        log.warning("database trouble", error=f"{type(error).__name__}: {error}"[:500])
+        return problem
+    log.error("unexpected error", exc_info=error)
+    return Problem("internal", "The request failed for a reason of ours. It is in the server's log under this request_id.")
+
+
+def parse_json(body: bytes) -> Any:
+    """JSON for the places that read a body themselves. Raises Problem `invalid_json`."""
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError as error:
+        raise Problem("invalid_json", f"The body is not UTF-8 (byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        raise invalid_json(error.doc, position=error.pos, reason=error.msg) from error

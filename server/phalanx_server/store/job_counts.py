@@ -1,0 +1,27 @@
+"""How many jobs there are, for monitoring.
+
+Counts only what partial indexes hold (jobs that are not over), so that a scrape costs the same with a million old ones.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.store.schema import holds, jobs
+
+_LIVE = ("starting", "running", "stopping")
+
+
+async def count_jobs(conn: AsyncConnection) -> dict[str, int]:
+    """Jobs that are not over, by state; every such state is there, with 0 where there is none."""
+    live = select(jobs.c.state, func.count().label("count")).where(jobs.c.state.in_(_LIVE)).group_by(jobs.c.state)
+    queued = select(func.count()).where(jobs.c.state == "queued")
+    counts = {row.state: row.count for row in await conn.execute(live)}
+    return {"queued": (await conn.execute(queued)).scalar_one(), **{state: counts.get(state, 0) for state in _LIVE}}
+
+
+async def count_queue(conn: AsyncConnection) -> dict[str, int]:
+    """Holds by reason. A queued job that no pass has looked at yet has none."""
+    rows = await conn.execute(select(holds.c.reason, func.count().label("count")).group_by(holds.c.reason))
+    return {row.reason: row.count for row in rows}
