@@ -5,6 +5,7 @@ Revises:
 """
 
 from alembic import op
+from phalanx_server.store.migrate import run_script
 
 revision = "0001"
 down_revision = None
@@ -14,7 +15,8 @@ depends_on = None
 TENANTS = """
 CREATE TABLE tenants (
     id              uuid PRIMARY KEY,
-    path            text NOT NULL UNIQUE CHECK (path ~ '^[a-z0-9]([a-z0-9._-]*[a-z0-9])?(/[a-z0-9]([a-z0-9._-]*[a-z0-9])?)*$'),
+    path            text NOT NULL UNIQUE
+                    CHECK (path ~ '^[a-z0-9]([a-z0-9._-]*[a-z0-9])?(/[a-z0-9]([a-z0-9._-]*[a-z0-9])?)*$'),
     parent_id       uuid REFERENCES tenants,
     weight          double precision NOT NULL DEFAULT 1 CHECK (weight >= 0),
     preemption      jsonb NOT NULL DEFAULT '{}',
@@ -76,7 +78,8 @@ CREATE TABLE nodes (
 CREATE TABLE tokens (
     id              uuid PRIMARY KEY,
     kind            text NOT NULL CHECK (kind IN ('user', 'cluster', 'node')),
-    role            text NOT NULL CHECK (role IN ('admin', 'operator', 'manager', 'member', 'viewer', 'cluster', 'node')),
+    role            text NOT NULL
+                    CHECK (role IN ('admin', 'operator', 'manager', 'member', 'viewer', 'cluster', 'node')),
     hash            bytea NOT NULL,
     name            text NOT NULL,
     user_id         uuid REFERENCES users,
@@ -155,7 +158,8 @@ CREATE TABLE attempts (
     cluster_id      uuid NOT NULL REFERENCES clusters,
     number          integer NOT NULL,
     epoch           bigint NOT NULL,
-    state           text NOT NULL DEFAULT 'starting' CHECK (state IN ('starting', 'running', 'stopping', 'ended', 'lost')),
+    state           text NOT NULL DEFAULT 'starting'
+                    CHECK (state IN ('starting', 'running', 'stopping', 'ended', 'lost')),
     outcome         text,
     message         text,
     gpu_type        text NOT NULL,
@@ -336,15 +340,18 @@ CREATE TRIGGER touch_tenant AFTER INSERT OR UPDATE OR DELETE ON quotas FOR EACH 
 CREATE FUNCTION guard_job() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.epoch < OLD.epoch THEN
-        RAISE EXCEPTION 'job %: epoch % may not go back to %', OLD.id, OLD.epoch, NEW.epoch USING ERRCODE = 'check_violation';
+        RAISE EXCEPTION 'job %: epoch % may not go back to %', OLD.id, OLD.epoch, NEW.epoch
+            USING ERRCODE = 'check_violation';
     END IF;
     IF NEW.state <> OLD.state AND NOT (OLD.state || '>' || NEW.state) = ANY (ARRAY[
         'queued>starting', 'queued>cancelled', 'queued>failed',
-        'starting>running', 'starting>stopping', 'starting>queued', 'starting>succeeded', 'starting>failed', 'starting>cancelled',
+        'starting>running', 'starting>stopping', 'starting>queued',
+        'starting>succeeded', 'starting>failed', 'starting>cancelled',
         'running>stopping', 'running>queued', 'running>succeeded', 'running>failed', 'running>cancelled',
         'stopping>queued', 'stopping>succeeded', 'stopping>failed', 'stopping>cancelled'
     ]) THEN
-        RAISE EXCEPTION 'job %: no transition from % to %', OLD.id, OLD.state, NEW.state USING ERRCODE = 'check_violation';
+        RAISE EXCEPTION 'job %: no transition from % to %', OLD.id, OLD.state, NEW.state
+            USING ERRCODE = 'check_violation';
     END IF;
     RETURN NEW;
 END $$;
@@ -356,7 +363,8 @@ BEGIN
         'starting>running', 'starting>stopping', 'starting>ended', 'starting>lost',
         'running>stopping', 'running>ended', 'running>lost', 'stopping>ended', 'stopping>lost'
     ]) THEN
-        RAISE EXCEPTION 'attempt %: no transition from % to %', OLD.id, OLD.state, NEW.state USING ERRCODE = 'check_violation';
+        RAISE EXCEPTION 'attempt %: no transition from % to %', OLD.id, OLD.state, NEW.state
+            USING ERRCODE = 'check_violation';
     END IF;
     RETURN NEW;
 END $$;
@@ -377,12 +385,14 @@ CREATE TRIGGER touch_job_of_placement AFTER UPDATE OF released_at ON placements
 
 def upgrade() -> None:
     for statements in (TENANTS, NODES, JOBS, OBSERVATIONS, SERVICE, TRIGGERS, RELEASE):
-        op.get_bind().exec_driver_sql(statements)
+        run_script(op.get_bind(), statements)
 
 
 def downgrade() -> None:
-    op.get_bind().exec_driver_sql(
-        "DROP TABLE audit, leases, idempotency_keys, outbox, logs, metric_rollups, metrics, events, progress, checkpoints,"
-        " placements, attempts, holds, jobs, bundles, tokens, nodes, clusters, users, quotas, tenants CASCADE;"
-        "DROP FUNCTION touch, touch_tenant, guard_job, guard_attempt, touch_job_of_placement"
+    run_script(
+        op.get_bind(),
+        "DROP TABLE audit, leases, idempotency_keys, outbox, logs, metric_rollups, metrics, events, progress,"
+        " checkpoints, placements, attempts, holds, jobs, bundles, tokens, nodes, clusters, users, quotas,"
+        " tenants CASCADE;"
+        "DROP FUNCTION touch, touch_tenant, guard_job, guard_attempt, touch_job_of_placement",
     )

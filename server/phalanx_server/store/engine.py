@@ -1,0 +1,51 @@
+"""The database engine: the one place that says how a process connects to PostgreSQL.
+
+Owns pool sizes, session settings and JSON encoding. Knows no table.
+"""
+
+import json
+from typing import Any
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+CONNECT_TIMEOUT_S = 10
+POOL_WAIT_S = 15.0
+
+
+def create_engine(url: str, *, pool_size: int = 12, application_name: str = "phalanx") -> AsyncEngine:
+    """An async engine for `url` (`postgresql://` is read as `postgresql+asyncpg://`).
+
+    Sessions run in UTC at READ COMMITTED, which every guard of the actions is written for.
+    """
+    return create_async_engine(
+        with_driver(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=POOL_WAIT_S,
+        pool_pre_ping=False,
+        pool_recycle=1800,
+        json_serializer=dump_json,
+        connect_args={
+            "timeout": CONNECT_TIMEOUT_S,
+            "server_settings": {"application_name": application_name, "timezone": "UTC", "jit": "off"},
+        },
+    )
+
+
+def with_driver(url: str) -> str:
+    """`url` with asyncpg as its driver. ValueError where it names no PostgreSQL database."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(f"the database must be PostgreSQL, not {parsed.get_backend_name()}")
+    return parsed.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+
+
+def driver_dsn(url: str) -> str:
+    """`url` in the form that asyncpg itself reads."""
+    return make_url(with_driver(url)).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def dump_json(value: Any) -> str:
+    """Compact JSON; NaN and infinities are refused, because PostgreSQL's jsonb cannot hold them."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

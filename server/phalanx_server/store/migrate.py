@@ -1,0 +1,81 @@
+"""Migrations: brings a database to the schema that this version of the code is written for.
+
+Owns where the Alembic revisions are and how they are run. Safe to call from many processes at once: one migrates, the
+others wait and find nothing to do.
+"""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
+
+import phalanx_server
+from phalanx_server.store.engine import with_driver
+
+HEAD = "0002"
+_ADVISORY_LOCK = 7_134_092_251
+
+
+def migrations_dir() -> Path:
+    """The revisions: beside the package in a wheel, at the top of the repository in a checkout."""
+    package = Path(phalanx_server.__file__).parent
+    candidates = (package / "migrations", package.parent.parent / "migrations")
+    for candidate in candidates:
+        if (candidate / "env.py").is_file():
+            return candidate
+    raise RuntimeError(f"no migrations found in {' or '.join(map(str, candidates))}")
+
+
+async def upgrade(url: str, revision: str = "head") -> None:
+    """Migrate the database up to `revision`, in one transaction."""
+    await _run(url, lambda config: command.upgrade(config, revision))
+
+
+async def downgrade(url: str, revision: str) -> None:
+    """Migrate the database down to `revision` ("base" = empty), in one transaction."""
+    await _run(url, lambda config: command.downgrade(config, revision))
+
+
+async def current(url: str) -> str | None:
+    """The revision that the database is at; None when it is empty."""
+    engine = _engine(url)
+    try:
+        async with engine.connect() as conn:
+            return await conn.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+    finally:
+        await engine.dispose()
+
+
+def config_for(connection: Connection | None = None) -> Config:
+    """An Alembic configuration without any ini file; `connection` is what migrations/env.py runs on."""
+    config = Config()
+    config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def run_script(connection: Connection, script: str) -> None:
+    """Run several SQL statements as one string, which a prepared statement cannot. For revisions only."""
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    await_only(driver.execute(script))
+
+
+async def _run(url: str, operate) -> None:
+    engine = _engine(url)
+    try:
+        async with engine.begin() as conn:
+            await conn.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _ADVISORY_LOCK})
+            await conn.run_sync(lambda sync: operate(config_for(sync)))
+    finally:
+        await engine.dispose()
+
+
+def _engine(url: str) -> AsyncEngine:
+    return create_async_engine(with_driver(url), poolclass=NullPool)
