@@ -223,13 +223,15 @@ class Up:
             time.sleep(0.2)
 
     def stop(self) -> None:
+        self.machine.path("url").unlink(missing_ok=True)
         self.family.stop()
         self.postgres.stop()
 
 
 def announce(up: Up) -> None:
-    """The URL always, the token on the first run only."""
+    """Say the URL always, the token on the first run only; the URL is also in the file `url` while it is up."""
     machine = up.machine
+    machine.path("url").write_text(machine.url + "\n")
     console.print(
         f"Phalanx is up at [bold]{machine.url}[/]"
         f"  ({machine.nodes} nodes × {machine.gpus_per_node} GPUs, data in {machine.data})"

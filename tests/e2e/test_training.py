@@ -1,0 +1,148 @@
+"""From HTTP to a trained model: real server, scheduler, PostgreSQL, Ray, agent, runners and torch."""
+
+import json
+import time
+from pathlib import Path
+
+import phalanx
+import pytest
+from phalanx import jobfile
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+END_S = 120.0
+PHASES = ("accepted_s", "queued_s", "placed_s", "ranks_started_s", "rendezvous_s", "first_step_s")
+
+pytestmark = pytest.mark.ray
+
+
+def spec(command: str, *, replicas: int = 1, gpus_per_replica: int = 1, **more) -> dict:
+    resources = {"replicas": replicas, "gpus_per_replica": gpus_per_replica}
+    return {"name": "test", "tenant": "default", "resources": resources, "run": {"command": command}, **more}
+
+
+def example(name: str) -> dict:
+    document = jobfile.read(EXAMPLES / name / "job.yaml")
+    document["run"].pop("workdir")
+    return document
+
+
+def wait_for(client: phalanx.Client, job_id: str, state: str) -> phalanx.models.Job:
+    deadline = time.monotonic() + END_S
+    while (job := client.job(job_id)).state != state:
+        assert not job.ended, f"{job.state}: {job.message}"
+        assert time.monotonic() < deadline, f"still {job.state}"
+        time.sleep(0.05)
+    return job
+
+
+def gpus_used(client: phalanx.Client) -> int:
+    return sum(node.gpus_used for node in client.nodes())
+
+
+def test_a_language_model_trains_on_two_nodes(client):
+    document = example("lm")
+    document["run"]["command"] = "python train.py --steps 30 --checkpoint-every 10"
+    job = client.wait(client.submit(document, workdir=EXAMPLES / "lm").id, timeout_s=END_S)
+    assert job.state == "succeeded", job.message
+    (loss,) = client.metrics(job.id, names=["loss"])
+    assert sum(point.count for point in loss.points) == 30
+    assert loss.points[-1].min < loss.points[0].max - 0.5
+    assert job.progress.step == job.progress.total_steps == 30
+    assert job.checkpoint.step == 30
+    assert Path(job.checkpoint.url.removeprefix("file://")).is_file()
+    assert {(p.node, p.ranks) for p in job.attempt.placements} == {("node-0", 2), ("node-1", 2)}
+    assert all(rank.warm for rank in job.attempt.ranks), job.attempt.ranks
+    parts = [getattr(job.phases, name) for name in PHASES]
+    assert all(part >= 0 for part in parts)
+    assert sum(parts) == pytest.approx(job.phases.total_s, abs=1e-6)
+    assert "30" in client.logs(job.id, rank=0)
+
+
+def test_a_script_for_torchrun_runs_unmodified(client):
+    job = client.wait(client.submit(example("torchrun"), workdir=EXAMPLES / "torchrun").id, timeout_s=END_S)
+    assert job.state == "succeeded", job.message
+    assert "step 100: loss" in client.logs(job.id)
+
+
+def test_a_tree_with_its_own_server_worker_and_queue_gets_its_own(client):
+    job = client.wait(client.submit(example("own_names"), workdir=EXAMPLES / "own_names").id, timeout_s=END_S)
+    assert job.state == "succeeded", client.logs(job.id)
+    assert "rank 1: total 3.0" in client.logs(job.id)
+
+
+def test_the_same_tree_starts_cold_too(client):
+    document = example("own_names")
+    document["run"]["env"] = {"PYTHONHASHSEED": "0"}
+    job = client.wait(client.submit(document, workdir=EXAMPLES / "own_names").id, timeout_s=END_S)
+    assert job.state == "succeeded", client.logs(job.id)
+    assert [(rank.warm, "PYTHONHASHSEED" in rank.cold_reason) for rank in job.attempt.ranks] == [(False, True)] * 2
+
+
+def test_one_failed_rank_ends_the_gang_and_is_named(client):
+    command = """sh -c 'if [ "$RANK" = 1 ]; then echo broken >&2; exit 3; fi; sleep 600'"""
+    job = client.wait(client.submit(spec(command, replicas=2)).id, timeout_s=END_S)
+    assert job.state == "failed"
+    assert "rank 1" in job.message and "3" in job.message
+    (attempt,) = client.attempts(job.id)
+    assert next(e for e in attempt.exits if e.rank == 1).tail.strip() == "broken"
+    assert gpus_used(client) == 0
+
+
+def test_a_failure_is_retried_up_to_its_limit(client):
+    job = client.submit(spec("sh -c 'exit 1'", retries={"max": 1, "backoff": "1s"}))
+    job = client.wait(job.id, timeout_s=END_S)
+    assert (job.state, job.attempts, job.failures) == ("failed", 2, 2)
+
+
+def test_cancel_gives_the_ranks_their_grace_and_frees_the_gpus(client):
+    command = """sh -c 'trap "echo bye; exit 0" TERM; echo ready; while :; do sleep 0.1; done'"""
+    job = client.submit(spec(command, gpus_per_replica=2))
+    wait_for(client, job.id, "running")
+    lines = client.follow_logs(job.id)
+    assert next(lines).text.strip() == "ready"
+    client.cancel(job.id)
+    job = client.wait(job.id, timeout_s=END_S)
+    assert job.state == "cancelled"
+    assert "bye" in client.logs(job.id)
+    assert gpus_used(client) == 0
+
+
+def test_a_time_limit_ends_the_job(client):
+    job = client.wait(client.submit(spec("sleep 600", time_limit="1s", preemption={"grace": "1s"})).id, timeout_s=END_S)
+    assert (job.state, job.reason) == ("failed", "time_limit")
+
+
+def test_a_job_waits_for_its_gpus_says_why_and_starts_when_they_are_free(client):
+    first = client.submit(spec("sleep 600", replicas=2, gpus_per_replica=2))
+    wait_for(client, first.id, "running")
+    second = client.submit(spec("true", gpus_per_replica=2))
+    deadline = time.monotonic() + END_S
+    while (explanation := client.explain(second.id)).hold is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert explanation.hold.reason == "capacity"
+    assert explanation.text
+    assert [item.job_id for item in client.queue()] == [second.id]
+    client.cancel(first.id)
+    assert client.wait(second.id, timeout_s=END_S).state == "succeeded"
+
+
+def test_a_cpu_job_needs_no_gpu(client):
+    document = spec("sh -c 'echo cuda=$CUDA_VISIBLE_DEVICES.'", gpus_per_replica=0)
+    document["resources"]["cpus_per_replica"] = 1
+    job = client.wait(client.submit(document).id, timeout_s=END_S)
+    assert job.state == "succeeded", job.message
+    assert "cuda=." in client.logs(job.id)
+
+
+def test_the_command_line_follows_a_job_and_exits_with_its_fate(up, tmp_path):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(json.dumps(spec("echo hello")))
+    bad.write_text(json.dumps(spec("sh -c 'echo oh no >&2; exit 7'")))
+    done = up.cli("submit", str(good), "--follow")
+    assert "succeeded" in done.stdout + done.stderr
+    failed = up.cli("submit", str(bad), "--follow", check=False)
+    assert failed.returncode == 1
+    assert "oh no" in failed.stdout + failed.stderr
+    jobs = json.loads(up.cli("jobs", "--limit", "2", "-o", "json").stdout)
+    assert [job["state"] for job in jobs] == ["failed", "succeeded"]
