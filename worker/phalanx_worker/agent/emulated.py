@@ -110,6 +110,7 @@ class LocalRay:
             node_ip_address=HOST,
             labels={"phalanx.io/node-name": name, "phalanx.io/gpu-type": self.emulation.gpu_type},
         )
+        stop_on_signals(self.stop_asked)  # again: Ray has just installed its own handler, which drains for up to 30 s
         self.dead_since.pop(name, None)
         log.info("node %s is up", name)
 
@@ -160,7 +161,7 @@ def run(emulation: Emulation, out: TextIO) -> int:
     When it is up, one JSON line with `address`, `token_path` and `pid` goes to `out` and to `<data>/ray.json`.
     """
     stop = threading.Event()
-    _stop_on_signals(stop)
+    stop_on_signals(stop)
     parent = os.getppid()
     _die_with_parent()
     emulation.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -171,7 +172,6 @@ def run(emulation: Emulation, out: TextIO) -> int:
         local = LocalRay(emulation=emulation, stop_asked=stop)
         try:
             address = local.start()
-            _stop_on_signals(stop)  # again: Ray put its own handler, which drains for up to 30 s, in their place
             _announce(emulation.data_dir, {"address": address, "token_path": str(token_path), "pid": os.getpid()}, out)
             while not stop.wait(POLL_S) and os.getppid() == parent:
                 local.check_nodes(time.monotonic())
@@ -184,7 +184,7 @@ def run(emulation: Emulation, out: TextIO) -> int:
             (emulation.data_dir / "ray.json").unlink(missing_ok=True)
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
+def stop_on_signals(stop: threading.Event) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
 

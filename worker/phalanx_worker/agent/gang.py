@@ -1,0 +1,180 @@
+"""Gangs as Ray placement groups: one bundle for each node, pinned to it, that only counts GPUs and CPUs.
+
+Owns when a group may be created: never before Ray's own view shows its resources free, for one that misses its first
+try waits 0.8 s. Which GPUs, and whether it fits at all, was decided before. Ray's calls block, so they run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ray._private.state
+from ray._raylet import PlacementGroupID
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+PREFIX = "phalanx/"
+POLL_S = 0.003
+CREATED_TIMEOUT_S = 10
+SMALLEST_CPUS = 0.001  # a bundle may not be empty; Ray counts in steps of this
+TOLERANCE = 1e-4  # of Ray's fractional counts
+
+T = TypeVar("T")
+
+
+class NotPlaced(Exception):
+    """Ray did not give the resources. `node` is set where one is to blame."""
+
+    def __init__(self, message: str, node: str | None = None) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What an attempt takes of one node."""
+
+    node: str  # its name, for messages
+    ray_node_id: str
+    gpus: int
+    cpus: float
+
+    def resources(self) -> dict[str, float]:
+        wanted = {"GPU": float(self.gpus), "CPU": self.cpus}
+        return {kind: amount for kind, amount in wanted.items() if amount > 0} or {"CPU": SMALLEST_CPUS}
+
+
+@dataclass(eq=False)
+class _Waiter:
+    bundles: list[Bundle]
+    granted: asyncio.Future[None]
+    missing: str = ""
+    node: str | None = None
+
+
+@dataclass
+class PlacementGroups:
+    """The placement groups of attempts in the cluster that this process has joined."""
+
+    threads: ThreadPoolExecutor
+    handles: dict[str, PlacementGroup] = field(default_factory=dict)  # by attempt
+    _waiters: list[_Waiter] = field(default_factory=list)
+    _creating: list[_Waiter] = field(default_factory=list)  # granted, and perhaps not yet in Ray's view
+    _watch: asyncio.Task[None] | None = None
+
+    async def load(self) -> None:
+        """Learn which groups exist. Slow: Ray keeps the rows of removed groups."""
+        table = await self._in_thread(placement_group_table)
+        for group_id, row in table.items():
+            if row["name"].startswith(PREFIX) and row["state"] != "REMOVED":
+                handle = PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
+                self.handles[row["name"].removeprefix(PREFIX)] = handle
+
+    def attempts(self) -> frozenset[str]:
+        return frozenset(self.handles)
+
+    async def create(self, attempt_id: str, bundles: list[Bundle], *, free_timeout_s: float) -> None:
+        """Wait until the resources are free, then take them. Raises NotPlaced.
+
+        Cancelling it while it waits leaves nothing behind; later it may leave a group, for `remove`.
+        """
+        waiter = _Waiter(bundles, asyncio.get_running_loop().create_future())
+        try:
+            await self._wait_granted(waiter, free_timeout_s)
+            taking = asyncio.create_task(self._take(attempt_id, bundles))
+            try:
+                await asyncio.shield(taking)
+            finally:
+                await asyncio.wait([taking])
+        finally:
+            _discard(self._waiters, waiter)
+            _discard(self._creating, waiter)
+
+    async def remove(self, attempt_id: str) -> None:
+        """Remove the attempt's group; no group is fine."""
+        handle = self.handles.get(attempt_id)
+        if handle is not None:
+            await self._in_thread(lambda: remove_placement_group(handle))
+            self.handles.pop(attempt_id, None)
+
+    async def _take(self, attempt_id: str, bundles: list[Bundle]) -> None:
+        def take() -> bool:
+            self.handles[attempt_id] = handle = placement_group(
+                [bundle.resources() for bundle in bundles],
+                strategy="PACK",
+                name=PREFIX + attempt_id,
+                lifetime="detached",
+                bundle_label_selector=[{"ray.io/node-id": bundle.ray_node_id} for bundle in bundles],
+            )
+            return handle.wait(CREATED_TIMEOUT_S)
+
+        try:
+            created = await self._in_thread(take)
+        except (RayError, ValueError) as error:
+            raise NotPlaced(f"Ray refused the placement group: {error}") from error
+        if not created:
+            raise NotPlaced(f"Ray did not create the placement group within {CREATED_TIMEOUT_S} s")
+
+    async def _wait_granted(self, waiter: _Waiter, timeout_s: float) -> None:
+        self._waiters.append(waiter)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._grant())
+        try:
+            await asyncio.wait_for(waiter.granted, timeout_s)
+        except TimeoutError:
+            raise NotPlaced(f"{waiter.missing} after {timeout_s:.0f} s", waiter.node) from None
+
+    async def _grant(self) -> None:
+        """Ask Ray while anybody waits, and let through who fits, in the order of asking."""
+        while self._waiters:
+            asked_s = time.monotonic()
+            try:
+                free = await self._in_thread(ray._private.state.available_resources_per_node)
+            except RayError:
+                free = {}
+            for creating in self._creating:
+                _subtract(free, creating.bundles)
+            for waiter in list(self._waiters):
+                waiter.missing, waiter.node = shortage(waiter.bundles, free)
+                if not waiter.missing and not waiter.granted.done():
+                    waiter.granted.set_result(None)
+                    self._waiters.remove(waiter)
+                    self._creating.append(waiter)
+                _subtract(free, waiter.bundles)
+            await asyncio.sleep(max(0.0, asked_s + POLL_S - time.monotonic()))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+
+def shortage(bundles: list[Bundle], free: Mapping[str, Mapping[str, Any]]) -> tuple[str, str | None]:
+    """What the first node that cannot hold its bundle lacks, and that node; ("", None) if all fit."""
+    for bundle in bundles:
+        there = free.get(bundle.ray_node_id, {})
+        for kind, wanted in bundle.resources().items():
+            amount = there.get(kind, 0.0)
+            if amount + TOLERANCE < wanted:
+                return f"Ray shows {amount:g} of {wanted:g} {kind}s free on node {bundle.node}", bundle.node
+    return "", None
+
+
+def _discard(waiters: list[_Waiter], waiter: _Waiter) -> None:
+    if waiter in waiters:
+        waiters.remove(waiter)
+
+
+def _subtract(free: dict[str, dict[str, float]], bundles: list[Bundle]) -> None:
+    for bundle in bundles:
+        there = free.get(bundle.ray_node_id, {})
+        for kind, wanted in bundle.resources().items():
+            there[kind] = there.get(kind, 0.0) - wanted

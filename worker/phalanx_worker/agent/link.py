@@ -1,0 +1,198 @@
+"""The agent's side of the server's agent link: three HTTP calls, and the facts that wait for their acknowledgement.
+
+Owns retries, backoff and the order of facts. The server may be away for as long as it likes: nothing is dropped, and
+nobody here waits for it but those who ask to. Knows nothing of Ray or of what the facts mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+
+from phalanx_worker.protocol import (
+    AgentReport,
+    AttemptFact,
+    Desired,
+    Inventory,
+    InventoryAnswer,
+    NodeFacts,
+    ReportAnswer,
+    decode,
+    encode,
+)
+
+log = logging.getLogger("phalanx.agent")
+
+CALL_TIMEOUT_S = 15.0
+CONNECT_TIMEOUT_S = 5.0
+DESIRED_WAIT_S = 20.0
+BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+FACTS_PER_REPORT = 200
+COALESCE_S = 0.1  # how long a fact that nobody waits for may wait for another
+
+T = TypeVar("T")
+
+
+class Superseded(Exception):
+    """Another agent has taken over this cluster."""
+
+
+class ServerAway(Exception):
+    """No answer, or one that says: later."""
+
+
+class ServerRefused(Exception):
+    """The server understood the request and will not take it."""
+
+
+class ServerLink:
+    """The calls. `token` is asked again after a 401: the token may have been replaced in its file."""
+
+    def __init__(self, *, url: str, token: Callable[[], str], instance: str) -> None:
+        timeout = httpx.Timeout(CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self.client = httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout, trust_env=False)
+        self.instance = instance
+        self._token = token
+        self._bearer = token()
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+    async def put_nodes(self, nodes: list[NodeFacts]) -> InventoryAnswer:
+        message = Inventory(instance=self.instance, sent_at=time.time(), nodes=nodes)
+        return decode(InventoryAnswer, await self._call("PUT", "/v1/agent/nodes", json=encode(message)))
+
+    async def desired(self, version: str) -> Desired:
+        query = {"version": version, "wait_s": str(DESIRED_WAIT_S), "instance": self.instance}
+        timeout = httpx.Timeout(DESIRED_WAIT_S + CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        return decode(Desired, await self._call("GET", "/v1/agent/desired", params=query, timeout=timeout))
+
+    async def report(self, facts: list[AttemptFact]) -> ReportAnswer:
+        message = AgentReport(instance=self.instance, sent_at=time.time(), facts=facts)
+        return decode(ReportAnswer, await self._call("POST", "/v1/agent/reports", json=encode(message)))
+
+    async def _call(self, method: str, path: str, **request: Any) -> Any:
+        """One call. Raises Superseded, ServerAway or ServerRefused."""
+        try:
+            headers = {"Authorization": f"Bearer {self._bearer}"}
+            response = await self.client.request(method, path, headers=headers, **request)
+        except httpx.HTTPError as error:
+            raise ServerAway(f"{method} {path}: {error or type(error).__name__}") from error
+        if response.is_success:
+            return response.json()
+        raise self._refusal(response, f"{method} {path}")
+
+    def _refusal(self, response: httpx.Response, what: str) -> Exception:
+        status = response.status_code
+        try:
+            problem = response.json()
+            code, detail = str(problem.get("code", "")), str(problem.get("detail") or problem.get("title", ""))
+        except (ValueError, AttributeError):
+            code, detail = "", response.text[:200]
+        if status == 409 and code == "superseded":
+            return Superseded(detail)
+        if status == 401:
+            self._bearer = self._token()
+        later = status in (401, 403, 408, 425, 429) or status >= 500
+        return (ServerAway if later else ServerRefused)(f"{what}: {status} {detail}")
+
+
+class Backoff:
+    """Sleeps longer from one failure to the next; says so once when trouble starts and once when it is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._failures = 0
+
+    async def failed(self, error: Exception) -> None:
+        if self._failures == 0:
+            log.warning("%s fails, retrying: %s", self._what, error)
+        delay_s = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+        self._failures += 1
+        await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+
+    def succeeded(self) -> None:
+        if self._failures:
+            log.info("%s works again after %d failures", self._what, self._failures)
+        self._failures = 0
+
+
+@dataclass
+class _Waiting:
+    fact: AttemptFact
+    taken: asyncio.Future[bool]
+
+
+@dataclass
+class FactOutbox:
+    """Facts in the order in which they happened, each kept until the server has acknowledged it."""
+
+    link: ServerLink
+    _waiting: list[_Waiting] = field(default_factory=list)
+    _some: asyncio.Event = field(default_factory=asyncio.Event)
+    _urgent: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def deliver(self, fact: AttemptFact, *, urgent: bool = True) -> asyncio.Future[bool]:
+        """Queue a fact. The future tells, once the server has answered, whether it took the fact or refused it."""
+        waiting = _Waiting(fact, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._some.set()
+        if urgent:
+            self._urgent.set()
+        return waiting.taken
+
+    async def run(self) -> None:
+        """Send for ever. Raises Superseded."""
+        backoff = Backoff("reporting facts")
+        while True:
+            await self._some.wait()
+            if not self._urgent.is_set():
+                await _within(self._urgent.wait(), COALESCE_S)
+            try:
+                await self._send(self._waiting[:FACTS_PER_REPORT])
+                backoff.succeeded()
+            except ServerAway as error:
+                await backoff.failed(error)
+            if not self._waiting:
+                self._some.clear()
+                self._urgent.clear()
+
+    async def _send(self, batch: list[_Waiting]) -> None:
+        try:
+            answer = await self.link.report([waiting.fact for waiting in batch])
+        except ServerRefused as error:
+            if len(batch) > 1:  # find the one it cannot take
+                for waiting in batch:
+                    await self._send([waiting])
+                return
+            log.error("the server refused a fact: %s (%s)", batch[0].fact, error)
+            self._settle(batch, refused={_key(batch[0].fact)})
+            return
+        refused = {(refusal.attempt_id, refusal.epoch) for refusal in answer.refused}
+        for refusal in answer.refused:
+            log.warning("the server refused facts of %s epoch %d: %s", refusal.attempt_id, refusal.epoch, refusal.reason)
+        self._settle(batch, refused)
+
+    def _settle(self, batch: list[_Waiting], refused: set[tuple[str, int]]) -> None:
+        for waiting in batch:
+            self._waiting.remove(waiting)
+            if not waiting.taken.done():
+                waiting.taken.set_result(_key(waiting.fact) not in refused)
+
+
+def _key(fact: AttemptFact) -> tuple[str, int]:
+    return fact.attempt_id, fact.epoch
+
+
+async def _within(work: Any, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(work, timeout_s)
+    except TimeoutError:
+        return
