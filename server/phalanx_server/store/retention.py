@@ -1,0 +1,59 @@
+"""What is forgotten, and the partitions that are made ahead of time.
+
+Owns the statements. How long anything is kept is the caller's decision.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+BATCH_ROWS = 10_000
+
+_OLD_ROWS = {
+    "idempotency_keys": "created_at < :before",
+    "outbox": "delivered_at < :before",
+    "audit": "at < :before",
+    "events": "at < :before AND job_id IS NULL",
+    "leases": "expires_at < :before",
+    "tokens": "kind = 'node' AND expires_at < :before",
+}
+
+
+async def ensure_partitions(conn: AsyncConnection, *, now: datetime, ahead: timedelta) -> int:
+    """Make the partitions of today and of the time ahead; the number of new ones."""
+    query = text("SELECT ensure_partitions(:since, :until)")
+    return (await conn.execute(query, {"since": now, "until": now + ahead})).scalar_one()
+
+
+async def drop_metrics(conn: AsyncConnection, *, before: datetime) -> int:
+    """Forget raw points older than `before`, by partition; the number of partitions."""
+    return (
+        await conn.execute(text("SELECT drop_partitions('metrics', 'at', :before)"), {"before": before})
+    ).scalar_one()
+
+
+async def drop_rollups(conn: AsyncConnection, *, before: datetime) -> int:
+    """Forget roll-ups older than `before`, by partition; the number of partitions."""
+    query = text("SELECT drop_partitions('metric_rollups', 'bucket', :before)")
+    return (await conn.execute(query, {"before": before})).scalar_one()
+
+
+async def delete_old(conn: AsyncConnection, table: str, *, before: datetime) -> int:
+    """Delete at most BATCH_ROWS rows of `table` (a key of _OLD_ROWS) that are older than `before`; the number of rows."""
+    statement = text(
+        f"DELETE FROM {table} WHERE ctid = ANY(ARRAY("
+        f"SELECT ctid FROM {table} WHERE {_OLD_ROWS[table]} LIMIT {BATCH_ROWS}))"
+    )
+    return (await conn.execute(statement, {"before": before})).rowcount
+
+
+async def delete_old_events(conn: AsyncConnection, *, before: datetime) -> int:
+    """Delete at most BATCH_ROWS events of jobs that are over since `before`; those of live jobs stay, however old."""
+    statement = text(
+        "DELETE FROM events WHERE id = ANY(ARRAY(SELECT e.id FROM events e JOIN jobs j ON j.id = e.job_id"
+        f" WHERE e.at < :before AND j.finished_at < :before LIMIT {BATCH_ROWS}))"
+    )
+    return (await conn.execute(statement, {"before": before})).rowcount
