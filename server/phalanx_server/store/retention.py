@@ -42,7 +42,7 @@ async def drop_rollups(conn: AsyncConnection, *, before: datetime) -> int:
 
 
 async def delete_old(conn: AsyncConnection, table: str, *, before: datetime) -> int:
-    """Delete at most BATCH_ROWS rows of `table` (a key of _OLD_ROWS) that are older than `before`; the number of rows."""
+    """Delete at most BATCH_ROWS rows of `table` (a key of _OLD_ROWS) older than `before`; the number of rows."""
     statement = text(
         f"DELETE FROM {table} WHERE ctid = ANY(ARRAY("
         f"SELECT ctid FROM {table} WHERE {_OLD_ROWS[table]} LIMIT {BATCH_ROWS}))"

@@ -1,0 +1,244 @@
+"""Attempts and their placements: locked for a change, created, changed, released.
+
+Owns the SQL and the order of locks that every action keeps to: lease, nodes, jobs, attempts, placements. Refuses to
+decide what becomes of an attempt: the domain does, and actions carry it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, bindparam, insert, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.store.schema import attempts, jobs, placements
+
+LIVE = ("starting", "running", "stopping")
+
+
+# ------------------------------------------------------------------ locked for a change
+
+_LOCK = """
+SELECT a.id, a.job_id, a.cluster_id, a.number, a.epoch, a.state, a.created_at, a.gang_ready_at, a.started_at,
+       a.stop_cause, a.stop_requested_at, a.grace_s, a.finished_called, a.released_at, a.outcome,
+       j.state AS job_state, j.epoch AS job_epoch, j.version AS job_version, j.name AS job_name, j.failures,
+       j.avoid_nodes, j.cancel_requested_at, j.spec, j.tenant_id, t.path AS tenant
+FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
+WHERE {condition}
+ORDER BY j.id, a.id FOR NO KEY UPDATE OF j, a
+"""
+_LOCK_BY_ID = text(_LOCK.format(condition="a.id = ANY(CAST(:ids AS uuid[]))"))
+_LOCK_LIVE_OF_JOBS = text(
+    _LOCK.format(condition="a.job_id = ANY(CAST(:ids AS uuid[])) AND a.state IN ('starting', 'running', 'stopping')")
+)
+_LOCK_LIVE_ON_NODES = text(
+    _LOCK.format(
+        condition="""
+        a.state IN ('starting', 'running', 'stopping') AND a.id IN (
+            SELECT attempt_id FROM placements WHERE node_id = ANY(CAST(:ids AS uuid[])) AND released_at IS NULL)"""
+    )
+)
+
+
+async def lock_attempts(conn: AsyncConnection, ids: Iterable[UUID]) -> list[Row[Any]]:
+    """These attempts with their jobs, both locked; those that do not exist are missing."""
+    return list(await conn.execute(_LOCK_BY_ID, {"ids": list(ids)}))
+
+
+async def lock_live_attempts(conn: AsyncConnection, job_ids: Iterable[UUID]) -> list[Row[Any]]:
+    """The live attempts of these jobs, with their jobs, both locked."""
+    return list(await conn.execute(_LOCK_LIVE_OF_JOBS, {"ids": list(job_ids)}))
+
+
+async def lock_attempts_on(conn: AsyncConnection, node_ids: Iterable[UUID]) -> list[Row[Any]]:
+    """The live attempts charged on these nodes, with their jobs, both locked."""
+    return list(await conn.execute(_LOCK_LIVE_ON_NODES, {"ids": list(node_ids)}))
+
+
+# ------------------------------------------------------------------ created
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewAttempt:
+    id: UUID
+    job_id: UUID
+    cluster_id: UUID
+    number: int
+    epoch: int
+    gpu_type: str
+    replicas: int
+    resume_from: str | None
+    created_at: datetime
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPlacement:
+    attempt_id: UUID
+    node_id: UUID
+    group_rank: int
+    replicas: int
+    gpu_indices: list[int]
+    first_rank: int
+    ranks: int
+    cpus: float
+    memory_bytes: int
+
+
+_START_JOBS = text(
+    """
+    UPDATE jobs SET state = 'starting', epoch = epoch + 1, attempts = attempts + 1, version = version + 1,
+                    backoff_until = NULL, reason = NULL, message = NULL
+    WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued'
+    """
+)
+
+
+async def create_attempts(conn: AsyncConnection, rows: Sequence[NewAttempt], places: Sequence[NewPlacement]) -> None:
+    """Start attempts of queued jobs that the caller has locked."""
+    started = await conn.execute(_START_JOBS, {"ids": [row.job_id for row in rows]})
+    if started.rowcount != len(rows):
+        raise RuntimeError(f"{len(rows)} locked jobs were to start, but {started.rowcount} were queued")
+    await conn.execute(insert(attempts), [asdict(row) for row in rows])
+    await conn.execute(insert(placements), [asdict(place) for place in places])
+
+
+_RESUME = text(
+    """
+    SELECT DISTINCT ON (job_id) job_id, url FROM checkpoints WHERE job_id = ANY(CAST(:ids AS uuid[]))
+    ORDER BY job_id, registered_at DESC, step DESC
+    """
+)
+
+
+async def last_checkpoints(conn: AsyncConnection, job_ids: Iterable[UUID]) -> dict[UUID, str]:
+    """The checkpoint that each job registered last, where it has one."""
+    return {row.job_id: row.url for row in await conn.execute(_RESUME, {"ids": list(job_ids)})}
+
+
+# ------------------------------------------------------------------ changed
+
+
+async def update_attempts(conn: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:
+    """Change locked attempts: each row has `id` and the new values of columns, the same columns in every row."""
+    await _update(conn, attempts, rows)
+
+
+async def update_jobs(conn: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:
+    """Change locked jobs: each row has `id` and the new values of columns, the same columns in every row. Their version
+    grows by one."""
+    await _update(conn, jobs, rows, version=jobs.c.version + 1)
+
+
+async def _update(conn: AsyncConnection, table: Any, rows: Sequence[dict[str, Any]], **always: Any) -> None:
+    if not rows:
+        return
+    columns = [name for name in rows[0] if name != "id"]
+    statement = update(table).where(table.c.id == bindparam("row_id"))
+    statement = statement.values({name: bindparam(f"new_{name}") for name in columns} | always)
+    await conn.execute(
+        statement, [{"row_id": row["id"]} | {f"new_{name}": row[name] for name in columns} for row in rows]
+    )
+
+
+# ------------------------------------------------------------------ released
+
+_RELEASE = text(
+    """
+    UPDATE placements SET released_at = :now
+    WHERE attempt_id = ANY(CAST(:ids AS uuid[])) AND released_at IS NULL
+      AND (CAST(:node_ids AS uuid[]) IS NULL OR node_id = ANY(CAST(:node_ids AS uuid[])))
+    """
+)
+_CLOSE = text(
+    """
+    UPDATE attempts a SET released_at = :now
+    WHERE id = ANY(CAST(:ids AS uuid[])) AND released_at IS NULL
+      AND NOT EXISTS (SELECT FROM placements p WHERE p.attempt_id = a.id AND p.released_at IS NULL)
+    RETURNING id
+    """
+)
+
+
+async def release(
+    conn: AsyncConnection, attempt_ids: Sequence[UUID], *, node_ids: Sequence[UUID] | None = None, now: datetime
+) -> set[UUID]:
+    """Free what locked attempts hold (on these nodes; None = on all); those that hold nothing any more since now."""
+    if not attempt_ids:
+        return set()
+    values = {"ids": list(attempt_ids), "now": now}
+    await conn.execute(_RELEASE, values | {"node_ids": None if node_ids is None else list(node_ids)})
+    return set((await conn.execute(_CLOSE, values)).scalars())
+
+
+# ------------------------------------------------------------------ looked at
+
+_CHARGES = text(
+    """
+    SELECT node_id, array_agg(index) FILTER (WHERE index IS NOT NULL) AS gpu_indices,
+           sum(cpus) FILTER (WHERE first) AS cpus, sum(memory_bytes) FILTER (WHERE first)::bigint AS memory_bytes
+    FROM (
+        SELECT p.node_id, p.cpus, p.memory_bytes, gpu.index, coalesce(gpu.place, 1) = 1 AS first
+        FROM placements p LEFT JOIN LATERAL unnest(p.gpu_indices) WITH ORDINALITY AS gpu (index, place) ON true
+        WHERE p.node_id = ANY(CAST(:ids AS uuid[])) AND p.released_at IS NULL
+    ) charged GROUP BY node_id
+    """
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What is taken of a node."""
+
+    gpu_indices: frozenset[int] = frozenset()
+    cpus: float = 0.0
+    memory_bytes: int = 0
+
+
+async def charges(conn: AsyncConnection, node_ids: Iterable[UUID]) -> dict[UUID, Charge]:
+    """What is charged on these nodes; a node with nothing charged is missing."""
+    rows = await conn.execute(_CHARGES, {"ids": list(node_ids)})
+    return {row.node_id: Charge(frozenset(row.gpu_indices or ()), row.cpus, int(row.memory_bytes)) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """What decides whether a node may report about an attempt."""
+
+    id: UUID
+    job_id: UUID
+    epoch: int
+    job_epoch: int
+    state: str
+    created_at: datetime
+    placed: bool
+
+    def refusal(self, epoch: int) -> str | None:
+        """Why a report under `epoch` is refused; None if it is taken. An attempt that ended may still say its last
+        words, until its job is started again."""
+        if not self.placed:
+            return "wrong_node"
+        if epoch != self.epoch or self.epoch != self.job_epoch or self.state == "lost":
+            return "stale_epoch"
+        return None
+
+
+_FENCES = """
+SELECT a.id, a.job_id, a.epoch, j.epoch AS job_epoch, a.state, a.created_at, p.node_id IS NOT NULL AS placed
+FROM attempts a JOIN jobs j ON j.id = a.job_id
+LEFT JOIN placements p ON p.attempt_id = a.id AND p.node_id = :node_id
+WHERE a.id = ANY(CAST(:ids AS uuid[])) ORDER BY a.id
+"""
+
+
+async def load_fences(
+    conn: AsyncConnection, ids: Iterable[UUID], *, node_id: UUID, lock: bool = False
+) -> dict[UUID, Fence]:
+    """The fences of these attempts, as one node meets them; locked, no attempt can be lost or end meanwhile."""
+    query = text(_FENCES + (" FOR NO KEY UPDATE OF a" if lock else ""))
+    rows = await conn.execute(query, {"ids": list(ids), "node_id": node_id})
+    return {row.id: Fence(**row._mapping) for row in rows}

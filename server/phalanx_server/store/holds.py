@@ -1,0 +1,71 @@
+"""Holds: why each queued job waits, as the last pass said.
+
+Owns the rows. A job that is not queued gets none, and how long a reason has held is kept when only its words change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.store.engine import dump_json
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRow:
+    job_id: UUID
+    reason: str
+    message: str
+    unblocks: tuple[str, ...]
+    estimated_start: datetime | None
+
+
+_UPSERT = text(
+    """
+    INSERT INTO holds AS old (job_id, reason, message, unblocks, estimated_start, since)
+    SELECT j.id, hold.reason, hold.message, CAST(hold.unblocks AS jsonb), hold.estimated_start, :now
+    FROM unnest(CAST(:jobs AS uuid[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
+                CAST(:unblocks AS text[]), CAST(:estimates AS timestamptz[]))
+         AS hold (job_id, reason, message, unblocks, estimated_start)
+    JOIN jobs j ON j.id = hold.job_id AND j.state = 'queued'
+    ON CONFLICT (job_id) DO UPDATE SET
+        reason = EXCLUDED.reason, message = EXCLUDED.message, unblocks = EXCLUDED.unblocks,
+        estimated_start = EXCLUDED.estimated_start,
+        since = CASE WHEN old.reason = EXCLUDED.reason THEN old.since ELSE EXCLUDED.since END
+    """
+)
+
+
+async def upsert_holds(conn: AsyncConnection, rows: Sequence[HoldRow], *, now: datetime) -> None:
+    """Write the holds of these jobs, those that are still queued."""
+    if not rows:
+        return
+    values = {
+        "now": now,
+        "jobs": [row.job_id for row in rows],
+        "reasons": [row.reason for row in rows],
+        "messages": [row.message for row in rows],
+        "unblocks": [dump_json(row.unblocks) for row in rows],
+        "estimates": [row.estimated_start for row in rows],
+    }
+    await conn.execute(_UPSERT, values)
+
+
+async def delete_holds(conn: AsyncConnection, job_ids: Sequence[UUID]) -> None:
+    """Forget the holds of jobs that started."""
+    await conn.execute(text("DELETE FROM holds WHERE job_id = ANY(CAST(:ids AS uuid[]))"), {"ids": list(job_ids)})
+
+
+async def load_holds(conn: AsyncConnection) -> list[Row[Any]]:
+    """The holds of all queued jobs."""
+    query = text(
+        "SELECT h.job_id, h.reason, h.message, h.unblocks, h.estimated_start FROM holds h"
+        " JOIN jobs j ON j.id = h.job_id AND j.state = 'queued'"
+    )
+    return list(await conn.execute(query))

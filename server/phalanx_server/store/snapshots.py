@@ -1,0 +1,344 @@
+"""What a scheduling pass may know, read from the database: whole (`load_snapshot`) or since last time (`load_changes`).
+
+Owns the mapping from rows to the snapshot's values. Names there: a job is its uuid in hex, a tenant its path, a node
+its uuid in hex, a cluster its name. Refuses to decide anything.
+
+* `starting` and `running` jobs are `running`, charged on every placement that is not released.
+* A `lost` attempt whose ranks are not yet confirmed gone on a node that takes work is charged there by a `stopping` job
+  of its own, named by the attempt's uuid; its job is queued beside it. What it holds on lost nodes needs no charge: a
+  lost node takes nothing, and becomes ready again only when all of it is released.
+* The cursor is a transaction id (docs/decisions/0001): rows changed at or above it are read again. It also carries the
+  version of every queued job that the pass was told of, for `commit_plan` to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from phalanx_server.scheduling.documents import read_record
+from phalanx_server.scheduling.snapshot import (
+    BorrowRule,
+    Changes,
+    Job,
+    Node,
+    PlacementItem,
+    Policy,
+    Preemption,
+    Quota,
+    Snapshot,
+    Tenant,
+)
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where the next `load_changes` goes on, and the version of each queued job as the pass knows it, by name."""
+
+    xid: int
+    versions: Mapping[str, int]
+
+
+@asynccontextmanager
+async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A read-only transaction whose statements all see the same moment."""
+    async with engine.connect() as plain:
+        conn = await plain.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        async with conn.begin():
+            yield conn
+
+
+async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) -> tuple[Snapshot, Cursor]:
+    """Everything. `conn` must see one moment throughout: see `reading`."""
+    xid, _, _ = await _horizon(conn, since=0)
+    rows = list(await conn.execute(_JOBS_LIVE)) + list(await conn.execute(_JOBS_QUEUED))
+    charged = await conn.execute(_CHARGED_LOST, {"job_ids": None})
+    snapshot = Snapshot(
+        now=now.timestamp(),
+        policy=policy,
+        tenants=await _load_tenants(conn),
+        nodes=tuple(_node(row) for row in await conn.execute(_NODES, {"since": "0"})),
+        jobs=tuple(_job(row) for row in rows) + tuple(_leftover(row) for row in charged),
+    )
+    return snapshot, Cursor(xid, {row.id.hex: row.version for row in rows if row.state == "queued"})
+
+
+async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
+    """What may have changed since `cursor`. `conn` must see one moment throughout: see `reading`."""
+    xid, tenants_changed, nodes_changed = await _horizon(conn, since=cursor.xid)
+    since = {"since": str(cursor.xid)}
+    node_rows = list(await conn.execute(_NODES, since)) if nodes_changed else []
+    rows = list(await conn.execute(_JOBS_CHANGED, since))
+    over = list((await conn.execute(_JOBS_OVER, since)).scalars())
+    leftovers, gone = await _leftovers(conn, rows, over, [row.id for row in node_rows])
+    changes = Changes(
+        now=now.timestamp(),
+        jobs=tuple(_job(row) for row in rows) + leftovers,
+        removed_jobs=tuple(job_id.hex for job_id in over) + gone,
+        nodes=tuple(_node(row) for row in node_rows),
+        tenants=await _load_tenants(conn) if tenants_changed else None,
+    )
+    return changes, Cursor(xid, _versions(cursor.versions, rows, over))
+
+
+def _versions(known: Mapping[str, int], rows: Sequence[Row[Any]], over: Sequence[UUID]) -> Mapping[str, int]:
+    if not rows and not over:
+        return known
+    versions = dict(known)
+    for job_id in over:
+        versions.pop(job_id.hex, None)
+    for row in rows:
+        if row.state == "queued":
+            versions[row.id.hex] = row.version
+        else:
+            versions.pop(row.id.hex, None)
+    return versions
+
+
+# ------------------------------------------------------------------ horizon
+
+_HORIZON = text(
+    """
+    SELECT pg_snapshot_xmin(pg_current_snapshot())::text AS xid,
+           EXISTS (SELECT FROM tenants WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS tenants_changed,
+           EXISTS (SELECT FROM nodes WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS nodes_changed
+    """
+)
+
+
+async def _horizon(conn: AsyncConnection, *, since: int) -> tuple[int, bool, bool]:
+    """Every transaction below this id had ended; and whether tenants, and nodes, changed at or above `since`."""
+    row = (await conn.execute(_HORIZON, {"since": str(since)})).one()
+    return int(row.xid), row.tenants_changed, row.nodes_changed
+
+
+# ------------------------------------------------------------------ jobs
+
+_COLUMNS = """
+    j.id, j.state, j.version, t.path AS tenant, j.priority, j.submitted_at, j.held, j.not_before, j.backoff_until,
+    j.avoid_nodes, j.spec->'resources' AS resources, j.spec->'time_limit' AS time_limit,
+    j.spec->'preemption' AS preemption,
+    CASE WHEN j.attempts > 0 THEN (
+        SELECT sum(extract(epoch FROM past.ended_at - past.started_at)) FROM attempts past
+        WHERE past.job_id = j.id AND past.ended_at IS NOT NULL
+    ) END AS done_s
+"""
+_LIVE_COLUMNS = f"""
+    {_COLUMNS}, a.gpu_type, coalesce(a.started_at, a.created_at) AS started_at, placed.nodes, placed.replicas,
+    (SELECT max(registered_at) FROM checkpoints c WHERE c.job_id = j.id) AS checkpointed_at
+"""
+_NOT_LIVE_COLUMNS = f"""
+    {_COLUMNS}, NULL AS gpu_type, NULL AS started_at, NULL AS nodes, NULL AS replicas, NULL AS checkpointed_at
+"""
+_LIVE_FROM = """
+    FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+    JOIN attempts a ON a.job_id = j.id AND a.state IN ('starting', 'running', 'stopping')
+    CROSS JOIN LATERAL (
+        SELECT array_agg(p.node_id ORDER BY p.group_rank) AS nodes,
+               array_agg(p.replicas ORDER BY p.group_rank) AS replicas
+        FROM placements p WHERE p.attempt_id = a.id AND p.released_at IS NULL
+    ) placed
+"""
+_SINCE = "j.changed_xid >= CAST(CAST(:since AS text) AS xid8)"
+_JOBS_QUEUED = text(
+    f"SELECT {_NOT_LIVE_COLUMNS} FROM jobs j JOIN tenants t ON t.id = j.tenant_id WHERE j.state = 'queued'"
+)
+_JOBS_LIVE = text(f"SELECT {_LIVE_COLUMNS} {_LIVE_FROM} WHERE j.state IN ('starting', 'running', 'stopping')")
+_JOBS_CHANGED = text(
+    f"""
+    SELECT {_NOT_LIVE_COLUMNS} FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+    WHERE {_SINCE} AND j.state = 'queued'
+    UNION ALL
+    SELECT {_LIVE_COLUMNS} {_LIVE_FROM} WHERE {_SINCE} AND j.state IN ('starting', 'running', 'stopping')
+    """
+)
+_JOBS_OVER = text(f"SELECT j.id FROM jobs j WHERE {_SINCE} AND j.state IN ('succeeded', 'failed', 'cancelled')")
+
+
+def _job(row: Row[Any]) -> Job:
+    resources = row.resources
+    started_at = _seconds(row.started_at)
+    preemption = row.preemption or {}
+    min_runtime_s = preemption.get("min_runtime")
+    gpus = resources["gpus_per_replica"]
+    return Job(
+        id=row.id.hex,
+        tenant=row.tenant,
+        replicas=sum(row.replicas) if row.replicas else resources["replicas"],
+        gpus_per_replica=gpus,
+        submitted_at=row.submitted_at.timestamp(),
+        state=_STATES[row.state],
+        priority=row.priority,
+        gpu_types=tuple(resources.get("gpu_types") or ()),
+        gpu_type=row.gpu_type or None,
+        cpus_per_replica=cpus_per_replica(resources),
+        memory_gib_per_replica=math.ceil(memory_per_replica(resources) / GIB),
+        not_before=_seconds(row.not_before),
+        held=row.held,
+        backoff_until=_seconds(row.backoff_until),
+        avoid_nodes=tuple(node.hex for node in row.avoid_nodes),
+        time_limit_s=row.time_limit,
+        done_s=float(row.done_s or 0),
+        preemptible=preemption.get("preemptible", True),
+        protected_until=started_at + min_runtime_s if started_at is not None and min_runtime_s else None,
+        started_at=started_at,
+        checkpointed_at=_seconds(row.checkpointed_at),
+        placement=_placement(row),
+    )
+
+
+_STATES: dict[str, Any] = {"queued": "queued", "starting": "running", "running": "running", "stopping": "stopping"}
+
+
+def cpus_per_replica(resources: Mapping[str, Any]) -> int:
+    """CPUs that one replica of a job asks for, in whole ones; `resources` as stored in its spec."""
+    per_gpu = (resources.get("cpus_per_gpu") or 0) * resources["gpus_per_replica"]
+    return math.ceil(resources.get("cpus_per_replica") or per_gpu)
+
+
+def memory_per_replica(resources: Mapping[str, Any]) -> int:
+    """Bytes of memory that one replica of a job asks for; `resources` as stored in its spec. 0 = no limit."""
+    per_gpu = (resources.get("memory_per_gpu") or 0) * resources["gpus_per_replica"]
+    return int(resources.get("memory_per_replica") or per_gpu)
+
+
+def _placement(row: Row[Any]) -> tuple[PlacementItem, ...]:
+    pairs = zip(row.nodes or (), row.replicas or (), strict=True)
+    return tuple(PlacementItem(_hex(node), replicas) for node, replicas in pairs)
+
+
+@lru_cache(maxsize=32_768)
+def _hex(value: UUID) -> str:
+    return value.hex
+
+
+def _seconds(at: datetime | None) -> float | None:
+    return None if at is None else at.timestamp()
+
+
+# ------------------------------------------------------------------ what lost attempts still hold
+
+_CHARGED_LOST = text(
+    """
+    SELECT a.id, t.path AS tenant, j.priority, j.submitted_at, j.spec->'resources' AS resources, a.gpu_type,
+           coalesce(a.started_at, a.created_at) AS started_at,
+           array_agg(p.node_id ORDER BY p.group_rank) AS nodes, array_agg(p.replicas ORDER BY p.group_rank) AS replicas
+    FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
+    JOIN placements p ON p.attempt_id = a.id AND p.released_at IS NULL
+    JOIN nodes n ON n.id = p.node_id AND n.state <> 'lost'
+    WHERE a.state = 'lost' AND a.released_at IS NULL
+      AND (CAST(:job_ids AS uuid[]) IS NULL OR a.job_id = ANY(CAST(:job_ids AS uuid[])))
+    GROUP BY a.id, t.path, j.id
+    """
+)
+_LOST = text("SELECT id FROM attempts WHERE state = 'lost' AND job_id = ANY(CAST(:job_ids AS uuid[]))")
+_LOST_ON = text(
+    """
+    SELECT DISTINCT a.job_id FROM placements p JOIN attempts a ON a.id = p.attempt_id
+    WHERE p.node_id = ANY(CAST(:node_ids AS uuid[])) AND p.released_at IS NULL AND a.state = 'lost'
+    """
+)
+
+
+def _leftover(row: Row[Any]) -> Job:
+    """What a lost attempt holds on nodes that are not lost: a job that is stopping."""
+    resources = row.resources
+    return Job(
+        id=row.id.hex,
+        tenant=row.tenant,
+        replicas=sum(row.replicas),
+        gpus_per_replica=resources["gpus_per_replica"],
+        submitted_at=row.submitted_at.timestamp(),
+        state="stopping",
+        priority=row.priority,
+        gpu_type=row.gpu_type or None,
+        cpus_per_replica=cpus_per_replica(resources),
+        memory_gib_per_replica=math.ceil(memory_per_replica(resources) / GIB),
+        started_at=_seconds(row.started_at),
+        placement=_placement(row),
+    )
+
+
+async def _leftovers(
+    conn: AsyncConnection, rows: Sequence[Row[Any]], over: Sequence[UUID], node_ids: Sequence[UUID]
+) -> tuple[tuple[Job, ...], tuple[str, ...]]:
+    """What lost attempts of the changed jobs, and on the changed nodes, still hold; and the names of those that hold
+    nothing any more."""
+    job_ids = {row.id for row in rows} | set(over)
+    if node_ids:
+        job_ids.update((await conn.execute(_LOST_ON, {"node_ids": list(node_ids)})).scalars())
+    if not job_ids:
+        return (), ()
+    lost = list((await conn.execute(_LOST, {"job_ids": list(job_ids)})).scalars())
+    if not lost:
+        return (), ()
+    held = tuple(_leftover(row) for row in await conn.execute(_CHARGED_LOST, {"job_ids": list(job_ids)}))
+    names = {job.id for job in held}
+    return held, tuple(attempt.hex for attempt in lost if attempt.hex not in names)
+
+
+# ------------------------------------------------------------------ nodes and tenants
+
+_NODES = text(
+    """
+    SELECT n.id, c.name AS cluster, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.labels, n.state, n.name
+    FROM nodes n JOIN clusters c ON c.id = n.cluster_id
+    WHERE n.changed_xid >= CAST(CAST(:since AS text) AS xid8)
+    """
+)
+_TENANTS = text(
+    """
+    SELECT t.path, parent.path AS parent, t.weight, t.preemption,
+           (SELECT json_object_agg(q.resource, json_build_object(
+                'nominal', q.nominal, 'borrowing_limit', q.borrowing_limit, 'lending_limit', q.lending_limit))
+            FROM quotas q WHERE q.tenant_id = t.id) AS quotas
+    FROM tenants t LEFT JOIN tenants parent ON parent.id = t.parent_id ORDER BY t.path
+    """
+)
+
+
+def _node(row: Row[Any]) -> Node:
+    return Node(
+        name=_hex(row.id),
+        gpu_type=row.gpu_type,
+        gpus=row.gpus,
+        cluster=row.cluster,
+        cpus=row.cpus,
+        memory_gib=row.memory_bytes // GIB,
+        labels=row.labels,
+        state=row.state,
+    )
+
+
+async def _load_tenants(conn: AsyncConnection) -> tuple[Tenant, ...]:
+    return tuple(_tenant(row) for row in await conn.execute(_TENANTS))
+
+
+def _tenant(row: Row[Any]) -> Tenant:
+    rules = dict(row.preemption)
+    borrow = rules.pop("borrow", None)
+    return Tenant(
+        name=row.path,
+        parent=row.parent,
+        weight=row.weight,
+        quotas={name: Quota(**quota) for name, quota in (row.quotas or {}).items()},
+        preemption=Preemption(borrow=BorrowRule(**borrow) if borrow else None, **rules),
+    )
+
+
+def read_policy(document: str | None) -> Policy:
+    """The policy that a settings file says, as the `policy` object of plan-format; None = defaults. ValueError names
+    what does not fit."""
+    return read_record(Policy, json.loads(document)) if document else Policy()
