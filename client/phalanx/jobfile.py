@@ -7,6 +7,7 @@ YAML is read by the core schema of YAML 1.2, so `no` is a word, `1:30` is a stri
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,7 @@ def read(path: Path) -> JobFile:
         line = raw.count(b"\n", 0, error.start) + 1
         raise JobFileError("is not UTF-8 text", path=str(path), line=line, column=1) from None
     document, places = _parse_json(text, path) if path.suffix == ".json" else _parse_yaml(text, path)
+    _check_finite(document, str(path))
     if not isinstance(document, dict):
         kind = "empty" if document is None else f"a {type(document).__name__}"
         raise JobFileError(f"is {kind}: expected keys like name, resources and run", path=str(path), line=1, column=1)
@@ -74,31 +76,41 @@ def read(path: Path) -> JobFile:
 
 def override(document: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The document with `key.path=value` settings applied; values are read as YAML scalars."""
-    changed = json.loads(json.dumps(document))
+    changed = copy.deepcopy(dict(document))
     for setting in settings:
         dotted, equals, text = setting.partition("=")
         if not equals or not all(dotted.split(".")):
             raise JobFileError(f"{setting!r} is no setting: expected something like resources.replicas=4")
-        put(changed, dotted, _scalar(text, setting))
+        put(changed, dotted.split("."), _scalar(text, setting))
     return changed
 
 
-def put(document: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set one field by its dotted path, making the objects on the way."""
-    *parents, last = dotted.split(".")
+def put(document: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set one field by its path, making the objects on the way."""
     inner = document
-    for step in parents:
-        inner = inner.setdefault(step, {})
+    for step in path[:-1]:
+        if inner.get(step) is None:
+            inner[step] = {}
+        inner = inner[step]
         if not isinstance(inner, dict):
-            raise JobFileError(f"{dotted} cannot be set: {step} is {inner!r}, not a group of fields")
-    inner[last] = value
+            raise JobFileError(f"{'.'.join(path)} cannot be set: {step} is {inner!r}, not a group of fields")
+    inner[path[-1]] = value
 
 
 def _scalar(text: str, setting: str) -> Any:
     try:
-        return yaml.load(text, _CoreLoader)
+        value = yaml.load(text, _CoreLoader)
     except yaml.YAMLError:
         raise JobFileError(f"{setting!r}: the value is not valid YAML; quote it") from None
+    _check_finite(value, setting)
+    return value
+
+
+def _check_finite(document: Any, where: str) -> None:
+    try:
+        json.dumps(document, allow_nan=False)
+    except ValueError:
+        raise JobFileError("holds a number that is not finite, or a loop", path=where) from None
 
 
 # ------------------------------------------------------------------ JSON
@@ -136,6 +148,11 @@ _CORE_SCALARS = (
     ("tag:yaml.org,2002:float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
 )
 _CoreLoader.yaml_implicit_resolvers = {}
+_CoreLoader.yaml_constructors = {  # without binary, sets, timestamps: JSON has none
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or str(tag).rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+}
 for _tag, _pattern, _starts in _CORE_SCALARS:
     _CoreLoader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _starts])
 

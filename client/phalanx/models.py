@@ -326,6 +326,17 @@ class Node(Model):
 
 
 @dataclass(frozen=True)
+class Cluster(Model):
+    """A Ray cluster. `token` is its agent's, given once when the cluster is made."""
+
+    name: str
+    id: str = ""
+    agent_seen_at: datetime | None = None
+    created_at: datetime | None = None
+    token: str | None = None
+
+
+@dataclass(frozen=True)
 class Quota(Model):
     """GPUs of one type: `nominal` is owned; null limits are unbounded."""
 

@@ -1,0 +1,149 @@
+"""A job in words: short texts that tables, the live display and the summary share. Pure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import fields
+
+from phalanx.cli import output
+from phalanx.models import Attempt, Checkpoint, Job, Phases, Progress, RankExit
+
+PHASE_NAMES = tuple(field.name for field in fields(Phases) if field.name not in ("raw", "total_s"))
+
+
+def state(job: Job) -> str:
+    asked = " (cancel requested)" if job.cancel_requested_at and not job.ended else ""
+    held = " (held)" if job.held else ""
+    why = f" ({job.reason})" if job.reason and job.reason != job.state else ""
+    return f"{job.state}{why}{held}{asked}"
+
+
+def hold(job: Job) -> str | None:
+    """What a waiting job waits for; None where it does not."""
+    if job.state != "queued" or job.hold is None:
+        return None
+    place = f"position {job.position}: " if job.position is not None else ""
+    start = f"; expected to start {output.ago(job.hold.estimated_start)}" if job.hold.estimated_start else ""
+    return f"{place}{job.hold.message or job.hold.reason} [{job.hold.reason}]{start}"
+
+
+def asked(job: Job) -> str:
+    resources = job.spec.get("resources") or {}
+    replicas, gpus = resources.get("replicas") or 1, resources.get("gpus_per_replica") or 0
+    kinds = f" of {' or '.join(resources['gpu_types'])}" if resources.get("gpu_types") else ""
+    return f"{replicas} {'replica' if replicas == 1 else 'replicas'} × {gpus} GPUs{kinds}"
+
+
+def attempt(job: Job) -> str | None:
+    if job.attempt is None:
+        return None
+    number = f"{job.attempt.number} of {job.attempts}" if job.attempts > 1 else str(job.attempt.number)
+    failures = f", {job.failures} failed" if job.failures else ""
+    return f"{number}: {job.attempt.outcome or job.attempt.state}{failures}"
+
+
+def places(found: Attempt | None) -> list[str]:
+    """One line for each node that ranks ran on."""
+    return [
+        f"{place.node}  {span('rank', range(place.first_rank, place.first_rank + place.ranks))}"
+        + (f"  {span('GPU', place.gpu_indices)}" if place.gpu_indices else "")
+        for place in (found.placements if found else [])
+    ]
+
+
+def span(noun: str, numbers: Sequence[int]) -> str:
+    """`rank 0`, `ranks 0–3`, `GPUs 0,2,5`."""
+    plural = "" if len(numbers) == 1 else "s"
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{noun}{plural} {numbers[0]}–{numbers[-1]}"
+    return f"{noun}{plural} {','.join(map(str, numbers))}"
+
+
+def warmth(found: Attempt | None) -> str | None:
+    """Whether ranks were forked from a warm process, and why not."""
+    if found is None or not found.ranks:
+        return None
+    cold: dict[str, list[int]] = {}
+    for rank in found.ranks:
+        if not rank.warm:
+            cold.setdefault(rank.cold_reason or "no reason given", []).append(rank.rank)
+    if not cold:
+        return "warm: forked with torch imported"
+    said = "; ".join(f"{span('rank', ranks)} cold: {why}" for why, ranks in cold.items())
+    warm = len(found.ranks) - sum(map(len, cold.values()))
+    return f"{warm} warm; {said}" if warm else said
+
+
+def step(progress: Progress | None) -> str | None:
+    if progress is None or progress.step is None:
+        return None
+    return f"{progress.step}/{progress.total_steps}" if progress.total_steps else str(progress.step)
+
+
+def values(progress: Progress | None) -> list[str]:
+    """`loss 2.113`, `12,345 tokens/s`: what a person follows; other metrics are left to `phalanx metrics`."""
+    found = progress.values if progress else {}
+    said = [f"loss {output.number(found['loss'])}"] if "loss" in found else []
+    rate = next((name for name in ("tokens_per_s", "samples_per_s") if name in found), None)
+    return [*said, f"{output.number(found[rate])} {rate.removesuffix('_per_s')}/s"] if rate else said
+
+
+def progress(found: Progress | None) -> str | None:
+    parts = [f"step {step(found)}"] if step(found) else []
+    return "  ".join(parts + values(found)) or None
+
+
+def checkpoint(found: Checkpoint | None) -> str | None:
+    if found is None:
+        return None
+    return f"{found.url} (step {found.step})" if found.step is not None else found.url
+
+
+def reached(found: Phases | None) -> list[tuple[str, float]]:
+    """The phases that the job has been through, in order, with their seconds."""
+    if found is None:
+        return []
+    known = [(name, getattr(found, name)) for name in PHASE_NAMES]
+    return [(name.removesuffix("_s").replace("_", " "), seconds) for name, seconds in known if seconds is not None]
+
+
+def phases(found: Phases | None) -> str | None:
+    parts = [f"{name} {output.duration(seconds)}" for name, seconds in reached(found)]
+    if not parts or found is None:
+        return None
+    total = f"{output.duration(found.total_s)} after submit = " if found.total_s is not None else ""
+    return total + " + ".join(parts)
+
+
+def exits(found: Attempt | None) -> list[str]:
+    """One line for each rank that did not end well."""
+    return [f"rank {end.rank} {ending(end)}" for end in (found.exits if found else []) if not ended_well(end)]
+
+
+def ended_well(end: RankExit) -> bool:
+    return end.exit_code == 0
+
+
+def ending(end: RankExit) -> str:
+    if end.oom:
+        return "was ended for using more memory than it asked for"
+    if end.signal is not None:
+        return f"was ended by {_signal_name(end.signal)}"
+    return "ended unseen" if end.exit_code is None else f"exited with {end.exit_code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def first_failure(found: Attempt | None) -> RankExit | None:
+    """The rank whose end took the others with it: the first that failed by itself, by time, then by rank."""
+    bad = [end for end in (found.exits if found else []) if not ended_well(end)]
+    named = found.raw.get("first_failed_rank") if found else None
+    return min(
+        bad, key=lambda end: (end.rank != named, end.raw.get("ended_at") or float("inf"), end.rank), default=None
+    )

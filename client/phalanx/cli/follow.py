@@ -1,0 +1,62 @@
+"""Following one job to its end: asks the server, woken by the job's events, and shows each state on a board.
+
+It owns when to look and what an outage of the server means (nothing: the job goes on, so following does too). How a
+job looks on the terminal is the board's business (`board.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol
+
+from phalanx.errors import ConnectionFailed, PhalanxError, Unavailable
+from phalanx.models import Job
+
+if TYPE_CHECKING:
+    from phalanx.client import AsyncClient
+
+POLL_S = 0.5
+OUTAGE_TOLERANCE_S = 600.0
+
+
+class Board(Protocol):
+    """Where the state of a job is shown."""
+
+    def show(self, job: Job) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+async def follow(client: AsyncClient, job_id: str, board: Board, *, poll_s: float = POLL_S) -> Job:
+    """Show the job until it has ended, and answer it. An unreachable server is waited for OUTAGE_TOLERANCE_S."""
+    changed = asyncio.Event()
+    listener = asyncio.create_task(_listen(client, job_id, changed))
+    heard_at = time.monotonic()
+    try:
+        while True:
+            try:
+                job = await client.job(job_id)
+                heard_at = time.monotonic()
+                board.show(job)
+                if job.ended:
+                    return job
+            except (ConnectionFailed, Unavailable) as error:
+                if time.monotonic() - heard_at > OUTAGE_TOLERANCE_S:
+                    raise
+                board.note(f"{error}; the job goes on, trying again")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), poll_s)
+            changed.clear()
+    finally:
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+
+
+async def _listen(client: AsyncClient, job_id: str, changed: asyncio.Event) -> None:
+    """Wake the follower on each event. Only a hint: without it the follower still looks every `poll_s`."""
+    with suppress(PhalanxError):
+        async for _ in client.follow(job_id):
+            changed.set()
+    changed.set()

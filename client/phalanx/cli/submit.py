@@ -1,0 +1,207 @@
+"""The command submit: from a job file, or a command after `--`, to an accepted job, and with --follow to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from phalanx import config, jobfile
+from phalanx.cli import describe, failures, output, session
+from phalanx.cli.failures import FAILED, INTERRUPTED, INVALID, CommandError
+from phalanx.errors import InvalidRequest
+from phalanx.jobfile import JobFile
+from phalanx.models import DryRun, Job
+
+if TYPE_CHECKING:
+    from phalanx.client import Client
+
+AFTER_DASHES = "phalanx.after_dashes"
+
+
+class CommandAfterDashes(TyperCommand):
+    """Keeps what stands after `--` apart, so that `submit -- python train.py` does not take `python` for a file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.meta[AFTER_DASHES] = args[cut + 1 :]
+        return super().parse_args(ctx, args[:cut])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- COMMAND…]"]
+
+
+def submit(
+    ctx: typer.Context,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A job file, YAML or JSON.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant that it counts for.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Replicas: the gang, all at once or none.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs; with --replicas: of each replica.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any field: resources.replicas=4.")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="Set a variable.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Directory to upload, instead of the file's.")] = None,
+    no_upload: Annotated[bool, typer.Option("--no-upload", help="Upload no directory.")] = False,
+    key: Annotated[
+        str | None, typer.Option("--idempotency-key", help="Submitting again with the same key makes no second job.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it, and say what would happen.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow it to its end.")] = False,
+    output_as: output.Output = output.Format.TABLE,
+) -> None:
+    """Submit a job: `phalanx submit job.yaml`, or `phalanx submit --gpus 2 -- python train.py`.
+
+    With --follow the exit code is 1 unless the job succeeds; Ctrl-C stops following and leaves the job running.
+    """
+    job = _job(file, ctx.meta[AFTER_DASHES])
+    for field, value in (("name", name), ("tenant", tenant)):
+        if value is not None:
+            jobfile.put(job.document, [field], value)
+    _resize(job.document, replicas=replicas, gpus=gpus)
+    for text in env or []:
+        jobfile.put(job.document, ["run", "env", (pair := _variable(text))[0]], pair[1])
+    job = replace(job, document=jobfile.override(job.document, set_ or []))
+    directory = None if no_upload else workdir or job.workdir()
+    document = _without_workdir(job.document)
+    with session.connected() as client:
+        try:
+            if dry_run:
+                return _print_dry_run(client.dry_run(document), output_as)
+            accepted = client.submit(document, workdir=directory, idempotency_key=key)
+        except InvalidRequest as error:
+            raise CommandError(placed(error, job), exit_code=INVALID) from None
+        config.remember_job(client.url, accepted.id)
+        if follow:
+            raise typer.Exit(_follow(client, accepted, output_as))
+    _print_accepted(accepted, output_as)
+
+
+# ------------------------------------------------------------------ the document
+
+
+def _job(file: Path | None, command: list[str]) -> JobFile:
+    """The job of a file, of a command, or of a file whose command is replaced."""
+    if file is None and not command:
+        raise CommandError("nothing to submit: give a job file, or a command after --", exit_code=INVALID)
+    if file is None:
+        document = {"name": _name_of(command), "resources": {"gpus": 1}, "run": {"workdir": "."}}
+        job = JobFile(document)
+    else:
+        job = jobfile.read(file)
+    if command:
+        jobfile.put(job.document, ["run", "command"], shlex.join(command))
+    return job
+
+
+def _name_of(command: list[str]) -> str:
+    """A name for a job that has none: of the script, else of the program."""
+    script = next((word for word in command if word.endswith(".py")), command[0])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(script).stem).strip("-._")
+    return name[:128] or "job"
+
+
+def _resize(document: dict[str, Any], *, replicas: int | None, gpus: int | None) -> None:
+    """Alone, --gpus is the job file's short form: so many one-GPU replicas. With --replicas it is of each replica."""
+    if replicas is None and gpus is None:
+        return
+    resources = document.setdefault("resources", {})
+    if not isinstance(resources, dict):
+        raise CommandError(f"resources is {resources!r}: expected fields like gpus", exit_code=INVALID)
+    if replicas is None:
+        for field in ("replicas", "gpus_per_replica"):
+            resources.pop(field, None)
+        return jobfile.put(document, ["resources", "gpus"], gpus)
+    if "gpus" in resources:
+        del resources["gpus"]
+        resources["gpus_per_replica"] = 1
+    resources["replicas"] = replicas
+    if gpus is not None:
+        resources["gpus_per_replica"] = gpus
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise CommandError(f"--env is {text!r}: expected NAME=VALUE", exit_code=INVALID)
+    return name, value
+
+
+def _without_workdir(document: dict[str, Any]) -> dict[str, Any]:
+    """What is sent: the directory is this machine's business."""
+    run = document.get("run")
+    if not isinstance(run, dict):
+        return document
+    return {**document, "run": {key: value for key, value in run.items() if key != "workdir"}}
+
+
+def placed(error: InvalidRequest, job: JobFile) -> str:
+    """The server's complaints, each with its place in the job file."""
+    said = [f"{place}: {one}" if (place := job.place(one.field)) else str(one) for one in error.errors]
+    return "; ".join(said) or failures.sentence(error)
+
+
+# ------------------------------------------------------------------ what is said
+
+
+def _print_dry_run(found: DryRun, output_as: output.Format) -> None:
+    if output_as is not output.Format.TABLE:
+        return output.data(found.raw, output_as)
+    would = found.would
+    if would is None or (not would.start and would.hold is None):
+        typer.echo("valid")
+    elif would.start:
+        typer.echo("valid; it would start now")
+    elif would.hold:
+        start = f"; expected to start {output.ago(would.hold.estimated_start)}" if would.hold.estimated_start else ""
+        typer.echo(f"valid; it would wait: {would.hold.message or would.hold.reason} [{would.hold.reason}]{start}")
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _print_accepted(job: Job, output_as: output.Format) -> None:
+    if output_as is not output.Format.TABLE:
+        return output.data(job.raw, output_as)
+    typer.echo(job.id)
+    waits_for = describe.hold(job)
+    typer.echo(f"{job.name} is {waits_for or job.state}; follow it with: phalanx logs -f {job.id}", err=True)
+
+
+def _follow(client: Client, job: Job, output_as: output.Format) -> int:
+    """Follow to the end and sum up; the exit code."""
+    from phalanx.cli import board, summary  # drawing is not needed to submit
+
+    try:
+        with board.board() as shown:
+            shown.show(job)
+            ended = asyncio.run(_followed(job.id, shown))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped following; {job.name} goes on. See it with: phalanx show {job.id}; end it with: "
+            f"phalanx cancel {job.id}",
+            err=True,
+        )
+        return INTERRUPTED
+    if output_as is output.Format.TABLE:
+        summary.print_summary(client, ended)
+    else:
+        output.data(ended.raw, output_as)
+    return 0 if ended.state == "succeeded" else FAILED
+
+
+async def _followed(job_id: str, shown: Any) -> Job:
+    from phalanx.cli.follow import follow
+
+    async with session.make_async_client() as client:
+        return await follow(client, job_id, shown)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(cls=CommandAfterDashes)(submit)
