@@ -1,0 +1,273 @@
+"""An attempt's life, and the table of ends: what a cause and an exit make of the attempt and of its job.
+
+Owns the states, the outcomes and the one decision `decide_end`. Facts come in, a decision goes out; refuses to know
+where facts come from and how the decision is carried out.
+"""
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from phalanx_server.domain.job import JobState
+from phalanx_server.domain.retry import decide_retry
+
+
+class AttemptState(StrEnum):
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDED = "ended"
+    LOST = "lost"
+
+
+_A = AttemptState
+ATTEMPT_LIVE = frozenset({_A.STARTING, _A.RUNNING, _A.STOPPING})
+ATTEMPT_TRANSITIONS: Mapping[AttemptState, frozenset[AttemptState]] = {
+    _A.STARTING: frozenset({_A.RUNNING, _A.STOPPING, _A.ENDED, _A.LOST}),
+    _A.RUNNING: frozenset({_A.STOPPING, _A.ENDED, _A.LOST}),
+    _A.STOPPING: frozenset({_A.ENDED, _A.LOST}),
+    _A.ENDED: frozenset(),
+    _A.LOST: frozenset(),
+}
+
+
+class StopCause(StrEnum):
+    """Why the server ended an attempt."""
+
+    CANCEL = "cancel"
+    TIME_LIMIT = "time_limit"
+    PREEMPTION = "preemption"
+    RESIZE = "resize"
+    MIGRATION = "migration"
+    DRAIN = "drain"
+    NODE_LOST = "node_lost"
+
+
+class Outcome(StrEnum):
+    """How an attempt ended, for people and statistics."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    OOM = "oom"
+    START_FAILED = "start_failed"
+    CANCELLED = "cancelled"
+    TIME_LIMIT = "time_limit"
+    PREEMPTED = "preempted"
+    RESIZED = "resized"
+    MIGRATED = "migrated"
+    DRAINED = "drained"
+    NODE_LOST = "node_lost"
+
+
+class Exit(StrEnum):
+    """How the ranks of an attempt ended, all together."""
+
+    CLEAN = "clean"  # every rank with code 0
+    FAILED = "failed"  # some rank with another code, or by a signal
+    OOM = "oom"  # some rank over the attempt's memory
+    UNSEEN = "unseen"  # nobody saw the end of some rank
+    NEVER_RAN = "never_ran"
+
+
+class Verdict(StrEnum):
+    """What becomes of the job."""
+
+    SUCCEED = "succeed"
+    FAIL = "fail"
+    CANCEL = "cancel"
+    QUEUE = "queue"  # again, and no retry is used up
+    RETRY = "retry"  # again if a retry is left, else failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankEnd:
+    """How one rank ended; neither code nor signal = its end was never seen."""
+
+    rank: int
+    exit_code: int | None = None
+    signal: int | None = None
+    oom: bool = False
+    finished: bool = False
+
+    @property
+    def unseen(self) -> bool:
+        return self.exit_code is None and self.signal is None and not self.oom
+
+    @property
+    def failed(self) -> bool:
+        return self.oom or self.signal is not None or bool(self.exit_code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndFacts:
+    """All that the decision depends on. `failures` counts the job's failed attempts before this one."""
+
+    cause: StopCause | None = None
+    cancel_requested: bool = False
+    exits: Sequence[RankEnd] = ()
+    first_failed_rank: int | None = None
+    finished_called: bool = False
+    start_error: str | None = None  # it never ran, and this is why
+    failures: int = 0
+    max_retries: int = 0
+    backoff_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The decision. `failed_rank` says whose node to avoid next time; `backoff_s` when to try again."""
+
+    outcome: Outcome
+    job_state: JobState
+    message: str
+    counts_as_failure: bool = False
+    backoff_s: float = 0.0
+    avoid_node: bool = False
+    failed_rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndRow:
+    """One row of the table: the first whose conditions all hold decides. None = whatever it is."""
+
+    causes: frozenset[StopCause | None] | None
+    exits: frozenset[Exit] | None
+    finished: bool | None
+    outcome: Outcome
+    verdict: Verdict
+
+
+_GIVES_WAY = {
+    StopCause.PREEMPTION: Outcome.PREEMPTED,
+    StopCause.RESIZE: Outcome.RESIZED,
+    StopCause.MIGRATION: Outcome.MIGRATED,
+    StopCause.DRAIN: Outcome.DRAINED,
+}
+
+
+def _row(
+    cause: StopCause | None | str,
+    exit: Exit | None,
+    outcome: Outcome,
+    verdict: Verdict,
+    *,
+    finished: bool | None = None,
+) -> EndRow:
+    causes = None if cause == "any" else frozenset({StopCause(cause) if cause else None})
+    return EndRow(causes, frozenset({exit}) if exit else None, finished, outcome, verdict)
+
+
+TABLE_OF_ENDS: tuple[EndRow, ...] = (
+    _row(StopCause.CANCEL, None, Outcome.CANCELLED, Verdict.CANCEL),
+    _row(StopCause.TIME_LIMIT, Exit.CLEAN, Outcome.SUCCEEDED, Verdict.SUCCEED),
+    _row(StopCause.TIME_LIMIT, None, Outcome.TIME_LIMIT, Verdict.FAIL),
+    _row(StopCause.NODE_LOST, None, Outcome.NODE_LOST, Verdict.QUEUE),
+    *(_row(cause, None, Outcome.SUCCEEDED, Verdict.SUCCEED, finished=True) for cause in _GIVES_WAY),
+    *(_row(cause, None, outcome, Verdict.QUEUE) for cause, outcome in _GIVES_WAY.items()),
+    _row(None, Exit.CLEAN, Outcome.SUCCEEDED, Verdict.SUCCEED),
+    _row(None, Exit.UNSEEN, Outcome.NODE_LOST, Verdict.QUEUE),
+    _row(None, Exit.NEVER_RAN, Outcome.START_FAILED, Verdict.RETRY),
+    _row(None, Exit.OOM, Outcome.OOM, Verdict.RETRY),
+    _row(None, Exit.FAILED, Outcome.FAILED, Verdict.RETRY),
+)
+
+# A start that fails is the cluster's fault more often than the job's: it is tried again even with `retries.max: 0`.
+START_RETRIES = 3
+
+_JOB_STATES = {
+    Verdict.SUCCEED: JobState.SUCCEEDED,
+    Verdict.FAIL: JobState.FAILED,
+    Verdict.CANCEL: JobState.CANCELLED,
+    Verdict.QUEUE: JobState.QUEUED,
+}
+
+
+def decide_end(facts: EndFacts) -> End:
+    """What an attempt's end means for it and for its job."""
+    exit = _exit_of(facts)
+    row = _find(facts, exit)
+    message = _message(facts, row.outcome)
+    if row.verdict is not Verdict.RETRY:
+        return End(outcome=row.outcome, job_state=_JOB_STATES[row.verdict], message=message)
+    allowed = max(facts.max_retries, START_RETRIES) if exit is Exit.NEVER_RAN else facts.max_retries
+    retry = decide_retry(failures=facts.failures + 1, max_retries=allowed, backoff_s=facts.backoff_s)
+    return End(
+        outcome=row.outcome,
+        job_state=JobState.QUEUED if retry.retry else JobState.FAILED,
+        message=message,
+        counts_as_failure=True,
+        backoff_s=retry.delay_s,
+        avoid_node=True,
+        failed_rank=_blamed(facts),
+    )
+
+
+def _find(facts: EndFacts, exit: Exit) -> EndRow:
+    cause = StopCause.CANCEL if facts.cancel_requested else facts.cause
+    finished = facts.finished_called or any(each.finished for each in facts.exits)
+    for row in TABLE_OF_ENDS:
+        if row.causes is not None and cause not in row.causes:
+            continue
+        if row.exits is not None and exit not in row.exits:
+            continue
+        if row.finished is None or row.finished == finished:
+            return row
+    raise AssertionError(f"the table of ends has no row for {cause} and {exit}")
+
+
+def _exit_of(facts: EndFacts) -> Exit:
+    if facts.start_error is not None:
+        return Exit.NEVER_RAN
+    if any(each.oom for each in facts.exits):
+        return Exit.OOM
+    if not facts.exits or any(each.unseen for each in facts.exits):
+        return Exit.UNSEEN
+    return Exit.FAILED if any(each.failed for each in facts.exits) else Exit.CLEAN
+
+
+def _blamed(facts: EndFacts) -> int | None:
+    """The rank that failed first, as far as anybody saw."""
+    if facts.first_failed_rank is not None:
+        return facts.first_failed_rank
+    failed = [each.rank for each in facts.exits if each.failed]
+    return min(failed, default=None)
+
+
+_SENTENCES = {
+    Outcome.SUCCEEDED: "every rank ended well",
+    Outcome.CANCELLED: "cancelled",
+    Outcome.TIME_LIMIT: "reached its time limit",
+    Outcome.PREEMPTED: "gave way to another job",
+    Outcome.RESIZED: "stopped to go on with another number of replicas",
+    Outcome.MIGRATED: "stopped to go on elsewhere",
+    Outcome.DRAINED: "its node is being drained",
+    Outcome.NODE_LOST: "a node was lost",
+}
+
+
+def _message(facts: EndFacts, outcome: Outcome) -> str:
+    if outcome is Outcome.START_FAILED:
+        return f"could not start: {facts.start_error}"
+    if outcome is Outcome.NODE_LOST and facts.cause is None:
+        return "nobody saw how it ended; treated as a lost node"
+    if outcome in _SENTENCES:
+        return _SENTENCES[outcome]
+    return _describe(next((each for each in facts.exits if each.rank == _blamed(facts)), None))
+
+
+def _describe(end: RankEnd | None) -> str:
+    if end is None:
+        return "a rank failed"
+    if end.oom:
+        return f"rank {end.rank} ran out of memory"
+    if end.signal is not None:
+        return f"rank {end.rank} was ended by {_signal_name(end.signal)}"
+    return f"rank {end.rank} exited with code {end.exit_code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,87 @@
+"""The tenant tree: paths, quotas and who may evict whom.
+
+Owns what a valid path, quota and preemption rule is. Refuses to know who uses how much: that is scheduling.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from phalanx_server.domain.errors import FieldError, Invalid
+
+_NAME = r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
+_PATH = re.compile(rf"{_NAME}(/{_NAME})*")
+_RESOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+PATH_MAX_CHARS = 256
+DEPTH_MAX = 16
+ROOT = "default"
+QUOTA_MAX = 1 << 50
+
+
+class PreemptionRules(BaseModel):
+    """Whom a tenant's jobs may evict; the fields of plan-format's `tenants[].preemption`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    within_tenant: Literal["never", "lower_priority", "lower_or_newer_equal"] = "lower_priority"
+    reclaim: Literal["never", "lower_priority", "any"] = "any"
+    borrow: "BorrowRule | None" = None
+
+
+class BorrowRule(BaseModel):
+    """It may evict in order to borrow: victims of at most this priority, and below its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_priority: Annotated[int, Field(strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaLimits:
+    """Of one GPU type, or of `cpu` or `memory_gib`. A limit of None = no limit."""
+
+    nominal: int
+    borrowing_limit: int | None = None
+    lending_limit: int | None = None
+
+
+def check_path(path: str, field: str = "path") -> str:
+    """`path` if it is one; raises Invalid."""
+    if len(path) > PATH_MAX_CHARS or path.count("/") >= DEPTH_MAX or not _PATH.fullmatch(path):
+        raise Invalid.field(
+            field,
+            f"{path[:80]!r} is no tenant path",
+            "lower-case names of letters, digits, '.', '_' and '-', joined by '/', like research/nlp",
+        )
+    return path
+
+
+def parent_of(path: str) -> str | None:
+    """The tenant above; None for a root."""
+    parent, slash, _ = path.rpartition("/")
+    return parent if slash else None
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """What somebody who wrote `name` probably meant."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
+
+
+def check_quotas(quotas: Mapping[str, QuotaLimits], field: str = "quotas") -> None:
+    """Raises Invalid, naming every value that cannot be."""
+    errors = [
+        FieldError(f"{field}.{resource}", f"{resource[:80]!r} is no resource", "a GPU type, cpu or memory_gib")
+        for resource in quotas
+        if not _RESOURCE.fullmatch(resource) or len(resource) > 64
+    ]
+    for resource, limits in quotas.items():
+        for name in ("nominal", "borrowing_limit", "lending_limit"):
+            amount = getattr(limits, name)
+            if amount is not None and not 0 <= amount <= QUOTA_MAX:
+                errors.append(FieldError(f"{field}.{resource}.{name}", f"{amount} is not in 0..{QUOTA_MAX}"))
+    if errors:
+        raise Invalid.fields(errors)
