@@ -63,7 +63,7 @@ def _place(way: Sequence[int | str], document: Any) -> str:
     """`jobs[3] (train-1).replicas: ` — with the id or name of a row, which people know better than its number."""
     text, value = "", document
     for step in way:
-        parts = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        parts: Any = dict(enumerate(value)) if isinstance(value, list | tuple) else value
         value = parts.get(step) if isinstance(parts, Mapping) else None
         text += f"[{step}]" if isinstance(step, int) else f".{step}"
         row = value if isinstance(step, int) and isinstance(value, Mapping) else {}

@@ -1,0 +1,117 @@
+"""Owns the finding of the reason why a job cannot start now: the first, by precedence, that would hold by itself.
+
+Refuses to decide and to word it (`domain.reason` does). Where a job accepts several GPU types, the reason told is the
+one that comes last in the order of precedence: to lift that one alone is enough.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from phalanx_server.domain.reason import (
+    Apart,
+    Explanation,
+    Fragmented,
+    HoldReason,
+    Impossible,
+    InMaintenance,
+    NoRoom,
+    OverQuota,
+    Reserved,
+)
+from phalanx_server.domain.resources import CPU, MEMORY, Demand
+from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.fit import holds_gang, rooms, usable_by
+from phalanx_server.scheduling.nodes import Amounts, Mask
+from phalanx_server.scheduling.order import Ask, ClassKey
+from phalanx_server.scheduling.world import World
+
+_PRECEDENCE = {reason: i for i, reason in enumerate(HoldReason)}
+
+
+def possible_types(world: World, tenant: str, ask: Ask) -> Sequence[str | None]:
+    """The GPU types on which the job could run if nothing else did, best first; None for a CPU job; () = never."""
+    return [t for t in _named_types(world, ask) if _limit(world, tenant, ask, t) is None]
+
+
+def explain_impossible(world: World, tenant: str, ask: Ask) -> Impossible:
+    """Why a job with no possible type can never start."""
+    limits = [_limit(world, tenant, ask, t) for t in _named_types(world, ask)]
+    return Impossible(ask.describe(), tuple(x for x in limits if x) or ("there is no node with GPUs",))
+
+
+def _named_types(world: World, ask: Ask) -> Sequence[str | None]:
+    if ask.shape.is_cpu_only:
+        return [None]
+    return ask.gpu_types or world.table.gpu_types
+
+
+def _limit(world: World, tenant: str, ask: Ask, gpu_type: str | None) -> str | None:
+    largest = world.empty.largest_gang(ask, gpu_type)
+    if largest < ask.least_replicas:
+        where = "in one cluster" if gpu_type is None else f"on {gpu_type} in one cluster"
+        return f"all nodes together hold {largest} of {ask.least_replicas} replicas {where}"
+    for resource, amount in ask.shape.demand(gpu_type, ask.least_replicas):
+        most = world.forest.most(tenant, resource)
+        if most is not None and amount > most:
+            return f"the quotas allow {tenant} at most {most} {resource}"
+    return None
+
+
+def explain_quota(draft: Draft, tenant: str, demand: Demand) -> Explanation:
+    """Why a demand that is not in quota is not."""
+    lack = draft.now.use.shortage(tenant, demand)
+    if lack is None:
+        return Reserved(tuple(draft.ahead))
+    return OverQuota(resource=lack.resource, asks=lack.asks, leaves=lack.leaves, limiter=lack.limiter)
+
+
+def explain_nodes(draft: Draft, key: ClassKey, gpu_type: str | None) -> Explanation:
+    """Why a gang that is in quota finds no place on the nodes of a GPU type."""
+    table, ask = draft.table, key.ask
+    accepting, allowed = draft.accepting(key, (draft.now,)), draft.allowed(key, (draft.now,))
+    free = draft.usable(ask, (draft.now,))
+    if holds_gang(table, free, ask, gpu_type, allowed):
+        return Reserved(tuple(draft.ahead))
+    if holds_gang(table, free, ask, gpu_type, accepting):
+        return _maintenance(draft, key, gpu_type, free)
+    empty = usable_by(table.total, table, ask)
+    if holds_gang(table, empty, ask, gpu_type, accepting) and not holds_gang(table, empty, ask, gpu_type, allowed):
+        return _maintenance(draft, key, gpu_type, empty)
+    return _room(draft, ask, gpu_type, free, allowed)
+
+
+def _maintenance(draft: Draft, key: ClassKey, gpu_type: str | None, free: Amounts) -> InMaintenance:
+    """The first window to end after which the gang has its place."""
+    accepting, limit_s = draft.accepting(key, (draft.now,)), key.ask.run_limit_s
+    for ends_at in draft.windows.ends:
+        mask = accepting & draft.windows.clear(limit_s, once_past=ends_at)
+        if holds_gang(draft.table, free, key.ask, gpu_type, mask):
+            return InMaintenance(ends_at, limit_s)
+    raise AssertionError("without any window it would have its place")
+
+
+def _room(draft: Draft, ask: Ask, gpu_type: str | None, free: Amounts, allowed: Mask) -> Explanation:
+    gang = ask.describe(gpu_type)
+    names = (gpu_type or "gpu", CPU, MEMORY)
+    everywhere = _columns_mask(draft, gpu_type) & allowed
+    for name, each, row in zip(names, (ask.shape.gpus, ask.shape.cpus, ask.shape.memory_gib), free, strict=True):
+        have = int(np.maximum(row, 0)[everywhere].sum())
+        if have < each * ask.replicas:
+            return NoRoom(gang=gang, resource=name, asks=each * ask.replicas, free=have)
+    fit = rooms(draft.table, free, ask, gpu_type, allowed)
+    if sum(fit) >= ask.replicas:
+        return Apart(gang, "cluster")
+    return Fragmented(gang, replicas=ask.replicas, fit=sum(fit))
+
+
+def _columns_mask(draft: Draft, gpu_type: str | None) -> Mask:
+    mask = np.zeros(len(draft.table.names), dtype=np.bool_)
+    for domain in draft.table.domains(gpu_type):
+        mask[domain.columns] = True
+    return mask
+
+
+def weakest(explanations: Sequence[Explanation]) -> Explanation:
+    """Of one explanation per GPU type the one to tell."""
+    return max(explanations, key=lambda e: _PRECEDENCE[e.reason])

@@ -1,0 +1,70 @@
+"""Owns the question whether nodes have room for a gang: how many of its replicas each could take, now or when empty.
+
+Refuses to choose among nodes that do (`place`), and to know quotas and the queue. A replica never spans nodes; a gang
+fits in a domain when all of its replicas do, at once.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from phalanx_server.domain.resources import Shape
+from phalanx_server.scheduling.nodes import Amounts, Mask, NodeTable, amounts_of, usable
+from phalanx_server.scheduling.order import Ask
+
+
+def room(free: Amounts, shape: Shape, most: int) -> Amounts:
+    """How many replicas of a shape each node has room for, counted up to `most`. Over-committed nodes have none."""
+    counts = np.full(free.shape[1], most, dtype=np.int64)
+    for row, each in zip(free, amounts_of(shape), strict=True):
+        if each:
+            np.minimum(counts, row // each, out=counts)
+    return np.maximum(counts, 0, out=counts)
+
+
+def usable_by(free: Amounts, table: NodeTable, ask: Ask) -> Amounts:
+    """What of the free amounts the ask's replicas may take."""
+    return usable(free, table.total, by_cpu_jobs=ask.shape.is_cpu_only)
+
+
+def rooms(table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask) -> list[int]:
+    """For how many of its replicas each domain has room on the allowed nodes. `free` is what it may use."""
+    columns = [d.columns for d in table.domains(gpu_type)]
+    return [int((room(free[:, c], ask.shape, ask.replicas) * allowed[c]).sum()) for c in columns]
+
+
+def holds_gang(table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask) -> bool:
+    """Has one domain room for the whole gang on the allowed nodes?"""
+    return max(rooms(table, free, ask, gpu_type, allowed), default=0) >= ask.replicas
+
+
+class EmptyCluster:
+    """What could be held if nothing ran. Answers are remembered; when nodes change it is made anew."""
+
+    def __init__(self, table: NodeTable) -> None:
+        self._table = table
+        self._largest: dict[tuple[Ask, str | None], int] = {}
+        self._accepting: dict[Ask, Mask] = {}
+
+    def largest_gang(self, ask: Ask, gpu_type: str | None) -> int:
+        """For how many of the least number of replicas there is room, counting nodes of any state."""
+        if (ask, gpu_type) not in self._largest:
+            least = replace(ask, replicas=ask.least_replicas)
+            free = usable_by(self._table.total, self._table, ask)
+            found = rooms(self._table, free, least, gpu_type, self._table.of_types(ask.gpu_types))
+            self._largest[ask, gpu_type] = min(ask.least_replicas, max(found, default=0))
+        return self._largest[ask, gpu_type]
+
+    def accepting(self, ask: Ask) -> Mask:
+        """The nodes that take new jobs and are of a type that it accepts; without those that it avoids, as long as the
+        others could hold the gang when empty."""
+        if ask not in self._accepting:
+            wanted = self._table.ready & self._table.of_types(ask.gpu_types)
+            others = wanted & ~self._table.mask_of(ask.avoid_nodes)
+            self._accepting[ask] = others if ask.avoid_nodes and self._ever_holds(ask, others) else wanted
+        return self._accepting[ask]
+
+    def _ever_holds(self, ask: Ask, allowed: Mask) -> bool:
+        free = usable_by(self._table.total, self._table, ask)
+        types = [None] if ask.shape.is_cpu_only else ask.gpu_types or self._table.gpu_types
+        return any(holds_gang(self._table, free, ask, t, allowed) for t in types)

@@ -1,0 +1,67 @@
+"""Owns what comes before anything else in a pass: places that are kept for waiting jobs, and what stops for them.
+
+Refuses to stop anything. A queued job is a claimant if it carries `kept`, or if a stopping job is stopping `for` it.
+It starts if its place is free; else, if the place will be free once all that is stopping has stopped, it waits and the
+place stays its own; else what was kept has lapsed, and it takes its turn like any other job.
+"""
+
+import itertools
+
+from phalanx_server.domain.reason import WaitsForVictims
+from phalanx_server.scheduling.draft import Books, Draft
+from phalanx_server.scheduling.explain import possible_types
+from phalanx_server.scheduling.gates import closed_gate
+from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.place import Spot
+from phalanx_server.scheduling.plan import HoldGroup
+from phalanx_server.scheduling.snapshot import Job, Seat
+
+
+def honour_claims(draft: Draft) -> list[tuple[Job, HoldGroup | None]]:
+    """Settle the claimants in queue order. Gives those that are settled, with their hold or None for a start."""
+    world = draft.world
+    wanted = world.kept | {j.for_job for j in world.stopping.values() if j.for_job is not None}
+    claimants = [world.jobs[i] for i in wanted if i in world.jobs and world.jobs[i].state == "queued"]
+    settled = []
+    for job in sorted(claimants, key=lambda j: (-j.priority, j.submitted_at, j.id)):
+        key = world.queue.key_of(job)
+        if closed_gate(key.gates, world.now, draft.array_jobs) is None and (spot := _claim(draft, job, key)):
+            settled.append((job, _settle(draft, job, key, spot)))
+    return settled
+
+
+def _claim(draft: Draft, job: Job, key: ClassKey) -> Spot | None:
+    """The place that a claimant has, or will have soon."""
+    if job.kept is not None:
+        spot = draft.spot_at(job.kept, draft.world.gpu_type_of(job, job.kept))
+        if spot is not None and draft.is_open(key, spot, (draft.soon,)):
+            return spot
+    if not any(other.for_job == job.id for other in draft.world.stopping.values()):
+        return None
+    ways = itertools.product((draft.both, (draft.soon,)), possible_types(draft.world, key.tenant, key.ask))
+    spots = (_spot_in_quota(draft, key, gpu_type, books) for books, gpu_type in ways)
+    return next((spot for spot in spots if spot is not None), None)
+
+
+def _spot_in_quota(draft: Draft, key: ClassKey, gpu_type: str | None, books: Books) -> Spot | None:
+    spot = draft.spot(key, gpu_type, books)
+    return spot if spot is not None and draft.is_open(key, spot, books) else None
+
+
+def _settle(draft: Draft, job: Job, key: ClassKey, spot: Spot) -> HoldGroup | None:
+    if draft.is_open(key, spot, draft.both):
+        draft.start(job.id, key, spot)
+        return None
+    draft.keep(job.id, key, spot)
+    seat = Seat(gpu_type=spot.gpu_type, placement=spot.placement(draft.table))
+    starts_at = draft.world.now + draft.world.policy.restart_s
+    return HoldGroup((job.id,), WaitsForVictims(_victims(draft, job, seat), starts_at), seat)
+
+
+def _victims(draft: Draft, job: Job, seat: Seat) -> tuple[str, ...]:
+    """Who stops for it, or on the nodes that are kept for it."""
+    nodes = {p.node for p in seat.placement}
+    stopping = draft.world.stopping.values()
+    return tuple(
+        sorted(j.id for j in stopping if j.for_job == job.id or not nodes.isdisjoint(p.node for p in j.placement))
+    )

@@ -1,0 +1,74 @@
+"""Owns the choice of nodes for a gang that fits: few nodes, and the tightest that will do.
+
+Refuses to know quotas and the queue. Best fit keeps large holes whole for large gangs; a gang spreads over as few
+nodes as possible, the fullest share first, its last node chosen by best fit. CPU jobs stay off nodes with GPUs while
+they can.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from phalanx_server.scheduling.fit import room
+from phalanx_server.scheduling.nodes import CPUS, GPUS, MEMORY, Amounts, Mask, NodeTable
+from phalanx_server.scheduling.order import Ask
+from phalanx_server.scheduling.snapshot import PlacementItem
+
+_BITS = 20
+_MOST = (1 << _BITS) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a gang goes: columns of the node table, and the replicas on each."""
+
+    gpu_type: str | None
+    columns: list[int]
+    replicas: list[int]
+
+    def placement(self, table: NodeTable) -> tuple[PlacementItem, ...]:
+        """The same with the names of the nodes, sorted by name."""
+        named = sorted((table.names[i], r) for i, r in zip(self.columns, self.replicas, strict=True))
+        return tuple(PlacementItem(name, r) for name, r in named)
+
+
+def find_spot(table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask) -> Spot | None:
+    """The best place for a whole gang within one domain, or None if no domain has room. `free` is what it may use."""
+    best: tuple[int, int, int] | None = None
+    spot = None
+    for number, domain in enumerate(table.domains(gpu_type)):
+        columns = domain.columns
+        counts = room(free[:, columns], ask.shape, ask.replicas) * allowed[columns]
+        if int(counts.sum()) < ask.replicas:
+            continue
+        tightness = _tightness(free[:, columns], table.total[:, columns], ask.shape.is_cpu_only)
+        nodes, replicas = choose_nodes(counts, tightness, ask.replicas)
+        rank = (len(nodes), int(tightness[nodes].max()), number)
+        if best is None or rank < best:
+            best, spot = rank, Spot(gpu_type, [columns.start + i for i in nodes], replicas)
+    return spot
+
+
+def choose_nodes(counts: Amounts, tightness: Amounts, replicas: int) -> tuple[list[int], list[int]]:
+    """(nodes, replicas on each) for so many replicas, of which `counts` (at least as many in sum) have room. The least
+    tightness wins; then the first."""
+    roomy_first = np.lexsort((tightness, -counts)) if counts.max() < replicas else np.zeros(0, dtype=np.int64)
+    filled = counts[roomy_first]
+    rest = replicas - (np.cumsum(filled) - filled)
+    whole = int(np.argmax(filled >= rest)) if len(filled) else 0  # so many nodes are filled before the last one
+    last_replicas = int(rest[whole]) if len(rest) else replicas
+    nodes = roomy_first[:whole]
+    candidates = counts >= last_replicas
+    candidates[nodes] = False
+    last = int(np.argmin(np.where(candidates, tightness, np.iinfo(np.int64).max)))
+    return [*map(int, nodes), last], [*map(int, counts[nodes]), last_replicas]
+
+
+def _tightness(free: Amounts, total: Amounts, is_cpu_only: bool) -> Amounts:
+    """Smaller = less would be left. One number per node, so that nodes compare by one resource after the other."""
+    gpus, cpus, memory = (np.minimum(free[r], _MOST) for r in (GPUS, CPUS, MEMORY))
+    if is_cpu_only:
+        first, second, third = (total[GPUS] > 0).astype(np.int64), cpus, memory
+    else:
+        first, second, third = gpus, cpus, memory
+    return (first << 2 * _BITS) | (np.maximum(second, 0) << _BITS) | np.maximum(third, 0)

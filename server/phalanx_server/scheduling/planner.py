@@ -1,0 +1,130 @@
+"""Owns the pass: a snapshot in, a plan out; and the planner that the live scheduler keeps, which takes changes instead.
+
+Refuses to know the clock, the database and what becomes of the plan. The same snapshot always gives the same plan, in
+whatever order its lists are, and `Planner.apply` gives what `schedule` gives on the whole.
+
+What this version does not act upon yet, although it reads it: it evicts, shrinks, grows and moves nobody
+(`preemption`, `preemptible`, `protected_until`, `consolidation`, draining nodes just take nothing new); it reserves
+nothing for a job that waits for room, so that any job that fits starts (`backfill`, `predicted_s`, `done_s`,
+`deadline`), and it estimates no start but those set by a time, a window or a stopping job; it orders as `fifo` without
+fair sharing (`order`, `fair_sharing`, `weight`, `usage`). An elastic job starts with exactly `replicas`. A gang with
+required topology or slices starts on a single node, which meets any of them, or is held with `topology`; a preference
+is ignored.
+"""
+
+from collections.abc import Set
+
+from phalanx_server.domain.reason import Explanation
+from phalanx_server.scheduling.decide import Desk
+from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.explain import explain_impossible, possible_types
+from phalanx_server.scheduling.gates import closed_gate
+from phalanx_server.scheduling.honour import honour_claims
+from phalanx_server.scheduling.order import ClassKey, Turn, Turns, turn_of
+from phalanx_server.scheduling.plan import HoldGroup, Plan
+from phalanx_server.scheduling.snapshot import Changes, Snapshot
+from phalanx_server.scheduling.world import World
+
+
+def schedule(snapshot: Snapshot) -> Plan:
+    """The plan for a snapshot:
+
+    1. Honour first what is kept for waiting jobs, and what others stop for.
+    2. Hold those that can never start, and those before a closed gate.
+    3. Let the others take their turns: who fits in quota and on nodes starts, who does not is told why.
+    4. Let CPU jobs try again where GPU jobs started and took less than their share of CPUs.
+    """
+    return _run(World(snapshot))
+
+
+def _run(world: World) -> Plan:
+    draft, holds = Draft(world), _Holds()
+    settled = honour_claims(draft)
+    for job, hold in settled:
+        if hold is not None:
+            holds.add((-job.priority, job.submitted_at, job.id), hold)
+    ready = _those_before_no_gate(draft, holds, {job.id for job, _ in settled})
+    waiting = _take_turns(draft, ready)
+    if draft.has_loosened:
+        again = [turn for turn, _ in waiting if turn.key.ask.shape.is_cpu_only]
+        waiting = [w for w in waiting if not w[0].key.ask.shape.is_cpu_only] + _take_turns(draft, again)
+    for turn, why in waiting:
+        holds.add(turn.rank, HoldGroup(turn.waiting, why))
+    return Plan(starts=tuple(draft.starts), hold_groups=holds.in_order())
+
+
+class _Holds:
+    """Hold groups with the place of their first job in the queue."""
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[tuple[int, float, str], HoldGroup]] = []
+
+    def add(self, rank: tuple[int, float, str], group: HoldGroup) -> None:
+        self._groups.append((rank, group))
+
+    def in_order(self) -> tuple[HoldGroup, ...]:
+        return tuple(group for _, group in sorted(self._groups, key=lambda entry: entry[0]))
+
+
+def _those_before_no_gate(draft: Draft, holds: _Holds, settled: Set[str]) -> list[Turn]:
+    ready = []
+    for group in draft.world.queue.classes():
+        turn = turn_of(group, settled)
+        if turn is None:
+            continue
+        why = _never_or_not_yet(draft, turn.key)
+        if why is None:
+            ready.append(turn)
+        else:
+            holds.add(turn.rank, HoldGroup(turn.waiting, why))
+    return ready
+
+
+def _never_or_not_yet(draft: Draft, key: ClassKey) -> Explanation | None:
+    if not possible_types(draft.world, key.tenant, key.ask):
+        return explain_impossible(draft.world, key.tenant, key.ask)
+    return closed_gate(key.gates, draft.world.now, draft.array_jobs)
+
+
+def _take_turns(draft: Draft, turns: list[Turn]) -> list[tuple[Turn, Explanation]]:
+    """Start who fits. Gives each class that has jobs left with what holds them: what is free only shrinks, so once one
+    does not fit, the identical ones after it do not either."""
+    desk = Desk(draft)
+    order = Turns(turns, desk.borrows)
+    waiting: list[tuple[Turn, Explanation]] = []
+    for turn in order:
+        answer = desk.decide(turn.key)
+        if isinstance(answer, Explanation):
+            waiting.append((turn, answer))
+        else:
+            draft.start(turn.job, turn.key, answer)
+            order.again(turn)
+    return waiting
+
+
+class Planner:
+    """A world kept in memory: give it what changed, get the plan for all of it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._world = World(snapshot)
+
+    def plan(self) -> Plan:
+        """The plan for things as they are."""
+        return _run(self._world)
+
+    def apply(self, changes: Changes) -> Plan:
+        """Take changes in and plan."""
+        self._world.absorb(changes)
+        return self.plan()
+
+    def what_if(self, changes: Changes) -> Plan:
+        """The plan that changes would lead to; nothing is taken in."""
+        undo = self._world.undo_of(changes)
+        try:
+            return self.apply(changes)
+        finally:
+            self._world.absorb(undo)
+
+    def snapshot(self) -> Snapshot:
+        """Things as they are, as a snapshot: to replay a pass, or to compare with a fresh one."""
+        return self._world.snapshot()

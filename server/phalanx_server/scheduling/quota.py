@@ -1,0 +1,171 @@
+"""Owns quota arithmetic over the tenant tree: what a tenant may still use, what it borrows, what it could use at most.
+
+Refuses to know jobs and nodes. A resource is a GPU type, `cpu` or `memory_gib`; a tree in which nobody has a quota for
+a resource has no limit on it. Within a tree, what a subtree does not lend (above `lending_limit`) stays inside it;
+roots do not lend to each other. The sums are those of Kueue's hierarchical cohorts
+(pkg/cache/scheduler/resource_node.go).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from phalanx_server.domain.resources import Demand
+from phalanx_server.scheduling.snapshot import Quota, Tenant
+
+_NOTHING = Quota(nominal=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """One resource, by tenant number. `own` is what the subtree never lends out; `have` all that belongs to it."""
+
+    nominal: list[int]
+    own: list[int]
+    have: list[int]
+    borrowing: list[int | None]
+    limited: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """A tenant asks for more of a resource than is left to it; `limiter` is the tenant whose limit is the tightest."""
+
+    resource: str
+    asks: int
+    leaves: int
+    limiter: str
+
+
+class QuotaForest:
+    """The tenants and their limits; fixed until quotas change."""
+
+    def __init__(self, tenants: Iterable[Tenant]) -> None:
+        self.tenants = sorted(tenants, key=lambda t: t.name)
+        self.number = {t.name: i for i, t in enumerate(self.tenants)}
+        self.parent = [-1 if t.parent is None else self.number[t.parent] for t in self.tenants]
+        self.upward = self._children_first()
+        resources = sorted({name for t in self.tenants for name in t.quotas})
+        self.limits = {name: self._limits(name) for name in resources}
+        idle = QuotaUse(self)
+        self._most = {r: [idle.left(i, r) for i in range(len(self.tenants))] for r in resources}
+
+    def most(self, tenant: str, resource: str) -> int | None:
+        """What the tenant could use if all others, and its own jobs, were idle; None = no limit."""
+        by_tenant = self._most.get(resource)
+        return None if by_tenant is None else by_tenant[self.number[tenant]]
+
+    def branch(self, tenant: str) -> str:
+        """The root's child above a tenant, or the root itself."""
+        i = self.number[tenant]
+        while self.parent[i] >= 0 and self.parent[self.parent[i]] >= 0:
+            i = self.parent[i]
+        return self.tenants[i].name
+
+    def _children_first(self) -> list[int]:
+        depth = [0] * len(self.tenants)
+        for i in range(len(self.tenants)):
+            above = self.parent[i]
+            while above >= 0:
+                depth[i] += 1
+                above = self.parent[above]
+        return sorted(range(len(self.tenants)), key=lambda i: -depth[i])
+
+    def _limits(self, resource: str) -> Limits:
+        quotas = [t.quotas.get(resource, _NOTHING) for t in self.tenants]
+        named = [resource in t.quotas for t in self.tenants]
+        have, own = [q.nominal for q in quotas], [0] * len(quotas)
+        for i in self.upward:
+            lending = quotas[i].lending_limit
+            own[i] = 0 if lending is None else max(0, have[i] - lending)
+            if (above := self.parent[i]) >= 0:
+                have[above] += have[i] - own[i]
+                named[above] |= named[i]
+        for i in reversed(self.upward):  # the whole tree is limited where anybody in it is
+            if (above := self.parent[i]) >= 0:
+                named[i] = named[above]
+        return Limits([q.nominal for q in quotas], own, have, [q.borrowing_limit for q in quotas], named)
+
+
+class QuotaUse:
+    """What is in use, by resource and tenant.
+
+    `_used` counts what reaches a tenant from below after each subtree has used what it never lends; `_over` what
+    reaches it after each subtree has used its nominal. Both only change along the way from a tenant to its root.
+    """
+
+    def __init__(self, forest: QuotaForest) -> None:
+        self.forest = forest
+        self._used = {r: [0] * len(forest.tenants) for r in forest.limits}
+        self._over = {r: [0] * len(forest.tenants) for r in forest.limits}
+
+    def copy(self) -> "QuotaUse":
+        """The same use, to be changed apart from this one."""
+        twin = QuotaUse.__new__(QuotaUse)
+        twin.forest = self.forest
+        twin._used = {r: list(v) for r, v in self._used.items()}
+        twin._over = {r: list(v) for r, v in self._over.items()}
+        return twin
+
+    def charge(self, tenant: str, demand: Demand, times: int = 1) -> None:
+        """Count a demand as used; `times` -1 gives it back."""
+        i = self.forest.number[tenant]
+        for resource, amount in demand:
+            limits = self.forest.limits.get(resource)
+            if limits is not None and limits.limited[i]:
+                self._flow(self._used[resource], limits.own, i, amount * times)
+                self._flow(self._over[resource], limits.nominal, i, amount * times)
+
+    def _flow(self, load: list[int], absorbed: Sequence[int], i: int, amount: int) -> None:
+        while i >= 0 and amount:
+            before = max(0, load[i] - absorbed[i])
+            load[i] += amount
+            amount = max(0, load[i] - absorbed[i]) - before
+            i = self.forest.parent[i]
+
+    def left(self, i: int, resource: str) -> int | None:
+        """What tenant number `i` may still use; None = no limit."""
+        return self._tightest(i, resource)[0]
+
+    def _tightest(self, i: int, resource: str) -> tuple[int | None, int]:
+        """(what is left, the number of the tenant that limits it)"""
+        limits = self.forest.limits.get(resource)
+        if limits is None or not limits.limited[i]:
+            return None, i
+        used, way = self._used[resource], [i]
+        while (above := self.forest.parent[way[-1]]) >= 0:
+            way.append(above)
+        root = way.pop()
+        left, limiter = max(0, limits.have[root] - used[root]), root
+        for j in reversed(way):
+            borrowing, borrowed = limits.borrowing[j], max(0, used[j] - limits.own[j])
+            if borrowing is not None and (most := limits.have[j] - limits.own[j] + borrowing - borrowed) < left:
+                left, limiter = max(0, most), j
+            left += max(0, limits.own[j] - used[j])
+        return left, limiter
+
+    def shortage(self, tenant: str, demand: Demand) -> Shortage | None:
+        """The first resource of which the demand is more than is left, or None: it is within quota."""
+        i = self.forest.number[tenant]
+        for resource, amount in demand:
+            left, limiter = self._tightest(i, resource)
+            if left is not None and amount > left:
+                return Shortage(resource, amount, left, self.forest.tenants[limiter].name)
+        return None
+
+    def borrows(self, tenant: str, demand: Demand) -> bool:
+        """Would it use more than the tenant's nominal and the pools above it, that is, somebody else's nominal?"""
+        i = self.forest.number[tenant]
+        return any(self._reaches_others(i, resource, amount) for resource, amount in demand)
+
+    def _reaches_others(self, i: int, resource: str, amount: int) -> bool:
+        limits = self.forest.limits.get(resource)
+        if limits is None or not limits.limited[i]:
+            return False
+        load = self._over[resource]
+        while i >= 0:
+            before = max(0, load[i] - limits.nominal[i])
+            after = max(0, load[i] + amount - limits.nominal[i])
+            if not after:
+                return False
+            amount, i = after - before, self.forest.parent[i]
+        return True

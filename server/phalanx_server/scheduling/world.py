@@ -1,0 +1,174 @@
+"""Owns what is true between passes: nodes and what is free on them, quotas and their use, and the queue, kept up to
+date.
+
+Refuses to decide anything. `absorb` must leave what a new `World` of the changed snapshot would be: whatever the
+changes touch is taken back as it was counted and counted anew.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from phalanx_server.domain.resources import Demand, Shape
+from phalanx_server.scheduling.fit import EmptyCluster
+from phalanx_server.scheduling.nodes import Amounts, NodeTable, amounts_of, same_pool
+from phalanx_server.scheduling.order import Queue
+from phalanx_server.scheduling.quota import QuotaForest, QuotaUse
+from phalanx_server.scheduling.snapshot import Changes, Job, Node, Seat, Snapshot, changed, spread
+
+
+class World:
+    """A snapshot, indexed for passes. Its arrays are what is so; a pass works on copies."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._load(snapshot)
+
+    def _load(self, snapshot: Snapshot) -> None:
+        self.now, self.policy = snapshot.now, snapshot.policy
+        self.tenants, self.maintenance = snapshot.tenants, snapshot.maintenance
+        self.nodes = {n.name: n for n in snapshot.nodes}
+        self.jobs: dict[str, Job] = {}
+        self.table = NodeTable(snapshot.nodes)
+        self.empty = EmptyCluster(self.table)
+        self.free: Amounts = self.table.total.copy()
+        self.forest = QuotaForest(snapshot.tenants)
+        self.use = QuotaUse(self.forest)
+        self.queue = Queue(
+            default_run_limit_s=snapshot.policy.default_time_limit_s, run_limits_matter=bool(snapshot.maintenance)
+        )
+        self.array_jobs: Counter[str] = Counter()
+        self.stopping: dict[str, Job] = {}
+        self.kept: set[str] = set()
+        for job in snapshot.jobs:
+            self._put(job)
+
+    def snapshot(self) -> Snapshot:
+        """All of it as a snapshot again."""
+        return Snapshot(
+            now=self.now,
+            policy=self.policy,
+            tenants=self.tenants,
+            nodes=tuple(self.nodes.values()),
+            maintenance=self.maintenance,
+            jobs=tuple(self.jobs.values()),
+        )
+
+    def absorb(self, changes: Changes) -> None:
+        """Make the changes. Those that move the ground (tenants, policy, windows, the set of nodes) load all anew."""
+        if self._moves_the_ground(changes):
+            self._load(changed(self.snapshot(), changes))
+            return
+        self.now = changes.now
+        self._replace_nodes([n for n in changes.nodes if self.nodes[n.name] != n])
+        for job in changes.jobs:
+            if self.jobs.get(job.id) != job:
+                self._drop(job.id)
+                self._put(job)
+        for id_ in changes.removed_jobs:
+            self._drop(id_)
+
+    def undo_of(self, changes: Changes) -> Changes:
+        """The changes that would take these back."""
+        jobs, nodes = {j.id for j in changes.jobs}, {n.name for n in changes.nodes}
+        return Changes(
+            now=self.now,
+            jobs=tuple(self.jobs[i] for i in sorted(jobs.union(changes.removed_jobs)) if i in self.jobs),
+            removed_jobs=tuple(sorted(jobs - self.jobs.keys())),
+            nodes=tuple(self.nodes[n] for n in sorted(nodes.union(changes.removed_nodes)) if n in self.nodes),
+            removed_nodes=tuple(sorted(nodes - self.nodes.keys())),
+            tenants=self.tenants,
+            policy=self.policy,
+            maintenance=self.maintenance,
+        )
+
+    def _moves_the_ground(self, changes: Changes) -> bool:
+        given = (
+            (changes.tenants, self.tenants),
+            (changes.policy, self.policy),
+            (changes.maintenance, self.maintenance),
+        )
+        return (
+            any(new is not None and new != old for new, old in given)
+            or any(n in self.nodes for n in changes.removed_nodes)
+            or any(n.name not in self.nodes or not same_pool(n, self.nodes[n.name]) for n in changes.nodes)
+        )
+
+    def _replace_nodes(self, nodes: list[Node]) -> None:
+        for node in nodes:
+            self.free[:, self.table.column[node.name]] += self.table.replace(node)
+            self.nodes[node.name] = node
+        if nodes:
+            self.empty = EmptyCluster(self.table)
+
+    def _put(self, job: Job) -> None:
+        self.jobs[job.id] = job
+        if job.state != "queued":
+            self._charge(job, times=1)
+            return
+        self.queue.add(job)
+        if job.kept is not None:
+            self.kept.add(job.id)
+
+    def _drop(self, id_: str) -> None:
+        job = self.jobs.pop(id_, None)
+        if job is None:
+            return
+        if job.state != "queued":
+            self._charge(job, times=-1)
+            return
+        self.queue.remove(job)
+        self.kept.discard(id_)
+
+    def _charge(self, job: Job, *, times: int) -> None:
+        columns, amounts = self.on_nodes(job, states_of(job))
+        self.free[:, columns] -= times * amounts
+        self.use.charge(job.tenant, self.demand(job, states_of(job)), times)
+        if job.array is not None:
+            self.array_jobs[job.array.id] += times
+        if job.state == "stopping" and times > 0:
+            self.stopping[job.id] = job
+        else:
+            self.stopping.pop(job.id, None)
+
+    def on_nodes(self, job: Job, states: Iterable[Seat]) -> tuple[list[int], Amounts]:
+        """(columns, what is taken there): on each node the largest of the states."""
+        columns, replicas = self.table.columns_of(_largest([spread(s.placement) for s in states]))
+        return columns, np.outer(amounts_of(shape_of(job)), np.array(replicas, dtype=np.int64))
+
+    def demand(self, job: Job, states: Iterable[Seat]) -> Demand:
+        """What counts against quotas: of each resource the largest of the states."""
+        amounts = [
+            dict(shape_of(job).demand(self.gpu_type_of(job, s), sum(p.replicas for p in s.placement))) for s in states
+        ]
+        return tuple(_largest(amounts).items())
+
+    def gpu_type_of(self, job: Job, seat: Seat) -> str | None:
+        """As given, the only one that the job names, or that of the node that it is on. None = CPU job, or unknown."""
+        if not job.gpus_per_replica:
+            return None
+        if seat.gpu_type is not None:
+            return seat.gpu_type
+        if len(job.gpu_types) == 1:
+            return job.gpu_types[0]
+        on = sorted(p.node for p in seat.placement if p.node in self.nodes)
+        return self.nodes[on[0]].gpu_type if on else None
+
+
+def states_of(job: Job) -> list[Seat]:
+    """What a running or stopping job takes: where it is, and where it goes on."""
+    here = Seat(gpu_type=job.gpu_type, placement=job.placement)
+    return [here] if job.next is None else [here, job.next]
+
+
+def shape_of(job: Job) -> Shape:
+    """What one replica of it takes."""
+    return Shape(job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica)
+
+
+def _largest(maps: list[dict[str, int]]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for amounts in maps:
+        for name, amount in amounts.items():
+            out[name] = max(out.get(name, 0), amount)
+    return out
