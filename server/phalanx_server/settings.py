@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     """JSON object of the policy fields of plan-format.md; absent = defaults."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    port: Annotated[int, Field(ge=0, le=65535)] = 8321
     log_format: Literal["json", "console"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_public: bool = False

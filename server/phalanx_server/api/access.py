@@ -11,6 +11,7 @@ import uuid
 from typing import Any
 
 import structlog
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phalanx_server.api.errors import for_unexpected, respond
@@ -36,6 +37,8 @@ class AccessMiddleware:
         started = time.perf_counter()
         try:
             await self.app(scope, receive, exchange.send)
+        except ClientDisconnect:
+            pass  # nobody is left to answer
         except Exception as error:
             with structlog.contextvars.bound_contextvars(request_id=exchange.request_id):
                 problem = for_unexpected(error)

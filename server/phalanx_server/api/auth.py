@@ -17,6 +17,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.api.errors import Problem
+from phalanx_server.domain.access import Actor, covers
 from phalanx_server.store import ids
 from phalanx_server.store.credentials import Credential, load_credential
 
@@ -47,9 +48,14 @@ class Principal:
         return self.credential.role
 
     @property
-    def actor(self) -> str:
+    def name(self) -> str:
         """How audit rows and `created_by` name the caller."""
         return self.credential.user or self.credential.name
+
+    def actor(self, request_id: str) -> Actor:
+        """The caller as actions know one."""
+        token = self.credential
+        return Actor(self.name, role=token.role, token_id=token.id.hex, tenant=token.tenant, request_id=request_id)
 
     @property
     def tenant(self) -> str | None:
@@ -62,8 +68,7 @@ class Principal:
 
     def sees(self, tenant: str) -> bool:
         """Whether the caller may know of this tenant: roles are inherited down the tree, never up."""
-        own = self.credential.tenant
-        return own is None or tenant == own or tenant.startswith(own + "/")
+        return covers(self.credential.tenant, tenant)
 
 
 class Authenticator:

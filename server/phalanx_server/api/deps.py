@@ -21,6 +21,7 @@ from phalanx_server.api.errors import Problem, not_found
 from phalanx_server.api.measures import Measures
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
+from phalanx_server.store.job_views import tenant_of_job
 from phalanx_server.store.wakeups import Subscription, Wakeups
 
 
@@ -61,7 +62,7 @@ def caller(need: str) -> Callable[[Request], Awaitable[Principal]]:
     async def authenticated(request: Request) -> Principal:
         services: Services = request.app.state.services
         principal = await services.authenticator.principal(request.headers.get("authorization"))
-        request.scope["phalanx.actor"] = principal.actor
+        request.scope["phalanx.actor"] = principal.name
         if not principal.may(need):
             raise Problem("forbidden", f"A token with the role {principal.role} may not do this.")
         return principal
@@ -95,6 +96,28 @@ def parse_id(kind: ids.Kind, text: str) -> UUID:
         return ids.parse(kind, text)
     except ValueError as error:
         raise not_found(f"{kind} {text[:80]}") from error
+
+
+async def visible_job(services: Services, principal: Principal, text: str) -> UUID:
+    """The id of a job that the caller may see. Another tenant's job is a 404, like one that does not exist."""
+    job_id = parse_id("job", text)
+    async with services.reads.connect() as conn:
+        tenant = await tenant_of_job(conn, job_id)
+    if tenant is None or not principal.sees(tenant):
+        raise not_found(f"job {text}")
+    return job_id
+
+
+def narrowed(principal: Principal, tenant: str | None) -> str | None:
+    """The subtree that a list shows: the one asked for, which must be within the caller's own. Problem 404 else."""
+    if tenant is not None and not principal.sees(tenant):
+        raise not_found(f"tenant {tenant[:200]}")
+    return tenant or principal.tenant
+
+
+def topic(kind: str, id: UUID) -> str:
+    """The wakeup topic of one thing, for example `job:<hex>`."""
+    return f"{kind}:{id.hex}"
 
 
 def now() -> datetime:

@@ -6,7 +6,6 @@ Refuses to show a traceback, a SQL text or a value that the caller did not send.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+
+from phalanx_server.domain.errors import FieldError, Invalid, PhalanxError, Unavailable
 
 log = structlog.get_logger("phalanx.api")
 
@@ -50,10 +51,10 @@ _CODE_OF_STATUS = {400: "invalid_request", **{status: code for code, (status, _)
 _CODE_OF_STATUS[422] = "invalid_request"
 
 
-class FieldError(BaseModel):
+class FieldProblem(BaseModel):
     """What is wrong with one field, and what to do about it."""
 
-    field: str = Field(description="Path of the field, for example `jobs[3].resources.replicas`; empty for the whole body.")
+    field: str = Field(description="Path of the field, like `jobs[3].resources.replicas`; empty for the whole body.")
     message: str
     hint: str | None = None
 
@@ -68,7 +69,7 @@ class ProblemDocument(BaseModel):
     status: int
     detail: str
     code: str
-    errors: list[FieldError] = []
+    errors: list[FieldProblem] = []
     request_id: str
 
 
@@ -89,9 +90,11 @@ class Problem(HTTPException):
         self.errors = list(errors)
 
 
-def invalid(field: str, message: str, hint: str | None = None) -> Problem:
-    """One field of an otherwise readable request is wrong."""
-    return Problem("invalid_request", f"{field}: {message}", errors=[FieldError(field=field, message=message, hint=hint)])
+def from_domain(error: PhalanxError) -> Problem:
+    """What an action or the domain refuses."""
+    if isinstance(error, Unavailable):
+        return unavailable(error.detail)
+    return Problem(error.code, error.detail, errors=error.errors)
 
 
 def not_found(what: str) -> Problem:
@@ -110,7 +113,7 @@ def respond(problem: Problem, request_id: str) -> Response:
         status=problem.status_code,
         detail=problem.detail,
         code=problem.code,
-        errors=problem.errors,
+        errors=[FieldProblem(field=e.field, message=e.message, hint=e.hint) for e in problem.errors],
         request_id=request_id,
     )
     body = document.model_dump_json(exclude_none=True)
@@ -146,47 +149,26 @@ def _passes(error: BaseException | None) -> bool:
     return state[:2] in _PASSING_STATES
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]], *, body: Any, content_type: str) -> Problem:
-    """One problem for everything that validation found; the first error gives the code."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return invalid_json(body if isinstance(body, str) else "", position=int(first["loc"][-1]), reason=first["ctx"]["error"])
-    if isinstance(body, bytes) and not is_json(content_type):
-        return Problem("unsupported_media_type", f"Send the body as application/json, not {content_type or 'without a type'}.")
-    fields = [field_error(error) for error in errors[:50]]
-    code = "unknown_field" if any(error["type"] in ("extra_forbidden", "unknown_field") for error in errors) else "invalid_request"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    head = fields[0]
-    detail = f"{head.field}: {head.message}{more}" if head.field else f"{head.message}{more}"
-    return Problem(code, detail, errors=fields)
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """Parameters of the path, the query or the headers that are wrong. (Bodies are read by `api.bodies`.)"""
+    fields = [FieldError(_parameter(error["loc"]), _sentence(error)) for error in errors[:50]]
+    return from_domain(Invalid.fields(fields))
 
 
-def is_json(content_type: str) -> bool:
-    kind = content_type.partition(";")[0].strip().lower()
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+def _parameter(loc: Sequence[int | str]) -> str:
+    """`("query", "limit")` as `limit`."""
+    return ".".join(str(part) for part in loc[1:] or loc)
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be", 1)
 
 
 def invalid_json(text: str, *, position: int, reason: str) -> Problem:
     line = text.count("\n", 0, position) + 1
     column = position - text.rfind("\n", 0, position)
     detail = f"{reason} at line {line}, column {column}."
-    return Problem("invalid_json", detail, errors=[FieldError(field="", message=detail)])
-
-
-def field_error(error: Mapping[str, Any]) -> FieldError:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    hint = (error.get("ctx") or {}).get("hint")
-    if error["type"] == "extra_forbidden":
-        message = "this field does not exist"
-    return FieldError(field=field_path(error["loc"]), message=message, hint=hint)
-
-
-def field_path(loc: Sequence[int | str]) -> str:
-    """`("body", "jobs", 3, "resources", "replicas")` as `jobs[3].resources.replicas`."""
-    path = ""
-    for part in loc[1:] if loc and loc[0] in ("body", "query", "path", "header") else loc:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.removeprefix(".")
+    return Problem("invalid_json", detail, errors=[FieldError("", detail)])
 
 
 # ------------------------------------------------------------------ handlers
@@ -203,8 +185,12 @@ async def handle_http(request: Request, error: Exception) -> Response:
 
 async def handle_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problem = from_validation(error.errors(), body=error.body, content_type=request.headers.get("content-type", ""))
-    return respond(problem, request_id_of(request))
+    return respond(from_validation(error.errors()), request_id_of(request))
+
+
+async def handle_domain(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PhalanxError)
+    return respond(from_domain(error), request_id_of(request))
 
 
 def for_unexpected(error: Exception) -> Problem:
@@ -214,14 +200,6 @@ def for_unexpected(error: Exception) -> Problem:
         log.warning("database trouble", error=f"{type(error).__name__}: {error}"[:500])
         return problem
     log.error("unexpected error", exc_info=error)
-    return Problem("internal", "The request failed for a reason of ours. It is in the server's log under this request_id.")
-
-
-def parse_json(body: bytes) -> Any:
-    """JSON for the places that read a body themselves. Raises Problem `invalid_json`."""
-    try:
-        return json.loads(body)
-    except UnicodeDecodeError as error:
-        raise Problem("invalid_json", f"The body is not UTF-8 (byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        raise invalid_json(error.doc, position=error.pos, reason=error.msg) from error
+    return Problem(
+        "internal", "The request failed for a reason of ours. It is in the server's log under this request_id."
+    )

@@ -28,11 +28,16 @@ class Measures:
             registry=self.registry,
         )
         self._flush = Histogram(
-            "phalanx_submit_flush_jobs", "Jobs that shared one submit transaction.", buckets=_BATCH, registry=self.registry
+            "phalanx_submit_flush_jobs",
+            "Jobs that shared one submit transaction.",
+            buckets=_BATCH,
+            registry=self.registry,
         )
         self._streams = Gauge("phalanx_http_streams", "Open event streams and long polls.", registry=self.registry)
         self._jobs = Gauge("phalanx_jobs", "Jobs that are not over, by state.", ("state",), registry=self.registry)
-        self._queue = Gauge("phalanx_queue_jobs", "Queued jobs, by the reason they wait.", ("reason",), registry=self.registry)
+        self._queue = Gauge(
+            "phalanx_queue_jobs", "Queued jobs, by the reason they wait.", ("reason",), registry=self.registry
+        )
 
     def observe_request(self, method: str, route: str, status: int, elapsed_s: float) -> None:
         self._requests.labels(method, route, str(status)).inc()

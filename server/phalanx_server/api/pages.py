@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from fastapi import Query
 from pydantic import BaseModel, Field
 
-from phalanx_server.api.errors import invalid
+from phalanx_server.domain.errors import Invalid
 
 T = TypeVar("T")
 
@@ -47,4 +47,6 @@ def decode_cursor(text: str, kinds: Sequence[type]) -> list[Any]:
 
 
 def _bad_cursor() -> Exception:
-    return invalid("cursor", "is not a cursor of this list", "Pass next_cursor of the page before as it is, or none.")
+    return Invalid.field(
+        "cursor", "is not a cursor of this list", "Pass next_cursor of the page before as it is, or none."
+    )

@@ -13,23 +13,33 @@ from typing import Any
 import pydantic_core
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from phalanx_server.api.errors import invalid
 from phalanx_server.api.deps import Services
+from phalanx_server.domain.errors import Invalid
 
 HEARTBEAT_S = 15
 POLL_S = 1.5
 """Wakeups are only hints: every stream also looks by itself this often."""
+SOON_S = 0.05
 SEND_TIMEOUT_S = 60.0
+
+STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is new since a cursor. `over`: nothing will ever follow, and `end` is the data of the closing event."""
+    """What is new since a cursor.
+
+    `over`: nothing will ever follow, and `end` is the data of the closing event. `soon`: look again at once, though
+    nothing could be sent yet (a row waits for an older transaction).
+    """
 
     events: Sequence[ServerSentEvent]
     cursor: Any
     over: bool = False
     end: dict[str, Any] = field(default_factory=dict)
+    soon: bool = False
 
 
 Fetch = Callable[[Any], Awaitable[Batch]]
@@ -64,7 +74,7 @@ async def _follow(
                     yield event("end", batch.end)
                     return
                 if not batch.events:
-                    await subscription.wait(POLL_S)
+                    await subscription.wait(SOON_S if batch.soon else POLL_S)
     finally:
         services.measures.stream_closed()
 
@@ -74,12 +84,12 @@ def resume_after(last_event_id: str | None, *, otherwise: int | None) -> int | N
     if last_event_id is None or last_event_id == "":
         return otherwise
     if not last_event_id.isascii() or not last_event_id.isdigit() or len(last_event_id) > 18:
-        raise invalid("Last-Event-ID", "is not an id of this stream", "Send back the id of the last event, as it was.")
+        raise Invalid.field(
+            "Last-Event-ID", "is not an id of this stream", "Send back the id of the last event, as it was."
+        )
     return int(last_event_id)
 
 
 def wants_stream(accept: str | None, follow: bool) -> bool:
     """Whether the caller asked for a stream, by `?follow=true` or by the media type it accepts."""
     return follow or (accept is not None and accept.partition(",")[0].partition(";")[0].strip() == "text/event-stream")
-
-

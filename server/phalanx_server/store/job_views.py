@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -55,7 +55,7 @@ SUBTREE = "(path = :tenant OR starts_with(path, :tenant || '/'))"
 
 _BY_IDS = text(_VIEW.format(chosen="(SELECT unnest(CAST(:ids AS uuid[])) AS id)"))
 _TENANT_OF = text("SELECT t.path FROM jobs j JOIN tenants t ON t.id = j.tenant_id WHERE j.id = :id")
-_STATE_OF = text("SELECT state FROM jobs WHERE id = :id")
+_END_OF = text("SELECT state, finished_at, attempts FROM jobs WHERE id = :id")
 _ATTEMPTS = text(
     f"""
     SELECT {_ATTEMPT} AS attempt, j.received_at, j.submitted_at
@@ -78,6 +78,15 @@ class JobFilter:
     submitted_after: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class JobEnd:
+    """The little that a follower of a job needs to know; `finished_at` None = it is not over."""
+
+    state: str | None
+    finished_at: datetime | None
+    attempts: int
+
+
 async def load_jobs(conn: AsyncConnection, ids: Sequence[UUID]) -> list[Row[Any]]:
     """These jobs, newest first; those that do not exist are missing."""
     return list(await conn.execute(_BY_IDS, {"ids": list(ids)}))
@@ -93,8 +102,10 @@ async def tenant_of_job(conn: AsyncConnection, job_id: UUID) -> str | None:
     return (await conn.execute(_TENANT_OF, {"id": job_id})).scalar_one_or_none()
 
 
-async def state_of_job(conn: AsyncConnection, job_id: UUID) -> str | None:
-    return (await conn.execute(_STATE_OF, {"id": job_id})).scalar_one_or_none()
+async def job_end(conn: AsyncConnection, job_id: UUID) -> JobEnd:
+    """Whether a job is over. A job that retention has deleted meanwhile is."""
+    row = (await conn.execute(_END_OF, {"id": job_id})).one_or_none()
+    return JobEnd(*row) if row else JobEnd(None, datetime.min.replace(tzinfo=UTC), 0)
 
 
 async def list_jobs(conn: AsyncConnection, wanted: JobFilter, *, before: UUID | None, limit: int) -> list[Row[Any]]:

@@ -1,0 +1,167 @@
+"""What the scheduler would do: the live scheduler's own pass over live state, with jobs or changes added.
+
+Owns the way from job files to a plan and back to API names. Refuses to change anything. Plans are computed in a thread,
+one at a time; the snapshot they start from is shared for a moment, because loading one is the larger part of the cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from phalanx_server.api.errors import Problem
+from phalanx_server.scheduling.plan import Plan, dump_plan
+from phalanx_server.scheduling.planner import schedule
+from phalanx_server.scheduling.snapshot import Changes, Job, Policy, Snapshot, changed, checked, parse_changes
+from phalanx_server.store.snapshots import GIB, cpus_per_replica, load_snapshot, memory_per_replica, reading
+
+SNAPSHOT_AGE_S = 1.0
+MOST_WAITING = 8
+
+_API_ID = re.compile(r"(?:job|node)_([0-9a-f]{32})")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan and the moment of the state that it was made for."""
+
+    plan: Plan
+    snapshot: Snapshot
+
+    @property
+    def snapshot_at(self) -> datetime:
+        return datetime.fromtimestamp(self.snapshot.now, UTC)
+
+
+class WhatIf:
+    """Answers what-if questions of one process."""
+
+    def __init__(self, engine: AsyncEngine, policy: Policy) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._snapshot: Snapshot | None = None
+        self._loaded_at = -math.inf
+
+    async def with_jobs(self, jobs: Sequence[Job]) -> Outcome:
+        """The plan if these jobs were submitted now."""
+        return await self._ask(lambda snapshot: changed(snapshot, Changes(now=snapshot.now, jobs=tuple(jobs))))
+
+    async def with_changes(self, document: Mapping[str, Any]) -> Outcome:
+        """The plan after changes as plan-format says them; `now` may be left out. ValueError names what is wrong."""
+
+        def apply(snapshot: Snapshot) -> Snapshot:
+            changes = parse_changes({"now": snapshot.now, **_internal(dict(document))})
+            return checked(changed(snapshot, changes))
+
+        return await self._ask(apply)
+
+    async def of_snapshot(self, snapshot: Snapshot) -> Outcome:
+        """The plan of a given snapshot, without looking at live state."""
+        async with self._line():
+            return Outcome(await asyncio.to_thread(schedule, snapshot), snapshot)
+
+    async def _ask(self, change: Any) -> Outcome:
+        async with self._line():
+            live = await self._live()
+            return await asyncio.to_thread(_plan, live, change)
+
+    async def _live(self) -> Snapshot:
+        if self._snapshot is None or time.monotonic() - self._loaded_at > SNAPSHOT_AGE_S:
+            async with reading(self._engine) as conn:
+                self._snapshot, _ = await load_snapshot(conn, datetime.now(UTC), self._policy)
+            self._loaded_at = time.monotonic()
+        return self._snapshot
+
+    def _line(self) -> _Line:
+        return _Line(self)
+
+
+class _Line:
+    """One at a time; whoever would be far behind in the line is asked to come back."""
+
+    def __init__(self, owner: WhatIf) -> None:
+        self._owner = owner
+
+    async def __aenter__(self) -> None:
+        if self._owner._waiting >= MOST_WAITING:
+            raise Problem(
+                "rate_limited", "Too many plans are being made. Try again shortly.", headers={"Retry-After": "1"}
+            )
+        self._owner._waiting += 1
+        try:
+            await self._owner._turn.acquire()
+        except BaseException:
+            self._owner._waiting -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._owner._waiting -= 1
+        self._owner._turn.release()
+
+
+def _plan(live: Snapshot, change: Any) -> Outcome:
+    snapshot = change(live)
+    return Outcome(schedule(snapshot), snapshot)
+
+
+def _internal(value: Any) -> Any:
+    """API ids as the live snapshot names things: `job_<hex>` and `node_<hex>` as the bare hex."""
+    if isinstance(value, str):
+        match = _API_ID.fullmatch(value)
+        return match.group(1) if match else value
+    if isinstance(value, dict):
+        return {key: _internal(item) for key, item in value.items()}
+    return [_internal(item) for item in value] if isinstance(value, list) else value
+
+
+def hypothetical(spec: Mapping[str, Any], *, id: str, tenant: str, priority: int, submitted_at: datetime) -> Job:
+    """A job as the snapshot would have it, from the job file's canonical form (`JobSpec` dumped as JSON)."""
+    resources = spec["resources"]
+    not_before = spec.get("not_before")
+    return Job(
+        id=id,
+        tenant=tenant,
+        priority=priority,
+        replicas=resources["replicas"],
+        gpus_per_replica=resources["gpus_per_replica"],
+        gpu_types=tuple(resources.get("gpu_types") or ()),
+        cpus_per_replica=cpus_per_replica(resources),
+        memory_gib_per_replica=math.ceil(memory_per_replica(resources) / GIB),
+        time_limit_s=spec.get("time_limit"),
+        preemptible=(spec.get("preemption") or {}).get("preemptible", True),
+        held=bool(spec.get("held")),
+        not_before=datetime.fromisoformat(not_before).timestamp() if not_before else None,
+        submitted_at=submitted_at.timestamp(),
+        state="queued",
+    )
+
+
+def plan_document(outcome: Outcome, visible: Any) -> dict[str, Any]:
+    """The plan in plan-format with API ids, of the jobs that `visible(tenant)` lets through."""
+    tenants = {job.id: job.tenant for job in outcome.snapshot.jobs}
+    document = dump_plan(outcome.plan)
+    return {kind: [_external(row) for row in rows if visible(tenants[row["job"]])] for kind, rows in document.items()}
+
+
+_HEX = re.compile(r"[0-9a-f]{32}")
+
+
+def _external(row: dict[str, Any]) -> dict[str, Any]:
+    named = {key: _prefixed("job", row[key]) for key in ("job", "for") if key in row}
+    if "placement" in row:
+        named["placement"] = [{**item, "node": _prefixed("node", item["node"])} for item in row["placement"]]
+    return {**row, **named}
+
+
+def _prefixed(kind: str, name: str | None) -> str | None:
+    return f"{kind}_{name}" if name and _HEX.fullmatch(name) else name

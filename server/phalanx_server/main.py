@@ -1,0 +1,184 @@
+"""The composition root of the API process: builds the services, wires the routes, runs uvicorn.
+
+Everything that has a lifetime (engine, listener, submitter) is made and closed here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from phalanx_server import __version__
+from phalanx_server.actions.submit_jobs import Submitter
+from phalanx_server.api import (
+    agent_link,
+    bundles,
+    clusters,
+    errors,
+    events,
+    health,
+    jobs,
+    logs,
+    metrics,
+    node_link,
+    nodes,
+    openapi,
+    plan,
+    queue,
+    quotas,
+    tenants,
+    tokens,
+)
+from phalanx_server.api.access import AccessMiddleware
+from phalanx_server.api.auth import Authenticator
+from phalanx_server.api.body_limit import BodyLimitMiddleware
+from phalanx_server.api.deps import Services
+from phalanx_server.api.measures import Measures
+from phalanx_server.domain.errors import PhalanxError
+from phalanx_server.settings import Settings
+from phalanx_server.store.engine import create_engine
+from phalanx_server.store.wakeups import Wakeups
+
+ROUTERS = (
+    jobs,
+    events,
+    logs,
+    metrics,
+    queue,
+    nodes,
+    tenants,
+    quotas,
+    tokens,
+    clusters,
+    plan,
+    bundles,
+    agent_link,
+    node_link,
+    health,
+)
+DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The API as an ASGI application. Its services exist while its lifespan runs."""
+    measures = Measures()
+    app = FastAPI(
+        title="Phalanx",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=openapi.PROBLEM_RESPONSES,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        exception_handlers={
+            HTTPException: errors.handle_http,
+            RequestValidationError: errors.handle_validation,
+            PhalanxError: errors.handle_domain,
+        },
+    )
+    app.state.settings = settings
+    app.state.measures = measures
+    for module in ROUTERS:
+        app.include_router(module.router)
+    app.openapi = lambda: openapi.document_of(app)  # type: ignore[method-assign]
+    app.add_middleware(BodyLimitMiddleware, default_bytes=settings.max_body_bytes, limits_bytes=_limits(settings))
+    app.add_middleware(AccessMiddleware, measures=measures)
+    return app
+
+
+def _limits(settings: Settings) -> dict[str, int]:
+    return {
+        "/v1/jobs/batch": settings.max_batch_bytes,
+        "/v1/plan": settings.max_batch_bytes,
+        "/v1/bundles/": settings.max_bundle_bytes,
+        "/v1/agent/": settings.max_batch_bytes,
+        "/v1/node/": settings.max_report_bytes,
+    }
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    url = settings.required_database_url
+    engine = create_engine(url, pool_size=settings.database_pool, application_name="phalanx-server")
+    async with Wakeups(url) as wakeups:
+        submitter = Submitter(engine)
+        try:
+            app.state.services = Services(
+                settings=settings,
+                engine=engine,
+                reads=engine.execution_options(isolation_level="AUTOCOMMIT"),
+                wakeups=wakeups,
+                submitter=submitter,
+                authenticator=Authenticator(engine, cache_s=settings.token_cache_s),
+                measures=app.state.measures,
+            )
+            yield
+        finally:
+            await submitter.close()
+            await engine.dispose()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, telling long polls to answer when a signal asks for the end."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        services: Services | None = getattr(self._app.state, "services", None)
+        if services is not None:
+            services.stopping.set()
+
+
+def configure_logging(settings: Settings) -> None:
+    """structlog to stderr, one line per event: JSON for machines or colours for people."""
+    renderer = structlog.processors.JSONRenderer() if settings.log_format == "json" else structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info if settings.log_format == "json" else _as_is,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _as_is(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return event
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal ends it. The port is bound when this returns or raises, never half."""
+    configure_logging(settings)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
+    )
+    Server(config, app).run()

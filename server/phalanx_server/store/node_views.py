@@ -1,0 +1,54 @@
+"""Nodes as they are looked at: with their cluster, the GPUs charged on them and the jobs that run there."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.store.job_views import SUBTREE
+
+_NODES = """
+SELECT n.id, n.name, c.name AS cluster, n.state, n.wanted_state, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.address,
+       n.labels, n.alive, n.stats, n.stats_at, n.runner_seen_at, n.clock_skew_s, n.version,
+       coalesce(u.gpus_used, 0) AS gpus_used, coalesce(u.jobs, '{{}}') AS jobs
+FROM nodes n
+JOIN clusters c ON c.id = n.cluster_id
+LEFT JOIN LATERAL (
+    SELECT sum(cardinality(p.gpu_indices)) AS gpus_used,
+           array_agg(DISTINCT a.job_id) FILTER (WHERE {visible}) AS jobs
+    FROM placements p JOIN attempts a ON a.id = p.attempt_id JOIN jobs j ON j.id = a.job_id
+    WHERE p.node_id = n.id AND p.released_at IS NULL
+) u ON true
+WHERE {conditions}
+ORDER BY c.name, n.name, n.id LIMIT :limit
+"""
+_VISIBLE = f"j.tenant_id IN (SELECT id FROM tenants WHERE {SUBTREE})"
+
+
+async def list_nodes(
+    conn: AsyncConnection, *, tenant: str | None, after: tuple[str, str] | None, limit: int
+) -> list[Row[Any]]:
+    """Nodes by cluster and name, after the pair `after`. `jobs` holds only those of the subtree `tenant` (None = all)."""
+    conditions = "(c.name, n.name) > (:cluster, :name)" if after else "true"
+    values = {"cluster": after[0], "name": after[1]} if after else {}
+    return await _select(conn, conditions, values | {"limit": limit}, tenant)
+
+
+async def load_node(conn: AsyncConnection, node_id: UUID, *, tenant: str | None) -> Row[Any] | None:
+    rows = await _select(conn, "n.id = :id", {"id": node_id, "limit": 1}, tenant)
+    return rows[0] if rows else None
+
+
+async def nodes_named(conn: AsyncConnection, name: str) -> list[Row[Any]]:
+    """Id and cluster of every node with this name: names are unique within a cluster only."""
+    query = "SELECT n.id, c.name AS cluster FROM nodes n JOIN clusters c ON c.id = n.cluster_id WHERE n.name = :name"
+    return list(await conn.execute(text(query + " ORDER BY c.name"), {"name": name}))
+
+
+async def _select(conn: AsyncConnection, conditions: str, values: dict[str, Any], tenant: str | None) -> list[Row[Any]]:
+    visible = "true" if tenant is None else _VISIBLE
+    query = _NODES.format(visible=visible, conditions=conditions)
+    return list(await conn.execute(text(query), values if tenant is None else values | {"tenant": tenant}))

@@ -1,0 +1,41 @@
+"""Tenants as they are looked at: with quotas and what their subtree uses of each GPU type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.store.job_views import SUBTREE
+
+# `usage` counts GPUs that are charged to attempts of the tenant and of everything below it.
+_TENANTS = """
+SELECT t.id, t.path, (SELECT path FROM tenants p WHERE p.id = t.parent_id) AS parent, t.weight, t.preemption, t.version,
+       coalesce((
+           SELECT jsonb_object_agg(q.resource, jsonb_build_object('nominal', q.nominal,
+               'borrowing_limit', q.borrowing_limit, 'lending_limit', q.lending_limit))
+           FROM quotas q WHERE q.tenant_id = t.id), '{{}}') AS quotas,
+       coalesce((
+           SELECT jsonb_object_agg(used.gpu_type, used.gpus) FROM (
+               SELECT n.gpu_type, sum(cardinality(p.gpu_indices)) AS gpus
+               FROM placements p JOIN nodes n ON n.id = p.node_id JOIN attempts a ON a.id = p.attempt_id
+               JOIN jobs j ON j.id = a.job_id JOIN tenants o ON o.id = j.tenant_id
+               WHERE p.released_at IS NULL AND (o.path = t.path OR starts_with(o.path, t.path || '/'))
+               GROUP BY n.gpu_type HAVING sum(cardinality(p.gpu_indices)) > 0
+           ) used), '{{}}') AS usage
+FROM (SELECT * FROM tenants WHERE {conditions} ORDER BY path LIMIT :limit) t ORDER BY t.path
+"""
+
+
+async def list_tenants(conn: AsyncConnection, *, tenant: str | None, after: str | None, limit: int) -> list[Row[Any]]:
+    """Tenants of the subtree `tenant` (None = all) by path, parents first, after the path `after`."""
+    given = {SUBTREE: ("tenant", tenant), "path > :after": ("after", after)}
+    used = {condition: bound for condition, bound in given.items() if bound[1] is not None}
+    query = _TENANTS.format(conditions=" AND ".join(used) or "true")
+    return list(await conn.execute(text(query), {**dict(used.values()), "limit": limit}))
+
+
+async def load_tenant(conn: AsyncConnection, path: str) -> Row[Any] | None:
+    query = _TENANTS.format(conditions="path = :path")
+    return (await conn.execute(text(query), {"path": path, "limit": 1})).one_or_none()
