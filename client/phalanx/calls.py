@@ -1,6 +1,6 @@
-"""How one exchange with the server is described, as data. It owns the three descriptions (`Call`, `Stream`, `Steps`); it
-refuses to know which requests exist (`job_requests.py`, `fleet_requests.py`), and how they are sent, awaited or tried
-again (`transport.py`).
+"""How one exchange with the server is described, as data. It owns the three descriptions (`Call`, `Stream`, `Steps`)
+and refuses to know which requests exist (`job_requests.py`, `fleet_requests.py`), and how they are sent, awaited or
+tried again (`transport.py`).
 
 The sync and the async client are two small interpreters of these descriptions, so no request is written twice.
 """

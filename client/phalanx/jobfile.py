@@ -171,7 +171,12 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def _parse_yaml(text: str, path: Path) -> tuple[Any, dict[str, Place]]:
-    loader = _CoreLoader(text)
+    try:
+        loader = _CoreLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        said = f"not valid YAML: it has the control character #x{error.character:02x}"
+        raise JobFileError(said, path=str(path), line=line) from None
     try:
         node = loader.get_single_node()
         places: dict[str, Place] = {}
