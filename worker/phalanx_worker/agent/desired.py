@@ -191,7 +191,9 @@ def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
     elif seen:
         yield Adopt(attempt, seen)
     elif missing:
-        yield Refuse(attempt, f"the runner of node {missing[0]} did not answer within {READY_DEADLINE_S:.0f} s", missing[0])
+        yield Refuse(
+            attempt, f"the runner of node {missing[0]} did not answer within {READY_DEADLINE_S:.0f} s", missing[0]
+        )
     elif attempt.action == "stop":
         yield Refuse(attempt, "stopped before it started")
     else:

@@ -23,6 +23,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from phalanx_worker.agent.launch import PlacementUnavailable, StartFailed
+from phalanx_worker.protocol import DesiredAttempt
+
 PREFIX = "phalanx/"
 POLL_S = 0.003
 CREATED_TIMEOUT_S = 10
@@ -30,14 +33,6 @@ SMALLEST_CPUS = 0.001  # a bundle may not be empty; Ray counts in steps of this
 TOLERANCE = 1e-4  # of Ray's fractional counts
 
 T = TypeVar("T")
-
-
-class NotPlaced(Exception):
-    """Ray did not give the resources. `node` is set where one is to blame."""
-
-    def __init__(self, message: str, node: str | None = None) -> None:
-        super().__init__(message)
-        self.node = node
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class PlacementGroups:
 
     async def load(self) -> None:
         """Learn which groups exist. Slow: Ray keeps the rows of removed groups."""
-        table = await self._in_thread(placement_group_table)
+        table = await self._in_thread(lambda: placement_group_table())
         for group_id, row in table.items():
             if row["name"].startswith(PREFIX) and row["state"] != "REMOVED":
                 handle = PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
@@ -83,15 +78,16 @@ class PlacementGroups:
     def attempts(self) -> frozenset[str]:
         return frozenset(self.handles)
 
-    async def create(self, attempt_id: str, bundles: list[Bundle], *, free_timeout_s: float) -> None:
-        """Wait until the resources are free, then take them. Raises NotPlaced.
+    async def create(self, attempt: DesiredAttempt, ray_node_ids: dict[str, str], *, free_timeout_s: float) -> None:
+        """Wait until the resources are free, then take them. Raises StartFailed.
 
         Cancelling it while it waits leaves nothing behind; later it may leave a group, for `remove`.
         """
+        bundles = bundles_of(attempt, ray_node_ids)
         waiter = _Waiter(bundles, asyncio.get_running_loop().create_future())
         try:
             await self._wait_granted(waiter, free_timeout_s)
-            taking = asyncio.create_task(self._take(attempt_id, bundles))
+            taking = asyncio.create_task(self._take(attempt.attempt_id, bundles))
             try:
                 await asyncio.shield(taking)
             finally:
@@ -101,11 +97,15 @@ class PlacementGroups:
             _discard(self._creating, waiter)
 
     async def remove(self, attempt_id: str) -> None:
-        """Remove the attempt's group; no group is fine."""
+        """Remove the attempt's group; no group is fine. Raises PlacementUnavailable."""
         handle = self.handles.get(attempt_id)
-        if handle is not None:
+        if handle is None:
+            return
+        try:
             await self._in_thread(lambda: remove_placement_group(handle))
-            self.handles.pop(attempt_id, None)
+        except RayError as error:
+            raise PlacementUnavailable(str(error)) from error
+        self.handles.pop(attempt_id, None)
 
     async def _take(self, attempt_id: str, bundles: list[Bundle]) -> None:
         def take() -> bool:
@@ -121,9 +121,9 @@ class PlacementGroups:
         try:
             created = await self._in_thread(take)
         except (RayError, ValueError) as error:
-            raise NotPlaced(f"Ray refused the placement group: {error}") from error
+            raise StartFailed(f"Ray refused the placement group: {error}") from error
         if not created:
-            raise NotPlaced(f"Ray did not create the placement group within {CREATED_TIMEOUT_S} s")
+            raise StartFailed(f"Ray did not create the placement group within {CREATED_TIMEOUT_S} s")
 
     async def _wait_granted(self, waiter: _Waiter, timeout_s: float) -> None:
         self._waiters.append(waiter)
@@ -132,7 +132,7 @@ class PlacementGroups:
         try:
             await asyncio.wait_for(waiter.granted, timeout_s)
         except TimeoutError:
-            raise NotPlaced(f"{waiter.missing} after {timeout_s:.0f} s", waiter.node) from None
+            raise StartFailed(f"{waiter.missing} after {timeout_s:.0f} s", waiter.node) from None
 
     async def _grant(self) -> None:
         """Ask Ray while anybody waits, and let through who fits, in the order of asking."""
@@ -155,6 +155,18 @@ class PlacementGroups:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+
+def bundles_of(attempt: DesiredAttempt, ray_node_ids: Mapping[str, str]) -> list[Bundle]:
+    return [
+        Bundle(
+            node=group.node,
+            ray_node_id=ray_node_ids[group.node],
+            gpus=len(group.gpu_indices),
+            cpus=attempt.launch.cpus_per_group[group.group_rank],
+        )
+        for group in attempt.groups
+    ]
 
 
 def shortage(bundles: list[Bundle], free: Mapping[str, Mapping[str, Any]]) -> tuple[str, str | None]:

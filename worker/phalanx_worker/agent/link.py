@@ -67,27 +67,30 @@ class ServerLink:
 
     async def put_nodes(self, nodes: list[NodeFacts]) -> InventoryAnswer:
         message = Inventory(instance=self.instance, sent_at=time.time(), nodes=nodes)
-        return decode(InventoryAnswer, await self._call("PUT", "/v1/agent/nodes", json=encode(message)))
+        return await self._call(InventoryAnswer, "PUT", "/v1/agent/nodes", json=encode(message))
 
     async def desired(self, version: str) -> Desired:
         query = {"version": version, "wait_s": str(DESIRED_WAIT_S), "instance": self.instance}
         timeout = httpx.Timeout(DESIRED_WAIT_S + CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        return decode(Desired, await self._call("GET", "/v1/agent/desired", params=query, timeout=timeout))
+        return await self._call(Desired, "GET", "/v1/agent/desired", params=query, timeout=timeout)
 
     async def report(self, facts: list[AttemptFact]) -> ReportAnswer:
         message = AgentReport(instance=self.instance, sent_at=time.time(), facts=facts)
-        return decode(ReportAnswer, await self._call("POST", "/v1/agent/reports", json=encode(message)))
+        return await self._call(ReportAnswer, "POST", "/v1/agent/reports", json=encode(message))
 
-    async def _call(self, method: str, path: str, **request: Any) -> Any:
-        """One call. Raises Superseded, ServerAway or ServerRefused."""
+    async def _call(self, kind: type[T], method: str, path: str, **request: Any) -> T:
+        """One call, its answer read as `kind`. Raises Superseded, ServerAway or ServerRefused."""
         try:
             headers = {"Authorization": f"Bearer {self._bearer}"}
             response = await self.client.request(method, path, headers=headers, **request)
         except httpx.HTTPError as error:
             raise ServerAway(f"{method} {path}: {error or type(error).__name__}") from error
-        if response.is_success:
-            return response.json()
-        raise self._refusal(response, f"{method} {path}")
+        if not response.is_success:
+            raise self._refusal(response, f"{method} {path}")
+        try:
+            return decode(kind, response.json())
+        except ValueError as error:
+            raise ServerAway(f"{method} {path}: the answer is not understood: {error}") from error
 
     def _refusal(self, response: httpx.Response, what: str) -> Exception:
         status = response.status_code
@@ -177,7 +180,9 @@ class FactOutbox:
             return
         refused = {(refusal.attempt_id, refusal.epoch) for refusal in answer.refused}
         for refusal in answer.refused:
-            log.warning("the server refused facts of %s epoch %d: %s", refusal.attempt_id, refusal.epoch, refusal.reason)
+            log.warning(
+                "the server refused facts of %s epoch %d: %s", refusal.attempt_id, refusal.epoch, refusal.reason
+            )
         self._settle(batch, refused)
 
     def _settle(self, batch: list[_Waiting], refused: set[tuple[str, int]]) -> None:

@@ -144,9 +144,7 @@ def inventory(rows: list[dict[str, Any]], settings: NodeSettings) -> list[NodeFa
 
 def is_training_node(row: Mapping[str, Any]) -> bool:
     labels, resources = row.get("Labels") or {}, row.get("Resources") or {}
-    return bool(
-        row["Alive"] and labels.get(ROLE_LABEL) != "head" and (resources.get("GPU") or resources.get("CPU"))
-    )
+    return bool(row["Alive"] and labels.get(ROLE_LABEL) != "head" and (resources.get("GPU") or resources.get("CPU")))
 
 
 def node_name(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,365 @@
+"""How each step is carried out: a gang is started, adopted, stopped, closed and cleared away, and the facts it leaves.
+
+Owns the order of the calls to runners and placement groups, and what happens when one of them fails. Decides nothing
+about what should run (that is `desired.py`) and knows neither Ray nor HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from phalanx_worker.agent.desired import Gang, Group, GroupState, Phase, all_exits, first_failed_rank
+from phalanx_worker.agent.hosts import Host, Hosts, RunnerError, RunnerGone, RunnerRefused, RunnerUnavailable
+from phalanx_worker.protocol import AttemptFact, DesiredAttempt, GroupPlacement, RankStart, decode, encode
+
+log = logging.getLogger("phalanx.agent")
+
+FREE_TIMEOUT_S = 30.0  # for Ray to show released GPUs as free
+START_TIMEOUT_S = 900.0  # for a runner to fetch the code and start the ranks
+CLEAR_WAIT_S = 5.0
+RETRY_S = 0.2
+RETRY_SLOWLY_S = 1.0
+NO_GENERATION = -1  # of a runner: none that this agent has seen
+
+
+class StartFailed(Exception):
+    """A gang could not be started; `node` is set where one is to blame."""
+
+    def __init__(self, message: str, node: str | None = None) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+class PlacementUnavailable(Exception):
+    """The cluster does not answer about placement groups."""
+
+
+class Placements(Protocol):
+    """Gangs as the cluster counts them: `gang.PlacementGroups`."""
+
+    async def create(self, attempt: DesiredAttempt, ray_node_ids: dict[str, str], *, free_timeout_s: float) -> None:
+        """Raises StartFailed."""
+        ...
+
+    async def remove(self, attempt_id: str) -> None:
+        """No group is fine. Raises PlacementUnavailable."""
+        ...
+
+    def attempts(self) -> frozenset[str]:
+        """Those that have a group."""
+        ...
+
+
+class Deliver(Protocol):
+    def __call__(self, fact: AttemptFact, *, urgent: bool = True) -> Awaitable[bool]: ...
+
+
+@dataclass
+class Launcher:
+    """Carries out steps on gangs. `is_desired` tells whether the server still wants that attempt and epoch."""
+
+    hosts: Hosts
+    placements: Placements
+    deliver: Deliver
+    is_desired: Callable[[str, int], bool]
+    changed: Callable[[], None]
+    aborts: dict[str, asyncio.Event] = field(default_factory=dict)
+    background: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    # ---------------------------------------------------------------- start
+
+    async def start(self, gang: Gang, attempt: DesiredAttempt, *, remains: bool) -> None:
+        """Take the resources, start every group at once, report. On any failure leave nothing behind and say so."""
+        abort = self.aborts.setdefault(gang.attempt_id, asyncio.Event())
+        try:
+            if remains:
+                await self._clear_remains(gang, [group.node for group in attempt.groups])
+            master = await _unless(abort, self._assemble(attempt))
+            self._report(gang, "gang_ready", urgent=False)
+            starts = await self._start_groups(gang, attempt, master, abort)
+        except StartFailed as error:
+            await self._give_up(gang, error)
+        else:
+            self._report(gang, "started", ranks_started=starts)
+            gang.phase = Phase.RUNNING
+            log.info("attempt %s started with %d ranks on %s", gang.attempt_id, len(starts), ", ".join(gang.groups))
+        finally:
+            del self.aborts[gang.attempt_id]
+
+    def abort(self, gang: Gang) -> None:
+        gang.aborting = True
+        self.aborts.setdefault(gang.attempt_id, asyncio.Event()).set()
+
+    async def _clear_remains(self, gang: Gang, nodes: list[str]) -> None:
+        await self._remove_placement(gang.attempt_id)
+        cleared = await self._clear_all(gang, nodes)
+        unknown = [node for node, is_clear in cleared.items() if not is_clear]
+        gang.generations.update(dict.fromkeys(unknown, NO_GENERATION))
+        if unknown:
+            raise StartFailed(f"node {unknown[0]} is not alive", unknown[0])
+        await asyncio.gather(*(self._forget_group(gang.attempt_id, node) for node in nodes))
+
+    async def _assemble(self, attempt: DesiredAttempt) -> dict[str, Any]:
+        """The placement group, and beside it the rendezvous address of group 0."""
+        ids = {group.node: self._host(group.node).facts.ray_node_id for group in attempt.groups}
+        first = min(attempt.groups, key=lambda group: group.group_rank)
+        placed = asyncio.create_task(self.placements.create(attempt, ids, free_timeout_s=FREE_TIMEOUT_S))
+        reserved = asyncio.create_task(self._call(first.node, "reserve_rendezvous", attempt.attempt_id))
+        try:
+            _, master = await asyncio.gather(placed, reserved)
+        finally:
+            placed.cancel()
+            reserved.cancel()
+            await asyncio.gather(placed, reserved, return_exceptions=True)
+        return master
+
+    async def _start_groups(
+        self, gang: Gang, attempt: DesiredAttempt, master: dict[str, Any], abort: asyncio.Event
+    ) -> list[RankStart]:
+        """All at once; when one fails, or on abort, none is left between not started and started."""
+        for group in attempt.groups:
+            gang.generations[group.node] = self._host(group.node).generation
+        desired = encode(attempt)
+        calls = [
+            asyncio.create_task(
+                self._call(group.node, "start_group", _order(desired, group, master), timeout_s=START_TIMEOUT_S)
+            )
+            for group in attempt.groups
+        ]
+        try:
+            answers = await _unless(abort, _all(calls))
+        except StartFailed:
+            await self._kill_while(gang.attempt_id, [group.node for group in attempt.groups], calls)
+            raise
+        for group in attempt.groups:
+            gang.groups[group.node] = Group(epoch=gang.epoch, state=GroupState.RUNNING)
+        starts = [decode(RankStart, start) for answer in answers for start in answer["ranks"]]
+        return sorted(starts, key=lambda start: start.rank)
+
+    async def _kill_while(self, attempt_id: str, nodes: list[str], calls: Iterable[asyncio.Task[Any]]) -> None:
+        """Kill the groups until no start call is under way: one that returns later would have started ranks unseen."""
+        pending = {call for call in calls if not call.done()}
+        while pending:
+            await asyncio.gather(*(self._try(node, "kill_group", attempt_id) for node in nodes))
+            _, pending = await asyncio.wait(pending, timeout=RETRY_SLOWLY_S)
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _give_up(self, gang: Gang, error: StartFailed) -> None:
+        """Clear every node that was told to start.
+
+        Where one died meanwhile nobody can say that nothing runs there: then the server has to lose the node first, and
+        the gang stays held with that group lost.
+        """
+        log.warning("attempt %s could not be started: %s", gang.attempt_id, error)
+        await self._remove_placement(gang.attempt_id)
+        told = list(gang.generations)
+        cleared = await self._clear_all(gang, told)
+        if all(cleared.values()):
+            gang.phase = Phase.CLOSING
+            await self._finish(gang, told, "start_failed", message=str(error), node=error.node)
+            return
+        for node, is_clear in cleared.items():
+            gang.groups[node] = Group(gang.epoch, GroupState.ENDED if is_clear else GroupState.LOST)
+        gang.stopping, gang.phase = True, Phase.RUNNING
+
+    async def refuse(self, gang: Gang, *, message: str, node: str | None) -> None:
+        """Report that it never ran."""
+        await self._finish(gang, [], "start_failed", message=message, node=node)
+
+    # ---------------------------------------------------------------- adopt, stop, close, clear, forget
+
+    async def report_adopted(self, gang: Gang, attempt: DesiredAttempt) -> None:
+        """Report what an earlier agent may not have got through: runners answer a repeated start with the same."""
+        desired = encode(attempt)
+        master = {"host": "", "port": 0}
+        calls = [
+            self._call(group.node, "start_group", _order(desired, group, master))
+            for group in attempt.groups
+            if gang.groups[group.node].state not in (GroupState.VANISHED, GroupState.LOST)
+        ]
+        try:
+            answers = await asyncio.gather(*calls)
+        except StartFailed as error:
+            log.warning("attempt %s: its ranks cannot be reported again: %s", gang.attempt_id, error)
+            return
+        starts = sorted(
+            (decode(RankStart, start) for answer in answers for start in answer["ranks"]), key=lambda start: start.rank
+        )
+        if len(starts) == attempt.launch.world_size:
+            self._report(gang, "gang_ready", at=min(start.started_at for start in starts), urgent=False)
+            self._report(gang, "started", at=max(start.started_at for start in starts), ranks_started=starts)
+
+    async def stop(self, gang: Gang, grace_s: float) -> None:
+        """SIGTERM to every group, SIGKILL after the grace; asked again of runners that do not answer."""
+        log.info("attempt %s is being stopped with %g s of grace", gang.attempt_id, grace_s)
+        await asyncio.gather(*(self._stop_group(gang, node, grace_s) for node in gang.groups))
+
+    async def _stop_group(self, gang: Gang, node: str, grace_s: float) -> None:
+        while gang.phase is Phase.RUNNING and gang.groups[node].state in (GroupState.RUNNING, GroupState.FAILING):
+            if await self._try(node, "stop_group", gang.attempt_id, grace_s):
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def close(self, gang: Gang, attempt: DesiredAttempt) -> None:
+        """Every group is over: give the resources back, then report the end."""
+        await self._remove_placement(gang.attempt_id)
+        vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
+        await self._finish(
+            gang,
+            list(gang.groups),
+            "ended",
+            message=f"the runner of {', '.join(vanished)} died" if vanished else "",
+            node=vanished[0] if vanished else None,
+            first_failed_rank=first_failed_rank(gang.groups),
+            exits=all_exits(attempt, gang.groups),
+        )
+
+    async def clear(self, gang: Gang, nodes: Iterable[str]) -> None:
+        """Remove an attempt that must not run, and report `gone` for each node where nothing is left of it."""
+        log.warning("attempt %s epoch %d is not wanted: removing it", gang.attempt_id, gang.epoch)
+        await self._remove_placement(gang.attempt_id)
+        await asyncio.gather(*(self._clear_for_good(gang, node) for node in nodes))
+        gang.phase = Phase.DONE
+
+    async def _clear_for_good(self, gang: Gang, node: str) -> None:
+        """As long as it takes: on a dead node until the node is back and shows nothing of the attempt."""
+        while True:
+            if await self._clear_group(gang.attempt_id, node):
+                break
+            await asyncio.sleep(RETRY_SLOWLY_S)
+        await self._report(gang, "gone", node=node)
+        await self._forget_group(gang.attempt_id, node)
+
+    # ---------------------------------------------------------------- parts
+
+    async def _finish(self, gang: Gang, nodes: Iterable[str], kind: str, **fact: Any) -> None:
+        """Report the last fact of an attempt and forget it once the server knows.
+
+        A server that has given the attempt up takes no end of it, and waits to hear that each node is clear of it.
+        """
+        taken = await self._report(gang, kind, **fact)
+        if not taken or not self.is_desired(gang.attempt_id, gang.epoch):
+            await asyncio.gather(*(self._report(gang, "gone", node=node) for node in nodes))
+        log.info("attempt %s: %s is acknowledged", gang.attempt_id, kind)
+        await asyncio.gather(*(self._forget_group(gang.attempt_id, node) for node in nodes))
+        gang.phase = Phase.DONE
+
+    async def _clear_all(self, gang: Gang, nodes: Iterable[str]) -> dict[str, bool]:
+        names = list(nodes)
+        return dict(
+            zip(names, await asyncio.gather(*(self._clear_group(gang.attempt_id, node) for node in names)), strict=True)
+        )
+
+    async def _clear_group(self, attempt_id: str, node: str) -> bool:
+        """Kill the group and see it gone; False if the node is dead and nobody can tell."""
+        while True:
+            host = self.hosts.get(node)
+            if host is None or not host.alive:
+                return False
+            try:
+                if await _killed(host, attempt_id):
+                    return True
+            except RunnerError as error:
+                log.warning("attempt %s cannot be cleared from node %s yet: %s", attempt_id, node, error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _forget_group(self, attempt_id: str, node: str) -> None:
+        if await self._try(node, "forget_group", attempt_id):
+            host = self.hosts.get(node)
+            if host is not None and host.table is not None:
+                host.table.pop(attempt_id, None)
+
+    async def _remove_placement(self, attempt_id: str) -> None:
+        while True:
+            try:
+                return await self.placements.remove(attempt_id)
+            except PlacementUnavailable as error:
+                log.warning("placement group of %s cannot be removed yet: %s", attempt_id, error)
+                await asyncio.sleep(RETRY_SLOWLY_S)
+
+    def _host(self, node: str) -> Host:
+        host = self.hosts.get(node)
+        if host is None or not host.alive:
+            raise StartFailed(f"node {node} is not alive", node)
+        return host
+
+    async def _call(self, node: str, method: str, *args: Any, timeout_s: float = 15.0) -> Any:
+        """Call a runner for a start. Raises StartFailed naming the node."""
+        try:
+            return await self._host(node).call(method, *args, timeout_s=timeout_s)
+        except RunnerRefused as error:
+            raise StartFailed(str(error), node) from error
+        except (RunnerGone, RunnerUnavailable) as error:
+            raise StartFailed(f"runner of node {node}: {error}", node) from error
+
+    async def _try(self, node: str, method: str, *args: Any) -> bool:
+        host = self.hosts.get(node)
+        if host is None or not host.alive:
+            return False
+        try:
+            await host.call(method, *args)
+        except RunnerError as error:
+            log.warning("%s on node %s: %s", method, node, error)
+            return False
+        return True
+
+    def _report(
+        self, gang: Gang, kind: str, *, at: float | None = None, urgent: bool = True, **fact: Any
+    ) -> Awaitable[bool]:
+        happened = AttemptFact(
+            attempt_id=gang.attempt_id, epoch=gang.epoch, kind=kind, at=time.time() if at is None else at, **fact
+        )
+        return self.deliver(happened, urgent=urgent)
+
+
+def _order(desired: dict[str, Any], group: GroupPlacement, master: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "desired": desired,
+        "group_rank": group.group_rank,
+        "master_addr": master["host"],
+        "master_port": master["port"],
+        "hosts_rendezvous": group.group_rank == 0,
+    }
+
+
+async def _all(calls: list[asyncio.Task[Any]]) -> list[Any]:
+    """The results in order, or the first failure at once; the calls go on when this is cancelled."""
+    done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+    for call in done:
+        call.result()
+    return [call.result() for call in calls]
+
+
+async def _killed(host: Host, attempt_id: str) -> bool:
+    """Kill and look: is nothing of the attempt running there any more? Raises RunnerError."""
+    await host.call("kill_group", attempt_id)
+    seq, wait_s = -1, 0.0
+    deadline_s = time.monotonic() + CLEAR_WAIT_S
+    while time.monotonic() < deadline_s:
+        facts = await host.call("next_facts", seq, wait_s, timeout_s=wait_s + 15.0)
+        states = [row["state"] for row in facts["groups"] if row["attempt_id"] == attempt_id]
+        if all(state == GroupState.ENDED for state in states):
+            return True
+        seq, wait_s = int(facts["seq"]), 1.0
+    return False
+
+
+async def _unless(abort: asyncio.Event, work: Coroutine[Any, Any, Any] | asyncio.Future[Any]) -> Any:
+    """The result of `work`, or StartFailed as soon as `abort` is set; then the work is cancelled and has ended."""
+    task = asyncio.ensure_future(work)
+    aborted = asyncio.create_task(abort.wait())
+    try:
+        await asyncio.wait([task, aborted], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise StartFailed("stopped before it started")
+        return task.result()
+    finally:
+        aborted.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])

@@ -1,0 +1,275 @@
+"""The agent: what it has heard, what it holds, and the loops that keep the two together.
+
+Owns the state of one agent process and the four loops over it: inventory, desired set, facts, reconcile. The rules are
+in `desired.py`, their execution in `launch.py`; Ray and HTTP are behind `Cluster` and `ServerLink`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from phalanx_worker.agent.desired import (
+    Abort,
+    Adopt,
+    Clear,
+    Close,
+    Forget,
+    Gang,
+    Group,
+    GroupState,
+    Phase,
+    Refuse,
+    Start,
+    Step,
+    Stop,
+    World,
+    reconcile,
+)
+from phalanx_worker.agent.hosts import Host, Hosts, RunnerSource
+from phalanx_worker.agent.launch import NO_GENERATION, Launcher, Placements
+from phalanx_worker.agent.link import Backoff, FactOutbox, ServerAway, ServerLink, ServerRefused
+from phalanx_worker.protocol import DesiredAttempt, InventoryAnswer, NodeFacts
+
+log = logging.getLogger("phalanx.agent")
+
+INVENTORY_POLL_S = 0.5
+RECONCILE_AT_LEAST_EVERY_S = 1.0
+
+
+class Cluster(RunnerSource, Protocol):
+    """The nodes of the Ray cluster: `nodes.RayNodes`."""
+
+    async def list(self) -> list[NodeFacts]: ...
+
+
+@dataclass(frozen=True)
+class RunnerSettings:
+    """What every runner is told beside its token. Paths are of the nodes; each node gets its own part of `data_dir`."""
+
+    server_url: str
+    data_dir: str
+    checkpoint_root: str
+    own_users: bool = False
+
+
+@dataclass
+class Agent:
+    """One agent process. `run` returns only by raising: Superseded, or a fault of its own."""
+
+    link: ServerLink
+    cluster: Cluster
+    placements: Placements
+    settings: RunnerSettings
+    gangs: dict[str, Gang] = field(default_factory=dict)
+    desired: dict[str, DesiredAttempt] | None = None  # None until the server has answered
+    desired_since_s: dict[str, float] = field(default_factory=dict)
+    node_tokens: dict[str, str] = field(default_factory=dict)
+    heartbeat_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        self.wake = asyncio.Event()
+        self.outbox = FactOutbox(self.link)
+        self.hosts = Hosts(source=self.cluster, changed=self.wake.set)
+        self.launcher = Launcher(
+            hosts=self.hosts,
+            placements=self.placements,
+            deliver=self.outbox.deliver,
+            is_desired=self.is_desired,
+            changed=self.wake.set,
+        )
+        self._steps: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until cancelled. Gangs and runners live on afterwards, for the next agent."""
+        duties = (self._watch_nodes(), self._follow_desired(), self.outbox.run(), self._reconcile())
+        loops = [asyncio.create_task(duty) for duty in duties]
+        try:
+            ended, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            for loop in ended:
+                loop.result()
+        finally:
+            tasks = [*loops, *self._steps]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.hosts.close()
+
+    def is_desired(self, attempt_id: str, epoch: int) -> bool:
+        attempt = (self.desired or {}).get(attempt_id)
+        return attempt is not None and attempt.epoch == epoch
+
+    # ---------------------------------------------------------------- inventory
+
+    async def _watch_nodes(self) -> None:
+        """Poll the cluster; tell the server on every change and once in `heartbeat_s`."""
+        backoff = Backoff("reporting nodes")
+        told_s = float("-inf")
+        while True:
+            changed = self.hosts.observe(await self.cluster.list())
+            if changed or time.monotonic() - told_s >= self.heartbeat_s:
+                self.wake.set()
+                try:
+                    self._take_answer(await self.link.put_nodes(self.hosts.inventory()))
+                    backoff.succeeded()
+                    told_s = time.monotonic()
+                except ServerAway as error:
+                    told_s = float("-inf")
+                    await backoff.failed(error)
+                except ServerRefused as error:
+                    log.error("the server refuses the inventory: %s", error)
+                    told_s = time.monotonic()
+            await asyncio.sleep(INVENTORY_POLL_S)
+
+    def _take_answer(self, answer: InventoryAnswer) -> None:
+        self.heartbeat_s = answer.heartbeat_s
+        self.node_tokens.update(answer.node_tokens)
+        for name, node_id in answer.node_ids.items():
+            if name in self.node_tokens:
+                self.hosts.configure(name, self._runner_settings(name, node_id, answer))
+
+    def _runner_settings(self, name: str, node_id: str, answer: InventoryAnswer) -> dict[str, Any]:
+        return {
+            "server_url": self.settings.server_url,
+            "node_token": self.node_tokens[name],
+            "node_id": node_id,
+            "node_name": name,
+            "fence_s": answer.fence_s,
+            "heartbeat_s": answer.heartbeat_s,
+            "data_dir": f"{self.settings.data_dir}/{name}",
+            "checkpoint_root": self.settings.checkpoint_root,
+            "own_users": self.settings.own_users,
+        }
+
+    # ---------------------------------------------------------------- desired set
+
+    async def _follow_desired(self) -> None:
+        backoff = Backoff("asking what should run")
+        version = ""
+        while True:
+            try:
+                desired = await self.link.desired(version)
+            except (ServerAway, ServerRefused) as error:
+                await backoff.failed(error)
+                continue
+            backoff.succeeded()
+            version = desired.version
+            self._take_desired({attempt.attempt_id: attempt for attempt in desired.attempts})
+
+    def _take_desired(self, desired: dict[str, DesiredAttempt]) -> None:
+        now_s = time.monotonic()
+        self.desired = desired
+        self.desired_since_s = {attempt_id: self.desired_since_s.get(attempt_id, now_s) for attempt_id in desired}
+        self.wake.set()
+
+    # ---------------------------------------------------------------- reconcile
+
+    async def _reconcile(self) -> None:
+        while True:
+            self.wake.clear()
+            self.tick(time.monotonic())
+            try:
+                await asyncio.wait_for(self.wake.wait(), RECONCILE_AT_LEAST_EVERY_S)
+            except TimeoutError:
+                continue
+
+    def tick(self, now_s: float) -> None:
+        """Look at everything once and begin every step that is due. Nothing happens before the server has spoken."""
+        if self.desired is None:
+            return
+        for gang in self.gangs.values():
+            if gang.phase is Phase.RUNNING:
+                for node in gang.groups:
+                    look_at(gang, node, self.hosts.get(node))
+        world = World(
+            now_s=now_s,
+            desired=self.desired,
+            desired_since_s=self.desired_since_s,
+            gangs=self.gangs,
+            tables=self.hosts.tables(),
+            placement_groups=self.placements.attempts(),
+        )
+        for step in reconcile(world):
+            self._begin(step)
+
+    def _begin(self, step: Step) -> None:
+        """Mark the gang, so that the next look sees the step under way, and carry it out in the background."""
+        match step:
+            case Start(attempt, remains):
+                gang = self._hold(attempt, Phase.STARTING)
+                self._spawn(self.launcher.start(gang, attempt, remains=remains))
+            case Adopt(attempt, groups):
+                gang = self._hold(attempt, Phase.RUNNING)
+                adopt(gang, attempt, groups, self.hosts)
+                self._spawn(self.launcher.report_adopted(gang, attempt))
+            case Refuse(attempt, message, node):
+                gang = self._hold(attempt, Phase.CLOSING)
+                self._spawn(self.launcher.refuse(gang, message=message, node=node))
+            case Stop(attempt_id, grace_s):
+                self.gangs[attempt_id].stopping = True
+                self._spawn(self.launcher.stop(self.gangs[attempt_id], grace_s))
+            case Abort(attempt_id):
+                self.launcher.abort(self.gangs[attempt_id])
+            case Close(attempt_id):
+                self._close(self.gangs[attempt_id])
+            case Clear(attempt_id, epoch, nodes):
+                gang = self.gangs.setdefault(attempt_id, Gang(attempt_id, epoch, Phase.CLEARING))
+                gang.phase = Phase.CLEARING
+                self._spawn(self.launcher.clear(gang, nodes))
+            case Forget(attempt_id):
+                del self.gangs[attempt_id]
+
+    def _hold(self, attempt: DesiredAttempt, phase: Phase) -> Gang:
+        gang = Gang(attempt.attempt_id, attempt.epoch, phase, attempt)
+        self.gangs[attempt.attempt_id] = gang
+        return gang
+
+    def _close(self, gang: Gang) -> None:
+        gang.phase = Phase.CLOSING
+        if gang.attempt is not None:
+            self._spawn(self.launcher.close(gang, gang.attempt))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._steps.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._steps.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a step failed", exc_info=task.exception())
+        self.wake.set()
+
+
+def adopt(gang: Gang, attempt: DesiredAttempt, groups: Any, hosts: Hosts) -> None:
+    """Take over what an earlier agent started. A group that its node does not show is gone, one on a dead node lost."""
+    log.info("attempt %s is adopted", attempt.attempt_id)
+    for placement in attempt.groups:
+        host = hosts.get(placement.node)
+        shown = groups.get(placement.node)
+        state = GroupState.VANISHED if host is not None and host.table is not None else GroupState.LOST
+        gang.groups[placement.node] = shown or Group(attempt.epoch, state)
+        gang.generations[placement.node] = host.generation if host is not None else NO_GENERATION
+
+
+def look_at(gang: Gang, node: str, host: Host | None) -> None:
+    """Bring one group up to date with what its node shows now.
+
+    A runner keeps every group until it is told to forget it. So a group that is missing is gone only where another
+    runner has taken the place of the one that had it.
+    """
+    group = gang.groups[node]
+    if group.over:
+        return
+    if host is None or not host.alive:
+        gang.groups[node] = replace(group, state=GroupState.LOST)
+    elif host.table is not None:
+        shown = host.table.get(gang.attempt_id)
+        if shown is not None and shown.epoch == gang.epoch:
+            gang.groups[node] = shown
+        elif host.generation != gang.generations.get(node, NO_GENERATION):
+            gang.groups[node] = replace(group, state=GroupState.VANISHED)
