@@ -21,7 +21,7 @@ from phalanx_server.api.errors import Problem
 from phalanx_server.scheduling.plan import Plan, dump_plan
 from phalanx_server.scheduling.planner import schedule
 from phalanx_server.scheduling.snapshot import Changes, Job, Policy, Snapshot, changed, checked, parse_changes
-from phalanx_server.store.snapshots import GIB, cpus_per_replica, load_snapshot, memory_per_replica, reading
+from phalanx_server.store.snapshots import GIB, load_snapshot, reading
 
 SNAPSHOT_AGE_S = 1.0
 MOST_WAITING = 8
@@ -94,9 +94,7 @@ class _Line:
 
     async def __aenter__(self) -> None:
         if self._owner._waiting >= MOST_WAITING:
-            raise Problem(
-                "rate_limited", "Too many plans are being made. Try again shortly.", headers={"Retry-After": "1"}
-            )
+            raise Problem("rate_limited", "Too many plans are being made. Try again.", headers={"Retry-After": "1"})
         self._owner._waiting += 1
         try:
             await self._owner._turn.acquire()
@@ -135,8 +133,8 @@ def hypothetical(spec: Mapping[str, Any], *, id: str, tenant: str, priority: int
         replicas=resources["replicas"],
         gpus_per_replica=resources["gpus_per_replica"],
         gpu_types=tuple(resources.get("gpu_types") or ()),
-        cpus_per_replica=cpus_per_replica(resources),
-        memory_gib_per_replica=math.ceil(memory_per_replica(resources) / GIB),
+        cpus_per_replica=resources["cpus_per_replica"],
+        memory_gib_per_replica=math.ceil(resources["memory_per_replica"] / GIB),
         time_limit_s=spec.get("time_limit"),
         preemptible=(spec.get("preemption") or {}).get("preemptible", True),
         held=bool(spec.get("held")),

@@ -6,13 +6,13 @@ decide what becomes of an attempt: the domain does, and actions carry it out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, bindparam, insert, text, update
+from sqlalchemy import Row, Table, bindparam, insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.schema import attempts, jobs, placements
@@ -25,7 +25,7 @@ LIVE = ("starting", "running", "stopping")
 _LOCK = """
 SELECT a.id, a.job_id, a.cluster_id, a.number, a.epoch, a.state, a.created_at, a.gang_ready_at, a.started_at,
        a.stop_cause, a.stop_requested_at, a.grace_s, a.finished_called, a.released_at, a.outcome,
-       j.state AS job_state, j.epoch AS job_epoch, j.version AS job_version, j.name AS job_name, j.failures,
+       j.state AS job_state, j.epoch AS job_epoch, j.started_at AS job_started_at, j.name AS job_name, j.failures,
        j.avoid_nodes, j.cancel_requested_at, j.spec, j.tenant_id, t.path AS tenant
 FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
 WHERE {condition}
@@ -57,6 +57,19 @@ async def lock_live_attempts(conn: AsyncConnection, job_ids: Iterable[UUID]) -> 
 async def lock_attempts_on(conn: AsyncConnection, node_ids: Iterable[UUID]) -> list[Row[Any]]:
     """The live attempts charged on these nodes, with their jobs, both locked."""
     return list(await conn.execute(_LOCK_LIVE_ON_NODES, {"ids": list(node_ids)}))
+
+
+_LOCK_QUEUED = text(
+    """
+    SELECT id, version, epoch, attempts, held, cancel_requested_at, submitted_at, spec FROM jobs
+    WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' ORDER BY id FOR NO KEY UPDATE
+    """
+)
+
+
+async def lock_queued_jobs(conn: AsyncConnection, ids: Iterable[UUID]) -> list[Row[Any]]:
+    """Those of these jobs that are queued, locked."""
+    return list(await conn.execute(_LOCK_QUEUED, {"ids": list(ids)}))
 
 
 # ------------------------------------------------------------------ created
@@ -123,26 +136,25 @@ async def last_checkpoints(conn: AsyncConnection, job_ids: Iterable[UUID]) -> di
 # ------------------------------------------------------------------ changed
 
 
-async def update_attempts(conn: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:
-    """Change locked attempts: each row has `id` and the new values of columns, the same columns in every row."""
+async def update_attempts(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Change locked attempts: each row has `id` and the new values of columns."""
     await _update(conn, attempts, rows)
 
 
-async def update_jobs(conn: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:
-    """Change locked jobs: each row has `id` and the new values of columns, the same columns in every row. Their version
-    grows by one."""
+async def update_jobs(conn: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Change locked jobs: each row has `id` and the new values of columns. Their version grows by one."""
     await _update(conn, jobs, rows, version=jobs.c.version + 1)
 
 
-async def _update(conn: AsyncConnection, table: Any, rows: Sequence[dict[str, Any]], **always: Any) -> None:
-    if not rows:
-        return
-    columns = [name for name in rows[0] if name != "id"]
-    statement = update(table).where(table.c.id == bindparam("row_id"))
-    statement = statement.values({name: bindparam(f"new_{name}") for name in columns} | always)
-    await conn.execute(
-        statement, [{"row_id": row["id"]} | {f"new_{name}": row[name] for name in columns} for row in rows]
-    )
+async def _update(conn: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]], **always: Any) -> None:
+    """One statement for all rows that change the same columns."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        columns = tuple(sorted(row.keys() - {"id"}))
+        alike.setdefault(columns, []).append({"row_id": row["id"]} | {f"new_{name}": row[name] for name in columns})
+    for columns, values in alike.items():
+        new = {name: bindparam(f"new_{name}") for name in columns} | always
+        await conn.execute(update(table).where(table.c.id == bindparam("row_id")).values(new), values)
 
 
 # ------------------------------------------------------------------ released
@@ -176,6 +188,22 @@ async def release(
 
 
 # ------------------------------------------------------------------ looked at
+
+_GROUPS = text(
+    """
+    SELECT p.attempt_id, p.node_id, n.name AS node, p.first_rank, p.ranks
+    FROM placements p JOIN nodes n ON n.id = p.node_id WHERE p.attempt_id = ANY(CAST(:ids AS uuid[]))
+    """
+)
+
+
+async def load_groups(conn: AsyncConnection, attempt_ids: Iterable[UUID]) -> dict[UUID, list[Row[Any]]]:
+    """Which ranks of each attempt are, or were, on which node."""
+    groups: dict[UUID, list[Row[Any]]] = {}
+    for row in await conn.execute(_GROUPS, {"ids": list(attempt_ids)}):
+        groups.setdefault(row.attempt_id, []).append(row)
+    return groups
+
 
 _CHARGES = text(
     """

@@ -170,29 +170,26 @@ _JOBS_OVER = text(f"SELECT j.id FROM jobs j WHERE {_SINCE} AND j.state IN ('succ
 def _job(row: Row[Any]) -> Job:
     resources = row.resources
     started_at = _seconds(row.started_at)
-    preemption = row.preemption or {}
-    min_runtime_s = preemption.get("min_runtime")
-    gpus = resources["gpus_per_replica"]
     return Job(
         id=row.id.hex,
         tenant=row.tenant,
         replicas=sum(row.replicas) if row.replicas else resources["replicas"],
-        gpus_per_replica=gpus,
+        gpus_per_replica=resources["gpus_per_replica"],
         submitted_at=row.submitted_at.timestamp(),
         state=_STATES[row.state],
         priority=row.priority,
-        gpu_types=tuple(resources.get("gpu_types") or ()),
+        gpu_types=tuple(resources["gpu_types"]),
         gpu_type=row.gpu_type or None,
-        cpus_per_replica=cpus_per_replica(resources),
-        memory_gib_per_replica=math.ceil(memory_per_replica(resources) / GIB),
+        cpus_per_replica=resources["cpus_per_replica"],
+        memory_gib_per_replica=math.ceil(resources["memory_per_replica"] / GIB),
         not_before=_seconds(row.not_before),
         held=row.held,
         backoff_until=_seconds(row.backoff_until),
         avoid_nodes=tuple(node.hex for node in row.avoid_nodes),
         time_limit_s=row.time_limit,
         done_s=float(row.done_s or 0),
-        preemptible=preemption.get("preemptible", True),
-        protected_until=started_at + min_runtime_s if started_at is not None and min_runtime_s else None,
+        preemptible=row.preemption["preemptible"],
+        protected_until=None if started_at is None else started_at + row.preemption["min_runtime"],
         started_at=started_at,
         checkpointed_at=_seconds(row.checkpointed_at),
         placement=_placement(row),
@@ -200,18 +197,6 @@ def _job(row: Row[Any]) -> Job:
 
 
 _STATES: dict[str, Any] = {"queued": "queued", "starting": "running", "running": "running", "stopping": "stopping"}
-
-
-def cpus_per_replica(resources: Mapping[str, Any]) -> int:
-    """CPUs that one replica of a job asks for, in whole ones; `resources` as stored in its spec."""
-    per_gpu = (resources.get("cpus_per_gpu") or 0) * resources["gpus_per_replica"]
-    return math.ceil(resources.get("cpus_per_replica") or per_gpu)
-
-
-def memory_per_replica(resources: Mapping[str, Any]) -> int:
-    """Bytes of memory that one replica of a job asks for; `resources` as stored in its spec. 0 = no limit."""
-    per_gpu = (resources.get("memory_per_gpu") or 0) * resources["gpus_per_replica"]
-    return int(resources.get("memory_per_replica") or per_gpu)
 
 
 def _placement(row: Row[Any]) -> tuple[PlacementItem, ...]:
@@ -264,8 +249,8 @@ def _leftover(row: Row[Any]) -> Job:
         state="stopping",
         priority=row.priority,
         gpu_type=row.gpu_type or None,
-        cpus_per_replica=cpus_per_replica(resources),
-        memory_gib_per_replica=math.ceil(memory_per_replica(resources) / GIB),
+        cpus_per_replica=resources["cpus_per_replica"],
+        memory_gib_per_replica=math.ceil(resources["memory_per_replica"] / GIB),
         started_at=_seconds(row.started_at),
         placement=_placement(row),
     )
