@@ -129,10 +129,11 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class EndRow:
-    """One row of the table: the first whose conditions all hold decides. None = whatever it is."""
+    """One row of the table; the first that matches decides. `cause` None = it ended by itself; `exit` and `finished`
+    None = whatever they are."""
 
-    causes: frozenset[StopCause | None] | None
-    exits: frozenset[Exit] | None
+    cause: StopCause | None
+    exit: Exit | None
     finished: bool | None
     outcome: Outcome
     verdict: Verdict
@@ -147,15 +148,14 @@ _GIVES_WAY = {
 
 
 def _row(
-    cause: StopCause | None | str,
+    cause: StopCause | None,
     exit: Exit | None,
     outcome: Outcome,
     verdict: Verdict,
     *,
     finished: bool | None = None,
 ) -> EndRow:
-    causes = None if cause == "any" else frozenset({StopCause(cause) if cause else None})
-    return EndRow(causes, frozenset({exit}) if exit else None, finished, outcome, verdict)
+    return EndRow(cause, exit, finished, outcome, verdict)
 
 
 TABLE_OF_ENDS: tuple[EndRow, ...] = (
@@ -207,11 +207,7 @@ def _find(facts: EndFacts, exit: Exit) -> EndRow:
     cause = StopCause.CANCEL if facts.cancel_requested else facts.cause
     finished = facts.finished_called or any(each.finished for each in facts.exits)
     for row in TABLE_OF_ENDS:
-        if row.causes is not None and cause not in row.causes:
-            continue
-        if row.exits is not None and exit not in row.exits:
-            continue
-        if row.finished is None or row.finished == finished:
+        if row.cause is cause and row.exit in (None, exit) and row.finished in (None, finished):
             return row
     raise AssertionError(f"the table of ends has no row for {cause} and {exit}")
 

@@ -20,6 +20,7 @@ PATH_MAX_CHARS = 256
 DEPTH_MAX = 16
 ROOT = "default"
 QUOTA_MAX = 1 << 50
+WEIGHT_MAX = 1e6
 
 
 class PreemptionRules(BaseModel):
@@ -58,6 +59,13 @@ def check_path(path: str, field: str = "path") -> str:
             "lower-case names of letters, digits, '.', '_' and '-', joined by '/', like research/nlp",
         )
     return path
+
+
+def check_weight(weight: float) -> float:
+    """`weight` if it is one; raises Invalid."""
+    if not 0 <= weight <= WEIGHT_MAX:
+        raise Invalid.field("weight", f"{weight:g} is not in 0..{WEIGHT_MAX:g}")
+    return weight
 
 
 def parent_of(path: str) -> str | None:

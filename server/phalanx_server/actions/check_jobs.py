@@ -1,0 +1,142 @@
+"""Whether jobs can be accepted as things are: their tenant exists, their code is uploaded, some node could hold them.
+
+Owns the checks that need the database; what a job file may say by itself is `domain.spec`'s. Quotas and free places are
+not looked at: a job that has to wait is accepted, and told why it waits.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.domain.access import Actor
+from phalanx_server.domain.errors import FieldError, Impossible, Invalid, PhalanxError
+from phalanx_server.domain.spec import JobSpec, Resources, field_of
+from phalanx_server.domain.tenant import ROOT, nearest
+from phalanx_server.store.jobs import Largest, largest_nodes, missing_bundles
+from phalanx_server.store.tenants import all_paths, find_tenants
+
+HARDWARE_TTL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Jobs that are asked for together: all or none. In a batch, errors name `jobs[3]`."""
+
+    specs: Sequence[JobSpec]
+    actor: Actor
+    batch: bool = False
+
+    def where(self, index: int) -> str:
+        return f"jobs[{index}]" if self.batch else ""
+
+    def tenant_of(self, spec: JobSpec) -> str:
+        """The tenant that a job is for: the one it names, else the caller's own, else the root."""
+        return spec.tenant or self.actor.tenant or ROOT
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the checks look at."""
+
+    tenants: Mapping[str, UUID]
+    all_tenants: Sequence[str]  # only where one was not found: for the hint
+    missing: frozenset[tuple[UUID, str]]
+    hardware: Mapping[str, Largest]
+
+
+class Hardware:
+    """The largest node of each GPU type, looked up every few seconds at most. Refusals rest on a fresh look only."""
+
+    def __init__(self) -> None:
+        self._largest: dict[str, Largest] = {}
+        self._read_at = -HARDWARE_TTL_S
+
+    async def load(self, conn: AsyncConnection, requests: Sequence[Request]) -> Mapping[str, Largest]:
+        stale = time.monotonic() - self._read_at >= HARDWARE_TTL_S
+        if stale or any(_too_large(spec.resources, self._largest) for each in requests for spec in each.specs):
+            self._largest = await largest_nodes(conn)
+            self._read_at = time.monotonic()
+        return self._largest
+
+
+async def check_jobs(
+    conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware
+) -> list[dict[str, UUID] | PhalanxError]:
+    """For each request the ids of its tenants by path, or why it is refused."""
+    facts = await _load(conn, requests, hardware)
+    return [_refusal(request, facts) or dict(facts.tenants) for request in requests]
+
+
+async def _load(conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware) -> Facts:
+    paths = {request.tenant_of(spec) for request in requests for spec in request.specs}
+    tenants = await find_tenants(conn, sorted(paths))
+    wanted = {
+        (tenants[request.tenant_of(spec)], spec.run.bundle)
+        for request in requests
+        for spec in request.specs
+        if spec.run.bundle and request.tenant_of(spec) in tenants
+    }
+    return Facts(
+        tenants,
+        await all_paths(conn) if len(tenants) < len(paths) else (),
+        frozenset(await missing_bundles(conn, wanted)),
+        await hardware.load(conn, requests),
+    )
+
+
+def _refusal(request: Request, facts: Facts) -> PhalanxError | None:
+    invalid: list[FieldError] = []
+    impossible: list[FieldError] = []
+    for index, spec in enumerate(request.specs):
+        where = request.where(index)
+        invalid += _tenant_errors(request, spec, where, facts)
+        impossible += _named(_too_large(spec.resources, facts.hardware), where)
+        invalid += _named(_unknown_types(spec.resources, facts.hardware), where)
+    if invalid:
+        return Invalid.fields(invalid + impossible)
+    return Impossible.fields(impossible) if impossible else None
+
+
+def _tenant_errors(request: Request, spec: JobSpec, where: str, facts: Facts) -> list[FieldError]:
+    path = request.tenant_of(spec)
+    if path not in facts.tenants or not request.actor.reaches(path):
+        close = nearest(path, [known for known in facts.all_tenants if request.actor.reaches(known)])
+        hint = f"did you mean {close}?" if close else None
+        return [FieldError(field_of(where, "tenant"), f"there is no tenant {path!r}", hint)]
+    bundle = spec.run.bundle
+    if bundle and (facts.tenants[path], bundle) in facts.missing:
+        message = f"{bundle[:12]}… is not uploaded for tenant {path!r}"
+        return [
+            FieldError(field_of(where, "run", "bundle"), message, f"PUT /v1/bundles/{{sha256}}?tenant={path} first")
+        ]
+    return []
+
+
+def _named(error: tuple[str, str, str | None] | None, where: str) -> list[FieldError]:
+    return [FieldError(field_of(where, "resources", error[0]), error[1], error[2])] if error else []
+
+
+def _unknown_types(asked: Resources, hardware: Mapping[str, Largest]) -> tuple[str, str, str | None] | None:
+    """A gang needs one type that it accepts; types that other clusters have may be named too."""
+    known = sorted(filter(None, hardware))
+    if not hardware or not asked.gpu_types or any(each in hardware for each in asked.gpu_types):
+        return None
+    return "gpu_types", f"no node has {' or '.join(asked.gpu_types)}", f"known: {', '.join(known) or 'none'}"
+
+
+def _too_large(asked: Resources, hardware: Mapping[str, Largest]) -> tuple[str, str, str | None] | None:
+    """Why no node of an acceptable type could hold one replica, each resource by itself."""
+    accepted = {name: most for name, most in hardware.items() if not asked.gpu_types or name in asked.gpu_types}
+    wanted = (
+        ("gpus_per_replica", asked.gpus_per_replica, "gpus", "GPUs"),
+        ("cpus_per_replica", asked.cpus_per_replica, "cpus", "CPUs"),
+        ("memory_per_replica", asked.memory_per_replica, "memory_bytes", "bytes of memory"),
+    )
+    for field, amount, attribute, unit in wanted:
+        most = max((getattr(each, attribute) for each in accepted.values()), default=amount)
+        if amount > most:
+            return field, f"{amount} {unit} on one node, but the largest node has {most}", "a replica never spans nodes"
+    return None
