@@ -1,0 +1,122 @@
+"""Everything of a node that lives as long as its runner: warm process, link, watch, fence, directories.
+
+Owns putting these together and taking them apart. Knows groups only as a list to look at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phalanx_worker.node import environment, processes, users
+from phalanx_worker.node.bundles import Bundles
+from phalanx_worker.node.devices import Devices
+from phalanx_worker.node.fence import CheckGcs, Fence
+from phalanx_worker.node.launch import Launcher
+from phalanx_worker.node.link import Link
+from phalanx_worker.node.orders import Settings
+from phalanx_worker.node.outbox import Outbox
+from phalanx_worker.node.ranks import Group
+from phalanx_worker.node.spool import Spool
+from phalanx_worker.node.warm import WarmProcess
+from phalanx_worker.node.watch import Watch
+from phalanx_worker.node.workspace import Workspace
+from phalanx_worker.protocol import AttemptRef, Heartbeat
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the duties need of the runner."""
+
+    groups: Callable[[], list[Group]]
+    changed: Callable[[], None]
+    gcs_alive: CheckGcs | None
+
+
+@dataclass
+class Duties:
+    workspace: Workspace
+    warm: WarmProcess
+    outbox: Outbox
+    link: Link
+    launcher: Launcher
+    fence: Fence
+    watch: Watch
+    own_users_problem: str  # why ranks do not run as their tenant's user; "" if they do
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @classmethod
+    async def open(
+        cls,
+        settings: Settings,
+        hooks: Hooks,
+        *,
+        boot: str,
+        python: str,
+        environ: Mapping[str, str],
+        warm_env: Mapping[str, str],
+    ) -> Duties:
+        """Start everything. Processes and directories that an earlier runner of this node left are removed first."""
+        data_dir = Path(settings.data_dir)
+        workspace = Workspace(data_dir, settings.checkpoint_root)
+        await asyncio.to_thread(_end_leftovers, workspace)  # before anything new can be taken for it
+        env = {**environment.warm_environment(environ, python=python), **warm_env}
+        warm = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log")
+        warm.start(on_ready=hooks.changed)
+        problem = await users.own_users_problem(python, data_dir) if settings.own_users else "not asked for"
+        outbox = Outbox(boot)
+        watch = Watch(Devices(), hooks.groups)
+        link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, watch, warm))
+        launcher = Launcher(
+            workspace=workspace,
+            bundles=Bundles(data_dir / "bundles", link.fetch_bundle),
+            warm=warm,
+            node_env=environment.node_environment(environ, python=python),
+            python=python,
+            own_users=not problem,
+        )
+        fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
+        duties = cls(workspace, warm, outbox, link, launcher, fence, watch, problem)
+        duties.tasks = [
+            asyncio.create_task(link.run()),
+            asyncio.create_task(watch.run()),
+            asyncio.create_task(fence.run(lambda silent_s: _cut_off(hooks.groups(), silent_s))),
+        ]
+        return duties
+
+    @property
+    def is_warm(self) -> bool:
+        state = self.warm.state
+        return state is not None and not state.unfit
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.link.close()
+        await self.warm.close()
+
+
+def _end_leftovers(workspace: Workspace) -> None:
+    """An earlier runner's guardians kill their ranks when it dies; this is for ranks whose guardian died as well."""
+    attempts = set(workspace.leftovers())
+    processes.kill(stray.pid for stray in processes.strays() if f"{stray.attempt_id}-{stray.group_rank}" in attempts)
+    workspace.clear()
+
+
+def _heartbeat(hooks: Hooks, watch: Watch, warm: WarmProcess) -> Heartbeat:
+    state = warm.state
+    return Heartbeat(
+        attempts=[AttemptRef(*group.key) for group in hooks.groups() if group.state != "ended"],
+        stats=watch.stats,
+        warm_ready=state is not None and not state.unfit,
+    )
+
+
+def _cut_off(groups: list[Group], silent_s: float) -> None:
+    for group in groups:
+        if group.state != "ended":
+            group.note("note", {"message": f"the node was cut off from its cluster for {silent_s:.0f} s: ranks ended"})
+            group.kill()

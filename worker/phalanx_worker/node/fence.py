@@ -1,0 +1,48 @@
+"""The node's own lease: without word from the agent and from Ray's GCS for `fence_s`, its ranks must end.
+
+Owns the clock of that silence (design: a partitioned node keeps running what the server may give to others, so it has
+to stop by itself). Knows no rank: the consequence is passed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+
+CheckGcs = Callable[[], Awaitable[bool]]
+
+
+class Fence:
+    """`touch` for each sign of life from the agent; GCS is asked only while the agent is silent."""
+
+    def __init__(self, *, fence_s: float, gcs_alive: CheckGcs | None):
+        self.fence_s = fence_s
+        self._gcs_alive = gcs_alive
+        self._last_contact = time.monotonic()
+
+    def touch(self) -> None:
+        self._last_contact = time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        return time.monotonic() - self._last_contact
+
+    async def run(self, on_cut_off: Callable[[float], None]) -> None:
+        """Call `on_cut_off(seconds of silence)` whenever the lease has run out, again every interval until contact."""
+        while True:
+            await asyncio.sleep(self.fence_s / 8)
+            if self.silent_s < self.fence_s / 4:
+                continue
+            if await self._reaches_gcs():
+                self.touch()
+            elif self.silent_s >= self.fence_s:
+                on_cut_off(self.silent_s)
+
+    async def _reaches_gcs(self) -> bool:
+        if self._gcs_alive is None:
+            return False
+        with contextlib.suppress(Exception):  # whatever the client raises, it did not answer
+            return await asyncio.wait_for(self._gcs_alive(), self.fence_s / 8)
+        return False

@@ -1,0 +1,90 @@
+"""From an order to running ranks: directories, code, environment, the choice of warm or cold, the fork.
+
+Owns that sequence. Knows neither the table of groups nor the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from phalanx_worker.node import environment
+from phalanx_worker.node.bundles import Bundles
+from phalanx_worker.node.command import Launch, plan_launch
+from phalanx_worker.node.environment import Places
+from phalanx_worker.node.orders import GroupOrder, StartFailed
+from phalanx_worker.node.ranks import Group, GroupEvents
+from phalanx_worker.node.warm import WarmProcess, WarmState
+from phalanx_worker.node.workspace import Workspace
+from phalanx_worker.runtime.spec import GroupSpec, RankSpec, StoreSpec
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """`own_users`: whether ranks switch to their tenant's user, already known to work on this node."""
+
+    workspace: Workspace
+    bundles: Bundles
+    warm: WarmProcess
+    node_env: Mapping[str, str]
+    python: str
+    own_users: bool
+
+    async def start(self, order: GroupOrder, listener: socket.socket | None, events: GroupEvents) -> Group:
+        """Start one group. Raises StartFailed with nothing left behind, directories included."""
+        state = await self.warm.ready()
+        uid = self._uid(order)
+        places = await asyncio.to_thread(self.workspace.prepare, order, uid)
+        try:
+            if order.desired.launch.bundle:
+                await self.bundles.unpack(order.desired.launch.bundle, order.attempt_id, Path(places.work), uid)
+            launch = self._plan(order, state)
+            group = Group(order, places, launch, events)
+            spec = self._spec(order, places, launch, uid=uid, hosted_store=bool(state.torch))
+            if listener is not None and spec.store is None:
+                listener.close()  # no torch here to host the store: rank 0 binds the port itself
+                listener = None
+            await group.start(self.warm, spec, listener)
+        except BaseException:
+            await asyncio.to_thread(self.workspace.remove, places)
+            raise
+        return group
+
+    def _uid(self, order: GroupOrder) -> int | None:
+        if not self.own_users:
+            return None
+        if order.desired.tenant_uid <= 0:
+            raise StartFailed("the tenant has no Unix user, and this node runs ranks under their tenant's user")
+        return order.desired.tenant_uid
+
+    def _plan(self, order: GroupOrder, state: WarmState) -> Launch:
+        launch = order.desired.launch
+        try:
+            return plan_launch(launch.command, launch.env, python=self.python, warm_unfit=state.unfit)
+        except ValueError as error:
+            raise StartFailed(f"the command cannot be understood: {error}") from error
+
+    def _spec(
+        self, order: GroupOrder, places: Places, launch: Launch, *, uid: int | None, hosted_store: bool
+    ) -> GroupSpec:
+        user = getpass.getuser() if uid is None else f"phx{uid}"
+        env = environment.group_environment(order, places, node_env=self.node_env, user=user, hosted_store=hosted_store)
+        first_rank = order.group.first_rank
+        hosts = order.hosts_rendezvous and hosted_store
+        return GroupSpec(
+            program=launch.program,
+            env=env,
+            cwd=places.work,
+            ranks=[
+                RankSpec(first_rank + local, environment.rank_environment(order, local, places))
+                for local in range(order.group.ranks)
+            ],
+            uid=uid,
+            store=StoreSpec(order.master_addr, order.master_port, order.desired.launch.world_size) if hosts else None,
+            threads=int(env["OMP_NUM_THREADS"]) if launch.warm else 1,
+            unbuffered=bool(env["PYTHONUNBUFFERED"]),
+        )

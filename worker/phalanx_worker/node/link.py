@@ -1,0 +1,223 @@
+"""The runner's line to the server: reports go up in order, heartbeats with them; bundles come down.
+
+Owns delivery: one report in flight, again until it is answered, from disk first and then from memory; backoff while the
+server is away; whatever the server refuses is dropped for that attempt. Knows neither ranks nor logs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
+from enum import Enum
+
+import httpx
+
+from phalanx_worker import protocol
+from phalanx_worker.node.orders import StartFailed
+from phalanx_worker.node.outbox import Batch, Outbox, dropped_marks
+from phalanx_worker.node.spool import Spool
+from phalanx_worker.protocol import Heartbeat, NodeAnswer
+
+log = logging.getLogger("phalanx.node.link")
+
+_GATHER_S = 0.05  # reports that come within this time travel together
+_BACKOFF_S = (0.25, 5.0)
+_REQUEST_TIMEOUT_S = 10.0
+_BUNDLE_TIMEOUT_S = 60.0
+_RETRY_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
+
+
+class Delivery(Enum):
+    """What became of one report. REJECTED: the server will never take it."""
+
+    TAKEN = "taken"
+    AWAY = "away"
+    REJECTED = "rejected"
+
+
+class Link:
+    """`heartbeat` is asked for each time one is due. `run` delivers until cancelled."""
+
+    def __init__(self, outbox: Outbox, spool: Spool, heartbeat: Callable[[], Heartbeat]):
+        self._outbox = outbox
+        self._spool = spool
+        self._heartbeat = heartbeat
+        self._client: httpx.AsyncClient | None = None
+        self._heartbeat_s = 2.0
+        self._heartbeat_due = 0.0  # monotonic
+        self._failures = 0
+        self._flushes: list[asyncio.Event] = []
+        self._urgent = asyncio.Event()
+
+    async def configure(self, *, server_url: str, token: str, heartbeat_s: float) -> None:
+        """Use this server and token from now on."""
+        old, self._client = (
+            self._client,
+            httpx.AsyncClient(
+                base_url=server_url,
+                headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+                timeout=_REQUEST_TIMEOUT_S,
+            ),
+        )
+        self._heartbeat_s = heartbeat_s
+        self._failures = 0
+        self._urgent.set()
+        if old is not None:
+            await old.aclose()
+
+    async def run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._something_to_send(), max(0.0, self._heartbeat_due - time.monotonic()))
+            await self.deliver()
+            if self._failures:
+                await self._pause()
+
+    async def deliver(self) -> None:
+        """Send what waits, oldest first, until nothing does or the server is away; or a heartbeat that is due."""
+        self._urgent.clear()
+        flushes, self._flushes = self._flushes, []
+        while self._client and (len(self._spool) or self._outbox.filled.is_set() or self._is_heartbeat_due()):
+            if not await self._deliver_one(self._client):
+                break
+        for flush in flushes:
+            flush.set()
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until what waits now is delivered; not at all while the server is away."""
+        if self._failures or self._client is None:
+            return
+        done = asyncio.Event()
+        self._flushes.append(done)
+        self._urgent.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), timeout_s)
+
+    async def close(self) -> None:
+        """One last try, then to disk."""
+        await self.deliver()
+        self._save_waiting()
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    @contextlib.asynccontextmanager
+    async def fetch_bundle(self, sha256: str, attempt_id: str) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """The bundle's bytes. Raises StartFailed when the server cannot be asked or says no."""
+        if self._client is None:
+            raise StartFailed("the runner has no server to fetch the bundle from yet")
+        url = f"/v1/node/bundles/{sha256}"
+        try:
+            async with self._client.stream(
+                "GET",
+                url,
+                params={"attempt_id": attempt_id},
+                headers={"Accept-Encoding": "identity"},
+                timeout=_BUNDLE_TIMEOUT_S,
+            ) as answer:
+                if answer.status_code != 200:
+                    raise StartFailed(f"the server does not give bundle {sha256[:12]}: HTTP {answer.status_code}")
+                yield answer.aiter_bytes()
+        except httpx.HTTPError as error:
+            raise StartFailed(f"bundle {sha256[:12]} could not be fetched: {error!r}") from error
+
+    # -------------------------------------------------------------- one report
+
+    async def _deliver_one(self, client: httpx.AsyncClient) -> bool:
+        """Send the oldest report; True if the next may follow at once."""
+        stored = self._spool.oldest()
+        path, batch = stored if stored else (None, self._outbox.next_batch())
+        batch = self._without_refused(batch)
+        try:
+            outcome = await self._send(client, batch)
+        except asyncio.CancelledError:
+            if path is None:
+                self._save(batch)  # perhaps taken, perhaps not: its number lets it be sent again
+            raise
+        if outcome is Delivery.AWAY:
+            self._failures += 1
+            if path is None:
+                self._save(batch)
+            if self._outbox.size_bytes:
+                self._save_waiting()
+            return False
+        self._failures = 0
+        if path is not None:
+            self._spool.remove(path)
+        if outcome is Delivery.REJECTED and batch.items:
+            for mark in dropped_marks(item for item in batch.items if item.kind != "marks"):
+                self._outbox.put_item(mark)
+        return True
+
+    async def _send(self, client: httpx.AsyncClient, batch: Batch) -> Delivery:
+        heartbeat = replace(self._heartbeat(), spool_bytes=self._spool.size_bytes)
+        body = batch.body(heartbeat)
+        self._heartbeat_due = time.monotonic() + self._heartbeat_s
+        try:
+            answer = await client.post("/v1/node/reports", content=body)
+        except httpx.HTTPError as error:
+            log.debug("server away: %r", error)
+            return Delivery.AWAY
+        if answer.status_code == 200:
+            self._take_answer(answer)
+            return Delivery.TAKEN
+        if answer.status_code >= 500 or answer.status_code in _RETRY_STATUSES:
+            log.warning("report %d answered %d", batch.seq, answer.status_code)
+            return Delivery.AWAY
+        log.error("report %d rejected: %d %s", batch.seq, answer.status_code, answer.text[:500])
+        return Delivery.REJECTED
+
+    def _take_answer(self, answer: httpx.Response) -> None:
+        try:
+            decoded = protocol.decode(NodeAnswer, answer.json())
+        except ValueError as error:
+            log.warning("the server's answer cannot be read: %s", error)
+            return
+        for refused in decoded.refused:
+            self._outbox.refuse((refused.attempt_id, refused.epoch))
+
+    def _without_refused(self, batch: Batch) -> Batch:
+        if not any(self._outbox.is_refused(attempt) for attempt in batch.attempts):
+            return batch
+        return Batch(batch.boot, batch.seq, [item for item in batch.items if not self._outbox.is_refused(item.attempt)])
+
+    # -------------------------------------------------------------- waiting
+
+    async def _something_to_send(self) -> None:
+        waits = [asyncio.ensure_future(self._urgent.wait()), asyncio.ensure_future(self._gathered())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _gathered(self) -> None:
+        await self._outbox.filled.wait()
+        await asyncio.sleep(_GATHER_S)
+
+    async def _pause(self) -> None:
+        """Back off; a new configuration ends the pause."""
+        first, longest = _BACKOFF_S
+        pause_s = min(longest, first * 2 ** (self._failures - 1)) * random.uniform(0.8, 1.2)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._urgent.wait(), pause_s)
+
+    def _is_heartbeat_due(self) -> bool:
+        return time.monotonic() >= self._heartbeat_due
+
+    def _save_waiting(self) -> None:
+        while self._outbox.filled.is_set():
+            self._save(self._outbox.next_batch())
+
+    def _save(self, batch: Batch) -> None:
+        if not batch.items:
+            return
+        try:
+            self._spool.append(batch)
+        except OSError as error:
+            log.error("reports are lost, the spool cannot be written: %s", error)

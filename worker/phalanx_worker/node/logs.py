@@ -1,0 +1,127 @@
+"""One output stream of one rank: read from its pipe, cut into chunks, bounded.
+
+Owns the pace of reading (a rank that prints a little at a time costs a few wakeups a second, not one per line), the
+chunks (at most 64 KiB and 200 ms old), the limit per rank, and the tail kept for the exit report. Sends nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import time
+from collections.abc import Callable
+
+MAX_CHUNK_BYTES = 64 * 1024
+_READ_BYTES = 256 * 1024
+_CHUNK_AGE_S = 0.2
+_REST_S = 0.04  # between reads of a stream that trickles; the pipe's 64 KiB hold more than that brings
+_BUSY_BYTES = 16 * 1024  # a read of at least this much is followed by the next at once
+
+TAIL_BYTES = 2048
+
+EmitChunk = Callable[[int, str, float], None]  # (offset, base64 data, at)
+
+
+class LogBudget:
+    """What the streams of one rank may still send together. `dropped_bytes` counts what came after."""
+
+    def __init__(self, limit_bytes: int):
+        self._left_bytes = limit_bytes
+        self.dropped_bytes = 0
+
+    def take(self, wanted_bytes: int) -> int:
+        taken = min(wanted_bytes, self._left_bytes)
+        self._left_bytes -= taken
+        self.dropped_bytes += wanted_bytes - taken
+        return taken
+
+
+class LogStream:
+    """Reads `fd` (which it owns) until its end; `ended` is set then."""
+
+    def __init__(self, fd: int, budget: LogBudget, emit: EmitChunk):
+        self.ended = asyncio.Event()
+        self._fd = fd
+        self._budget = budget
+        self._emit = emit
+        self._loop = asyncio.get_running_loop()
+        self._offset = 0
+        self._waiting = bytearray()
+        self._tail = bytearray()
+        self._flush_timer: asyncio.TimerHandle | None = None
+        os.set_blocking(fd, False)
+        self._loop.add_reader(fd, self._read)
+
+    @property
+    def tail(self) -> str:
+        return bytes(self._tail).decode(errors="replace")
+
+    def close(self) -> None:
+        """Stop reading; what was read goes out."""
+        if self.ended.is_set():
+            return
+        self.ended.set()
+        self._flush()
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+
+    def drain(self) -> None:
+        """Read what the pipe holds now."""
+        while not self.ended.is_set() and self._take():
+            pass
+
+    def _read(self) -> None:
+        count = self._take()
+        if not self.ended.is_set() and count < _BUSY_BYTES:
+            self._loop.remove_reader(self._fd)
+            self._loop.call_later(_REST_S, self._resume)
+
+    def _resume(self) -> None:
+        if not self.ended.is_set():
+            self._loop.add_reader(self._fd, self._read)
+
+    def _take(self) -> int:
+        """Read once; the number of bytes read."""
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return 0
+        self._keep_tail(data)
+        self._waiting += data[: self._budget.take(len(data))]
+        if len(self._waiting) >= MAX_CHUNK_BYTES:
+            self._flush()
+        elif self._waiting and self._flush_timer is None:
+            self._flush_timer = self._loop.call_later(_CHUNK_AGE_S - _REST_S, self._flush)
+        return len(data)
+
+    def _keep_tail(self, data: bytes) -> None:
+        self._tail += data[-TAIL_BYTES:]
+        del self._tail[:-TAIL_BYTES]
+
+    def _flush(self) -> None:
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        at = time.time()
+        for start in range(0, len(self._waiting), MAX_CHUNK_BYTES):
+            chunk = self._waiting[start : start + MAX_CHUNK_BYTES]
+            self._emit(self._offset, base64.b64encode(chunk).decode(), at)
+            self._offset += len(chunk)
+        self._waiting.clear()
+
+
+async def finish(streams: list[LogStream], timeout_s: float) -> None:
+    """Wait for the end of every stream; one that somebody still holds open is closed after `timeout_s`."""
+    for stream in streams:
+        stream.drain()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*(stream.ended.wait() for stream in streams)), timeout_s)
+    for stream in streams:
+        stream.close()

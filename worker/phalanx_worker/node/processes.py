@@ -1,0 +1,78 @@
+"""Processes of attempts as the kernel shows them: memory of a tree, and strays found by their environment or session.
+
+Owns reading /proc for that. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from phalanx_worker.runtime import linux
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Stray:
+    pid: int
+    attempt_id: str
+    group_rank: int
+
+
+def memory_bytes(pids: Iterable[int], *, limit_bytes: int) -> int:
+    """What the processes hold together. Shared pages count once per process until that would exceed the limit; only
+    then the exact share is read, which is slow."""
+    known = list(pids)
+    total = sum(_resident_bytes(pid) for pid in known)
+    return total if total <= limit_bytes else sum(_proportional_bytes(pid) for pid in known)
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError):
+        return 0
+
+
+def _proportional_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+    except OSError:
+        return _resident_bytes(pid)
+
+
+def in_sessions(session_ids: set[int]) -> list[int]:
+    """Every process whose session is one of these."""
+    return [pid for pid in linux.pids() if (fields := linux.stat_fields(pid)) and int(fields[3]) in session_ids]
+
+
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def strays() -> list[Stray]:
+    """Every process that was started with an attempt's environment."""
+    found = []
+    for pid in linux.pids():
+        env = _environment(pid)
+        if b"PHALANX_ATTEMPT_ID" in env and env.get(b"GROUP_RANK", b"").isdigit():
+            attempt_id = env[b"PHALANX_ATTEMPT_ID"].decode(errors="replace")
+            found.append(Stray(pid, attempt_id, int(env[b"GROUP_RANK"])))
+    return found
+
+
+def _environment(pid: int) -> dict[bytes, bytes]:
+    try:
+        data = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return {}
+    return {name: value for name, _, value in (item.partition(b"=") for item in data.split(b"\0"))}

@@ -1,0 +1,289 @@
+"""The ranks of one group on this node, from start to the last of them gone.
+
+Owns the conversation with the group's guardian, the ranks' pipes and report sockets, and the record of how each ended.
+Knows neither the server nor the agent: what happens is told through `GroupEvents`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from phalanx_worker.node import logs, processes
+from phalanx_worker.node.command import Launch
+from phalanx_worker.node.environment import Places
+from phalanx_worker.node.logs import LogBudget, LogStream
+from phalanx_worker.node.orders import GroupOrder, StartFailed
+from phalanx_worker.node.reports import ReportSocket
+from phalanx_worker.node.warm import WarmProcess
+from phalanx_worker.protocol import LogChunk, Mark, MetricPoint, RankExit, RankStart
+from phalanx_worker.runtime import channel, spec
+
+START_TIMEOUT_S = 60.0
+_STREAMS_END_S = 2.0
+_SWEEPS = 100
+_SWEEP_EVERY_S = 0.05
+
+
+@dataclass(frozen=True)
+class GroupEvents:
+    """`put` takes everything for the server; `changed` is called after each change of `Group.state` or exits;
+    `flush` waits (briefly) until what was put is delivered."""
+
+    put: Callable[[LogChunk | MetricPoint | Mark], None]
+    changed: Callable[[], None]
+    flush: Callable[[], Any]
+
+
+@dataclass
+class RankRecord:
+    """One rank: its streams while they are open, and what is known of its end."""
+
+    rank: int
+    budget: LogBudget
+    streams: list[LogStream]  # stdout, stderr
+    reports: ReportSocket
+    finished: bool = False
+    exit: RankExit | None = None
+
+    def close(self) -> None:
+        self.reports.close()
+        for stream in self.streams:
+            stream.close()
+
+
+class Group:
+    """One started group. `state`: `running`, `failing` (a rank failed, others run), `ended` (nothing is left)."""
+
+    def __init__(self, order: GroupOrder, places: Places, launch: Launch, events: GroupEvents):
+        self.order = order
+        self.places = places
+        self.state = "running"
+        self.first_failed_rank: int | None = None
+        self.starts: list[RankStart] = []
+        self.guardian_pid = 0
+        self.oom = False
+        self.ended = asyncio.Event()
+        self._launch = launch
+        self._events = events
+        self._stopping = False
+        self._records: dict[int, RankRecord] = {}
+        self._connection, self._guardian_end = channel.pair()
+        self._connection.setblocking(False)
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.order.attempt_id, self.order.epoch)
+
+    @property
+    def exits(self) -> list[RankExit]:
+        return [record.exit for record in self._records.values() if record.exit is not None]
+
+    # -------------------------------------------------------------- starting
+
+    async def start(self, warm: WarmProcess, group_spec: spec.GroupSpec, listener: socket.socket | None) -> None:
+        """Fork the group. Raises StartFailed, with nothing left behind."""
+        try:
+            await asyncio.wait_for(self._start(warm, group_spec, listener), START_TIMEOUT_S)
+        except TimeoutError:
+            self._abandon()
+            raise StartFailed(f"the ranks were not started in {START_TIMEOUT_S:.0f} s") from None
+        except BaseException:
+            self._abandon()
+            raise
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _start(self, warm: WarmProcess, group_spec: spec.GroupSpec, listener: socket.socket | None) -> None:
+        spec_fd = spec.write(group_spec)
+        try:
+            extra = [listener.fileno()] if listener is not None else []
+            await warm.fork_guardian(self._guardian_end, [spec_fd, *extra])
+        finally:
+            os.close(spec_fd)
+            self._guardian_end.close()
+        for index, rank in enumerate(group_spec.ranks):
+            await self._send_rank(index, rank.rank, group_spec.uid)
+        message = await self._receive()
+        if message is None or message["op"] != "started":
+            reason = "the guardian died" if message is None else message.get("message", "")
+            raise StartFailed(f"the ranks could not be forked: {reason}")
+        self.guardian_pid = message["guardian_pid"]
+        self.starts = [self._rank_start(started) for started in message["ranks"]]
+
+    async def _send_rank(self, index: int, rank: int, uid: int | None) -> None:
+        """Make a rank's pipes and socket and hand the far ends over."""
+        far_ends: list[int] = []
+        try:
+            stdout_fd, far = _pipe(uid, far_ends)
+            stderr_fd, far_stderr = _pipe(uid, far_ends)
+            ours, theirs = channel.pair()
+            far_ends.append(theirs.detach())
+            self._records[rank] = self._record(rank, stdout_fd, stderr_fd, ours)
+            while True:
+                try:
+                    return channel.send(self._connection, {"index": index}, [far, far_stderr, far_ends[-1]])
+                except BlockingIOError:  # the guardian has not come up yet
+                    await asyncio.sleep(0.002)
+        except OSError as error:
+            raise StartFailed(f"rank {rank} could not be started: {error}") from error
+        finally:
+            for fd in far_ends:
+                os.close(fd)
+
+    def _record(self, rank: int, stdout_fd: int, stderr_fd: int, reports: socket.socket) -> RankRecord:
+        budget = LogBudget(self.order.desired.launch.log_limit_bytes)
+        streams = [
+            LogStream(fd, budget, self._emitter(rank, name))
+            for fd, name in [(stdout_fd, "stdout"), (stderr_fd, "stderr")]
+        ]
+        report_socket = ReportSocket(reports, self.key, rank, self._events.put, self._on_mark)
+        return RankRecord(rank=rank, budget=budget, streams=streams, reports=report_socket)
+
+    def _emitter(self, rank: int, stream: str) -> logs.EmitChunk:
+        def emit(offset: int, data: str, at: float) -> None:
+            self._events.put(LogChunk(*self.key, rank=rank, stream=stream, offset=offset, data=data, at=at))
+
+        return emit
+
+    def _rank_start(self, started: dict[str, Any]) -> RankStart:
+        return RankStart(
+            rank=started["rank"],
+            node=self.order.group.node,
+            pid=started["pid"],
+            started_at=started["at"],
+            warm=self._launch.warm,
+            cold_reason=self._launch.cold_reason,
+        )
+
+    def _abandon(self) -> None:
+        """Close every end: a guardian that exists kills what it started and goes."""
+        self._connection.close()
+        self._guardian_end.close()
+        for record in self._records.values():
+            record.close()
+
+    # -------------------------------------------------------------- ending
+
+    def stop(self, grace_s: float) -> None:
+        """SIGTERM now, SIGKILL to what is left after `grace_s`; a later call can only shorten the grace."""
+        self._stopping = True
+        for record in self._records.values():
+            record.reports.tell_stop()
+        self._tell({"op": "stop", "grace_s": grace_s})
+
+    def kill(self) -> None:
+        """End it now, because it was asked for: its ranks have not failed."""
+        self._stopping = True
+        self._tell({"op": "kill"})
+
+    def fail(self, kind: str, data: dict[str, Any]) -> None:
+        """End it now because of what it did; `kind` and `data` become a mark (`oom` marks the exits as well)."""
+        self.note(kind, data)
+        self.oom = self.oom or kind == "oom"
+        self._tell({"op": "kill"})
+
+    def note(self, kind: str, data: dict[str, Any]) -> None:
+        rank = self.order.group.first_rank
+        self._events.put(Mark(*self.key, rank=rank, kind=kind, at=time.time(), data=data))
+
+    async def dismiss(self) -> None:
+        """Let the guardian go: at once if all is ended (it may still host the store), else by killing the ranks."""
+        self._connection.close()
+        if self._watcher is not None and self.state != "ended":
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        for record in self._records.values():
+            record.close()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            channel.send(self._connection, message)
+
+    # -------------------------------------------------------------- watching
+
+    async def _watch(self) -> None:
+        while (message := await self._receive()) is not None and message["op"] != "ended":
+            if message["op"] == "exit":
+                self._take_exit(message["rank"], message["status"], message["at"])
+            elif message["op"] == "failed":
+                self.note("note", {"message": f"the node's guardian of these ranks failed: {message['message']}"})
+        if message is None:
+            await asyncio.to_thread(self._sweep)
+        await self._end()
+
+    def _sweep(self) -> None:
+        """The guardian died without its word that nothing is left: find what is, by session and by environment."""
+        sessions = {start.pid for start in self.starts}
+        place = (self.order.attempt_id, self.order.group.group_rank)
+        for _ in range(_SWEEPS):
+            strays = [stray.pid for stray in processes.strays() if (stray.attempt_id, stray.group_rank) == place]
+            found = {*strays, *processes.in_sessions(sessions)}
+            if not found:
+                return
+            processes.kill(found)
+            time.sleep(_SWEEP_EVERY_S)
+
+    async def _receive(self) -> dict[str, Any] | None:
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self._connection, 65536)
+        except OSError:
+            return None
+        return channel.parse(data) if data else None
+
+    def _take_exit(self, rank: int, status: int, at: float) -> None:
+        code = os.waitstatus_to_exitcode(status)
+        record = self._records[rank]
+        for stream in record.streams:
+            stream.drain()
+        record.exit = RankExit(
+            rank=rank,
+            exit_code=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            ended_at=at,
+            oom=self.oom and code < 0,
+            tail=record.streams[1].tail,
+        )
+        if code != 0 and self.first_failed_rank is None and not self._stopping:
+            self.first_failed_rank = rank
+            self.state = "failing"
+        self._events.changed()
+
+    async def _end(self) -> None:
+        """Nothing is left: take the last output, let it reach the server if it can, then say so."""
+        streams = [stream for record in self._records.values() for stream in record.streams]
+        await logs.finish(streams, _STREAMS_END_S)
+        for record in self._records.values():
+            record.close()
+            self._settle_exit(record)
+        await self._events.flush()
+        self.state = "ended"
+        self.ended.set()
+        self._events.changed()
+
+    def _settle_exit(self, record: RankRecord) -> None:
+        """The exit as it is reported: with the whole tail of stderr, and what was dropped of its logs."""
+        known = record.exit or RankExit(rank=record.rank, oom=self.oom)  # the guardian died: its end was not seen
+        record.exit = replace(known, tail=record.streams[1].tail, finished=record.finished)
+        if record.budget.dropped_bytes:
+            data = {"what": "logs", "count": 1, "bytes": record.budget.dropped_bytes}
+            self._events.put(Mark(*self.key, rank=record.rank, kind="dropped", at=time.time(), data=data))
+
+    def _on_mark(self, mark: Mark) -> None:
+        if mark.kind == "finished":
+            self._records[mark.rank].finished = True
+
+
+def _pipe(uid: int | None, far_ends: list[int]) -> tuple[int, int]:
+    """A pipe for a rank's output, owned by its user so that it may open /dev/stdout."""
+    near, far = os.pipe()
+    far_ends.append(far)
+    if uid is not None:
+        os.fchown(far, uid, uid)
+    return near, far

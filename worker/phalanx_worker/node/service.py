@@ -1,0 +1,245 @@
+"""The node runner: what the agent asks of one node, and everything that runs for it meanwhile.
+
+Owns the table of groups on this node. Plain asyncio: knows no Ray (see `runner.py`), and decides nothing about jobs.
+All arguments and results are plain JSON data, as the agent sends and takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from phalanx_worker import protocol
+from phalanx_worker.node.duties import Duties, Hooks
+from phalanx_worker.node.fence import CheckGcs
+from phalanx_worker.node.orders import GroupOrder, Settings, StartFailed
+from phalanx_worker.node.ranks import Group, GroupEvents
+
+__all__ = ["Runner", "StartFailed"]
+
+_FLUSH_S = 0.5
+_KILLED_S = 30.0
+_BACKLOG = 1024
+
+
+class Runner:
+    """One node. `configure` must be called first; every method may be called again with the same arguments."""
+
+    def __init__(
+        self,
+        *,
+        address: str = "127.0.0.1",
+        gcs_alive: CheckGcs | None = None,
+        python: str = sys.executable,
+        environ: Mapping[str, str] | None = None,
+        warm_env: Mapping[str, str] | None = None,
+    ):
+        self.boot = uuid.uuid4().hex
+        self._address = address
+        self._gcs_alive = gcs_alive
+        self._python = python
+        self._environ = dict(os.environ if environ is None else environ)
+        self._warm_env = dict(warm_env or {})
+        self._settings: Settings | None = None
+        self._duties: Duties | None = None
+        self._opening = asyncio.Lock()
+        self._starts: dict[str, tuple[int, asyncio.Task[Group]]] = {}
+        self._listeners: dict[str, socket.socket] = {}
+        self._seq = time.time_ns() // 1_000_000  # an agent that knew the runner before this one must see a change
+        self._changed = asyncio.Event()
+
+    # -------------------------------------------------------------- what the agent calls
+
+    async def configure(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Take the settings, starting the node's duties with the first ones; answers `capabilities()`."""
+        read = Settings.read(settings)
+        async with self._opening:
+            if self._duties is None:
+                self._duties = await self._open(read)
+            self._settings = read
+            self._duties.fence.fence_s = read.fence_s
+            self._duties.fence.touch()
+            await self._duties.link.configure(
+                server_url=read.server_url, token=read.node_token, heartbeat_s=read.heartbeat_s
+            )
+        return self.capabilities()
+
+    def capabilities(self) -> dict[str, Any]:
+        """What this node can do, for its entry in the inventory."""
+        duties = self._open_duties()
+        state = duties.warm.state
+        return {
+            "boot": self.boot,
+            "pid": os.getpid(),
+            "own_users": duties.launcher.own_users,
+            "own_users_problem": duties.own_users_problem,
+            "torch": state.torch if state else None,
+            "warm_unfit": state.unfit if state else None,
+            "warm_ready": duties.is_warm,
+            "gpu_names": duties.watch.devices.gpu_names(),
+        }
+
+    async def reserve_rendezvous(self, attempt_id: str) -> dict[str, Any]:
+        """Bind the port that the attempt's TCPStore will listen on."""
+        self._open_duties().fence.touch()
+        listener = self._listeners.get(attempt_id)
+        if listener is None:
+            listener = self._listeners[attempt_id] = _listen(self._address)
+        return {"host": self._address, "port": listener.getsockname()[1]}
+
+    async def start_group(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Start one group and answer its ranks; again the same for the same attempt and epoch. Raises StartFailed."""
+        duties = self._open_duties()
+        duties.fence.touch()
+        read = GroupOrder.read(order)
+        epoch, start = self._starts.get(read.attempt_id, (None, None))
+        if start is None:
+            epoch = read.epoch
+            start = asyncio.create_task(self._start(duties, read))
+            self._starts[read.attempt_id] = (epoch, start)
+        if epoch != read.epoch:
+            raise StartFailed(f"epoch {epoch} of this attempt is here, epoch {read.epoch} was ordered")
+        group = await asyncio.shield(start)
+        return {"ranks": [protocol.encode(rank) for rank in group.starts]}
+
+    async def stop_group(self, attempt_id: str, grace_s: float) -> None:
+        """SIGTERM to its ranks, SIGKILL after `grace_s`; nothing if there is no such group."""
+        self._open_duties().fence.touch()
+        group = await self._group(attempt_id)
+        if group is not None:
+            group.stop(grace_s)
+
+    async def kill_group(self, attempt_id: str) -> None:
+        self._open_duties().fence.touch()
+        group = await self._group(attempt_id)
+        if group is not None:
+            group.kill()
+
+    async def forget_group(self, attempt_id: str) -> None:
+        """Free everything of the attempt; what still runs is killed first."""
+        duties = self._open_duties()
+        duties.fence.touch()
+        group = await self._group(attempt_id)
+        if group is not None:
+            if group.state != "ended":
+                group.kill()
+            try:
+                await asyncio.wait_for(group.ended.wait(), _KILLED_S)
+            except TimeoutError:
+                raise RuntimeError(f"processes of {attempt_id} do not die; it cannot be forgotten yet") from None
+            await group.dismiss()
+            await asyncio.to_thread(duties.workspace.remove, group.places)
+            duties.outbox.forget(group.key)
+        self._starts.pop(attempt_id, None)
+        self._drop_listener(attempt_id)
+        self._note_change()
+
+    async def next_facts(self, after: int, wait_s: float) -> dict[str, Any]:
+        """The table of groups, as soon as it differs from the one numbered `after`, at the latest after `wait_s`."""
+        self._open_duties().fence.touch()
+        if self._seq == after:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+        groups = [_facts(group) for group in self._groups()]
+        return {"seq": self._seq, "groups": groups, "warm_ready": self._open_duties().is_warm}
+
+    async def close(self) -> None:
+        """End every rank and hand what is unsent to the spool."""
+        duties = self._duties
+        if duties is None:
+            return
+        starting = [start for _, start in self._starts.values() if not start.done()]
+        for start in starting:
+            start.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)
+        for group in self._groups():
+            await group.dismiss()
+        for attempt_id in list(self._listeners):
+            self._drop_listener(attempt_id)
+        await duties.close()
+        self._duties = None
+
+    # -------------------------------------------------------------- groups
+
+    async def _start(self, duties: Duties, order: GroupOrder) -> Group:
+        listener = self._listeners.get(order.attempt_id) if order.hosts_rendezvous else None
+        try:
+            if order.hosts_rendezvous and listener is None:
+                raise StartFailed("no rendezvous port is reserved here for this attempt")
+            events = GroupEvents(put=duties.outbox.put, changed=self._note_change, flush=self._flush)
+            group = await duties.launcher.start(order, listener, events)
+        except BaseException:
+            self._starts.pop(order.attempt_id, None)
+            raise
+        finally:
+            self._drop_listener(order.attempt_id)
+        self._note_change()
+        return group
+
+    async def _group(self, attempt_id: str) -> Group | None:
+        """The group, waiting for a start that is under way; None if there is none or its start fails."""
+        _, start = self._starts.get(attempt_id, (0, None))
+        if start is None:
+            return None
+        with contextlib.suppress(StartFailed):
+            return await asyncio.shield(start)
+        return None
+
+    def _groups(self) -> list[Group]:
+        done = [start for _, start in self._starts.values() if start.done() and not start.cancelled()]
+        return [start.result() for start in done if start.exception() is None]
+
+    def _drop_listener(self, attempt_id: str) -> None:
+        listener = self._listeners.pop(attempt_id, None)
+        if listener is not None:
+            listener.close()
+
+    def _note_change(self) -> None:
+        self._seq += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _flush(self) -> None:
+        if self._duties is not None:
+            await self._duties.link.flush(_FLUSH_S)
+
+    # -------------------------------------------------------------- duties
+
+    async def _open(self, settings: Settings) -> Duties:
+        hooks = Hooks(groups=self._groups, changed=self._note_change, gcs_alive=self._gcs_alive)
+        return await Duties.open(
+            settings, hooks, boot=self.boot, python=self._python, environ=self._environ, warm_env=self._warm_env
+        )
+
+    def _open_duties(self) -> Duties:
+        if self._duties is None:
+            raise RuntimeError("the runner is not configured yet")
+        return self._duties
+
+
+def _facts(group: Group) -> dict[str, Any]:
+    return {
+        "attempt_id": group.order.attempt_id,
+        "epoch": group.order.epoch,
+        "state": group.state,
+        "exits": [protocol.encode(end) for end in group.exits],
+        "first_failed_rank": group.first_failed_rank,
+    }
+
+
+def _listen(address: str) -> socket.socket:
+    """A listening socket on any free port of `address`, or of every address where that one is not this machine's."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.bind((address, 0))
+    except OSError:
+        listener.bind(("", 0))
+    listener.listen(_BACKLOG)
+    return listener

@@ -1,0 +1,43 @@
+"""Whether ranks can run as their tenant's own Unix user on this node.
+
+Owns the test: root, and the user reaches what a rank needs to read. It is made by a process of that user, since only
+the kernel knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+_UNPRIVILEGED_UID = 65533  # stands for any tenant: none of them owns anything on the node
+_CHECK_TIMEOUT_S = 10.0
+
+
+def needed_files(python: str) -> list[str]:
+    """What a rank reads at the latest in its first import."""
+    packages = [spec.origin for name in ("phalanx", "torch") if (spec := find_spec(name)) and spec.origin]
+    return [str(Path(python).resolve()), os.__file__, *packages] if python == sys.executable else [python]
+
+
+async def own_users_problem(python: str, data_dir: Path) -> str:
+    """ "" if ranks can run under own users, else why not, in words for an operator."""
+    if os.geteuid() != 0:
+        return "the runner is not root, so ranks run as its own user"
+    for path in [*needed_files(python), str(data_dir / "attempts")]:
+        if not await _readable(path, _UNPRIVILEGED_UID):
+            return f"other users cannot read {path}, so ranks run as the runner's user"
+    return ""
+
+
+async def _readable(path: str, uid: int) -> bool:
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh", "-c", 'test -r "$1"', "sh", path, user=uid, group=uid, extra_groups=[], env={}, cwd="/"
+    )
+    try:
+        return await asyncio.wait_for(process.wait(), _CHECK_TIMEOUT_S) == 0
+    except TimeoutError:
+        process.kill()
+        return False

@@ -1,0 +1,142 @@
+"""The runner's side of the warm process: started, watched, started again, asked to fork guardians.
+
+Owns the process and its socket. After repeated deaths it is started without torch, so that commands which do not need
+it still run. A group, once forked, does not depend on it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx_worker.node.orders import StartFailed
+from phalanx_worker.runtime import channel
+
+log = logging.getLogger("phalanx.node.warm")
+
+READY_TIMEOUT_S = 120.0
+_BACKOFF_S = (0.1, 10.0)
+_DEATHS_BEFORE_NO_TORCH = 3
+
+
+@dataclass(frozen=True)
+class WarmState:
+    """What the warm process said of itself. `unfit`: why no rank can be forked from it; "" if it can."""
+
+    pid: int
+    torch: str
+    unfit: str
+
+
+class WarmProcess:
+    """`env` must be scrubbed already: ranks inherit its memory."""
+
+    def __init__(self, *, python: str, env: Mapping[str, str], log_path: Path):
+        self._python = python
+        self._env = dict(env)
+        self._log_path = log_path
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._state: asyncio.Future[WarmState] = asyncio.get_running_loop().create_future()
+        self._deaths = 0
+        self._keeper: asyncio.Task[None] | None = None
+
+    def start(self, *, on_ready: Callable[[], None]) -> None:
+        self._keeper = asyncio.create_task(self._keep(on_ready))
+
+    @property
+    def state(self) -> WarmState | None:
+        """None while it is loading."""
+        return self._state.result() if self._state.done() and not self._state.cancelled() else None
+
+    async def ready(self) -> WarmState:
+        """Wait until it can fork. Raises StartFailed when that takes too long."""
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._state), READY_TIMEOUT_S)
+        except TimeoutError:
+            raise StartFailed(f"the warm process was not ready in {READY_TIMEOUT_S:.0f} s") from None
+
+    async def fork_guardian(self, guardian_socket: socket.socket, fds: list[int]) -> None:
+        """Have it fork a guardian that talks through `guardian_socket`. Raises StartFailed when it is gone."""
+        await self.ready()
+        try:
+            assert self._connection is not None
+            channel.send(self._connection, {"op": "group"}, [guardian_socket.fileno(), *fds])
+        except OSError as error:
+            raise StartFailed(f"the warm process cannot be reached: {error}") from error
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        self._hang_up()
+
+    # -------------------------------------------------------------- keeping it alive
+
+    async def _keep(self, on_ready: Callable[[], None]) -> None:
+        while True:
+            try:
+                await self._live(on_ready)
+            except OSError as error:
+                log.error("the warm process cannot be started: %s", error)
+            self._hang_up()
+            self._deaths += 1
+            first, longest = _BACKOFF_S
+            await asyncio.sleep(min(longest, first * 2**self._deaths))
+
+    async def _live(self, on_ready: Callable[[], None]) -> None:
+        """One life: start, wait for "ready", then until its socket closes."""
+        self._spawn()
+        assert self._connection is not None
+        received = await self._receive(self._connection)
+        if received is None:
+            log.error("the warm process died while loading; see %s", self._log_path)
+            return
+        self._state.set_result(WarmState(received["pid"], received["torch"], received["unfit"]))
+        self._deaths = 0
+        on_ready()
+        await self._receive(self._connection)
+        log.error("the warm process died; see %s", self._log_path)
+        self._state = asyncio.get_running_loop().create_future()
+
+    def _spawn(self) -> None:
+        ours, theirs = channel.pair()
+        theirs.set_inheritable(True)
+        arguments = ["--fd", str(theirs.fileno())]
+        if self._deaths >= _DEATHS_BEFORE_NO_TORCH:
+            arguments.append("--no-torch")
+        with open(self._log_path, "ab") as output, theirs:
+            self._process = subprocess.Popen(
+                [self._python, "-m", "phalanx_worker.runtime.boot", "warm", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                env=self._env,
+                cwd=os.sep,
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        self._connection = ours
+
+    @staticmethod
+    async def _receive(connection: socket.socket) -> dict[str, Any] | None:
+        data = await asyncio.get_running_loop().sock_recv(connection, 65536)
+        return channel.parse(data) if data else None
+
+    def _hang_up(self) -> None:
+        """It ends by itself when its socket closes; if it is stuck in an import it is killed."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None

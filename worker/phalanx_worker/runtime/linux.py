@@ -1,0 +1,97 @@
+"""What Linux offers beyond Python's own library: prctl, and the process table in /proc.
+
+Owns the numbers of the kernel's interface and the reading of /proc/PID/stat. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Be killed when the parent dies. To be called after any change of uid, which clears it."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the call
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent dies."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def become_user(uid: int) -> None:
+    """Drop to an unprivileged user for good; its /proc files stay its own and no setuid program brings it back."""
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    _prctl(_PR_SET_DUMPABLE, 1)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def thread_count() -> int:
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+def holds_device(prefix: str) -> bool:
+    """Whether this process has a file open whose path starts with `prefix`, such as /dev/nvidia."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the descriptor of this very listing
+            if str(entry.readlink()).startswith(prefix):
+                return True
+    return False
+
+
+def pids() -> list[int]:
+    with os.scandir("/proc") as entries:
+        return [int(entry.name) for entry in entries if entry.name.isdigit()]
+
+
+def parents() -> dict[int, int]:
+    """pid -> parent pid of every process that can be seen."""
+    table = {}
+    for pid in pids():
+        fields = stat_fields(pid)
+        if fields:
+            table[pid] = int(fields[1])
+    return table
+
+
+def stat_fields(pid: int) -> list[str] | None:
+    """/proc/PID/stat after the command name: state, ppid, pgrp, session, …; None if the process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].decode().split()
+    except OSError:
+        return None
+
+
+def descendants(root_pid: int, table: dict[int, int] | None = None) -> list[int]:
+    """Every process below `root_pid`, itself left out."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in (parents() if table is None else table).items():
+        children.setdefault(parent, []).append(pid)
+    found: list[int] = []
+    waiting = list(children.get(root_pid, ()))
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        waiting.extend(children.get(pid, ()))
+    return found
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")

@@ -1,0 +1,55 @@
+"""Notice two moments of training from outside the script: the process group is up, the first optimizer step is done.
+
+Owns the two hooks; each takes itself away after its moment, so that training pays nothing afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from typing import Any
+
+from phalanx import job
+
+
+def install() -> None:
+    """Put the hooks in place, if torch is loaded in this process."""
+    if "torch" not in sys.modules:
+        return
+    with contextlib.suppress(ImportError, AttributeError):  # another torch, without that moment: the mark stays unset
+        _mark_first_step()
+    with contextlib.suppress(ImportError, AttributeError):
+        _mark_rendezvous()
+
+
+def _mark_first_step() -> None:
+    import torch  # here and below: loaded already, this only gives it a name
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def after_step(*_: Any) -> None:
+        if not torch.compiler.is_compiling():  # under torch.compile the hook must not become part of the graph
+            handle.remove()
+            job.mark("first_step")
+
+    handle = register_optimizer_step_post_hook(after_step)
+
+
+def _mark_rendezvous() -> None:
+    import torch.distributed
+
+    distributed: Any = torch.distributed
+    homes = [distributed, distributed.distributed_c10d]
+    original = distributed.init_process_group
+
+    @functools.wraps(original)
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        for home in homes:
+            if home.init_process_group is init_process_group:
+                home.init_process_group = original
+        job.mark("rendezvous")
+        return result
+
+    for home in homes:
+        home.init_process_group = init_process_group

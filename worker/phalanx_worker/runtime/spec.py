@@ -1,0 +1,74 @@
+"""What a guardian is told to run: the ranks of one group, as plain data through a memory file.
+
+Owns the form of that message, shared by the runner (writes it) and the guardian (reads it). Knows nothing of jobs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a rank runs.
+
+    kind: `script` (argv[0] is a Python file) and `module` (argv[0] is a module's name) run in the warm process's fork;
+    `exec` replaces the process by argv. `name` is how the user spelled the interpreter.
+    """
+
+    kind: str
+    argv: list[str]
+    name: str = "python"
+    shell: bool = False  # argv is our `/bin/sh -c`, or a program that need not pass signals on
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    rank: int
+    env: dict[str, str]  # what differs from the group's environment
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    host: str
+    port: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    program: Program
+    env: dict[str, str]
+    cwd: str
+    ranks: list[RankSpec]
+    uid: int | None = None  # None: stay the runner's user
+    store: StoreSpec | None = None  # host the rendezvous on the listening socket that comes along
+    threads: int = 1  # of a torch operation, where the program runs warm
+    unbuffered: bool = True
+
+
+def write(spec: GroupSpec) -> int:
+    """Put the spec into a new memory file; the caller closes the descriptor."""
+    fd = os.memfd_create("phalanx-group", os.MFD_CLOEXEC)
+    data = json.dumps(dataclasses.asdict(spec)).encode()
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return fd
+
+
+def read(fd: int) -> GroupSpec:
+    size = os.fstat(fd).st_size
+    data = json.loads(os.pread(fd, size, 0))
+    store = data.pop("store")
+    return GroupSpec(
+        **{
+            **data,
+            "program": Program(**data["program"]),
+            "ranks": [RankSpec(**rank) for rank in data["ranks"]],
+            "store": StoreSpec(**store) if store else None,
+        }
+    )
