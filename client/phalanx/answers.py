@@ -7,7 +7,7 @@ Creates carry an Idempotency-Key, so that a retry never makes two.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ from phalanx.errors import ProtocolError
 from phalanx.models import Model
 
 M = TypeVar("M", bound=Model)
+
+MAX_PAGE = 500
 
 
 def one(kind: type[M]) -> Callable[[Answer], M]:
@@ -33,10 +35,16 @@ def page_of(kind: type[M], answer: Answer) -> Page[M]:
     return Page(items, answer.body.get("next_cursor"))
 
 
-def paged(kind: type[M], path: str, params: Mapping[str, Any], limit: int | None) -> Pages[M]:
+def paged(
+    kind: type[M], path: str, *, limit: int | None = None, cursor_name: str = "cursor", **params: Any
+) -> Pages[M]:
+    """A list, page by page; without `limit` in pages as large as the API gives."""
+
     def call(cursor: str | None) -> Call[Page[M]]:
-        asked = clean({**params, "limit": min(limit, 500) if limit else None, "cursor": cursor})
-        return Call("GET", path, partial(page_of, kind), params=asked)
+        asked = {**params, "limit": min(limit or MAX_PAGE, MAX_PAGE)}
+        return Call(
+            "GET", path, partial(page_of, kind), params=clean(asked | ({cursor_name: cursor} if cursor else {}))
+        )
 
     return call
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote as quoted
 
 from phalanx import models
-from phalanx.answers import create, items, one, paged
+from phalanx.answers import create, one, paged
 from phalanx.calls import Answer, Call, Pages, Steps
 from phalanx.errors import Conflict
 
@@ -18,7 +18,7 @@ from phalanx.errors import Conflict
 
 def queue(*, tenant: str | None = None, limit: int | None = None) -> Pages[models.QueueItem]:
     """Waiting jobs in the order in which they will be considered; `limit` is the size of a page."""
-    return paged(models.QueueItem, "/v1/queue", {"tenant": tenant}, limit)
+    return paged(models.QueueItem, "/v1/queue", limit=limit, tenant=tenant)
 
 
 def plan(
@@ -33,9 +33,9 @@ def plan(
     return Call("POST", "/v1/plan", one(models.PlanAnswer), json=sent)
 
 
-def nodes() -> Call[list[models.Node]]:
+def nodes() -> Pages[models.Node]:
     """All nodes of all clusters."""
-    return Call("GET", "/v1/nodes", items(models.Node))
+    return paged(models.Node, "/v1/nodes")
 
 
 def node(name: str) -> Call[models.Node]:
@@ -62,9 +62,9 @@ def drain(name: str) -> Call[models.Node]:
     return _node_change("drain", name)
 
 
-def clusters() -> Call[list[models.Cluster]]:
+def clusters() -> Pages[models.Cluster]:
     """All Ray clusters."""
-    return Call("GET", "/v1/clusters", items(models.Cluster))
+    return paged(models.Cluster, "/v1/clusters")
 
 
 def create_cluster(name: str) -> Call[models.Cluster]:
@@ -75,9 +75,9 @@ def create_cluster(name: str) -> Call[models.Cluster]:
 # ------------------------------------------------------------------ tenants, tokens
 
 
-def tenants() -> Call[list[models.Tenant]]:
+def tenants() -> Pages[models.Tenant]:
     """The tenants that the caller sees, parents first."""
-    return Call("GET", "/v1/tenants", items(models.Tenant))
+    return paged(models.Tenant, "/v1/tenants")
 
 
 def tenant(path: str) -> Call[models.Tenant]:
@@ -126,9 +126,9 @@ def _quotas_with_etag(answer: Answer) -> tuple[str, dict[str, Any]]:
     return answer.headers.get("etag", "*"), {name: quota.raw for name, quota in _quotas(answer).items()}
 
 
-def tokens() -> Call[list[models.Token]]:
+def tokens() -> Pages[models.Token]:
     """The tokens that the caller may see, without their text."""
-    return Call("GET", "/v1/tokens", items(models.Token))
+    return paged(models.Token, "/v1/tokens")
 
 
 def create_token(

@@ -8,6 +8,7 @@ follows something live.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.parse import quote as quoted
 from phalanx import bundle as bundles
 from phalanx import models
 from phalanx.answers import create, items, one, paged
-from phalanx.calls import Answer, Call, Message, Pages, Pause, Steps, Stream, Work, clean
+from phalanx.calls import Answer, Call, Message, Page, Pages, Pause, Steps, Stream, Work, clean
 from phalanx.errors import ProtocolError, WaitTimeout
 from phalanx.models import Model
 
@@ -26,6 +27,7 @@ JobFile = Mapping[str, Any]  # the job file as a document
 
 BUNDLE_TYPE = "application/gzip"
 FIRST_POLL_S, LAST_POLL_S = 0.1, 2.0
+LOG_PIECE_BYTES = 16 << 20
 
 
 def _job_path(job_id: str, *rest: str) -> str:
@@ -120,7 +122,7 @@ def jobs(
         "label": [f"{key}={value}" for key, value in (labels or {}).items()],
         "submitted_after": submitted_after.isoformat() if submitted_after else None,
     }
-    return paged(models.Job, "/v1/jobs", params, limit)
+    return paged(models.Job, "/v1/jobs", limit=limit, **params)
 
 
 def cancel(job_id: str) -> Call[models.Job]:
@@ -164,10 +166,9 @@ def explain(job_id: str) -> Call[models.Explanation]:
 # ------------------------------------------------------------------ events, logs, metrics
 
 
-def events(job_id: str, *, after: int | None = None, limit: int | None = None) -> Call[list[models.Event]]:
-    """What happened to a job, oldest first; only what came after event `after`."""
-    params = clean({"after": after, "limit": limit})
-    return Call("GET", _job_path(job_id, "events"), items(models.Event), params=params)
+def events(job_id: str, *, after: int | None = None) -> Pages[models.Event]:
+    """What happened to a job, oldest first, as an iterator; only what came after event `after`."""
+    return paged(models.Event, _job_path(job_id, "events"), cursor_name="after", after=after)
 
 
 def follow(job_id: str, *, after: int | None = None) -> Stream[models.Event]:
@@ -184,13 +185,33 @@ def logs(
     stream: str | None = None,
     attempt: int | None = None,
     tail_lines: int | None = None,
-    start_bytes: int | None = None,
-    limit_bytes: int | None = None,
+    start_bytes: int = 0,
+    limit_bytes: int = LOG_PIECE_BYTES,
 ) -> Call[str]:
-    """Output of a job as text. Without `attempt`: of its latest."""
-    params = {"rank": rank, "stream": stream, "attempt": attempt}
-    window = {"tail_lines": tail_lines, "start_bytes": start_bytes, "limit_bytes": limit_bytes}
-    return Call("GET", _job_path(job_id, "logs"), lambda answer: str(answer.body), params=clean(params | window))
+    """Output of a job as text: of its latest attempt unless `attempt` says which, its first `limit_bytes` (≤ 16 MiB)
+    or its last `tail_lines`."""
+    params = {"rank": rank, "stream": stream, "attempt": attempt, "tail_lines": tail_lines}
+    if tail_lines is None:
+        params |= {"start_bytes": start_bytes, "limit_bytes": limit_bytes}
+    return Call("GET", _job_path(job_id, "logs"), lambda answer: str(answer.body), params=clean(params))
+
+
+def iter_logs(
+    job_id: str, *, rank: int | None = None, stream: str | None = None, attempt: int | None = None
+) -> Pages[str]:
+    """All output of a job, however long, as an iterator over pieces of text."""
+
+    def call(cursor: str | None) -> Call[Page[str]]:
+        start = int(cursor or 0)
+        asked = logs(job_id, rank=rank, stream=stream, attempt=attempt, start_bytes=start)
+        return replace(asked, read=partial(_log_piece, start))  # type: ignore[arg-type]
+
+    return call
+
+
+def _log_piece(start_bytes: int, answer: Answer) -> Page[str]:
+    end_bytes, size_bytes = start_bytes + LOG_PIECE_BYTES, int(answer.headers.get("x-log-size-bytes") or 0)
+    return Page([str(answer.body)], str(end_bytes) if end_bytes < size_bytes else None)
 
 
 def follow_logs(

@@ -78,7 +78,7 @@ class FakeServer:
     requests: list[httpx.Request] = field(default_factory=list)
     naps_s: list[float] = field(default_factory=list)
 
-    def on(self, route: str, *answers: httpx.Response | Answerer | Exception) -> FakeServer:
+    def on(self, route: str, *answers: httpx.Response | Answerer | BaseException) -> FakeServer:
         self.routes[route] = list(answers)
         return self
 
@@ -96,7 +96,7 @@ class FakeServer:
         if answers is None:
             return problem(404, "not_found", f"no {request.url.path}")
         found = answers.pop(0) if len(answers) > 1 else answers[0]
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         return found(request) if callable(found) else found
 

@@ -118,27 +118,27 @@ def test_a_read_is_tried_again_after_503_and_waits_as_long_as_the_server_says(
 def test_a_server_that_stays_away_ends_in_unavailable(server: FakeServer, client: Client) -> None:
     server.on("GET /v1/nodes", problem(503, "unavailable", "the database is away"))
     with pytest.raises(errors.Unavailable, match="the database is away"):
-        client.nodes()
+        list(client.nodes())
     assert len(server.requests) == 6
 
 
 def test_nobody_answering_ends_in_connection_failed(server: FakeServer, client: Client) -> None:
     server.on("GET /v1/nodes", httpx.ConnectError("refused"))
     with pytest.raises(errors.ConnectionFailed, match=r"http://phalanx.test cannot be reached \(refused\)"):
-        client.nodes()
+        list(client.nodes())
 
 
 def test_a_refusal_is_not_tried_again(server: FakeServer, client: Client) -> None:
     server.on("GET /v1/nodes", problem(403, "forbidden", "no"))
     with pytest.raises(errors.Forbidden):
-        client.nodes()
+        list(client.nodes())
     assert len(server.requests) == 1 and server.naps_s == []
 
 
 def test_waiting_for_an_hour_is_not_done_in_silence(server: FakeServer, client: Client) -> None:
     server.on("GET /v1/nodes", problem(429, "rate_limited", "slow down", retry_after="3600"))
     with pytest.raises(errors.RateLimited):
-        client.nodes()
+        list(client.nodes())
     assert server.naps_s == []
 
 

@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from phalanx.cli import failures
 from phalanx.errors import PhalanxError
 
+PROGRAM = "phalanx"
 GROUP = "phalanx.commands"
 PANEL = "Running Phalanx"
 
@@ -131,7 +132,7 @@ class PhalanxGroup(TyperGroup):
     def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **extra: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         try:
-            outcome = super().main(words, prog_name, standalone_mode=False, **extra)
+            outcome = super().main(words, PROGRAM, standalone_mode=False, **extra)
             code = outcome if isinstance(outcome, int) else failures.DONE
         except typer.exceptions.TyperException as error:
             code = _complain(_usage(error), failures.INVALID)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Annotated
 
@@ -33,13 +33,17 @@ def logs(
         found = job_id(client, job)
         if follow:
             return _follow_logs(client.follow_logs(found, rank=rank, stream=stream, tail_lines=tail), output_as)
-        text = client.logs(found, rank=rank, stream=stream, attempt=attempt, tail_lines=tail)
-    if output_as is not output.Format.TABLE:
-        return output.data({"job_id": found, "text": text}, output_as)
-    sys.stdout.write(text)
+        if tail is None:
+            pieces = client.iter_logs(found, rank=rank, stream=stream, attempt=attempt)
+        else:
+            pieces = [client.logs(found, rank=rank, stream=stream, attempt=attempt, tail_lines=tail)]
+        if output_as is not output.Format.TABLE:
+            return output.data({"job_id": found, "text": "".join(pieces)}, output_as)
+        for piece in pieces:
+            sys.stdout.write(piece)
 
 
-def _follow_logs(lines, output_as: output.Format) -> None:  # type: ignore[no-untyped-def]
+def _follow_logs(lines: Iterable[LogLine], output_as: output.Format) -> None:
     if output_as is not output.Format.TABLE:
         for line in lines:
             output.data_line(line.raw)
