@@ -270,3 +270,31 @@ async def load_fences(
     query = text(_FENCES + (" FOR NO KEY UPDATE OF a" if lock else ""))
     rows = await conn.execute(query, {"ids": list(ids), "node_id": node_id})
     return {row.id: Fence(**row._mapping) for row in rows}
+
+
+_PREEMPTIBLE_ON = text(
+    """
+    SELECT a.job_id FROM placements p JOIN attempts a ON a.id = p.attempt_id JOIN jobs j ON j.id = a.job_id
+    WHERE p.node_id = :node_id AND p.released_at IS NULL AND a.state IN ('starting', 'running')
+      AND CAST(j.spec->'preemption'->>'preemptible' AS boolean)
+    """
+)
+
+
+async def preemptible_jobs_on(conn: AsyncConnection, node_id: UUID) -> list[UUID]:
+    """Jobs on a node that may be asked to go elsewhere."""
+    return list((await conn.execute(_PREEMPTIBLE_ON, {"node_id": node_id})).scalars())
+
+
+_OVERDUE = text(
+    """
+    SELECT a.job_id FROM attempts a JOIN jobs j ON j.id = a.job_id
+    WHERE a.state IN ('starting', 'running') AND a.started_at IS NOT NULL AND j.spec->'time_limit' <> 'null'
+      AND a.started_at + make_interval(secs => CAST(j.spec->>'time_limit' AS double precision)) <= :now
+    """
+)
+
+
+async def overdue_jobs(conn: AsyncConnection, *, now: datetime) -> list[UUID]:
+    """Jobs whose live attempt runs for longer than their time limit, and was not asked to end."""
+    return list((await conn.execute(_OVERDUE, {"now": now})).scalars())

@@ -16,7 +16,7 @@ from sqlalchemy import Row, bindparam, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.engine import dump_json
-from phalanx_server.store.schema import nodes
+from phalanx_server.store.schema import nodes, tokens
 
 # ------------------------------------------------------------------ as the agent sees them
 
@@ -51,6 +51,12 @@ _MERGE_FACTS = text("UPDATE nodes SET facts = facts || CAST(:facts AS jsonb) WHE
 
 async def merge_facts(conn: AsyncConnection, node_id: UUID, facts: Mapping[str, Any]) -> None:
     await conn.execute(_MERGE_FACTS, {"id": node_id, "facts": dump_json(dict(facts))})
+
+
+async def expire_node_tokens(conn: AsyncConnection, node_id: UUID, *, at: datetime) -> None:
+    """Let the tokens that a node has run out at `at`, if not earlier."""
+    ours = (tokens.c.node_id == node_id) & (tokens.c.expires_at.is_(None) | (tokens.c.expires_at > at))
+    await conn.execute(update(tokens).where(ours).values(expires_at=at))
 
 
 # ------------------------------------------------------------------ lost and found

@@ -1,0 +1,98 @@
+"""What should exist on a cluster: every live attempt, to run or to stop, as its agent is told.
+
+Owns the translation from attempts to `Desired` and its version, a digest that changes whenever an answer would. What is
+not desired must not run, so a lost or ended attempt is simply missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.domain.attempt import AttemptState
+from phalanx_server.domain.messages import Desired, DesiredAttempt, GroupPlacement, Launch
+from phalanx_server.store import ids
+
+_LIVE = text(
+    """
+    SELECT a.id, a.job_id, a.number, a.epoch, a.state, a.grace_s, a.resume_from, a.started_at IS NOT NULL AS started,
+           j.name AS job_name, j.spec, j.bundle, j.traceparent, t.path AS tenant, t.uid AS tenant_uid,
+           placed.groups, placed.cpus, placed.memory
+    FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
+    CROSS JOIN LATERAL (
+        SELECT jsonb_agg(jsonb_build_object(
+                   'node', n.name, 'replicas', p.replicas, 'gpu_indices', p.gpu_indices, 'group_rank', p.group_rank,
+                   'first_rank', p.first_rank, 'ranks', p.ranks) ORDER BY p.group_rank) AS groups,
+               array_agg(p.cpus ORDER BY p.group_rank) AS cpus,
+               array_agg(p.memory_bytes ORDER BY p.group_rank) AS memory
+        FROM placements p JOIN nodes n ON n.id = p.node_id WHERE p.attempt_id = a.id
+    ) placed
+    WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
+    ORDER BY a.created_at, a.id
+    """
+)
+_VERSION = text(
+    """
+    SELECT a.id, a.state = 'stopping' AS stopping, a.grace_s, a.started_at IS NOT NULL AS started
+    FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping') ORDER BY a.id
+    """
+)
+
+
+async def desired(conn: AsyncConnection, *, cluster_id: UUID, now: datetime) -> Desired:
+    """Everything that should exist on the cluster."""
+    rows = list(await conn.execute(_LIVE, {"cluster_id": cluster_id}))
+    version = _digest([(row.id, row.state == AttemptState.STOPPING, row.grace_s, row.started) for row in rows])
+    return Desired(version=version, attempts=[_attempt(row) for row in rows], server_time=now.timestamp())
+
+
+async def desired_version(conn: AsyncConnection, *, cluster_id: UUID) -> str:
+    """The version that `desired` would have: cheap, for a long poll."""
+    rows = await conn.execute(_VERSION, {"cluster_id": cluster_id})
+    return _digest([(row.id, row.stopping, row.grace_s, row.started) for row in rows])
+
+
+def _digest(attempts: Sequence[tuple[UUID, bool, float, bool]]) -> str:
+    lines = sorted(
+        f"{attempt_id.hex} {stopping:d} {grace_s if stopping else 0:g} {started:d}"
+        for attempt_id, stopping, grace_s, started in attempts
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _attempt(row: Row[Any]) -> DesiredAttempt:
+    return DesiredAttempt(
+        attempt_id=ids.encode("attempt", row.id),
+        job_id=ids.encode("job", row.job_id),
+        job_name=row.job_name,
+        tenant=row.tenant,
+        tenant_uid=row.tenant_uid,
+        number=row.number,
+        epoch=row.epoch,
+        action="stop" if row.state == AttemptState.STOPPING else "run",
+        grace_s=row.grace_s,
+        groups=[GroupPlacement(**group) for group in row.groups],
+        launch=_launch(row),
+        started=row.started,
+        traceparent=row.traceparent,
+    )
+
+
+def _launch(row: Row[Any]) -> Launch:
+    run = row.spec["run"]
+    return Launch(
+        command=run["command"],
+        env=run["env"],
+        world_size=sum(group["ranks"] for group in row.groups),
+        bundle=row.bundle,
+        cpus_per_group=row.cpus,
+        memory_bytes_per_group=row.memory,
+        resume_from=row.resume_from,
+        checkpoint_url=row.spec["checkpoint"]["url"],
+    )

@@ -1,0 +1,154 @@
+"""Take the agent's list of nodes: what is there, what is new, what is gone.
+
+Owns what follows from it: new rows, `alive`, node tokens, nodes that are taken back. Refuses to declare a node lost:
+`watch_nodes` does, after a grace. Of two agents of a cluster the one that came last speaks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from phalanx_server.actions.agent_instance import expect_instance
+from phalanx_server.domain.errors import Invalid
+from phalanx_server.domain.event import EventKind
+from phalanx_server.domain.messages import Inventory, InventoryAnswer, NodeFacts
+from phalanx_server.store import ids
+from phalanx_server.store.events import Event, record_events
+from phalanx_server.store.leases import bury_agent
+from phalanx_server.store.nodes import (
+    expire_node_tokens,
+    insert_nodes,
+    load_cluster_nodes,
+    merge_facts,
+    restore_nodes,
+    update_nodes,
+)
+from phalanx_server.store.schema import clusters
+from phalanx_server.store.tokens import TokenRow, insert_token, mint
+from phalanx_server.store.wakeups import notify
+
+# An old token still serves the runner until the agent has handed it the new one.
+OLD_TOKEN_GRACE_S = 600.0
+# A token whose answer got lost: minted again if the runner was not heard for this long since.
+TOKEN_UNUSED_S = 15.0
+
+_COLUMNS = ("ray_node_id", "gpu_type", "gpus", "cpus", "memory_bytes", "address", "labels", "alive")
+
+
+async def update_inventory(
+    engine: AsyncEngine,
+    inventory: Inventory,
+    *,
+    cluster_id: UUID,
+    now: datetime,
+    fence_s: float,
+    heartbeat_s: float,
+) -> InventoryAnswer:
+    """Raises Superseded for an agent that was replaced, Invalid if two nodes have one name."""
+    facts = {node.name: node for node in inventory.nodes}
+    if len(facts) < len(inventory.nodes):
+        raise Invalid.field("nodes", "two nodes have the same name", "names are unique within a cluster")
+    async with engine.begin() as conn:
+        await _take_over(conn, cluster_id, inventory.instance, now)
+        known = await load_cluster_nodes(conn, cluster_id)
+        changed = await _write(conn, cluster_id, facts, known, now)
+        if changed:
+            known = await load_cluster_nodes(conn, cluster_id)
+        tokens = {
+            name: await _token(conn, known[name], inventory.instance, now)
+            for name, node in facts.items()
+            if node.alive and _wants_token(known[name], inventory.instance, now)
+        }
+        if changed or await restore_nodes(conn):
+            await notify(conn, "queue", "node")
+    return InventoryAnswer(
+        server_time=now.timestamp(),
+        node_ids={name: ids.encode("node", known[name].id) for name in facts},
+        node_tokens=tokens,
+        fence_s=fence_s,
+        heartbeat_s=heartbeat_s,
+    )
+
+
+async def _take_over(conn: AsyncConnection, cluster_id: UUID, instance: str, now: datetime) -> None:
+    """Note that the agent was heard; if it is a new one, the one before it is replaced for good."""
+    query = select(clusters.c.agent_instance).where(clusters.c.id == cluster_id).with_for_update(key_share=True)
+    before = (await conn.execute(query)).scalar_one()
+    if before != instance:
+        await expect_instance(conn, cluster_id=cluster_id, instance=instance)
+        if before is not None:
+            await bury_agent(conn, cluster=cluster_id.hex, instance=before, successor=instance)
+    values = {"agent_instance": instance, "agent_seen_at": now}
+    await conn.execute(update(clusters).where(clusters.c.id == cluster_id).values(values))
+
+
+async def _write(
+    conn: AsyncConnection,
+    cluster_id: UUID,
+    facts: Mapping[str, NodeFacts],
+    known: Mapping[str, Row[Any]],
+    now: datetime,
+) -> bool:
+    """Insert and change rows where something is new; whether anything was. A node that is not listed is not alive."""
+    new = [
+        _values(node) | {"id": ids.new_id(), "cluster_id": cluster_id} for n, node in facts.items() if n not in known
+    ]
+    changed = [
+        {"id": known[name].id} | {column: values[column] for column in _COLUMNS}
+        for name, node in facts.items()
+        if name in known and (values := _values(node)) and _differs(known[name], values)
+    ]
+    missing = [{"id": row.id, "alive": False} for name, row in known.items() if name not in facts and row.alive]
+    await insert_nodes(conn, new)
+    await update_nodes(conn, changed)
+    await update_nodes(conn, missing)
+    for name, node in facts.items():
+        if name in known and any(known[name].facts.get(key) != value for key, value in _values(node)["facts"].items()):
+            await merge_facts(conn, known[name].id, _values(node)["facts"])
+    joined = EventKind.NODE_JOINED.value
+    await record_events(
+        conn, [Event(at=now, kind=joined, message=f"Node {row['name']} joined.", node_id=row["id"]) for row in new]
+    )
+    return bool(new or changed or missing)
+
+
+def _values(node: NodeFacts) -> dict[str, Any]:
+    values = {column: getattr(node, column) for column in _COLUMNS}
+    facts = {"shared_checkpoints": node.shared_checkpoints, "own_users": node.own_users}
+    return values | {"name": node.name, "facts": facts}
+
+
+def _differs(row: Row[Any], values: Mapping[str, Any]) -> bool:
+    return any(getattr(row, column) != values[column] for column in _COLUMNS)
+
+
+# ------------------------------------------------------------------ node tokens
+
+
+def _wants_token(row: Row[Any], instance: str, now: datetime) -> bool:
+    """A node gets a token for each agent instance and each Ray node; again if the last one seems to have got lost."""
+    facts = row.facts
+    if facts.get("token_for") != _purpose(row, instance):
+        return True
+    minted_at = datetime.fromisoformat(facts["token_at"])
+    unused = row.runner_seen_at is None or row.runner_seen_at < minted_at
+    return unused and now - minted_at > timedelta(seconds=TOKEN_UNUSED_S)
+
+
+def _purpose(row: Row[Any], instance: str) -> str:
+    return f"{instance} {row.ray_node_id}"
+
+
+async def _token(conn: AsyncConnection, row: Row[Any], instance: str, now: datetime) -> str:
+    minted = mint()
+    token = TokenRow(kind="node", role="node", name=f"node {row.name}", cluster_id=row.cluster_id, node_id=row.id)
+    await expire_node_tokens(conn, row.id, at=now + timedelta(seconds=OLD_TOKEN_GRACE_S))
+    await insert_token(conn, minted, token)
+    await merge_facts(conn, row.id, {"token_for": _purpose(row, instance), "token_at": now.isoformat()})
+    return minted.text
