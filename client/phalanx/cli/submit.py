@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shlex
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -180,8 +181,8 @@ def _follow(client: Client, job: Job, output_as: output.Format) -> int:
 
     try:
         with board.board() as shown:
-            shown.show(job)
-            ended = asyncio.run(_followed(job.id, shown))
+            with closing(_followed(job.id, shown)) as following:  # Ctrl-C may come before the loop runs
+                ended = asyncio.run(following)
     except KeyboardInterrupt:
         typer.echo(
             f"stopped following; {job.name} goes on. See it with: phalanx show {job.id}; end it with: "
