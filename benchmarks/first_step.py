@@ -68,7 +68,7 @@ def main() -> None:
         "phases of the warm runs (ms)",
         ["phase", "p50", "p95"],
         [
-            [name, *(f"{measure.percentile([p[name] for p in phases], share) * 1e3:,.1f}" for share in (0.5, 0.95))]
+            [name, *(f"{measure.percentile([getattr(p, name) for p in phases], q) * 1e3:,.1f}" for q in (0.5, 0.95))]
             for name in PHASES
         ],
     )

@@ -180,9 +180,9 @@ def _follow(client: Client, job: Job, output_as: output.Format) -> int:
     from phalanx.cli import board, summary  # drawing is not needed to submit
 
     try:
-        with board.board() as shown:
-            with closing(_followed(job.id, shown)) as following:  # Ctrl-C may come before the loop runs
-                ended = asyncio.run(following)
+        # closing: Ctrl-C may come before the loop runs
+        with board.board() as shown, closing(_followed(job.id, shown)) as following:
+            ended = asyncio.run(following)
     except KeyboardInterrupt:
         typer.echo(
             f"stopped following; {job.name} goes on. See it with: phalanx show {job.id}; end it with: "
