@@ -27,6 +27,7 @@ from phalanx_worker.runtime import channel, spec
 
 START_TIMEOUT_S = 60.0
 _STREAMS_END_S = 2.0
+_ABANDONED_S = 10.0
 _SWEEPS = 100
 _SWEEP_EVERY_S = 0.05
 
@@ -93,10 +94,10 @@ class Group:
         try:
             await asyncio.wait_for(self._start(warm, group_spec, listener), START_TIMEOUT_S)
         except TimeoutError:
-            self._abandon()
+            await self._abandon()
             raise StartFailed(f"the ranks were not started in {START_TIMEOUT_S:.0f} s") from None
         except BaseException:
-            self._abandon()
+            await self._abandon()
             raise
         self._watcher = asyncio.create_task(self._watch())
 
@@ -162,10 +163,16 @@ class Group:
             cold_reason=self._launch.cold_reason,
         )
 
-    def _abandon(self) -> None:
-        """Close every end: a guardian that exists kills what it started and goes."""
-        self._connection.close()
+    async def _abandon(self) -> None:
+        """Give everything up: a guardian that exists kills what it started, and is waited for."""
         self._guardian_end.close()
+        with contextlib.suppress(OSError):  # it is gone already
+            self._connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ABANDONED_S):
+                while await self._receive() is not None:
+                    pass
+        self._connection.close()
         for record in self._records.values():
             record.close()
 
@@ -194,13 +201,11 @@ class Group:
         self._events.put(Mark(*self.key, rank=rank, kind=kind, at=time.time(), data=data))
 
     async def dismiss(self) -> None:
-        """Let the guardian go: at once if all is ended (it may still host the store), else by killing the ranks."""
-        self._connection.close()
-        if self._watcher is not None and self.state != "ended":
+        """Let the guardian go, which may still host the store; ranks that still run are killed."""
+        if self._watcher is not None and not self.ended.is_set():
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        for record in self._records.values():
-            record.close()
+        await self._abandon()
 
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):

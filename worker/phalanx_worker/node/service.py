@@ -106,7 +106,12 @@ class Runner:
             self._starts[read.attempt_id] = (epoch, start)
         if epoch != read.epoch:
             raise StartFailed(f"epoch {epoch} of this attempt is here, epoch {read.epoch} was ordered")
-        group = await asyncio.shield(start)
+        try:
+            group = await asyncio.shield(start)
+        except asyncio.CancelledError:
+            if not start.cancelled():
+                raise  # only this call was given up
+            raise StartFailed("the attempt was stopped before its ranks were started") from None
         return {"ranks": [protocol.encode(rank) for rank in group.starts]}
 
     async def stop_group(self, attempt_id: str, grace_s: float) -> None:
@@ -184,11 +189,13 @@ class Runner:
         return group
 
     async def _group(self, attempt_id: str) -> Group | None:
-        """The group, waiting for a start that is under way; None if there is none or its start fails."""
+        """The started group; None if there is none. A start that is under way is given up, and has ended then."""
         _, start = self._starts.get(attempt_id, (0, None))
         if start is None:
             return None
-        with contextlib.suppress(StartFailed):
+        if not start.done():
+            start.cancel()
+        with contextlib.suppress(StartFailed, asyncio.CancelledError):
             return await asyncio.shield(start)
         return None
 
