@@ -8,17 +8,18 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from phalanx_server.actions.request_stop import request_stop
 from phalanx_server.domain.access import Actor
-from phalanx_server.domain.attempt import AttemptState, StopCause
+from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.errors import Conflict, NotFound
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.job import TERMINAL, JobState, advance
 from phalanx_server.store import ids
-from phalanx_server.store.attempts import lock_live_attempts, update_attempts
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import delete_holds
 from phalanx_server.store.jobs import LockedJob, change_job, lock_job
+from phalanx_server.store.outbox import Notice, post_notices
 from phalanx_server.store.wakeups import notify
 
 
@@ -47,21 +48,21 @@ async def _cancel_waiting(conn: AsyncConnection, job: LockedJob, actor: Actor, n
     await change_job(conn, job.id, values)
     await delete_holds(conn, [job.id])
     await record_events(conn, [Event(at=now, kind=EventKind.CANCELLED, message=message, job_id=job.id)])
+    payload = {
+        "job_id": ids.encode("job", job.id),
+        "name": job.name,
+        "tenant": job.tenant,
+        "state": state.value,
+        "attempt": job.attempts,
+        "message": message,
+        "at": now.isoformat().replace("+00:00", "Z"),
+    }
+    await post_notices(conn, [Notice("job.cancelled", payload)], now=now)
 
 
 async def _cancel_live(conn: AsyncConnection, job: LockedJob, actor: Actor, now: datetime) -> None:
-    """An attempt that is stopping for another reason goes on stopping: that the job is cancelled decides its end."""
-    values: dict[str, object] = {"cancel_requested_at": now}
-    events = [Event(at=now, kind=EventKind.CANCEL_REQUESTED, message=f"{actor.name} cancelled it.", job_id=job.id)]
-    if job.state != JobState.STOPPING:
-        values["state"] = advance(JobState(job.state), JobState.STOPPING)
-    await change_job(conn, job.id, values)
-    for attempt in await lock_live_attempts(conn, [job.id]):
-        if attempt.state == AttemptState.STOPPING:
-            continue
-        stop = {"state": AttemptState.STOPPING, "stop_cause": StopCause.CANCEL, "stop_requested_at": now}
-        await update_attempts(conn, [{"id": attempt.id, **stop}])
-        message = f"Stopping: SIGTERM now, SIGKILL after {attempt.grace_s:g} s."
-        events.append(Event(at=now, kind=EventKind.STOPPING, message=message, job_id=job.id, attempt_id=attempt.id))
-        await notify(conn, f"desired:{attempt.cluster_id.hex}")
-    await record_events(conn, events)
+    """An attempt that stops for another reason already goes on stopping; that it is cancelled decides its end."""
+    await change_job(conn, job.id, {"cancel_requested_at": now})
+    message = f"{actor.name} cancelled it."
+    await record_events(conn, [Event(at=now, kind=EventKind.CANCEL_REQUESTED, message=message, job_id=job.id)])
+    await request_stop(conn, job_ids=[job.id], cause=StopCause.CANCEL, now=now)

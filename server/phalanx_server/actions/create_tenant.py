@@ -1,7 +1,7 @@
 """Adds a tenant to the tree, below one that exists or as a new root."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -11,10 +11,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.errors import Conflict, Invalid
 from phalanx_server.domain.field_errors import explain
-from phalanx_server.domain.tenant import PreemptionRules, check_path, check_weight, nearest, parent_of
+from phalanx_server.domain.tenant import (
+    PreemptionRules,
+    QuotaLimits,
+    check_path,
+    check_quotas,
+    check_weight,
+    nearest,
+    parent_of,
+)
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.ids import new_id
-from phalanx_server.store.tenants import all_paths, find_tenants, insert_tenant
+from phalanx_server.store.tenants import LockedTenant, all_paths, find_tenants, insert_tenant, replace_quotas
 from phalanx_server.store.wakeups import notify
 
 
@@ -23,12 +31,14 @@ class NewTenant:
     path: str
     weight: float = 1.0
     preemption: Mapping[str, Any] = field(default_factory=dict)
+    quotas: Mapping[str, QuotaLimits] = field(default_factory=dict)
 
 
 async def create_tenant(conn: AsyncConnection, tenant: NewTenant, *, actor: Actor) -> UUID:
     """The new tenant's id. Raises Invalid (path, weight, unknown parent) and Conflict (it exists)."""
     path, parent = check_path(tenant.path), parent_of(tenant.path)
     weight, preemption = check_weight(tenant.weight), preemption_of(tenant.preemption)
+    check_quotas(tenant.quotas)
     found = await find_tenants(conn, [path, *([parent] if parent else [])])
     if path in found:
         raise Conflict(f"tenant {path} exists already")
@@ -46,7 +56,12 @@ async def create_tenant(conn: AsyncConnection, tenant: NewTenant, *, actor: Acto
         weight=weight,
         preemption=preemption,
     )
-    await record_audit(conn, actor, "create_tenant", path, {"weight": weight, "preemption": preemption})
+    if tenant.quotas:
+        await replace_quotas(conn, LockedTenant(tenant_id, version=0), tenant.quotas)
+    quotas = {name: asdict(each) for name, each in tenant.quotas.items()}
+    await record_audit(
+        conn, actor, "create_tenant", path, {"weight": weight, "preemption": preemption, "quotas": quotas}
+    )
     await notify(conn, "queue")
     return tenant_id
 

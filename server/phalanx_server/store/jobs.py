@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.engine import dump_json
-from phalanx_server.store.schema import bundles, jobs, nodes
+from phalanx_server.store.schema import bundles, jobs, nodes, tenants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +66,18 @@ async def insert_jobs(conn: AsyncConnection, rows: Sequence[JobRow]) -> None:
 class LockedJob:
     id: UUID
     name: str
+    tenant: str
     state: str
+    attempts: int
     held: bool
     cancel_requested_at: datetime | None
 
 
 async def lock_job(conn: AsyncConnection, job_id: UUID) -> LockedJob | None:
     """A job, locked until the end of the transaction."""
-    columns = (jobs.c.id, jobs.c.name, jobs.c.state, jobs.c.held, jobs.c.cancel_requested_at)
-    statement = select(*columns).where(jobs.c.id == job_id).with_for_update(key_share=True)
+    own = (jobs.c.state, jobs.c.attempts, jobs.c.held, jobs.c.cancel_requested_at)
+    statement = select(jobs.c.id, jobs.c.name, tenants.c.path, *own).join(tenants, tenants.c.id == jobs.c.tenant_id)
+    statement = statement.where(jobs.c.id == job_id).with_for_update(key_share=True, of=jobs)
     row = (await conn.execute(statement)).one_or_none()
     return LockedJob(*row) if row else None
 

@@ -1,0 +1,112 @@
+"""How an attempt ends: each line of the design's table as a sentence."""
+
+import itertools
+
+import pytest
+from phalanx_server.domain.attempt import EndFacts, Outcome, RankEnd, StopCause, decide_end
+from phalanx_server.domain.job import JobState
+from phalanx_server.domain.retry import BACKOFF_MAX_S, decide_retry
+
+OK = RankEnd(rank=0, exit_code=0)
+CRASH = RankEnd(rank=1, exit_code=3)
+KILLED = RankEnd(rank=0, signal=15)
+OOM = RankEnd(rank=2, oom=True, signal=9)
+UNSEEN = RankEnd(rank=3)
+DONE = RankEnd(rank=0, signal=15, finished=True)
+STOPS = (StopCause.PREEMPTION, StopCause.RESIZE, StopCause.MIGRATION, StopCause.DRAIN)
+
+SENTENCES = {
+    "all ranks exit 0: succeeded": ({"exits": [OK]}, Outcome.SUCCEEDED, JobState.SUCCEEDED),
+    "a crash without retries: failed": ({"exits": [OK, CRASH]}, Outcome.FAILED, JobState.FAILED),
+    "a crash with a retry left: queued": ({"exits": [CRASH], "max_retries": 1}, Outcome.FAILED, JobState.QUEUED),
+    "the last retry used up: failed": (
+        {"exits": [CRASH], "max_retries": 1, "failures": 1},
+        Outcome.FAILED,
+        JobState.FAILED,
+    ),
+    "out of memory without retries: failed": ({"exits": [KILLED, OOM]}, Outcome.OOM, JobState.FAILED),
+    "out of memory with a retry: queued": ({"exits": [OOM], "max_retries": 2}, Outcome.OOM, JobState.QUEUED),
+    "cancel, whatever the exit: cancelled": (
+        {"cause": StopCause.CANCEL, "exits": [OK]},
+        Outcome.CANCELLED,
+        JobState.CANCELLED,
+    ),
+    "a cancel that came while it was being preempted: cancelled": (
+        {"cause": StopCause.PREEMPTION, "cancel_requested": True, "exits": [KILLED]},
+        Outcome.CANCELLED,
+        JobState.CANCELLED,
+    ),
+    "time limit: failed, retries or not": (
+        {"cause": StopCause.TIME_LIMIT, "exits": [KILLED], "max_retries": 3},
+        Outcome.TIME_LIMIT,
+        JobState.FAILED,
+    ),
+    "time limit, but exit 0: succeeded": (
+        {"cause": StopCause.TIME_LIMIT, "exits": [OK]},
+        Outcome.SUCCEEDED,
+        JobState.SUCCEEDED,
+    ),
+    "node lost: queued": ({"cause": StopCause.NODE_LOST, "exits": [CRASH]}, Outcome.NODE_LOST, JobState.QUEUED),
+    "nobody saw the end: like a lost node": ({"exits": [OK, UNSEEN]}, Outcome.NODE_LOST, JobState.QUEUED),
+    "nothing known at all: like a lost node": ({"exits": []}, Outcome.NODE_LOST, JobState.QUEUED),
+    "it could not start: again, even without retries": (
+        {"start_error": "no such bundle"},
+        Outcome.START_FAILED,
+        JobState.QUEUED,
+    ),
+    "it could not start four times: failed": (
+        {"start_error": "no such bundle", "failures": 3},
+        Outcome.START_FAILED,
+        JobState.FAILED,
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_table_of_ends(sentence):
+    facts, outcome, job_state = SENTENCES[sentence]
+    end = decide_end(EndFacts(**facts))
+    assert (end.outcome, end.job_state) == (outcome, job_state)
+
+
+@pytest.mark.parametrize("cause", STOPS)
+def test_a_job_that_gives_way_is_queued_again_exit_0_included(cause):
+    for exits in ([OK], [KILLED], [CRASH]):
+        end = decide_end(EndFacts(cause=cause, exits=exits))
+        assert end.job_state is JobState.QUEUED
+        assert not end.counts_as_failure
+
+
+@pytest.mark.parametrize("cause", STOPS)
+def test_a_job_that_said_it_was_finished_has_succeeded(cause):
+    assert decide_end(EndFacts(cause=cause, exits=[DONE])).job_state is JobState.SUCCEEDED
+    assert decide_end(EndFacts(cause=cause, exits=[KILLED], finished_called=True)).job_state is JobState.SUCCEEDED
+
+
+def test_only_failures_use_up_retries_and_avoid_the_node():
+    for cause, exits in itertools.product([None, *StopCause], ([OK], [CRASH], [OOM], [UNSEEN], [])):
+        end = decide_end(EndFacts(cause=cause, exits=exits, max_retries=5))
+        is_failure = cause is None and exits in ([CRASH], [OOM])
+        assert end.counts_as_failure == end.avoid_node == is_failure, (cause, exits)
+        assert end.message
+
+
+@pytest.mark.parametrize(
+    ("exits", "first", "rank", "message"),
+    [
+        ([CRASH], None, 1, "rank 1 exited with code 3"),
+        ([KILLED, CRASH], 1, 1, "rank 1 exited with code 3"),
+        ([KILLED], None, 0, "rank 0 was ended by SIGTERM"),
+        ([OOM], None, 2, "rank 2 ran out of memory"),
+        ([RankEnd(rank=0, signal=200)], None, 0, "rank 0 was ended by signal 200"),
+    ],
+)
+def test_the_message_names_the_rank_that_failed_first(exits, first, rank, message):
+    end = decide_end(EndFacts(exits=exits, first_failed_rank=first))
+    assert (end.failed_rank, end.message) == (rank, message)
+
+
+def test_retries_back_off_twice_as_long_each_time_up_to_an_hour():
+    delays = [decide_retry(failures=n, max_retries=100, backoff_s=30).delay_s for n in (1, 2, 3, 50)]
+    assert delays == [30, 60, 120, BACKOFF_MAX_S]
+    assert not decide_retry(failures=1, max_retries=0, backoff_s=30).retry

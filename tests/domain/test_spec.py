@@ -1,0 +1,218 @@
+"""The job file: what it says, what it refuses, and in which words."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from phalanx_server.domain.errors import Invalid, UnknownField
+from phalanx_server.domain.spec import JobSpec, parse_job
+from phalanx_server.domain.units import parse_duration, parse_size
+
+SMALL = {"name": "a", "resources": {"gpus_per_replica": 1}, "run": {"command": "true"}}
+FULL = {
+    "name": "gpt-small",
+    "tenant": "research/nlp",
+    "priority": "high",
+    "resources": {
+        "replicas": 2,
+        "gpus_per_replica": 8,
+        "gpu_types": ["h100", "a100"],
+        "cpus_per_gpu": 8,
+        "memory_per_gpu": "64GiB",
+    },
+    "run": {"command": "python train.py", "workdir": ".", "env": {"OMP_NUM_THREADS": "4"}, "bundle": "ab" * 32},
+    "time_limit": "4h",
+    "retries": {"max": 3, "backoff": "30s"},
+    "preemption": {"preemptible": True, "grace": "120s", "min_runtime": "10m"},
+    "checkpoint": {"url": "s3://bucket/gpt", "keep_last": 3},
+    "restart": "eager",
+    "not_before": "2026-11-21T01:00:00+01:00",
+    "labels": {"team": "nlp"},
+}
+
+
+def changed(**fields):
+    """SMALL with dotted fields changed: `resources__replicas=2`."""
+    document = json.loads(json.dumps(SMALL))
+    for name, value in fields.items():
+        *parents, last = name.split("__")
+        inner = document
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return document
+
+
+def test_a_full_job_file_is_written_out_in_seconds_and_bytes():
+    dump = parse_job(FULL).dump()
+    assert dump["time_limit"] == 14400.0
+    assert dump["preemption"] == {"preemptible": True, "grace": 120.0, "min_runtime": 600.0}
+    assert dump["resources"]["memory_per_replica"] == 8 * 64 << 30
+    assert dump["resources"]["cpus_per_replica"] == 64
+    assert dump["resources"]["ranks_per_replica"] == 8
+    assert dump["not_before"] == "2026-11-21T00:00:00Z"
+    assert parse_job(FULL).priority_value == 10
+    assert parse_job(FULL).world_size == 16
+
+
+@pytest.mark.parametrize("document", [SMALL, FULL, changed(resources__gpus_per_replica=0, resources__replicas=3)])
+def test_what_is_stored_reads_back_to_the_same(document):
+    spec = parse_job(document)
+    assert parse_job(json.loads(json.dumps(spec.dump()))) == spec
+
+
+def test_gpus_is_short_for_replicas_of_one_gpu():
+    spec = parse_job({**SMALL, "resources": {"gpus": 16}})
+    assert (spec.resources.replicas, spec.resources.gpus_per_replica, spec.resources.gpus) == (16, 1, None)
+
+
+def test_a_cpu_job_has_one_rank_and_one_cpu_unless_it_says_otherwise():
+    spec = parse_job({**SMALL, "resources": {"gpus": 0, "replicas": 4}})
+    assert (spec.resources.gpus_per_replica, spec.resources.ranks_per_replica) == (0, 1)
+    assert (spec.resources.replicas, spec.resources.cpus_per_replica) == (4, 1)
+
+
+BAD = {
+    "resources.replicas": [0, -1, 10_001, 10**40, 1.5, True, "2", None.__class__],
+    "resources.gpus_per_replica": [-1, 1025, 2.0, False, "8"],
+    "resources.gpu_types": [["h100", "h100"], ["x"] * 17, "h100"],
+    "resources.memory_per_gpu": ["64 gigs", -1, "1.5", [], "9" * 70],
+    "resources.cpus_per_gpu": [-1, "4"],
+    "run.command": ["", "   ", 3, "x" * (65 << 10), "a\0b", "\ud800"],
+    "run.env": [{"1A": "x"}, {"RANK": "0"}, {"PHALANX_JOB_ID": "x"}, {"A": "x" * (65 << 10)}, []],
+    "run.bundle": ["abc", "G" * 64],
+    "name": ["", "-a", "a b", "x" * 129, 4],
+    "tenant": ["", "A", "a//b", "/a", "a/", 3, "x" * 300],
+    "priority": ["hgh", 1001, 1.5, True, [], None],
+    "time_limit": [0, -1, "4x", "", "1e400s", float("inf"), float("nan"), 1e12, True],
+    "retries.max": [-1, 1001, "3"],
+    "preemption.grace": ["2h", -1],
+    "restart": ["sometimes", 1],
+    "not_before": ["2026-11-21T00:00:00", "tomorrow", 5],
+    "labels": [{"a": True}, {"": "x"}, {"a=b": "x"}, {str(n): "x" for n in range(65)}, {"a": "x" * 257}],
+    "held": ["yes", 1],
+    "checkpoint.url": ["bucket", "", "x" * 3000],
+    "checkpoint.keep_last": [0, -1],
+}
+CASES = [(field, value) for field, values in BAD.items() for value in values if value is not type(None)]
+
+
+@pytest.mark.parametrize(("field", "value"), CASES, ids=lambda value: repr(value)[:30])
+def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(Invalid) as refused:
+        parse_job(changed(**{field.replace(".", "__"): value}))
+    error = refused.value.errors[0]
+    assert error.field.startswith(field)
+    assert refused.value.code == "invalid_request"
+    assert len(refused.value.detail) < 400
+
+
+@pytest.mark.parametrize(
+    ("field", "nearest"),
+    [
+        ("resorces", "resources"),
+        ("resources__replcas", "replicas"),
+        ("run__comand", "command"),
+        ("retries__backof", "backoff"),
+        ("checkpoint__keeplast", "keep_last"),
+        ("lables", "labels"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_valid_one(field, nearest):
+    with pytest.raises(UnknownField) as refused:
+        parse_job(changed(**{field: 1}))
+    (error,) = [error for error in refused.value.errors if error.field == field.replace("__", ".")]
+    assert error.hint == f"did you mean {nearest}?"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "resources__elastic",
+        "resources__topology",
+        "run__environment",
+        "run__mounts",
+        "run__outputs",
+        "run__secrets",
+        "run__shm",
+        "run__recipe",
+        "run__args",
+        "after",
+        "array",
+    ],
+)
+def test_what_is_not_built_yet_is_refused_by_name_and_never_ignored(field):
+    with pytest.raises(Invalid) as refused:
+        parse_job(changed(**{field: {"some": "thing"}}))
+    assert refused.value.errors[0].field == field.replace("__", ".")
+    assert "not supported by this version" in refused.value.detail
+    assert parse_job(changed(**{field: None}))
+
+
+@pytest.mark.parametrize("document", [None, [], "job", 3, {}])
+def test_what_is_no_job_file_at_all_is_refused(document):
+    with pytest.raises(Invalid):
+        parse_job(document)
+
+
+def test_errors_of_a_batch_name_the_job():
+    with pytest.raises(Invalid) as refused:
+        parse_job(changed(resources__replicas=0), where="jobs[3]")
+    assert refused.value.errors[0].field == "jobs[3].resources.replicas"
+
+
+def test_per_gpu_and_per_replica_must_agree():
+    agreeing = {"gpus_per_replica": 2, "cpus_per_gpu": 4, "cpus_per_replica": 8}
+    assert parse_job({**SMALL, "resources": agreeing}).resources.cpus_per_replica == 8
+    with pytest.raises(Invalid, match="contradict"):
+        parse_job({**SMALL, "resources": agreeing | {"cpus_per_replica": 9}})
+
+
+def test_nesting_without_end_is_refused():
+    deep: object = 1
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(Invalid, match="levels deep"):
+        parse_job({**SMALL, "labels": deep})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*JobSpec.model_fields, "x"]), json_values, max_size=6))
+def test_any_document_is_read_or_refused_in_words(document):
+    try:
+        spec = parse_job({**SMALL, **document})
+    except Invalid as refused:
+        assert refused.errors and refused.detail
+    else:
+        json.dumps(spec.dump(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30s", 30),
+        ("4h", 14400),
+        ("1h30m", 5400),
+        ("250ms", 0.25),
+        ("2d", 172800),
+        (90, 90),
+        ("1.5m", 90),
+        ("1h 5m", 3900),
+    ],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64GiB", 64 << 30), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9), (7, 7)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
