@@ -28,6 +28,7 @@ JobFile = Mapping[str, Any]  # the job file as a document
 BUNDLE_TYPE = "application/gzip"
 FIRST_POLL_S, LAST_POLL_S = 0.1, 2.0
 LOG_PIECE_BYTES = 16 << 20
+REFUSALS = frozenset(range(400, 429))  # the answer to a HEAD has no body: the PUT after it says why
 
 
 def _job_path(job_id: str, *rest: str) -> str:
@@ -90,7 +91,7 @@ def _delivered_directory(directory: Path, *, tenant: str | None) -> Steps[str]:
 def upload(packed: bundles.Bundle, *, tenant: str | None = None) -> Steps[bool]:
     """Put a bundle on the server unless it is there already; says whether bytes were sent."""
     path, params = f"/v1/bundles/{packed.sha256}", clean({"tenant": tenant})
-    there = yield Call("HEAD", path, lambda answer: answer.status == 200, params=params, accept=frozenset({404}))
+    there = yield Call("HEAD", path, lambda answer: answer.status == 200, params=params, accept=REFUSALS)
     if not there:
         headers = {"Content-Type": BUNDLE_TYPE}
         yield Call("PUT", path, lambda _: None, params=params, headers=headers, body_path=packed.path, timeout_s=600.0)

@@ -82,7 +82,7 @@ def _refusal(response: httpx.Response) -> Exception:
 
 
 def _body(response: httpx.Response) -> Any:
-    if "json" not in response.headers.get("content-type", ""):
+    if not response.content or "json" not in response.headers.get("content-type", ""):
         return response.text
     try:
         return response.json()

@@ -52,7 +52,7 @@ def test_submit_uploads_the_directory_and_names_its_bundle(server: FakeServer, c
 
     def head(request: httpx.Request) -> httpx.Response:
         server.on(f"PUT {request.url.path}", answer({}, 201))
-        return httpx.Response(404)
+        return httpx.Response(404, headers={"content-type": "application/problem+json"})
 
     server.routes = _AnyBundle(server.routes, head)
     client.submit({**JOB_FILE, "run": {"command": "python train.py", "workdir": "ignored"}}, workdir=tmp_path / "code")
