@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from types import FrameType
 
 import structlog
@@ -17,7 +18,6 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from phalanx_server import __version__
 from phalanx_server.actions.submit_jobs import Submitter
 from phalanx_server.api import (
     agent_link,
@@ -25,6 +25,7 @@ from phalanx_server.api import (
     clusters,
     errors,
     events,
+    explain,
     health,
     jobs,
     logs,
@@ -43,28 +44,18 @@ from phalanx_server.api.auth import Authenticator
 from phalanx_server.api.body_limit import BodyLimitMiddleware
 from phalanx_server.api.deps import Services
 from phalanx_server.api.measures import Measures
+from phalanx_server.api.what_if import WhatIf
 from phalanx_server.domain.errors import PhalanxError
+from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.settings import Settings
+from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.engine import create_engine
+from phalanx_server.store.logs import LogFiles
+from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-ROUTERS = (
-    jobs,
-    events,
-    logs,
-    metrics,
-    queue,
-    nodes,
-    tenants,
-    quotas,
-    tokens,
-    clusters,
-    plan,
-    bundles,
-    agent_link,
-    node_link,
-    health,
-)
+RESOURCES = (jobs, events, explain, logs, metrics, queue, nodes, plan, bundles, tenants, quotas, tokens, clusters)
+ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
 
 
@@ -73,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     measures = Measures()
     app = FastAPI(
         title="Phalanx",
-        version=__version__,
+        version=version("phalanx"),
         description=DESCRIPTION,
         lifespan=_lifespan,
         redoc_url=None,
@@ -106,6 +97,10 @@ def _limits(settings: Settings) -> dict[str, int]:
     }
 
 
+def _policy(settings: Settings) -> Policy:
+    return read_policy(settings.policy_file.read_text() if settings.policy_file else None)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
@@ -113,6 +108,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = create_engine(url, pool_size=settings.database_pool, application_name="phalanx-server")
     async with Wakeups(url) as wakeups:
         submitter = Submitter(engine)
+        await submitter.start()
         try:
             app.state.services = Services(
                 settings=settings,
@@ -122,6 +118,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 submitter=submitter,
                 authenticator=Authenticator(engine, cache_s=settings.token_cache_s),
                 measures=app.state.measures,
+                what_if=WhatIf(engine, _policy(settings)),
+                log_files=LogFiles(settings.storage_root),
+                bundle_files=BundleFiles(settings.storage_root),
             )
             yield
         finally:

@@ -1,7 +1,7 @@
 """`phalanx server`: one API process against the database of PHALANX_DATABASE_URL."""
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -27,7 +27,7 @@ def server(
 
 def read_settings(*, host: str | None, port: int | None) -> Settings:
     """The settings of the environment, with what the command line says instead."""
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    given: dict[str, Any] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     try:
         settings = Settings(**given)
         settings.required_database_url  # noqa: B018 - raises where there is none
@@ -55,9 +55,8 @@ async def check_database(url: str, *, upgrade: bool) -> None:
         raise _stop(USAGE, f"PHALANX_DATABASE_URL: {error}") from None
     if revision != migrate.HEAD:
         found = f"is at schema {revision}" if revision else "has never been migrated"
-        raise _stop(
-            UNAVAILABLE, f"the database {found}; this version needs {migrate.HEAD}. Run `phalanx server --migrate`."
-        )
+        needed = f"this version needs {migrate.HEAD}: run `phalanx server --migrate`"
+        raise _stop(UNAVAILABLE, f"the database {found}; {needed}")
 
 
 def _stop(code: int, message: str) -> typer.Exit:

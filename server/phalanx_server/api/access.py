@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -73,6 +74,7 @@ class _Exchange:
     def __init__(self, scope: Scope, send: Send) -> None:
         self.request_id = _given_request_id(scope) or uuid.uuid4().hex
         scope["phalanx.request_id"] = self.request_id
+        scope["phalanx.received_at"] = datetime.now(UTC)
         self._header = (b"x-request-id", self.request_id.encode())
         self._send = send
         self.status: int | None = None

@@ -39,9 +39,10 @@ ALLOWED: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The caller of a request, from its token."""
+    """The caller of one request, from its token."""
 
     credential: Credential
+    request_id: str = ""
 
     @property
     def role(self) -> str:
@@ -52,10 +53,11 @@ class Principal:
         """How audit rows and `created_by` name the caller."""
         return self.credential.user or self.credential.name
 
-    def actor(self, request_id: str) -> Actor:
+    @property
+    def actor(self) -> Actor:
         """The caller as actions know one."""
         token = self.credential
-        return Actor(self.name, role=token.role, token_id=token.id.hex, tenant=token.tenant, request_id=request_id)
+        return Actor(self.name, token.role, token_id=token.id.hex, tenant=token.tenant, request_id=self.request_id)
 
     @property
     def tenant(self) -> str | None:
@@ -78,24 +80,24 @@ class Authenticator:
         self._engine = engine
         self._cache_s = cache_s
         self._clock = clock
-        self._trusted: dict[bytes, tuple[Principal, float]] = {}
+        self._trusted: dict[bytes, tuple[Credential, float]] = {}
 
-    async def principal(self, authorization: str | None) -> Principal:
-        """The caller that an Authorization header names. Raises Problem 401 `unauthorized` or `token_expired`."""
+    async def credential(self, authorization: str | None) -> Credential:
+        """What an Authorization header proves. Raises Problem 401 `unauthorized` or `token_expired`."""
         text = _bearer(authorization)
         digest = hashlib.sha256(text.encode()).digest()
         trusted = self._trusted.get(digest)
         if trusted is None or trusted[1] < self._clock():
-            principal = await self._verify(text)
-            self._trust(digest, principal)
+            credential = await self._verify(text)
+            self._trust(digest, credential)
         else:
-            principal = trusted[0]
-        expires_at = principal.credential.expires_at
+            credential = trusted[0]
+        expires_at = credential.expires_at
         if expires_at is not None and expires_at <= datetime.now(UTC):
             raise _refused("token_expired", f"The token expired at {expires_at.isoformat(timespec='seconds')}.")
-        return principal
+        return credential
 
-    async def _verify(self, text: str) -> Principal:
+    async def _verify(self, text: str) -> Credential:
         token_id, secret = _split(text)
         async with self._engine.connect() as conn:
             credential = await load_credential(conn, token_id)
@@ -105,16 +107,16 @@ class Authenticator:
             raise _unknown()
         if credential.revoked_at is not None:
             raise _refused("unauthorized", "The token has been revoked.")
-        return Principal(credential)
+        return credential
 
-    def _trust(self, digest: bytes, principal: Principal) -> None:
+    def _trust(self, digest: bytes, credential: Credential) -> None:
         if len(self._trusted) >= _CACHE_ENTRIES:
             self._trusted.clear()
-        self._trusted[digest] = (principal, self._clock() + self._cache_s)
+        self._trusted[digest] = (credential, self._clock() + self._cache_s)
 
     def forget(self, token_id: UUID) -> None:
         """Trust a token no more in this process, at once (it was revoked here)."""
-        self._trusted = {key: item for key, item in self._trusted.items() if item[0].credential.id != token_id}
+        self._trusted = {key: item for key, item in self._trusted.items() if item[0].id != token_id}
 
 
 def _bearer(authorization: str | None) -> str:

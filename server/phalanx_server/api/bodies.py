@@ -1,7 +1,7 @@
 """Request bodies: JSON read once, with errors that name line and column, or the field and the nearest valid one.
 
-Owns reading and its OpenAPI side. A body is a dependency like any other, so it can be declared after the caller: who may
-not do something is told so before the body is read.
+Owns reading and its OpenAPI side. A body is a dependency like any other, so it can be declared after the caller: who
+may not do something is told so before the body is read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from phalanx_server.api.errors import Problem, invalid_json
+from phalanx_server.domain.errors import Invalid, UnknownField
 from phalanx_server.domain.field_errors import check_text, explain
 from phalanx_server.domain.messages import Message
+from phalanx_server.domain.spec import JobSpec, parse_job
 
 M = TypeVar("M", bound=BaseModel)
 G = TypeVar("G", bound=Message)
@@ -64,6 +66,25 @@ def message_as(message: type[G]) -> Callable[[Request], Awaitable[G]]:
             raise explain(error, message) from None
 
     return read
+
+
+BATCH_MAX_JOBS = 1000
+
+
+async def job_body(request: Request) -> JobSpec:
+    """A dependency: the body as a job file. Raises as `body_as` does."""
+    return parse_job(await json_of(request))
+
+
+async def jobs_body(request: Request) -> list[JobSpec]:
+    """A dependency: the job files of `{"jobs": […]}`. Errors name `jobs[3].…`."""
+    document = await json_of(request)
+    jobs = document.get("jobs") if isinstance(document, dict) else None
+    if not isinstance(jobs, list) or not 1 <= len(jobs) <= BATCH_MAX_JOBS:
+        raise Invalid.field("jobs", f"expected a list of 1 to {BATCH_MAX_JOBS} job files")
+    for key in document.keys() - {"jobs"}:
+        raise UnknownField.field(key[:80], "this field does not exist", "valid here: jobs")
+    return [parse_job(job, where=f"jobs[{index}]") for index, job in enumerate(jobs)]
 
 
 async def json_of(request: Request) -> Any:

@@ -12,16 +12,19 @@ from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.submit_jobs import Submitter
 from phalanx_server.api.auth import Authenticator, Principal
 from phalanx_server.api.errors import Problem, not_found
 from phalanx_server.api.measures import Measures
+from phalanx_server.api.what_if import WhatIf
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
+from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.job_views import tenant_of_job
+from phalanx_server.store.logs import LogFiles
 from phalanx_server.store.wakeups import Subscription, Wakeups
 
 
@@ -36,6 +39,9 @@ class Services:
     submitter: Submitter
     authenticator: Authenticator
     measures: Measures
+    what_if: WhatIf
+    log_files: LogFiles
+    bundle_files: BundleFiles
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait(self, subscription: Subscription, timeout_s: float) -> None:
@@ -61,7 +67,8 @@ def caller(need: str) -> Callable[[Request], Awaitable[Principal]]:
 
     async def authenticated(request: Request) -> Principal:
         services: Services = request.app.state.services
-        principal = await services.authenticator.principal(request.headers.get("authorization"))
+        credential = await services.authenticator.credential(request.headers.get("authorization"))
+        principal = Principal(credential, request.scope["phalanx.request_id"])
         request.scope["phalanx.actor"] = principal.name
         if not principal.may(need):
             raise Problem("forbidden", f"A token with the role {principal.role} may not do this.")
@@ -78,16 +85,6 @@ Managing = Annotated[Principal, Depends(caller("manage"))]
 Administering = Annotated[Principal, Depends(caller("administer"))]
 Agent = Annotated[Principal, Depends(caller("agent"))]
 NodeRunner = Annotated[Principal, Depends(caller("node"))]
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=255,
-        description="Sending the same request again with the same key answers what the first one was answered.",
-    ),
-]
 
 
 def parse_id(kind: ids.Kind, text: str) -> UUID:

@@ -132,7 +132,7 @@ def from_http(error: HTTPException) -> Problem:
 
 
 def from_database(error: BaseException) -> Problem | None:
-    """Database trouble that passes (refused, too many connections, restarting) is a 503; None if it is anything else."""
+    """Database trouble that passes (refused, too many connections, restarting) is a 503; None for anything else."""
     if isinstance(error, PoolTimeout | InterfaceError | OperationalError | ConnectionError):
         return unavailable()
     if isinstance(error, DBAPIError):
@@ -200,6 +200,4 @@ def for_unexpected(error: Exception) -> Problem:
         log.warning("database trouble", error=f"{type(error).__name__}: {error}"[:500])
         return problem
     log.error("unexpected error", exc_info=error)
-    return Problem(
-        "internal", "The request failed for a reason of ours. It is in the server's log under this request_id."
-    )
+    return Problem("internal", "The request failed on our side. The server's log says why, under this request_id.")

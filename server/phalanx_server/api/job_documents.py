@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, Field
 from sqlalchemy import Row
 
 from phalanx_server.store import ids
+
+JobRow: TypeAlias = Any
+"""A row of `store.job_views`, or an `actions.submit_jobs.NewJob`, which has the same columns."""
 
 
 class Hold(BaseModel):
@@ -83,7 +86,7 @@ class Progress(BaseModel):
     at: datetime
 
 
-class Checkpoint(BaseModel):
+class LastCheckpoint(BaseModel):
     """The last checkpoint that was registered as complete."""
 
     url: str
@@ -99,9 +102,7 @@ class Job(BaseModel):
     reason: str | None
     message: str | None
     priority: int
-    spec: dict[str, Any] = Field(
-        description="The job file as it was understood: defaults filled in, seconds and bytes."
-    )
+    spec: dict[str, Any] = Field(description="The job file as it was understood, in seconds and bytes.")
     labels: dict[str, str]
     received_at: datetime
     submitted_at: datetime
@@ -115,7 +116,7 @@ class Job(BaseModel):
     failures: int
     attempt: Attempt | None = Field(description="The latest attempt.")
     progress: Progress | None
-    checkpoint: Checkpoint | None
+    checkpoint: LastCheckpoint | None
     phases: Phases | None
     bundle: str | None
     created_by: str
@@ -137,8 +138,8 @@ class Event(BaseModel):
 # ------------------------------------------------------------------ from rows
 
 
-def job_document(row: Row[Any], *, position: int | None = None) -> Job:
-    """A row of store.job_views as a document."""
+def job_document(row: JobRow, *, position: int | None = None) -> Job:
+    """A row of store.job_views, or a job just accepted, as a document."""
     attempt = attempt_document(row.attempt, received_at=row.received_at, submitted_at=row.submitted_at)
     return Job(
         id=ids.encode("job", row.id),
@@ -170,7 +171,7 @@ def job_document(row: Row[Any], *, position: int | None = None) -> Job:
     )
 
 
-def hold_document(row: Row[Any]) -> Hold | None:
+def hold_document(row: JobRow) -> Hold | None:
     if row.hold_reason is None:
         return None
     return Hold(
@@ -182,16 +183,16 @@ def hold_document(row: Row[Any]) -> Hold | None:
     )
 
 
-def _progress(row: Row[Any]) -> Progress | None:
+def _progress(row: JobRow) -> Progress | None:
     if row.progress_at is None:
         return None
-    return Progress(step=row.step, total_steps=row.total_steps, values=row._mapping["values"], at=row.progress_at)
+    return Progress(step=row.step, total_steps=row.total_steps, values=row.values, at=row.progress_at)
 
 
-def _checkpoint(row: Row[Any]) -> Checkpoint | None:
+def _checkpoint(row: JobRow) -> LastCheckpoint | None:
     if row.checkpoint_url is None:
         return None
-    return Checkpoint(url=row.checkpoint_url, step=row.checkpoint_step, at=row.checkpoint_at)
+    return LastCheckpoint(url=row.checkpoint_url, step=row.checkpoint_step, at=row.checkpoint_at)
 
 
 _TIMES = (

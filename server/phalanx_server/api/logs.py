@@ -55,7 +55,7 @@ class LogQuery:
 
     rank: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None
     stream: Literal["stdout", "stderr"] | None = None
-    attempt: Annotated[int | None, Query(ge=1, lt=1 << 31, description="Absent: the latest; all when following.")] = (
+    attempt: Annotated[int | None, Query(ge=1, lt=1 << 31, description="Absent: the latest, or all if following.")] = (
         None
     )
     tail_lines: Annotated[int | None, Query(ge=0, le=100_000, description="Only the last lines.")] = None
@@ -91,7 +91,7 @@ async def read_job_logs(
     """Output as text, in the order in which it arrived. With `follow=true`: server-sent events `log`, whose ids can be
     resumed from, until the job is over; then comes `end`."""
     id = await visible_job(services, principal, job_id)
-    files = LogFiles(services.settings.storage_root)
+    files = services.log_files
     if wanted.follow:
         after = resume_after(last_event_id, otherwise=None)
         return await _follow(services, files, id, wanted, after)

@@ -31,7 +31,7 @@ Names = Annotated[list[str] | None, Query(max_length=MAX_NAMES, description="Rep
 MaxPoints = Annotated[int, Query(ge=2, le=2000)]
 
 
-class MetricPoint(BaseModel):
+class MetricBucket(BaseModel):
     """A bucket of a series: the values of all ranks in it."""
 
     at: datetime
@@ -45,7 +45,7 @@ class MetricPoint(BaseModel):
 class MetricSeries(BaseModel):
     name: str
     resolution_s: int = Field(description="Width of a bucket; 0 = one point per reported step.")
-    points: list[MetricPoint]
+    points: list[MetricBucket]
 
 
 class Metrics(BaseModel):
@@ -91,8 +91,8 @@ async def _read(
     )
 
 
-def _point(row: Row[Any]) -> MetricPoint:
-    return MetricPoint(**row._mapping)
+def _point(row: Row[Any]) -> MetricBucket:
+    return MetricBucket(**row._mapping)
 
 
 # ------------------------------------------------------------------ live

@@ -45,7 +45,9 @@ def _build(app: FastAPI) -> dict[str, Any]:
     schemas = components.setdefault("schemas", {})
     schemas |= {**schema.pop("$defs", {}), "Problem": schema}
     _, bodies = models_json_schema([(model, "validation") for model in SCHEMAS.values()], ref_template=_REF)
-    schemas |= bodies.get("$defs", {})
+    for name, body in bodies.get("$defs", {}).items():
+        if schemas.setdefault(name, body).keys() != body.keys():
+            raise RuntimeError(f"two schemas are called {name}: rename one of the models")
     components["securitySchemes"] = {
         "token": {"type": "http", "scheme": "bearer", "description": "`phx_…`, from `POST /v1/tokens`."}
     }

@@ -47,6 +47,4 @@ def decode_cursor(text: str, kinds: Sequence[type]) -> list[Any]:
 
 
 def _bad_cursor() -> Exception:
-    return Invalid.field(
-        "cursor", "is not a cursor of this list", "Pass next_cursor of the page before as it is, or none."
-    )
+    return Invalid.field("cursor", "is not a cursor of this list", "pass next_cursor of the page before, or none")

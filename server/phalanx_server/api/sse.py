@@ -84,9 +84,7 @@ def resume_after(last_event_id: str | None, *, otherwise: int | None) -> int | N
     if last_event_id is None or last_event_id == "":
         return otherwise
     if not last_event_id.isascii() or not last_event_id.isdigit() or len(last_event_id) > 18:
-        raise Invalid.field(
-            "Last-Event-ID", "is not an id of this stream", "Send back the id of the last event, as it was."
-        )
+        raise Invalid.field("Last-Event-ID", "is not an id of this stream", "send the id of the last event as it was")
     return int(last_event_id)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.api.errors import Problem
+from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Plan, dump_plan
 from phalanx_server.scheduling.planner import schedule
 from phalanx_server.scheduling.snapshot import Changes, Job, Policy, Snapshot, changed, checked, parse_changes
@@ -122,23 +123,22 @@ def _internal(value: Any) -> Any:
     return [_internal(item) for item in value] if isinstance(value, list) else value
 
 
-def hypothetical(spec: Mapping[str, Any], *, id: str, tenant: str, priority: int, submitted_at: datetime) -> Job:
-    """A job as the snapshot would have it, from the job file's canonical form (`JobSpec` dumped as JSON)."""
-    resources = spec["resources"]
-    not_before = spec.get("not_before")
+def hypothetical(spec: JobSpec, *, id: str, submitted_at: datetime) -> Job:
+    """A job as the snapshot would have it, from a job file that names its tenant."""
+    resources = spec.resources
     return Job(
         id=id,
-        tenant=tenant,
-        priority=priority,
-        replicas=resources["replicas"],
-        gpus_per_replica=resources["gpus_per_replica"],
-        gpu_types=tuple(resources.get("gpu_types") or ()),
-        cpus_per_replica=resources["cpus_per_replica"],
-        memory_gib_per_replica=math.ceil(resources["memory_per_replica"] / GIB),
-        time_limit_s=spec.get("time_limit"),
-        preemptible=(spec.get("preemption") or {}).get("preemptible", True),
-        held=bool(spec.get("held")),
-        not_before=datetime.fromisoformat(not_before).timestamp() if not_before else None,
+        tenant=spec.tenant or "",
+        priority=spec.priority_value,
+        replicas=resources.replicas,
+        gpus_per_replica=resources.gpus_per_replica,
+        gpu_types=resources.gpu_types,
+        cpus_per_replica=resources.cpus_per_replica,
+        memory_gib_per_replica=math.ceil(resources.memory_per_replica / GIB),
+        time_limit_s=spec.time_limit,
+        preemptible=spec.preemption.preemptible,
+        held=spec.held,
+        not_before=spec.not_before.timestamp() if spec.not_before else None,
         submitted_at=submitted_at.timestamp(),
         state="queued",
     )
@@ -155,7 +155,7 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 
 
 def _external(row: dict[str, Any]) -> dict[str, Any]:
-    named = {key: _prefixed("job", row[key]) for key in ("job", "for") if key in row}
+    named: dict[str, Any] = {key: _prefixed("job", row[key]) for key in ("job", "for") if key in row}
     if "placement" in row:
         named["placement"] = [{**item, "node": _prefixed("node", item["node"])} for item in row["placement"]]
     return {**row, **named}

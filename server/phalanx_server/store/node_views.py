@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -31,7 +32,7 @@ _VISIBLE = f"j.tenant_id IN (SELECT id FROM tenants WHERE {SUBTREE})"
 async def list_nodes(
     conn: AsyncConnection, *, tenant: str | None, after: tuple[str, str] | None, limit: int
 ) -> list[Row[Any]]:
-    """Nodes by cluster and name, after the pair `after`. `jobs` holds only those of the subtree `tenant` (None = all)."""
+    """Nodes by cluster and name, after the pair `after`; `jobs` are those of the subtree `tenant` (None = all)."""
     conditions = "(c.name, n.name) > (:cluster, :name)" if after else "true"
     values = {"cluster": after[0], "name": after[1]} if after else {}
     return await _select(conn, conditions, values | {"limit": limit}, tenant)
@@ -52,3 +53,16 @@ async def _select(conn: AsyncConnection, conditions: str, values: dict[str, Any]
     visible = "true" if tenant is None else _VISIBLE
     query = _NODES.format(visible=visible, conditions=conditions)
     return list(await conn.execute(text(query), values if tenant is None else values | {"tenant": tenant}))
+
+
+async def names_of_nodes(conn: AsyncConnection, nodes: Sequence[str]) -> dict[str, str]:
+    """Names by the uuid in hex, which is how snapshots name nodes."""
+    query = text("SELECT id, name FROM nodes WHERE id = ANY(CAST(:ids AS uuid[]))")
+    rows = await conn.execute(query, {"ids": [UUID(hex=node) for node in nodes]})
+    return {row.id.hex: row.name for row in rows}
+
+
+async def without_shared_checkpoints(conn: AsyncConnection) -> list[str]:
+    """Names of live nodes whose checkpoint directory no other node sees."""
+    query = text("SELECT name FROM nodes WHERE alive AND facts->>'shared_checkpoints' = 'false' ORDER BY name LIMIT 10")
+    return list((await conn.execute(query)).scalars())

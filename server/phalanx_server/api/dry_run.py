@@ -1,0 +1,90 @@
+"""A submit that is only tried: is the job file valid, and what would the scheduler do with it now?"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.actions.check_jobs import Hardware, Request, check_jobs
+from phalanx_server.api.auth import Principal
+from phalanx_server.api.deps import Services, now
+from phalanx_server.api.job_documents import Hold
+from phalanx_server.api.what_if import Outcome, hypothetical
+from phalanx_server.domain.errors import PhalanxError
+from phalanx_server.domain.spec import JobSpec
+from phalanx_server.scheduling.plan import Hold as PlannedHold
+from phalanx_server.store import ids
+from phalanx_server.store.node_views import names_of_nodes, without_shared_checkpoints
+
+
+class WouldPlace(BaseModel):
+    node: str
+    replicas: int
+
+
+class Would(BaseModel):
+    """What the next pass would do with the job."""
+
+    start: bool
+    hold: Hold | None
+    placement: list[WouldPlace]
+
+
+class DryRun(BaseModel):
+    valid: Literal[True] = True
+    spec: dict[str, Any]
+    would: Would
+    warnings: list[str]
+
+
+async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> DryRun:
+    """Raises what a submit would raise; stores nothing."""
+    request = Request([spec], principal.actor)
+    spec = spec.for_tenant(request.tenant_of(spec))
+    async with services.engine.connect() as conn:
+        (checked,) = await check_jobs(conn, [request], Hardware())
+        if isinstance(checked, PhalanxError):
+            raise checked
+        warnings = await _warnings(conn, spec)
+    job = hypothetical(spec, id=ids.new_id().hex, submitted_at=now())
+    outcome = await services.what_if.with_jobs([job])
+    async with services.reads.connect() as conn:
+        would = await _would(conn, outcome, job.id)
+    return DryRun(spec=spec.dump(), would=would, warnings=warnings)
+
+
+async def _warnings(conn: AsyncConnection, spec: JobSpec) -> list[str]:
+    if spec.checkpoint.url is not None or spec.resources.replicas == 1:
+        return []
+    lonely = await without_shared_checkpoints(conn)
+    if not lonely:
+        return []
+    return [
+        f"PHALANX_CHECKPOINT_DIR is not shared between nodes ({', '.join(lonely[:3])}): a restart elsewhere would not"
+        " find its checkpoints; set checkpoint.url"
+    ]
+
+
+async def _would(conn: AsyncConnection, outcome: Outcome, job: str) -> Would:
+    start = next((start for start in outcome.plan.starts if start.job == job), None)
+    if start is None:
+        return Would(start=False, hold=_hold(outcome.plan.hold_of(job), outcome.snapshot_at), placement=[])
+    names = await names_of_nodes(conn, [item.node for item in start.placement])
+    placement = [WouldPlace(node=names.get(item.node, item.node), replicas=item.replicas) for item in start.placement]
+    return Would(start=True, hold=None, placement=placement)
+
+
+def _hold(hold: PlannedHold | None, at: datetime) -> Hold | None:
+    if hold is None:
+        return None
+    expected = None if hold.estimated_start is None else datetime.fromtimestamp(hold.estimated_start, UTC)
+    return Hold(
+        reason=hold.reason.value,
+        message=hold.message,
+        unblocks=list(hold.unblocks),
+        estimated_start=expected,
+        since=at,
+    )

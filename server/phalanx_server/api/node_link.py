@@ -1,0 +1,63 @@
+"""The link of a node's runner: logs, metrics and marks go up, code bundles come down.
+
+Only node tokens work here, each for the attempts of its own node.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import Response, StreamingResponse
+
+from phalanx_server.actions.record_node_report import record_node_report
+from phalanx_server.api.agent_link import answer
+from phalanx_server.api.auth import Principal
+from phalanx_server.api.bodies import message_as, takes
+from phalanx_server.api.bundles import BUNDLE_RESPONSES, Digest
+from phalanx_server.api.deps import NodeRunner, Serving, now, parse_id
+from phalanx_server.api.errors import not_found
+from phalanx_server.domain.messages import NodeAnswer, NodeReport
+from phalanx_server.store.bundles import is_bundle_of_attempt
+
+router = APIRouter(tags=["node link"])
+
+
+@router.post("/v1/node/reports", operation_id="report_node", response_model=NodeAnswer, openapi_extra=takes(NodeReport))
+async def report_node(
+    services: Serving, principal: NodeRunner, report: Annotated[NodeReport, Depends(message_as(NodeReport))]
+) -> Response:
+    """A numbered batch of what a runner saw. Each number is taken once; `accepted_seq` is the highest taken."""
+    node_id = node_of(principal)
+    return answer(await record_node_report(services.engine, services.log_files, report, node_id=node_id, now=now()))
+
+
+@router.get(
+    "/v1/node/bundles/{digest}",
+    operation_id="fetch_bundle",
+    response_class=StreamingResponse,
+    responses=BUNDLE_RESPONSES,
+)
+async def fetch_bundle(
+    digest: Digest,
+    services: Serving,
+    principal: NodeRunner,
+    attempt_id: Annotated[str, Query(max_length=64, description="The live attempt that runs this code.")],
+) -> StreamingResponse:
+    """The bytes of a code bundle, for an attempt that is placed on the caller's node."""
+    attempt = parse_id("attempt", attempt_id)
+    async with services.reads.connect() as conn:
+        if not await is_bundle_of_attempt(conn, digest, attempt_id=attempt, node_id=node_of(principal)):
+            raise not_found(f"bundle {digest} of {attempt_id[:80]}")
+    files = services.bundle_files
+    size = await files.size_bytes(digest)
+    if size is None:
+        raise not_found(f"bundle {digest} in the storage")
+    return StreamingResponse(files.read(digest), media_type="application/gzip", headers={"Content-Length": str(size)})
+
+
+def node_of(principal: Principal) -> UUID:
+    node_id = principal.credential.node_id
+    assert node_id is not None, "a node token without a node: the schema forbids it"
+    return node_id

@@ -1,0 +1,134 @@
+"""Nodes: what there is, what runs there, and whether it takes work."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.actions.set_node_state import set_node_state
+from phalanx_server.api.auth import Principal
+from phalanx_server.api.deps import Looking, Operating, Services, Serving, now
+from phalanx_server.api.errors import Problem, not_found
+from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
+from phalanx_server.domain.node import NodeState
+from phalanx_server.store import ids
+from phalanx_server.store.node_views import list_nodes, load_node, nodes_named
+
+router = APIRouter(tags=["nodes"])
+
+
+class Node(BaseModel):
+    id: str
+    name: str
+    cluster: str
+    state: str
+    gpu_type: str
+    gpus: int
+    gpus_used: int = Field(description="GPUs that are charged to attempts, everybody's together.")
+    cpus: int
+    memory_bytes: int
+    address: str
+    labels: dict[str, str]
+    alive: bool
+    warm_ready: bool = Field(description="A process with torch imported waits there to be forked.")
+    last_seen_at: datetime | None
+    clock_skew_s: float | None
+    stats: dict[str, Any] | None = Field(description="Latest use of CPU, memory and GPUs; for operators.")
+    jobs: list[str] = Field(description="Jobs that hold something there, those that the caller may see.")
+
+
+@router.get("/v1/nodes", operation_id="list_nodes")
+async def list_all_nodes(
+    services: Serving, principal: Looking, limit: Limit = 500, cursor: CursorText = None
+) -> Page[Node]:
+    """Nodes, by cluster and name."""
+    after = decode_cursor(cursor, (str, str)) if cursor else None
+    async with services.reads.connect() as conn:
+        rows = await list_nodes(
+            conn, tenant=principal.tenant, after=(after[0], after[1]) if after else None, limit=limit + 1
+        )
+    page = rows[:limit]
+    more = encode_cursor(page[-1].cluster, page[-1].name) if len(rows) > limit else None
+    return Page(items=[_document(row, principal) for row in page], next_cursor=more)
+
+
+@router.get("/v1/nodes/{node}", operation_id="get_node")
+async def get_node(node: str, services: Serving, principal: Looking) -> Node:
+    """One node, by id or name."""
+    return await _read(services, principal, await _find(services, node))
+
+
+@router.post("/v1/nodes/{node}/cordon", operation_id="cordon_node")
+async def cordon(node: str, services: Serving, principal: Operating) -> Node:
+    """Place nothing new on a node; what runs there goes on."""
+    return await _set(services, principal, node, NodeState.CORDONED)
+
+
+@router.post("/v1/nodes/{node}/uncordon", operation_id="uncordon_node")
+async def uncordon(node: str, services: Serving, principal: Operating) -> Node:
+    """Let a node take work again."""
+    return await _set(services, principal, node, NodeState.READY)
+
+
+@router.post("/v1/nodes/{node}/drain", operation_id="drain_node")
+async def drain(node: str, services: Serving, principal: Operating) -> Node:
+    """Place nothing new on a node, and end what runs there, to go on elsewhere."""
+    return await _set(services, principal, node, NodeState.DRAINING)
+
+
+async def _set(services: Services, principal: Principal, node: str, wanted: NodeState) -> Node:
+    node_id = await _find(services, node)
+    await set_node_state(services.engine, node_id, wanted=wanted, actor=principal.actor, now=now())
+    return await _read(services, principal, node_id)
+
+
+async def _find(services: Services, text: str) -> UUID:
+    """A node's id from an id or a name. Problem 404, or 409 where clusters share the name."""
+    async with services.reads.connect() as conn:
+        return _id_of(text) or await _id_of_name(conn, text)
+
+
+def _id_of(text: str) -> UUID | None:
+    try:
+        return ids.parse("node", text)
+    except ValueError:
+        return None
+
+
+async def _id_of_name(conn: AsyncConnection, name: str) -> UUID:
+    rows = await nodes_named(conn, name)
+    if len(rows) > 1:
+        clusters = ", ".join(f"{ids.encode('node', row.id)} ({row.cluster})" for row in rows)
+        raise Problem("conflict", f"Several clusters have a node {name}: name it by id, one of {clusters}.")
+    if not rows:
+        raise not_found(f"node {name[:200]}")
+    return rows[0].id
+
+
+async def _read(services: Services, principal: Principal, node_id: UUID) -> Node:
+    async with services.reads.connect() as conn:
+        row = await load_node(conn, node_id, tenant=principal.tenant)
+    if row is None:
+        raise not_found(f"node {ids.encode('node', node_id)}")
+    return _document(row, principal)
+
+
+_SHOWN = Node.model_fields.keys() - {"id", "warm_ready", "last_seen_at", "stats", "jobs"}
+
+
+def _document(row: Row[Any], principal: Principal) -> Node:
+    stats = row.stats or {}
+    return Node(
+        **{name: row._mapping[name] for name in _SHOWN},
+        id=ids.encode("node", row.id),
+        warm_ready=row.alive and bool(stats.get("warm_ready")),
+        last_seen_at=row.runner_seen_at,
+        stats=row.stats if principal.may("operate") else None,
+        jobs=[ids.encode("job", job_id) for job_id in row.jobs],
+    )

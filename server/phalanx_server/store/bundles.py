@@ -1,0 +1,87 @@
+"""Code bundles: bytes under the storage root, named by their SHA-256; which tenant has which is in PostgreSQL.
+
+Owns the files and the read side. A file is written once and never changed, whoever uploads it; that a tenant may use it
+says its row (`jobs.insert_bundle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import fsspec
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+CHUNK_BYTES = 1 << 20
+
+
+class BundleFiles:
+    """Files under `root`, an fsspec URL."""
+
+    def __init__(self, root: str) -> None:
+        filesystem, base = fsspec.core.url_to_fs(root)
+        self._fs: Any = filesystem
+        self._base = f"{base.rstrip('/')}/bundles"
+
+    async def size_bytes(self, digest: str) -> int | None:
+        """None where there is no such file."""
+        return await asyncio.to_thread(self._size, self._path(digest))
+
+    async def write(self, digest: str, source: Path) -> None:
+        """Store a local file, complete or not at all."""
+        await asyncio.to_thread(self._write, self._path(digest), source)
+
+    async def read(self, digest: str) -> AsyncIterator[bytes]:
+        """The bytes, in pieces."""
+        file = await asyncio.to_thread(self._fs.open, self._path(digest), "rb")
+        try:
+            while piece := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield piece
+        finally:
+            await asyncio.to_thread(file.close)
+
+    def _path(self, digest: str) -> str:
+        return f"{self._base}/{digest[:2]}/{digest}.tar.gz"
+
+    def _size(self, path: str) -> int | None:
+        try:
+            return int(self._fs.size(path))
+        except FileNotFoundError:
+            return None
+
+    def _write(self, path: str, source: Path) -> None:
+        if self._size(path) == source.stat().st_size:
+            return
+        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        partial = f"{path}.{uuid.uuid4().hex}"
+        self._fs.put_file(str(source), partial)
+        self._fs.mv(partial, path)
+
+
+_OF_TENANT = text(
+    "SELECT b.bytes FROM bundles b JOIN tenants t ON t.id = b.tenant_id WHERE t.path = :tenant AND b.hash = :digest"
+)
+_OF_ATTEMPT = text(
+    """
+    SELECT EXISTS (
+        SELECT FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN placements p ON p.attempt_id = a.id
+        WHERE a.id = :attempt_id AND a.state IN ('starting', 'running', 'stopping')
+          AND p.node_id = :node_id AND p.released_at IS NULL AND j.bundle = :digest)
+    """
+)
+
+
+async def has_bundle(conn: AsyncConnection, digest: str, *, tenant: str) -> bool:
+    """Whether this tenant has uploaded it."""
+    return (await conn.execute(_OF_TENANT, {"tenant": tenant, "digest": digest})).scalar_one_or_none() is not None
+
+
+async def is_bundle_of_attempt(conn: AsyncConnection, digest: str, *, attempt_id: UUID, node_id: UUID) -> bool:
+    """Whether a live attempt on this node runs this bundle."""
+    values = {"attempt_id": attempt_id, "node_id": node_id, "digest": digest}
+    return bool((await conn.execute(_OF_ATTEMPT, values)).scalar_one())

@@ -1,0 +1,150 @@
+"""A world for the API's tests: tenants, tokens of every role, a cluster with two nodes; the application in process.
+
+Rows are written straight into the database, so that a test of a route depends on that route alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from phalanx_server.main import create_app
+from phalanx_server.settings import Settings
+from phalanx_server.store import ids
+from phalanx_server.store.engine import create_engine
+from phalanx_server.store.schema import clusters, nodes, quotas, tenants
+from phalanx_server.store.tokens import TokenRow, insert_token, mint
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+TENANTS = ("default", "research", "research/nlp", "vision")
+GIB = 1 << 30
+
+
+@dataclass
+class World:
+    """Ids and token texts by the name that tests use."""
+
+    engine: AsyncEngine
+    tenants: dict[str, UUID] = field(default_factory=dict)
+    nodes: dict[str, UUID] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    token_ids: dict[str, UUID] = field(default_factory=dict)
+    cluster: UUID = field(default_factory=ids.new_id)
+
+    async def add_token(self, conn: AsyncConnection, name: str, role: str, **scope: Any) -> None:
+        minted = mint()
+        kind = role if role in ("cluster", "node") else "user"
+        await insert_token(conn, minted, TokenRow(kind=kind, role=role, name=name, **scope))
+        self.tokens[name], self.token_ids[name] = minted.text, minted.id
+
+
+async def populate(world: World) -> None:
+    async with world.engine.begin() as conn:
+        for path in TENANTS:
+            world.tenants[path] = ids.new_id()
+            parent = world.tenants.get(path.rpartition("/")[0])
+            await conn.execute(insert(tenants).values(id=world.tenants[path], path=path, parent_id=parent))
+        await conn.execute(insert(quotas).values(tenant_id=world.tenants["research"], resource="h100", nominal=8))
+        await conn.execute(insert(clusters).values(id=world.cluster, name="main"))
+        for name in ("n0", "n1"):
+            world.nodes[name] = ids.new_id()
+            await conn.execute(insert(nodes).values(**node_row(world, name)))
+        nlp, vision = world.tenants["research/nlp"], world.tenants["vision"]
+        await world.add_token(conn, "admin", "admin")
+        await world.add_token(conn, "operator", "operator")
+        await world.add_token(conn, "manager", "manager", tenant_id=world.tenants["research"])
+        await world.add_token(conn, "alice", "member", tenant_id=nlp)
+        await world.add_token(conn, "bob", "member", tenant_id=vision)
+        await world.add_token(conn, "viewer", "viewer", tenant_id=nlp)
+        await world.add_token(conn, "agent", "cluster", cluster_id=world.cluster)
+        await world.add_token(conn, "n0", "node", cluster_id=world.cluster, node_id=world.nodes["n0"])
+        past = datetime.now(UTC) - timedelta(hours=1)
+        await world.add_token(conn, "expired", "member", tenant_id=nlp, expires_at=past)
+
+
+def node_row(world: World, name: str) -> dict[str, Any]:
+    return {
+        "id": world.nodes[name],
+        "cluster_id": world.cluster,
+        "name": name,
+        "ray_node_id": f"ray-{name}",
+        "gpu_type": "h100",
+        "gpus": 8,
+        "cpus": 64,
+        "memory_bytes": 512 * GIB,
+        "address": "10.0.0.1",
+    }
+
+
+@pytest.fixture
+async def world(database: str) -> AsyncIterator[World]:
+    world = World(create_engine(database, pool_size=4))
+    await populate(world)
+    yield world
+    await world.engine.dispose()
+
+
+@pytest.fixture
+def settings(database: str, tmp_path: Path) -> Settings:
+    return Settings(database_url=database, data_dir=tmp_path, token_cache_s=0, database_pool=6)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+Calls = Callable[[str], httpx.AsyncClient]
+
+
+@pytest.fixture
+async def calls(app: FastAPI, world: World) -> AsyncIterator[Calls]:
+    """`calls("alice")` is a client with alice's token; `calls("")` has none."""
+    made: list[httpx.AsyncClient] = []
+
+    def client(name: str) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {world.tokens[name]}"} if name else {}
+        transport = httpx.ASGITransport(app=app)
+        made.append(httpx.AsyncClient(transport=transport, base_url="http://phalanx", headers=headers))
+        return made[-1]
+
+    yield client
+    for each in made:
+        await each.aclose()
+
+
+@pytest.fixture
+async def admin(calls: Calls) -> httpx.AsyncClient:
+    return calls("admin")
+
+
+@pytest.fixture
+async def alice(calls: Calls) -> httpx.AsyncClient:
+    """A member of research/nlp."""
+    return calls("alice")
+
+
+@pytest.fixture
+async def bob(calls: Calls) -> httpx.AsyncClient:
+    """A member of vision."""
+    return calls("bob")
+
+
+def job_file(**changes: Any) -> dict[str, Any]:
+    """A small job that is valid as it is."""
+    return {
+        "name": "train",
+        "tenant": "research/nlp",
+        "resources": {"replicas": 2, "gpus_per_replica": 4},
+        "run": {"command": "python train.py"},
+    } | changes
