@@ -52,9 +52,9 @@ def agent(
         typer.Option(
             "--own-users/--no-own-users",
             envvar="PHALANX_OWN_USERS",
-            help="Run the ranks of each tenant under their own Unix user; the runners must be root for that.",
+            help="Run the ranks of each tenant under their own Unix user, on nodes where the runner is root.",
         ),
-    ] = False,
+    ] = True,
 ) -> None:
     """Run the agent of one Ray cluster: it starts and watches what the server wants there."""
     from phalanx_worker.agent.ray_environment import prepare, read_ray_file
@@ -80,7 +80,7 @@ def agent(
     runner = RunnerSettings(
         server_url=server, data_dir=str(data.absolute()), checkpoint_root=checkpoint_root, own_users=own_users
     )
-    nodes = NodeSettings(gpu_type=gpu_type, shared_checkpoints=shared_checkpoints, own_users=own_users)
+    nodes = NodeSettings(gpu_type=gpu_type, shared_checkpoints=shared_checkpoints)
     settings = AgentSettings(
         server_url=server,
         token=file_token(token_file) if token_file is not None else lambda: token,

@@ -68,6 +68,7 @@ class Gang:
     generations: dict[str, int] = field(default_factory=dict)  # by node: which of its runners has the group
     stopping: bool = False  # SIGTERM is on its way to every group
     aborting: bool = False  # its start is being given up
+    first_failed_rank: int | None = None  # as seen when it failed: later every rank has ended somehow
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class World:
     desired: Mapping[str, DesiredAttempt]
     desired_since_s: Mapping[str, float]
     gangs: Mapping[str, Gang]
+    living: frozenset[str]  # nodes
     tables: Mapping[str, Mapping[str, Group]]  # node -> attempt -> group, of every node whose runner has answered
     placement_groups: frozenset[str]  # attempts that have one in Ray
 
@@ -182,18 +184,20 @@ def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
     nodes = [group.node for group in attempt.groups]
     seen = {node: table[attempt.attempt_id] for node, table in world.tables.items() if attempt.attempt_id in table}
     stale = [group.epoch for group in seen.values() if group.epoch != attempt.epoch]
-    missing = [node for node in nodes if node not in world.tables]
+    dead = [node for node in nodes if node not in world.living]
+    silent = [node for node in nodes if node in world.living and node not in world.tables]
     overdue = world.now_s - world.desired_since_s.get(attempt.attempt_id, world.now_s) > READY_DEADLINE_S
     if stale:
         yield Clear(attempt.attempt_id, stale[0], frozenset(seen))
-    elif missing and not overdue:
+    elif silent and not overdue:
         return
     elif seen:
         yield Adopt(attempt, seen)
-    elif missing:
-        yield Refuse(
-            attempt, f"the runner of node {missing[0]} did not answer within {READY_DEADLINE_S:.0f} s", missing[0]
-        )
+    elif dead:
+        return  # nobody can say that an earlier agent started nothing there: the server has to lose the node first
+    elif silent:
+        message = f"the runner of node {silent[0]} did not answer within {READY_DEADLINE_S:.0f} s"
+        yield Refuse(attempt, message, silent[0])
     elif attempt.action == "stop":
         yield Refuse(attempt, "stopped before it started")
     else:

@@ -130,7 +130,8 @@ class PlacementGroups:
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._grant())
         try:
-            await asyncio.wait_for(waiter.granted, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await waiter.granted
         except TimeoutError:
             raise StartFailed(f"{waiter.missing} after {timeout_s:.0f} s", waiter.node) from None
 

@@ -19,8 +19,9 @@ log = logging.getLogger("phalanx.agent")
 
 POLL_WAIT_S = 20.0
 CALL_TIMEOUT_S = 15.0
+CONFIGURE_TIMEOUT_S = 60.0
 RETRY_S = 0.2
-RETRY_CREATE_S = 2.0
+RETRY_CREATE_S = 1.0
 
 
 class RunnerError(Exception):
@@ -60,7 +61,9 @@ class Host:
     runner: Runner | None = None
     table: dict[str, Group] | None = None
     warm_ready: bool = False
+    own_users: bool = False  # as its runner says: ranks run under their tenant's own Unix user
     settings: dict[str, Any] | None = None
+    given: asyncio.Event = field(default_factory=asyncio.Event)  # there are settings
     configured: dict[str, Any] | None = None  # what the present runner was last given
     follower: asyncio.Task[None] | None = None
 
@@ -93,9 +96,8 @@ class Hosts:
     def tables(self) -> dict[str, Mapping[str, Group]]:
         return {host.name: host.table for host in self.by_name.values() if host.alive and host.table is not None}
 
-    def observe(self, living: list[NodeFacts]) -> bool:
-        """Take the nodes that live now: follow what is new, let go of what died. Returns whether anything changed."""
-        before = self.inventory()
+    def observe(self, living: list[NodeFacts]) -> None:
+        """Take the nodes that live now: follow what is new, let go of what died."""
         for facts in living:
             host = self.by_name.setdefault(facts.name, Host(facts=replace(facts, alive=False)))
             if host.alive and host.facts.ray_node_id != facts.ray_node_id:
@@ -107,18 +109,22 @@ class Hosts:
         for name in self.by_name.keys() - {facts.name for facts in living}:
             if self.by_name[name].alive:
                 self._let_go(self.by_name[name])
-        return self.inventory() != before
 
     def inventory(self) -> list[NodeFacts]:
         """Every node that this agent has seen, the dead ones with what was last known of them."""
-        return [host.facts for host in self.by_name.values()]
+        return [replace(host.facts, own_users=host.own_users) for host in self.by_name.values()]
+
+    def living(self) -> frozenset[str]:
+        return frozenset(host.name for host in self.by_name.values() if host.alive)
 
     def configure(self, name: str, settings: dict[str, Any]) -> None:
         """Give a node's runner new settings; it gets them again whenever it is replaced."""
         host = self.by_name.get(name)
         if host is not None and host.settings != settings:
             host.settings = settings
-            self._spawn(self._configure(host))
+            if host.given.is_set():  # else the one who follows the runner waits for it
+                self._spawn(self._configure_again(host))
+            host.given.set()
 
     async def close(self) -> None:
         """Stop following. The runners live on."""
@@ -158,10 +164,11 @@ class Hosts:
             except RunnerError as error:
                 log.warning("runner of node %s: %s", host.name, error)
                 self._forget_runner(host)
-                await asyncio.sleep(RETRY_CREATE_S if host.table is None else RETRY_S)
+                await asyncio.sleep(RETRY_CREATE_S)
 
     async def _follow_tables(self, host: Host) -> None:
-        """One long-poll after another; returns only by raising RunnerGone."""
+        """One long-poll after another, once the runner has its settings; returns only by raising RunnerGone."""
+        await host.given.wait()
         seq = -1
         while True:
             try:
@@ -181,12 +188,18 @@ class Hosts:
         settings = host.settings
         if settings is None or host.runner is None or host.configured == settings:
             return
-        try:
-            await host.call("configure", settings)
-        except RunnerError as error:
-            log.warning("runner of node %s could not be configured: %s", host.name, error)
-            return
+        answer = await host.call("configure", settings, timeout_s=CONFIGURE_TIMEOUT_S)
         host.configured = settings
+        host.own_users = bool(answer.get("own_users"))
+        if settings.get("own_users") and not host.own_users:
+            log.warning("node %s: %s", host.name, answer.get("own_users_problem") or "no users of their own for ranks")
+        self.changed()
+
+    async def _configure_again(self, host: Host) -> None:
+        try:
+            await self._configure(host)
+        except RunnerError as error:  # the one who follows the runner tries again
+            log.warning("runner of node %s could not be configured: %s", host.name, error)
 
 
 def read_table(facts: dict[str, Any]) -> dict[str, Group]:

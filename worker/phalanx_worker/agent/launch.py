@@ -21,6 +21,7 @@ log = logging.getLogger("phalanx.agent")
 
 FREE_TIMEOUT_S = 30.0  # for Ray to show released GPUs as free
 START_TIMEOUT_S = 900.0  # for a runner to fetch the code and start the ranks
+FORGET_TIMEOUT_S = 60.0  # the runner removes the attempt's directory
 CLEAR_WAIT_S = 5.0
 RETRY_S = 0.2
 RETRY_SLOWLY_S = 1.0
@@ -83,7 +84,7 @@ class Launcher:
             self._report(gang, "gang_ready", urgent=False)
             starts = await self._start_groups(gang, attempt, master, abort)
         except StartFailed as error:
-            await self._give_up(gang, error)
+            await self._give_up(gang, attempt, error)
         else:
             self._report(gang, "started", ranks_started=starts)
             gang.phase = Phase.RUNNING
@@ -149,7 +150,7 @@ class Launcher:
             _, pending = await asyncio.wait(pending, timeout=RETRY_SLOWLY_S)
         await asyncio.gather(*calls, return_exceptions=True)
 
-    async def _give_up(self, gang: Gang, error: StartFailed) -> None:
+    async def _give_up(self, gang: Gang, attempt: DesiredAttempt, error: StartFailed) -> None:
         """Clear every node that was told to start.
 
         Where one died meanwhile nobody can say that nothing runs there: then the server has to lose the node first, and
@@ -157,19 +158,23 @@ class Launcher:
         """
         log.warning("attempt %s could not be started: %s", gang.attempt_id, error)
         await self._remove_placement(gang.attempt_id)
-        told = list(gang.generations)
-        cleared = await self._clear_all(gang, told)
+        cleared = await self._clear_all(gang, gang.generations)
         if all(cleared.values()):
             gang.phase = Phase.CLOSING
-            await self._finish(gang, told, "start_failed", message=str(error), node=error.node)
+            await self._never_ran(gang, attempt, message=str(error), node=error.node)
             return
         for node, is_clear in cleared.items():
             gang.groups[node] = Group(gang.epoch, GroupState.ENDED if is_clear else GroupState.LOST)
         gang.stopping, gang.phase = True, Phase.RUNNING
 
-    async def refuse(self, gang: Gang, *, message: str, node: str | None) -> None:
-        """Report that it never ran."""
-        await self._finish(gang, [], "start_failed", message=message, node=node)
+    async def refuse(self, gang: Gang, attempt: DesiredAttempt, *, message: str, node: str | None) -> None:
+        """Give up an attempt of which nothing was begun."""
+        log.warning("attempt %s is not started: %s", gang.attempt_id, message)
+        await self._never_ran(gang, attempt, message=message, node=node)
+
+    async def _never_ran(self, gang: Gang, attempt: DesiredAttempt, *, message: str, node: str | None) -> None:
+        nodes = [group.node for group in attempt.groups]
+        await self._finish(gang, nodes, "start_failed", message=message, node=node)
 
     # ---------------------------------------------------------------- adopt, stop, close, clear, forget
 
@@ -208,6 +213,7 @@ class Launcher:
     async def close(self, gang: Gang, attempt: DesiredAttempt) -> None:
         """Every group is over: give the resources back, then report the end."""
         await self._remove_placement(gang.attempt_id)
+        first = gang.first_failed_rank
         vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
         await self._finish(
             gang,
@@ -215,7 +221,7 @@ class Launcher:
             "ended",
             message=f"the runner of {', '.join(vanished)} died" if vanished else "",
             node=vanished[0] if vanished else None,
-            first_failed_rank=first_failed_rank(gang.groups),
+            first_failed_rank=first_failed_rank(gang.groups) if first is None else first,
             exits=all_exits(attempt, gang.groups),
         )
 
@@ -269,7 +275,7 @@ class Launcher:
                 await asyncio.sleep(RETRY_S)
 
     async def _forget_group(self, attempt_id: str, node: str) -> None:
-        if await self._try(node, "forget_group", attempt_id):
+        if await self._try(node, "forget_group", attempt_id, timeout_s=FORGET_TIMEOUT_S):
             host = self.hosts.get(node)
             if host is not None and host.table is not None:
                 host.table.pop(attempt_id, None)
@@ -297,12 +303,12 @@ class Launcher:
         except (RunnerGone, RunnerUnavailable) as error:
             raise StartFailed(f"runner of node {node}: {error}", node) from error
 
-    async def _try(self, node: str, method: str, *args: Any) -> bool:
+    async def _try(self, node: str, method: str, *args: Any, timeout_s: float = 15.0) -> bool:
         host = self.hosts.get(node)
         if host is None or not host.alive:
             return False
         try:
-            await host.call(method, *args)
+            await host.call(method, *args, timeout_s=timeout_s)
         except RunnerError as error:
             log.warning("%s on node %s: %s", method, node, error)
             return False

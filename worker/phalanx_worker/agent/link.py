@@ -7,6 +7,7 @@ nobody here waits for it but those who ask to. Knows nothing of Ray or of what t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -55,9 +56,11 @@ class ServerRefused(Exception):
 class ServerLink:
     """The calls. `token` is asked again after a 401: the token may have been replaced in its file."""
 
-    def __init__(self, *, url: str, token: Callable[[], str], instance: str) -> None:
+    def __init__(
+        self, *, url: str, token: Callable[[], str], instance: str, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         timeout = httpx.Timeout(CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        self.client = httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout, trust_env=False)
+        self.client = httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout, trust_env=False, transport=transport)
         self.instance = instance
         self._token = token
         self._bearer = token()
@@ -157,7 +160,9 @@ class FactOutbox:
         while True:
             await self._some.wait()
             if not self._urgent.is_set():
-                await _within(self._urgent.wait(), COALESCE_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(COALESCE_S):
+                        await self._urgent.wait()
             try:
                 await self._send(self._waiting[:FACTS_PER_REPORT])
                 backoff.succeeded()
@@ -194,10 +199,3 @@ class FactOutbox:
 
 def _key(fact: AttemptFact) -> tuple[str, int]:
     return fact.attempt_id, fact.epoch
-
-
-async def _within(work: Any, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(work, timeout_s)
-    except TimeoutError:
-        return

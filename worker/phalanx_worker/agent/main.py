@@ -66,6 +66,9 @@ async def _serve(settings: AgentSettings) -> int:
     except Superseded as error:
         log.error("another agent has taken over this cluster (%s): this one ends", error)
         return EXIT_FAILED
+    except ConnectionError as error:
+        log.error("%s", error)
+        return EXIT_FAILED
     except asyncio.CancelledError:
         log.info("agent %s ends; what it started goes on", instance)
     finally:

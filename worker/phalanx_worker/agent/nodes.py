@@ -37,7 +37,6 @@ class NodeSettings:
 
     gpu_type: str | None = None
     shared_checkpoints: bool | None = None
-    own_users: bool = False
 
 
 def connect(address: str) -> None:
@@ -63,8 +62,11 @@ class RayNodes:
         self._threads = threads
 
     async def list(self) -> list[NodeFacts]:
-        """The living training nodes."""
-        return inventory(await self._in_thread(ray.nodes), self._settings)
+        """The living training nodes. Raises ConnectionError when the cluster is gone."""
+        try:
+            return inventory(await self._in_thread(ray.nodes), self._settings)
+        except (RayError, RuntimeError) as error:
+            raise ConnectionError(f"the Ray cluster does not answer: {_one_line(error)}") from error
 
     async def runner(self, ray_node_id: str) -> RayRunner:
         """The runner of that node, created if there is none. Raises RunnerGone or RunnerUnavailable."""
@@ -174,5 +176,4 @@ def _facts(name: str, row: Mapping[str, Any], settings: NodeSettings, *, shared_
         address=row["NodeManagerAddress"],
         labels={str(key): str(value) for key, value in (row.get("Labels") or {}).items()},
         shared_checkpoints=shared_checkpoints,
-        own_users=settings.own_users,
     )

@@ -7,6 +7,7 @@ in `desired.py`, their execution in `launch.py`; Ray and HTTP are behind `Cluste
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -28,6 +29,7 @@ from phalanx_worker.agent.desired import (
     Step,
     Stop,
     World,
+    first_failed_rank,
     reconcile,
 )
 from phalanx_worker.agent.hosts import Host, Hosts, RunnerSource
@@ -54,7 +56,7 @@ class RunnerSettings:
     server_url: str
     data_dir: str
     checkpoint_root: str
-    own_users: bool = False
+    own_users: bool
 
 
 @dataclass
@@ -108,21 +110,20 @@ class Agent:
     async def _watch_nodes(self) -> None:
         """Poll the cluster; tell the server on every change and once in `heartbeat_s`."""
         backoff = Backoff("reporting nodes")
+        told: list[NodeFacts] = []
         told_s = float("-inf")
         while True:
-            changed = self.hosts.observe(await self.cluster.list())
-            if changed or time.monotonic() - told_s >= self.heartbeat_s:
+            self.hosts.observe(await self.cluster.list())
+            nodes = self.hosts.inventory()
+            if nodes != told or time.monotonic() - told_s >= self.heartbeat_s:
                 self.wake.set()
                 try:
-                    self._take_answer(await self.link.put_nodes(self.hosts.inventory()))
-                    backoff.succeeded()
-                    told_s = time.monotonic()
-                except ServerAway as error:
-                    told_s = float("-inf")
+                    self._take_answer(await self.link.put_nodes(nodes))
+                except (ServerAway, ServerRefused) as error:
                     await backoff.failed(error)
-                except ServerRefused as error:
-                    log.error("the server refuses the inventory: %s", error)
-                    told_s = time.monotonic()
+                    continue
+                backoff.succeeded()
+                told, told_s = nodes, time.monotonic()
             await asyncio.sleep(INVENTORY_POLL_S)
 
     def _take_answer(self, answer: InventoryAnswer) -> None:
@@ -172,10 +173,9 @@ class Agent:
         while True:
             self.wake.clear()
             self.tick(time.monotonic())
-            try:
-                await asyncio.wait_for(self.wake.wait(), RECONCILE_AT_LEAST_EVERY_S)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RECONCILE_AT_LEAST_EVERY_S):
+                    await self.wake.wait()
 
     def tick(self, now_s: float) -> None:
         """Look at everything once and begin every step that is due. Nothing happens before the server has spoken."""
@@ -190,6 +190,7 @@ class Agent:
             desired=self.desired,
             desired_since_s=self.desired_since_s,
             gangs=self.gangs,
+            living=self.hosts.living(),
             tables=self.hosts.tables(),
             placement_groups=self.placements.attempts(),
         )
@@ -208,10 +209,11 @@ class Agent:
                 self._spawn(self.launcher.report_adopted(gang, attempt))
             case Refuse(attempt, message, node):
                 gang = self._hold(attempt, Phase.CLOSING)
-                self._spawn(self.launcher.refuse(gang, message=message, node=node))
+                self._spawn(self.launcher.refuse(gang, attempt, message=message, node=node))
             case Stop(attempt_id, grace_s):
-                self.gangs[attempt_id].stopping = True
-                self._spawn(self.launcher.stop(self.gangs[attempt_id], grace_s))
+                gang = self.gangs[attempt_id]
+                gang.stopping, gang.first_failed_rank = True, first_failed_rank(gang.groups)
+                self._spawn(self.launcher.stop(gang, grace_s))
             case Abort(attempt_id):
                 self.launcher.abort(self.gangs[attempt_id])
             case Close(attempt_id):

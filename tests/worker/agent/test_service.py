@@ -1,0 +1,286 @@
+"""The agent against fakes of Ray and of the server: every way in which a gang begins and ends, and who hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from agent_fakes import FakeCluster, FakeLink, FakePlacements
+from link_server import attempt_of
+from phalanx_worker.agent import hosts, launch, service
+from phalanx_worker.agent.desired import Phase
+from phalanx_worker.agent.link import Superseded
+from phalanx_worker.agent.service import Agent, RunnerSettings
+
+GANG = attempt_of("att_1", "train", {"a": [0, 1], "b": [0, 1]})
+SETTINGS = RunnerSettings(server_url="http://server", data_dir="/data", checkpoint_root="/ckpt", own_users=True)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loops, with shorter pauses between one look and the next."""
+    monkeypatch.setattr(service, "INVENTORY_POLL_S", 0.01)
+    monkeypatch.setattr(hosts, "RETRY_CREATE_S", 0.01)
+    monkeypatch.setattr(hosts, "RETRY_S", 0.01)
+    monkeypatch.setattr(launch, "RETRY_S", 0.01)
+    monkeypatch.setattr(launch, "RETRY_SLOWLY_S", 0.01)
+
+
+class Scene:
+    """Two nodes, a server, and agents that come and go."""
+
+    def __init__(self) -> None:
+        self.cluster = FakeCluster()
+        self.placements = FakePlacements()
+        self.link = FakeLink()
+        self.a, self.b = self.cluster.add("a"), self.cluster.add("b")
+        self.agent = self.new_agent()
+
+    def new_agent(self) -> Agent:
+        link: Any = self.link
+        self.agent = Agent(link=link, cluster=self.cluster, placements=self.placements, settings=SETTINGS)
+        return self.agent
+
+    async def until(self, what: Callable[[], object]) -> None:
+        async with asyncio.timeout(5):
+            while not what():  # noqa: ASYNC110  (what the test looks at has no event)
+                await asyncio.sleep(0.005)
+
+    async def reported(self, *kinds: str, attempt_id: str = "att_1") -> None:
+        await self.until(lambda: self.link.kinds(attempt_id)[-len(kinds) :] == list(kinds))
+
+    async def started(self) -> None:
+        self.link.want(GANG)
+        await self.reported("gang_ready", "started")
+
+    async def forgotten(self) -> None:
+        """The server no longer wants it; nothing is left anywhere, not even in the agent's mind."""
+        self.link.drop("att_1")
+        await self.until(lambda: not self.agent.gangs)
+        assert not self.placements.placed
+        assert not self.a.groups
+        assert not self.b.groups
+
+
+@asynccontextmanager
+async def running(agent: Agent) -> AsyncIterator[None]:
+    task = asyncio.create_task(agent.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    scene = Scene()
+    async with running(scene.agent):
+        yield scene
+
+
+async def test_a_gang_starts_on_every_node_at_once_and_ends(scene: Scene) -> None:
+    await scene.started()
+    first, second = scene.a.groups["att_1"]["order"], scene.b.groups["att_1"]["order"]
+    assert (first["group_rank"], first["hosts_rendezvous"]) == (0, True)
+    assert (second["group_rank"], second["hosts_rendezvous"]) == (1, False)
+    assert (second["master_addr"], second["master_port"]) == ("127.0.0.1", 29500)
+    assert [start.rank for start in scene.link.facts[-1].ranks_started] == [0, 1, 2, 3]
+    scene.a.end("att_1", exit_code=0)
+    scene.b.end("att_1", exit_code=0)
+    await scene.reported("started", "ended")
+    assert [end.exit_code for end in scene.link.facts[-1].exits] == [0, 0, 0, 0]
+    assert scene.link.facts[-1].first_failed_rank is None
+    await scene.forgotten()
+    assert scene.link.kinds("att_1") == ["gang_ready", "started", "ended"]
+
+
+async def test_runners_get_settings_with_their_own_token_and_directory(scene: Scene) -> None:
+    await scene.until(lambda: scene.b.configured)
+    assert scene.b.configured[0]["node_token"] == "token-b"
+    assert scene.b.configured[0]["node_id"] == "node_b"
+    assert scene.b.configured[0]["data_dir"] == "/data/b"
+
+
+async def test_one_failing_rank_ends_the_gang(scene: Scene) -> None:
+    await scene.started()
+    scene.b.end("att_1", rank=3, at=7.0, exit_code=1)
+    await scene.reported("ended")
+    ended = scene.link.facts[-1]
+    assert ended.first_failed_rank == 3
+    assert [(end.rank, end.exit_code, end.signal) for end in ended.exits] == [
+        (0, None, 15),
+        (1, None, 15),
+        (2, None, 15),
+        (3, 1, None),
+    ]
+    assert ("stop_group", "att_1", 5.0) in scene.a.calls
+    await scene.forgotten()
+
+
+async def test_a_stop_is_passed_on_to_every_node_with_its_grace(scene: Scene) -> None:
+    await scene.started()
+    scene.link.want_stopped("att_1", 33.0)
+    await scene.reported("ended")
+    assert ("stop_group", "att_1", 33.0) in scene.a.calls
+    assert ("stop_group", "att_1", 33.0) in scene.b.calls
+    await scene.forgotten()
+
+
+async def test_a_start_that_fails_on_one_node_leaves_nothing_on_the_others(scene: Scene) -> None:
+    scene.b.start_error = "no such program: train"
+    scene.link.want(GANG)
+    await scene.reported("start_failed")
+    assert (scene.link.facts[-1].message, scene.link.facts[-1].node) == ("no such program: train", "b")
+    await scene.forgotten()
+
+
+async def test_a_gang_that_ray_does_not_place_is_reported(scene: Scene) -> None:
+    scene.placements.error = "Ray shows 1 of 2 GPUs free on node a after 30 s"
+    scene.link.want(GANG)
+    await scene.reported("start_failed")
+    assert scene.link.facts[-1].message == scene.placements.error
+    await scene.forgotten()
+
+
+async def test_a_stop_while_waiting_for_gpus_ends_the_start(scene: Scene) -> None:
+    scene.placements.gate.clear()
+    scene.link.want(GANG)
+    await scene.until(lambda: scene.agent.gangs)
+    scene.link.want_stopped("att_1")
+    await scene.reported("start_failed")
+    assert scene.link.facts[-1].message == "stopped before it started"
+    await scene.forgotten()
+
+
+async def test_a_stop_during_a_slow_start_kills_what_has_started(scene: Scene) -> None:
+    scene.b.start_gate.clear()
+    scene.link.want(GANG)
+    await scene.until(lambda: "att_1" in scene.a.groups)
+    scene.link.want_stopped("att_1")
+    await scene.until(lambda: ("kill_group", "att_1") in scene.b.calls)
+    assert "start_failed" not in scene.link.kinds("att_1")
+    scene.b.start_gate.set()  # the group comes up although it was killed before it was there
+    await scene.reported("start_failed")
+    assert scene.b.groups.get("att_1", {"exits": [0]})["exits"]
+    await scene.forgotten()
+
+
+async def test_what_is_dropped_while_it_starts_is_reported_gone(scene: Scene) -> None:
+    scene.placements.gate.clear()
+    scene.link.want(GANG)
+    await scene.until(lambda: scene.agent.gangs)
+    scene.link.drop("att_1")
+    await scene.until(lambda: scene.link.kinds("att_1").count("gone") == 2)
+    await scene.forgotten()
+
+
+async def test_facts_wait_in_order_while_the_server_is_away(scene: Scene) -> None:
+    await scene.started()
+    scene.link.away = True
+    scene.a.end("att_1", exit_code=0)
+    scene.b.end("att_1", exit_code=0)
+    await scene.until(lambda: scene.agent.gangs["att_1"].phase is Phase.CLOSING)
+    assert "att_1" in scene.a.groups, "an end is kept until the server has it"
+    scene.link.away = False
+    await scene.reported("gang_ready", "started", "ended")
+    await scene.forgotten()
+
+
+async def test_a_new_agent_adopts_what_runs(scene: Scene) -> None:
+    scene.link.want(GANG)
+    await scene.started()
+    async with running(scene.new_agent()):
+        await scene.reported("gang_ready", "started", "gang_ready", "started")
+        assert scene.link.facts[-1].at == 53.0  # when the last rank really started
+        scene.a.end("att_1", exit_code=0)
+        scene.b.end("att_1", exit_code=0)
+        await scene.reported("ended")
+        await scene.forgotten()
+
+
+async def test_a_new_agent_finds_a_gang_that_ended_meanwhile() -> None:
+    scene = Scene()
+    async with running(scene.agent):
+        await scene.started()
+    scene.a.end("att_1", exit_code=0)
+    scene.b.end("att_1", exit_code=3)
+    async with running(scene.new_agent()):
+        await scene.reported("started", "ended")
+        assert [end.exit_code for end in scene.link.facts[-1].exits] == [0, 0, 3, 3]
+        await scene.forgotten()
+
+
+async def test_a_new_agent_clears_a_half_started_gang_before_it_starts_it_again() -> None:
+    scene = Scene()
+    scene.placements.placed.add("att_1")
+    async with running(scene.agent):
+        await scene.started()
+        assert ("kill_group", "att_1") in scene.a.calls
+        await scene.until(lambda: scene.placements.placed == {"att_1"})
+
+
+async def test_what_no_server_wants_is_removed_and_reported_gone() -> None:
+    scene = Scene()
+    async with running(scene.agent):
+        await scene.started()
+    scene.link.drop("att_1")
+    async with running(scene.new_agent()):
+        await scene.until(lambda: {f.node for f in scene.link.facts if f.kind == "gone"} == {"a", "b"})
+        await scene.forgotten()
+
+
+async def test_a_dead_runner_ends_the_gang_with_exits_that_nobody_saw(scene: Scene) -> None:
+    await scene.started()
+    scene.b.die()
+    await scene.reported("ended")
+    ended = scene.link.facts[-1]
+    assert [(end.exit_code, end.signal) for end in ended.exits] == [(None, 15), (None, 15), (None, None), (None, None)]
+    assert (ended.node, ended.message) == ("b", "the runner of b died")
+
+
+async def test_a_dead_node_is_reported_and_its_gang_waits_for_the_server(scene: Scene) -> None:
+    await scene.started()
+    scene.cluster.remove("b")
+    await scene.until(lambda: {node.name: node.alive for node in scene.link.nodes} == {"a": True, "b": False})
+    scene.a.end("att_1", exit_code=1)
+    await asyncio.sleep(0.05)
+    assert scene.link.kinds("att_1") == ["gang_ready", "started"], "nobody knows what runs on b"
+    scene.link.drop("att_1")
+    await scene.until(lambda: [f.node for f in scene.link.facts if f.kind == "gone"] == ["a"])
+    scene.cluster.add("b")
+    await scene.until(lambda: [f.node for f in scene.link.facts if f.kind == "gone"] == ["a", "b"])
+
+
+async def test_a_node_that_dies_during_the_start_is_never_reported_as_not_started(scene: Scene) -> None:
+    scene.b.start_gate.clear()
+    scene.link.want(GANG)
+    await scene.until(lambda: any(call[0] == "start_group" for call in scene.b.calls))
+    scene.cluster.remove("b")
+    await scene.until(lambda: not scene.agent.hosts.by_name["b"].alive)
+    scene.b.start_gate.set()
+    scene.b.start_error = "gone"
+    await scene.until(lambda: scene.agent.gangs["att_1"].phase is Phase.RUNNING)
+    assert "start_failed" not in scene.link.kinds("att_1")
+    scene.link.drop("att_1")
+    await scene.until(lambda: [f.node for f in scene.link.facts if f.kind == "gone"] == ["a"])
+
+
+async def test_a_server_that_refuses_the_end_hears_that_the_nodes_are_clear(scene: Scene) -> None:
+    await scene.started()
+    scene.link.refuse.add("att_1")
+    scene.a.end("att_1", exit_code=0)
+    scene.b.end("att_1", exit_code=0)
+    await scene.until(lambda: {f.node for f in scene.link.facts if f.kind == "gone"} == {"a", "b"})
+    await scene.forgotten()
+
+
+async def test_an_agent_that_was_replaced_ends() -> None:
+    scene = Scene()
+    scene.link.superseded = True
+    async with asyncio.timeout(5):
+        with pytest.raises(Superseded):
+            await scene.agent.run()
