@@ -18,12 +18,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from phalanx_server.actions.agent_instance import expect_instance
 from phalanx_server.actions.attempt_change import AttemptChange, rank_ends, write
 from phalanx_server.actions.clock import Clock
+from phalanx_server.actions.recover_nodes import recover
 from phalanx_server.domain.attempt import AttemptState, decide_end
 from phalanx_server.domain.job import JobState
 from phalanx_server.domain.messages import AgentReport, AttemptFact, Refused, ReportAnswer
 from phalanx_server.store import ids
 from phalanx_server.store.attempts import load_groups, lock_attempts, release, update_jobs
-from phalanx_server.store.nodes import restore_nodes
 from phalanx_server.store.wakeups import notify
 
 TAIL_CHARS = 2048
@@ -152,5 +152,5 @@ async def release_lost(
             certain.append(attempt_id)
     waiting = [rows[i] for i in certain if rows[i].job_state == JobState.QUEUED and rows[i].job_epoch == rows[i].epoch]
     await update_jobs(conn, [{"id": row.job_id, "backoff_until": None} for row in waiting])
-    await restore_nodes(conn)
+    await recover(conn, now=now)
     await notify(conn, "queue", "node")

@@ -15,6 +15,7 @@ from sqlalchemy import Row, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.actions.agent_instance import expect_instance
+from phalanx_server.actions.recover_nodes import recover
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.messages import Inventory, InventoryAnswer, NodeFacts
@@ -26,7 +27,6 @@ from phalanx_server.store.nodes import (
     insert_nodes,
     load_cluster_nodes,
     merge_facts,
-    restore_nodes,
     update_nodes,
 )
 from phalanx_server.store.schema import clusters
@@ -65,7 +65,8 @@ async def update_inventory(
             for name, node in facts.items()
             if node.alive and _wants_token(known[name], inventory.instance, now)
         }
-        if changed or await restore_nodes(conn):
+        await recover(conn, now=now)
+        if changed:
             await notify(conn, "queue", "node")
     return InventoryAnswer(
         server_time=now.timestamp(),

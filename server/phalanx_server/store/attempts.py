@@ -15,6 +15,7 @@ from uuid import UUID
 from sqlalchemy import Row, Table, bindparam, insert, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.store.engine import dump_json
 from phalanx_server.store.schema import attempts, jobs, placements
 
 LIVE = ("starting", "running", "stopping")
@@ -298,3 +299,60 @@ _OVERDUE = text(
 async def overdue_jobs(conn: AsyncConnection, *, now: datetime) -> list[UUID]:
     """Jobs whose live attempt runs for longer than their time limit, and was not asked to end."""
     return list((await conn.execute(_OVERDUE, {"now": now})).scalars())
+
+
+# ------------------------------------------------------------------ marked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Milestones:
+    """What ranks of an attempt have reached; None = nothing new."""
+
+    rendezvous_at: datetime | None
+    first_step_at: datetime | None
+    finished_called: bool
+
+
+_REACH = text(
+    """
+    UPDATE attempts a SET rendezvous_at = GREATEST(a.rendezvous_at, :rendezvous_at),
+        first_step_at = GREATEST(a.first_step_at, :first_step_at),
+        finished_called = a.finished_called OR :finished_called
+    FROM attempts before WHERE before.id = a.id AND a.id = :id
+    RETURNING before.rendezvous_at AS rendezvous, before.first_step_at AS first_step
+    """
+)
+
+
+async def reach_milestones(conn: AsyncConnection, attempt_id: UUID, reached: Milestones) -> dict[str, datetime | None]:
+    """Move the milestones of a locked attempt forward; `rendezvous` and `first_step` as they were before."""
+    return dict((await conn.execute(_REACH, asdict(reached) | {"id": attempt_id})).one()._mapping)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that is complete."""
+
+    job_id: UUID
+    attempt_id: UUID
+    step: int
+    url: str
+    data: Mapping[str, Any]
+    registered_at: datetime
+
+
+_REGISTER = text(
+    """
+    INSERT INTO checkpoints (job_id, attempt_id, step, url, data, registered_at)
+    VALUES (:job_id, :attempt_id, :step, :url, CAST(:data AS jsonb), :registered_at)
+    ON CONFLICT (job_id, step, url) DO UPDATE SET
+        attempt_id = EXCLUDED.attempt_id, data = EXCLUDED.data, registered_at = EXCLUDED.registered_at
+    RETURNING xmax = 0 AS is_new
+    """
+)
+
+
+async def register_checkpoint(conn: AsyncConnection, checkpoint: Checkpoint) -> bool:
+    """Store it, or its registration anew; whether it is new."""
+    values = asdict(checkpoint) | {"data": dump_json(dict(checkpoint.data))}
+    return (await conn.execute(_REGISTER, values)).scalar_one()

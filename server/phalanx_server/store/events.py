@@ -11,9 +11,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import insert
+from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.store.engine import dump_json
 from phalanx_server.store.schema import events
 
 
@@ -33,4 +34,23 @@ class Event:
 async def record_events(conn: AsyncConnection, rows: Sequence[Event]) -> None:
     """Insert the events in their order."""
     if rows:
-        await conn.execute(insert(events), [asdict(row) for row in rows])
+        await conn.execute(insert(events), [{name: getattr(row, name) for name in Event.__slots__} for row in rows])
+
+
+_ONCE = text(
+    """
+    INSERT INTO events (at, kind, message, job_id, attempt_id, data)
+    SELECT :at, :kind, :message, :job_id, :attempt_id, CAST(:data AS jsonb)
+    WHERE (
+        SELECT count(*) < :at_most AND NOT coalesce(bool_or(data @> CAST(:data AS jsonb)), false)
+        FROM events WHERE job_id = :job_id AND attempt_id = :attempt_id AND kind = :kind AND data ? :topic
+    )
+    """
+)
+
+
+async def record_once(conn: AsyncConnection, event: Event, *, topic: str, at_most: int) -> None:
+    """Insert an event unless its attempt has one of this kind with the same data, or `at_most` with the key `topic`."""
+    values = asdict(event) | {"data": dump_json(dict(event.data)), "topic": topic, "at_most": at_most}
+    del values["node_id"]
+    await conn.execute(_ONCE, values)

@@ -158,13 +158,16 @@ _LEFT_BEHIND = text(
     """
     SELECT p.attempt_id FROM placements p JOIN attempts a ON a.id = p.attempt_id AND a.state = 'lost'
     WHERE p.node_id = :node_id AND p.released_at IS NULL AND NOT p.attempt_id = ANY(CAST(:present AS uuid[]))
+      AND a.ended_at < :before
     """
 )
 
 
-async def lost_attempts_without_ranks(conn: AsyncConnection, *, node_id: UUID, present: Sequence[UUID]) -> list[UUID]:
-    """Lost attempts still charged on a node whose runner does not list them among those with ranks there."""
-    rows = await conn.execute(_LEFT_BEHIND, {"node_id": node_id, "present": list(present)})
+async def lost_attempts_without_ranks(
+    conn: AsyncConnection, *, node_id: UUID, present: Sequence[UUID], before: datetime
+) -> list[UUID]:
+    """Attempts lost before a time and still charged on a node whose runner lists others (`present`) as having ranks."""
+    rows = await conn.execute(_LEFT_BEHIND, {"node_id": node_id, "present": list(present), "before": before})
     return list(rows.scalars())
 
 

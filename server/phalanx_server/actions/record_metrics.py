@@ -1,0 +1,71 @@
+"""Take metric points of one attempt: what can be stored is, what cannot is told once.
+
+Owns the limits' consequences. A value that is refused never takes its neighbours with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from phalanx_server.actions.clock import Clock
+from phalanx_server.domain.event import EventKind
+from phalanx_server.domain.messages import MetricPoint
+from phalanx_server.domain.metric import NAMES_PER_JOB, RANK_MAX, check_values, clean_step, over_limit
+from phalanx_server.store.attempts import Fence
+from phalanx_server.store.events import Event, record_once
+from phalanx_server.store.metrics import Point, Progress, insert_points, names_over_limit, upsert_progress
+
+# An attempt gets at most so many events about metrics that were refused.
+REFUSALS_MAX = 100
+
+
+async def record_metrics(conn: AsyncConnection, fence: Fence, reported: Sequence[MetricPoint], clock: Clock) -> None:
+    """Store points that the fence let through, with roll-ups and progress."""
+    points, refused = _sort_out(reported, fence, clock)
+    names = {point.name for point in points}
+    full = await names_over_limit(conn, job_id=fence.job_id, names=names, limit=NAMES_PER_JOB) if names else set()
+    if full:
+        points = [point for point in points if point.name not in full]
+        refused |= {name: over_limit(name) for name in full}
+    if points:
+        await insert_points(conn, job_id=fence.job_id, attempt_id=fence.id, points=points)
+        await upsert_progress(conn, job_id=fence.job_id, attempt_id=fence.id, progress=latest(points))
+    await _tell(conn, fence, refused, clock.now)
+
+
+def _sort_out(reported: Sequence[MetricPoint], fence: Fence, clock: Clock) -> tuple[list[Point], dict[str, str]]:
+    points: list[Point] = []
+    refused: dict[str, str] = {}
+    for point in reported:
+        if not 0 <= point.rank <= RANK_MAX:
+            continue
+        checked = check_values(point.values)
+        refused |= checked.refused
+        step, at_s = clean_step(point.step), clock.seconds(point.at, earliest=fence.created_at)
+        points += [Point(point.rank, name, step, float(value), at_s) for name, value in checked.values.items()]
+    return points, refused
+
+
+def latest(points: Sequence[Point]) -> Progress:
+    """The newest value of each name (of the lowest rank, where several report it) and the highest step."""
+    newest = {point.name: point.value for point in sorted(points, key=lambda point: (point.at_s, -point.rank))}
+    steps = [point.step for point in points if point.step is not None]
+    at = datetime.fromtimestamp(max(point.at_s for point in points), UTC)
+    return Progress(at=at, step=max(steps, default=None), values=newest)
+
+
+async def _tell(conn: AsyncConnection, fence: Fence, refused: Mapping[str, str], now: datetime) -> None:
+    """One event per attempt and name."""
+    for name in sorted(refused)[:REFUSALS_MAX]:
+        event = Event(
+            at=now,
+            kind=EventKind.NOTE.value,
+            message=refused[name],
+            job_id=fence.job_id,
+            attempt_id=fence.id,
+            data={"metric": name},
+        )
+        await record_once(conn, event, topic="metric", at_most=REFUSALS_MAX)

@@ -1,0 +1,177 @@
+"""Take what a node runner reports: heartbeat, logs, metrics and marks of the attempts on its node.
+
+Owns the fencing (a report number is taken once; only attempts placed on this node, under their epoch), the shift of a
+clock that is off, and the order of things: bytes of logs go to storage first, then one transaction takes the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Protocol, TypeVar
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from phalanx_server.actions.clock import Clock
+from phalanx_server.actions.record_agent_report import attempt_id_of, release_lost
+from phalanx_server.actions.record_marks import record_marks
+from phalanx_server.actions.record_metrics import record_metrics
+from phalanx_server.domain.messages import LogChunk, NodeAnswer, NodeReport, Refused
+from phalanx_server.domain.metric import RANK_MAX
+from phalanx_server.store.attempts import Fence, load_fences, lock_attempts
+from phalanx_server.store.logs import LogBatch, LogFiles, LogPiece, index_logs, job_directory
+from phalanx_server.store.nodes import Heard, last_report, lost_attempts_without_ranks, take_report
+from phalanx_server.store.wakeups import notify
+
+OFFSET_MAX = 1 << 62
+# From so long after a loss on a heartbeat proves that nothing of the attempt is left: a start may have been under way.
+SETTLING_S = 10.0
+
+
+class Addressed(Protocol):
+    """A part of a report that is about one attempt."""
+
+    @property
+    def attempt_id(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+
+
+Part = TypeVar("Part", bound=Addressed)
+
+
+@dataclass
+class Gate:
+    """Lets through what the fences allow, and remembers what it refused."""
+
+    fences: Mapping[UUID, Fence]
+    refused: dict[tuple[str, int], Refused] = field(default_factory=dict)
+
+    def fence(self, part: Addressed) -> Fence | None:
+        """The attempt that the part is about; None if the part is refused."""
+        attempt_id = attempt_id_of(part.attempt_id)
+        fence = self.fences.get(attempt_id) if attempt_id else None
+        reason = fence.refusal(part.epoch) if fence else "unknown_attempt"
+        if reason is None:
+            return fence
+        refusal = Refused(attempt_id=part.attempt_id, epoch=part.epoch, reason=reason)
+        self.refused[part.attempt_id, part.epoch] = refusal
+        return None
+
+    def sort(self, parts: Iterable[Part]) -> dict[UUID, list[Part]]:
+        """The parts that are taken, by attempt, in their order."""
+        taken: dict[UUID, list[Part]] = {}
+        for part in parts:
+            fence = self.fence(part)
+            if fence is not None:
+                taken.setdefault(fence.id, []).append(part)
+        return taken
+
+
+async def record_node_report(
+    engine: AsyncEngine, files: LogFiles, report: NodeReport, *, node_id: UUID, now: datetime
+) -> NodeAnswer:
+    """A report whose number was taken before changes nothing. What is refused is named in the answer."""
+    clock = Clock(now=now, sent_at=report.sent_at)
+    attempt_ids = {attempt_id for part in _parts(report) if (attempt_id := attempt_id_of(part.attempt_id)) is not None}
+    async with engine.connect() as conn:
+        last = await last_report(conn, node_id)
+        fences = await load_fences(conn, attempt_ids, node_id=node_id) if report.logs else {}
+    if last.runner_boot == report.boot and last.runner_seq >= report.seq:
+        return NodeAnswer(server_time=now.timestamp(), accepted_seq=last.runner_seq)
+    batches = log_batches(report, Gate(fences), clock, node_id)
+    for batch in batches:
+        await files.write(batch.path, batch.content())
+    async with engine.begin() as conn:
+        if not await take_report(conn, _heard(report, node_id, clock)):
+            last = await last_report(conn, node_id)
+            return NodeAnswer(server_time=now.timestamp(), accepted_seq=last.runner_seq)
+        gate = Gate(await load_fences(conn, attempt_ids, node_id=node_id, lock=bool(report.marks)))
+        await _record(conn, report, gate, clock, batches)
+        left = await _left_behind(conn, report, node_id, now)
+    if left:
+        await _release(engine, left, node_id, now)
+    return NodeAnswer(server_time=now.timestamp(), accepted_seq=report.seq, refused=list(gate.refused.values()))
+
+
+async def _record(
+    conn: AsyncConnection, report: NodeReport, gate: Gate, clock: Clock, batches: Sequence[LogBatch]
+) -> None:
+    logs, metrics, marks = gate.sort(report.logs), gate.sort(report.metrics), gate.sort(report.marks)
+    for batch in batches:
+        if batch.attempt_id in logs:
+            await index_logs(conn, batch)
+    for attempt_id, points in metrics.items():
+        await record_metrics(conn, gate.fences[attempt_id], points, clock)
+    for attempt_id, parts in marks.items():
+        await record_marks(conn, gate.fences[attempt_id], parts, clock)
+    jobs = {kind: {gate.fences[a].job_id.hex for a in parts} for kind, parts in _kinds(logs, metrics, marks)}
+    await notify(conn, *(f"{kind}:{job}" for kind, names in jobs.items() for job in names))
+
+
+def _kinds(logs: Mapping, metrics: Mapping, marks: Mapping) -> tuple[tuple[str, Mapping], ...]:
+    return ("logs", logs), ("metrics", metrics), ("job", marks)
+
+
+def _parts(report: NodeReport) -> Iterable[Addressed]:
+    return (*report.logs, *report.metrics, *report.marks)
+
+
+def _heard(report: NodeReport, node_id: UUID, clock: Clock) -> Heard:
+    beat = report.heartbeat
+    stats = beat and beat.stats.encode() | {"warm_ready": beat.warm_ready, "spool_bytes": beat.spool_bytes}
+    return Heard(
+        node_id=node_id, boot=report.boot, seq=report.seq, skew_s=clock.skew_s, at=clock.now, stats=stats or None
+    )
+
+
+# ------------------------------------------------------------------ logs
+
+
+def log_batches(report: NodeReport, gate: Gate, clock: Clock, node_id: UUID) -> list[LogBatch]:
+    """One file per attempt. Its name is made of the report's number, so that sending again writes the same file."""
+    batches = []
+    for attempt_id, chunks in gate.sort(report.logs).items():
+        fence = gate.fences[attempt_id]
+        pieces = [piece for chunk in chunks if (piece := _piece(chunk, fence, clock))]
+        if pieces:
+            name = f"{node_id.hex}-{report.boot}-{report.seq:010d}"
+            path = f"{job_directory(fence.job_id)}/{attempt_id.hex}/{name}"
+            batches.append(LogBatch(job_id=fence.job_id, attempt_id=attempt_id, path=path, pieces=pieces))
+    return batches
+
+
+def _piece(chunk: LogChunk, fence: Fence, clock: Clock) -> LogPiece | None:
+    """The bytes of a chunk; None where there are none, or they do not read."""
+    try:
+        data = base64.b64decode(chunk.data, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    in_range = 0 <= chunk.rank <= RANK_MAX and 0 <= chunk.offset <= OFFSET_MAX
+    if not data or not in_range or chunk.stream not in ("stdout", "stderr"):
+        return None
+    at = clock.time(chunk.at, earliest=fence.created_at)
+    return LogPiece(rank=chunk.rank, stream=chunk.stream, start_bytes=chunk.offset, data=data, at=at)
+
+
+# ------------------------------------------------------------------ lost attempts that are gone
+
+
+async def _left_behind(conn: AsyncConnection, report: NodeReport, node_id: UUID, now: datetime) -> list[UUID]:
+    """Lost attempts charged on the node of which the runner says that it has no ranks any more."""
+    if report.heartbeat is None:
+        return []
+    present = [attempt_id for ref in report.heartbeat.attempts if (attempt_id := attempt_id_of(ref.attempt_id))]
+    before = now - timedelta(seconds=SETTLING_S)
+    return await lost_attempts_without_ranks(conn, node_id=node_id, present=present, before=before)
+
+
+async def _release(engine: AsyncEngine, attempt_ids: Sequence[UUID], node_id: UUID, now: datetime) -> None:
+    """In a transaction of its own: it locks jobs, which come before the attempts that marks have locked."""
+    async with engine.begin() as conn:
+        rows = {row.id: row for row in await lock_attempts(conn, attempt_ids)}
+        await release_lost(conn, rows, {attempt_id: [node_id] for attempt_id in rows}, now=now)

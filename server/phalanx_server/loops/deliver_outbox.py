@@ -1,0 +1,84 @@
+"""Deliver the outbox to the webhook, if there is one.
+
+Owns order and patience: notices are posted oldest first, one that fails is tried again later with growing pauses, and
+given up after MAX_TRIES. The network is never touched inside a transaction, so a notice may be posted twice; its id
+tells the receiver. While the receiver is down only the first notice of a tick is tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Any
+
+import httpx
+import structlog
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.store.outbox import due_notices, mark_delivered, mark_failed, skip_due_notices
+
+log = structlog.get_logger()
+
+INTERVAL_S = 2.0
+BATCH = 100
+TIMEOUT_S = 10.0
+BACKOFF_S = 2.0
+BACKOFF_MAX_S = 3_600.0
+MAX_TRIES = 20
+ERROR_CHARS = 500
+
+
+class DeliverOutbox:
+    """`tick` delivers what is due; it does nothing while another process leads."""
+
+    def __init__(
+        self, engine: AsyncEngine, leader: Leader, *, webhook_url: str | None, client: httpx.AsyncClient
+    ) -> None:
+        self._engine = engine
+        self._leader = leader
+        self._webhook_url = webhook_url
+        self._client = client
+
+    async def tick(self, now: datetime) -> int:
+        """The number of notices that are done with."""
+        if self._leader.lease is None:
+            return 0
+        if self._webhook_url is None:
+            async with self._engine.begin() as conn:
+                return await skip_due_notices(conn, now=now)
+        async with self._engine.connect() as conn:
+            notices = await due_notices(conn, now=now, limit=BATCH)
+        delivered: list[int] = []
+        for notice in notices:
+            error = await self._post(self._webhook_url, notice)
+            if error is not None:
+                await self._failed(notice, error, now)
+                break
+            delivered.append(notice.id)
+        if delivered:
+            async with self._engine.begin() as conn:
+                await mark_delivered(conn, delivered, now=now)
+        return len(delivered)
+
+    async def _post(self, url: str, notice: Row[Any]) -> str | None:
+        """Why it failed; None if the receiver took it."""
+        body = {"id": notice.id, "topic": notice.topic, "created_at": notice.created_at.isoformat(), **notice.payload}
+        try:
+            answer = await self._client.post(url, json=body, timeout=TIMEOUT_S)
+        except httpx.HTTPError as error:
+            return f"{type(error).__name__}: {error}"[:ERROR_CHARS]
+        return None if answer.is_success else f"answered {answer.status_code}"
+
+    async def _failed(self, notice: Row[Any], error: str, now: datetime) -> None:
+        pause_s = min(BACKOFF_S * 2**notice.tries, BACKOFF_MAX_S)
+        give_up = notice.tries + 1 >= MAX_TRIES
+        log.warning("notice not delivered", notice=notice.id, error=error, tries=notice.tries + 1, given_up=give_up)
+        async with self._engine.begin() as conn:
+            due_at = now + timedelta(seconds=pause_s)
+            await mark_failed(conn, notice.id, error=error, due_at=due_at, now=now, give_up=give_up)
+
+    async def run_forever(self) -> None:
+        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="deliver_outbox")

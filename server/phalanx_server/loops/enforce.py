@@ -1,0 +1,32 @@
+"""Enforce time limits: ask the attempts to end that run for longer than their job allows."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from phalanx_server.actions.enforce_limits import enforce_limits
+from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.ticking import tick_forever
+
+INTERVAL_S = 1.0
+
+
+class Enforce:
+    """`tick` looks at all running attempts once; it does nothing while another process leads."""
+
+    def __init__(self, engine: AsyncEngine, leader: Leader) -> None:
+        self._engine = engine
+        self._leader = leader
+
+    async def tick(self, now: datetime) -> list[UUID]:
+        """The jobs that were asked to end."""
+        if self._leader.lease is None:
+            return []
+        return await enforce_limits(self._engine, now=now)
+
+    async def run_forever(self) -> None:
+        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="enforce")

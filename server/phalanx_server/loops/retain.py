@@ -1,0 +1,88 @@
+"""Retention: make partitions ahead of time, and forget what is older than it is kept.
+
+Owns how long each thing is kept, and that a tick does a bounded piece of the work. Deletes bytes of logs before their
+index, so that nothing is orphaned when it is interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, job_directory
+from phalanx_server.store.retention import (
+    delete_old,
+    delete_old_events,
+    drop_metrics,
+    drop_rollups,
+    ensure_partitions,
+)
+
+INTERVAL_S = 600.0
+AHEAD = timedelta(days=2)
+LOG_JOBS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """How long things are kept."""
+
+    metrics: timedelta
+    events: timedelta  # and roll-ups, and audit rows
+    logs: timedelta  # after the end of their job
+    idempotency_keys: timedelta = timedelta(days=1)
+    outbox: timedelta = timedelta(days=7)
+    leases: timedelta = timedelta(days=1)
+    tokens: timedelta = timedelta(days=1)  # of nodes, after they ran out
+
+
+class Retain:
+    """`tick` does one round; it does nothing while another process leads."""
+
+    def __init__(self, engine: AsyncEngine, leader: Leader, *, keep: Keep, files: LogFiles) -> None:
+        self._engine = engine
+        self._leader = leader
+        self._keep = keep
+        self._files = files
+
+    async def tick(self, now: datetime) -> None:
+        if self._leader.lease is None:
+            return
+        keep = self._keep
+        async with self._engine.begin() as conn:
+            await ensure_partitions(conn, now=now, ahead=AHEAD)
+        async with self._engine.begin() as conn:
+            await drop_metrics(conn, before=now - keep.metrics)
+            await drop_rollups(conn, before=now - keep.events)
+        async with self._engine.begin() as conn:
+            await delete_old_events(conn, before=now - keep.events)
+        ages = {
+            "events": keep.events,
+            "audit": keep.events,
+            "idempotency_keys": keep.idempotency_keys,
+            "outbox": keep.outbox,
+            "leases": keep.leases,
+            "tokens": keep.tokens,
+        }
+        for table, age in ages.items():
+            async with self._engine.begin() as conn:
+                await delete_old(conn, table, before=now - age)
+        await self._forget_logs(now - keep.logs)
+
+    async def _forget_logs(self, before: datetime) -> None:
+        async with self._engine.connect() as conn:
+            jobs = await expired_log_jobs(conn, before=before, limit=LOG_JOBS)
+        if jobs:
+            await self._files.delete([job_directory(job) for job in jobs])
+            async with self._engine.begin() as conn:
+                await forget_logs(conn, jobs)
+
+    async def run_forever(self) -> None:
+        """Partitions must exist before they are needed: the first round comes with the election."""
+        await self._leader.elected.wait()
+        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="retain")

@@ -1,0 +1,140 @@
+"""The scheduling loop: load what changed, plan, commit.
+
+Owns the planner in memory, and when it is thrown away: on election, when a commit says that another leads, when a start
+is dropped that was dropped the time before too (the pass does not learn why), and after any error. Refuses to decide anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from phalanx_server.actions.commit_plan import Committed, LeaseLost, commit_plan
+from phalanx_server.loops.hold_book import HoldBook
+from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.scheduling.plan import Plan
+from phalanx_server.scheduling.planner import Planner
+from phalanx_server.scheduling.snapshot import Policy
+from phalanx_server.store.holds import load_holds
+from phalanx_server.store.leases import Lease
+from phalanx_server.store.snapshots import Cursor, load_changes, load_snapshot, reading
+from phalanx_server.store.wakeups import Wakeups
+
+log = structlog.get_logger()
+
+INTERVAL_S = 1.0
+SLOW_PASS_S = 1.0
+# From so many queued jobs on a pass runs in a thread, so that the lease is renewed beside it.
+THREAD_JOBS = 2_000
+
+
+@dataclass
+class Memory:
+    """The planner under one lease, and how far it has read."""
+
+    lease: Lease
+    planner: Planner
+    cursor: Cursor
+    dropped: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass: its plan, and what became of it."""
+
+    plan: Plan
+    committed: Committed
+    seconds: float
+
+
+class ScheduleLoop:
+    """`tick` is one pass; it does nothing while another process leads."""
+
+    def __init__(self, engine: AsyncEngine, leader: Leader, *, policy: Policy, wakeups: Wakeups | None = None) -> None:
+        self._engine = engine
+        self._leader = leader
+        self._policy = policy
+        self._wakeups = wakeups
+        self._memory: Memory | None = None
+        self._holds = HoldBook()
+
+    async def tick(self, now: datetime) -> Pass | None:
+        """Load → plan → commit. None while another process leads."""
+        lease = self._leader.lease
+        if lease is None:
+            self._memory = None
+            return None
+        started = time.perf_counter()
+        memory, self._memory = self._memory, None  # whatever goes wrong from here on, the next tick starts afresh
+        if memory is None or memory.lease != lease:
+            memory, plan = await self._load(lease, now)
+        else:
+            plan = await self._advance(memory, now)
+        committed = await self._commit(memory, plan, now)
+        if committed is None:
+            return None
+        if not memory.dropped & committed.dropped.keys():
+            self._memory = memory
+        memory.dropped = frozenset(committed.dropped)
+        return self._done(Pass(plan, committed, time.perf_counter() - started))
+
+    async def _load(self, lease: Lease, now: datetime) -> tuple[Memory, Plan]:
+        async with reading(self._engine) as conn:
+            snapshot, cursor = await load_snapshot(conn, now, self._policy)
+            self._holds.load(await load_holds(conn))
+        planner = Planner(snapshot)
+        plan = await _run(len(cursor.versions), planner.plan)
+        log.info("planner loaded", jobs=len(snapshot.jobs), nodes=len(snapshot.nodes), epoch=lease.epoch)
+        return Memory(lease, planner, cursor), plan
+
+    async def _advance(self, memory: Memory, now: datetime) -> Plan:
+        async with reading(self._engine) as conn:
+            changes, cursor = await load_changes(conn, memory.cursor, now)
+        memory.cursor = cursor
+        self._holds.keep(cursor.versions)
+        return await _run(len(cursor.versions), lambda: memory.planner.apply(changes))
+
+    async def _commit(self, memory: Memory, plan: Plan, now: datetime) -> Committed | None:
+        news = self._holds.news(plan)
+        if not plan.starts and not news:
+            return Committed({}, {})
+        try:
+            committed = await commit_plan(
+                self._engine,
+                plan,
+                memory.lease,
+                versions=memory.cursor.versions,
+                now=now,
+                holds=[row for row, _ in news],
+            )
+        except LeaseLost as lost:
+            log.warning("plan not committed", why=str(lost))
+            return None
+        self._holds.stored(news, over=committed.started)
+        return committed
+
+    def _done(self, done: Pass) -> Pass:
+        for job, why in done.committed.dropped.items():
+            log.info("start dropped", job=job, why=why)
+        if done.seconds > SLOW_PASS_S:
+            log.warning("slow pass", seconds=round(done.seconds, 3), starts=len(done.plan.starts))
+        return done
+
+    async def run_forever(self) -> None:
+        """Woken by NOTIFY and by a timer."""
+        if self._wakeups is None:
+            await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="schedule")
+            return
+        async with self._wakeups.subscribe("queue") as subscription:
+            await tick_forever(self.tick, lambda: subscription.wait(INTERVAL_S), name="schedule")
+
+
+async def _run(jobs: int, plan: Callable[[], Plan]) -> Plan:
+    return await asyncio.to_thread(plan) if jobs >= THREAD_JOBS else plan()
