@@ -99,9 +99,7 @@ class Draft:
 
     def usable(self, ask: Ask, books: Books) -> Amounts:
         """What replicas of an ask may take, in all of these books."""
-        if ask.shape.is_cpu_only or len(books) == 1:
-            return np.minimum.reduce([usable_by(book.free, self.table, ask) for book in books])
-        return self._free_in_both
+        return usable_by(books[0].free if len(books) == 1 else self._free_in_both, self.table, ask)
 
     def spot(self, key: ClassKey, gpu_type: str | None, books: Books) -> Spot | None:
         """Where a gang of this class would go by these books."""

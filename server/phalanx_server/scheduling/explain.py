@@ -21,7 +21,7 @@ from phalanx_server.domain.reason import (
 )
 from phalanx_server.domain.resources import CPU, MEMORY, Demand
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.fit import holds_gang, rooms, usable_by
+from phalanx_server.scheduling.fit import holds_gang, rooms
 from phalanx_server.scheduling.nodes import Amounts, Mask
 from phalanx_server.scheduling.order import Ask, ClassKey
 from phalanx_server.scheduling.world import World
@@ -75,7 +75,7 @@ def explain_nodes(draft: Draft, key: ClassKey, gpu_type: str | None) -> Explanat
         return Reserved(tuple(draft.ahead))
     if holds_gang(table, free, ask, gpu_type, accepting):
         return _maintenance(draft, key, gpu_type, free)
-    empty = usable_by(table.total, table, ask)
+    empty = table.total
     if holds_gang(table, empty, ask, gpu_type, accepting) and not holds_gang(table, empty, ask, gpu_type, allowed):
         return _maintenance(draft, key, gpu_type, empty)
     return _room(draft, ask, gpu_type, free, allowed)

@@ -39,7 +39,10 @@ def holds_gang(table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, 
 
 
 class EmptyCluster:
-    """What could be held if nothing ran. Answers are remembered; when nodes change it is made anew."""
+    """What could be held if no other job ran, also by CPU jobs of what free GPUs keep from them: GPUs in use do not.
+
+    Answers are remembered; when nodes change it is made anew.
+    """
 
     def __init__(self, table: NodeTable) -> None:
         self._table = table
@@ -50,8 +53,7 @@ class EmptyCluster:
         """For how many of the least number of replicas there is room, counting nodes of any state."""
         if (ask, gpu_type) not in self._largest:
             least = replace(ask, replicas=ask.least_replicas)
-            free = usable_by(self._table.total, self._table, ask)
-            found = rooms(self._table, free, least, gpu_type, self._table.of_types(ask.gpu_types))
+            found = rooms(self._table, self._table.total, least, gpu_type, self._table.of_types(ask.gpu_types))
             self._largest[ask, gpu_type] = min(ask.least_replicas, max(found, default=0))
         return self._largest[ask, gpu_type]
 
@@ -65,6 +67,5 @@ class EmptyCluster:
         return self._accepting[ask]
 
     def _ever_holds(self, ask: Ask, allowed: Mask) -> bool:
-        free = usable_by(self._table.total, self._table, ask)
         types = [None] if ask.shape.is_cpu_only else ask.gpu_types or self._table.gpu_types
-        return any(holds_gang(self._table, free, ask, t, allowed) for t in types)
+        return any(holds_gang(self._table, self._table.total, ask, t, allowed) for t in types)

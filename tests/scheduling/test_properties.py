@@ -1,0 +1,360 @@
+"""What must hold of every plan, whatever the snapshot: safety of nodes and quotas, whole gangs, determinism, and that
+the planner fed with changes says what a fresh pass over everything says."""
+
+import json
+from dataclasses import replace
+from random import Random
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from phalanx_server.scheduling.plan import Plan, dump_plan
+from phalanx_server.scheduling.planner import Planner, schedule
+from phalanx_server.scheduling.snapshot import (
+    ArrayLimit,
+    Changes,
+    Dependency,
+    Job,
+    Maintenance,
+    Node,
+    Policy,
+    Quota,
+    Seat,
+    Snapshot,
+    Tenant,
+    Topology,
+    changed,
+    checked,
+    dump_snapshot,
+    parse_snapshot,
+    spread,
+)
+
+NOW = 1000.0
+TYPES = ("a", "b")
+NODES = tuple(f"n{i}" for i in range(6))
+LEAVES = ("x1", "x2", "y", "solo")
+IDS = tuple(f"j{i:02}" for i in range(24))
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def optional(strategy):
+    return st.none() | strategy
+
+
+@st.composite
+def nodes(draw, name):
+    gpus = draw(st.sampled_from([4, 4, 8, 2, 0]))
+    return Node(
+        name=name,
+        gpu_type=draw(st.sampled_from(["a", "a", "a", "b"])),
+        gpus=gpus,
+        cluster=draw(st.sampled_from([None, None, "east"])),
+        cpus=draw(optional(st.sampled_from([8, 16, 30]))),
+        memory_gib=draw(optional(st.sampled_from([16, 64]))),
+        state=draw(st.sampled_from(["ready"] * 7 + ["cordoned", "draining", "lost"])),
+    )
+
+
+@st.composite
+def quotas(draw):
+    named = draw(st.lists(st.sampled_from(["a", "a", "b", "cpu", "memory_gib"]), unique=True, max_size=2))
+    limit = optional(st.integers(0, 6))
+    return {
+        name: Quota(
+            nominal=draw(st.sampled_from([8, 24, 4, 0])) * (1 if name in TYPES else 3),
+            borrowing_limit=draw(limit),
+            lending_limit=draw(limit),
+        )
+        for name in named
+    }
+
+
+@st.composite
+def forests(draw):
+    parents = {"root": None, "x": "root", "x1": "x", "x2": "x", "y": "root", "solo": None}
+    return tuple(Tenant(name=n, parent=p, quotas=draw(quotas())) for n, p in parents.items())
+
+
+@st.composite
+def queued_jobs(draw, id_):
+    gpus = draw(st.sampled_from([1, 1, 2, 2, 2, 3, 4, 4, 0, 0, 0, 9]))
+    moment = optional(st.sampled_from([NOW - 5, NOW + 5, NOW + 50]))
+    rarely = st.sampled_from([False] * 9 + [True])
+    array = ArrayLimit(id=draw(st.sampled_from(["r", "s"])), max_running=draw(optional(st.integers(1, 2))))
+    return Job(
+        id=id_,
+        tenant=draw(st.sampled_from(LEAVES)),
+        state="queued",
+        replicas=draw(st.sampled_from([1, 1, 1, 2, 2, 2, 3, 5])),
+        gpus_per_replica=gpus,
+        submitted_at=float(draw(st.integers(0, 3))),
+        priority=draw(st.integers(-1, 1)),
+        gpu_types=draw(st.sampled_from([(), ("a",), ("a", "b"), ("b", "a")])),
+        cpus_per_replica=draw(st.sampled_from([0, 1, 2, 4])),
+        memory_gib_per_replica=draw(st.sampled_from([0, 0, 0, 4])),
+        topology=Topology(required="node") if draw(rarely) else None,
+        not_before=draw(moment) if draw(rarely) else None,
+        backoff_until=draw(moment) if draw(rarely) else None,
+        delay_until=draw(moment) if draw(rarely) else None,
+        after=(Dependency(job="gone", on="ok"),) if draw(rarely) else (),
+        held=draw(rarely),
+        array=array if draw(rarely) else None,
+        avoid_nodes=tuple(draw(st.lists(st.sampled_from(NODES), max_size=2, unique=True))) if draw(rarely) else (),
+        time_limit_s=draw(optional(st.sampled_from([5.0, 500.0]))),
+    )
+
+
+@st.composite
+def policies(draw):
+    return Policy(
+        share_nodes=draw(st.sampled_from(["all", "all", "tenant", "none"])),
+        default_time_limit_s=draw(optional(st.just(100.0))),
+    )
+
+
+windows = st.builds(
+    lambda names, starts, length: Maintenance(nodes=tuple(names), starts_at=starts, ends_at=starts + length),
+    st.lists(st.sampled_from(NODES), unique=True, min_size=1, max_size=3),
+    st.sampled_from([NOW - 50, NOW - 5, NOW + 20]),
+    st.sampled_from([10.0, 100.0]),
+)
+
+
+@st.composite
+def snapshots(draw):
+    """A cluster in the midst of its life: some jobs run, some stop for others, some wait."""
+    first = Snapshot(
+        now=NOW,
+        policy=draw(policies()),
+        tenants=draw(forests()),
+        nodes=tuple(draw(nodes(n)) for n in NODES),
+        maintenance=tuple(draw(st.lists(windows, max_size=2))) if draw(st.booleans()) else (),
+        jobs=tuple(
+            draw(queued_jobs(i))
+            for i in draw(st.lists(st.sampled_from(IDS[:12]), unique=True, min_size=4, max_size=12))
+        ),
+    )
+    begun = started(first, schedule(first))
+    more = tuple(
+        draw(queued_jobs(i)) for i in draw(st.lists(st.sampled_from(IDS[12:]), unique=True, min_size=2, max_size=8))
+    )
+    crowded = replace(begun, jobs=begun.jobs + more)
+    waiting = [h.job for h in schedule(crowded).holds if h.reason in ("quota", "capacity", "fragmented")]
+    jobs = [draw(perhaps_stopping(j, waiting)) if j.state == "running" else j for j in begun.jobs]
+    return checked(replace(begun, jobs=(*jobs, *more)))
+
+
+@st.composite
+def perhaps_stopping(draw, job, waiting):
+    if not draw(st.booleans()):
+        return job
+    goes_on = Seat(gpu_type=job.gpu_type, placement=job.placement) if draw(st.integers(0, 3)) == 3 else None
+    return replace(job, state="stopping", next=goes_on, for_job=draw(st.sampled_from([*waiting, None])))
+
+
+@st.composite
+def changes_to(draw, snapshot):
+    jobs = {j.id: j for j in snapshot.jobs}
+    names = {n.name for n in snapshot.nodes}
+    used = {p.node for j in snapshot.jobs for p in j.placement} | {n for w in snapshot.maintenance for n in w.nodes}
+    used |= {n for j in snapshot.jobs for n in j.avoid_nodes}
+    used |= {p.node for j in snapshot.jobs for seat in (j.next, j.kept) if seat for p in seat.placement}
+    fresh = [i for i in IDS if i not in jobs]
+    new = tuple(draw(queued_jobs(i)) for i in draw(some_of(fresh)))
+    touched = draw(some_of(sorted(i for i in jobs if jobs[i].state == "queued")))
+    edited = tuple(replace(jobs[i], priority=draw(st.integers(-1, 1)), held=draw(st.booleans())) for i in touched)
+    running = draw(some_of(sorted(i for i in jobs if jobs[i].state == "running")))
+    stopped = tuple(replace(jobs[i], state="stopping") for i in running)
+    redrawn = tuple(draw(nodes(n)) for n in draw(some_of(sorted(names))))
+    return Changes(
+        now=snapshot.now + draw(st.sampled_from([0.0, 7.0])),
+        jobs=new + edited + stopped,
+        removed_jobs=tuple(draw(some_of(sorted(jobs)))),
+        nodes=redrawn + tuple(draw(nodes(n)) for n in draw(some_of([n for n in NODES if n not in names]))),
+        removed_nodes=tuple(draw(some_of(sorted(names - used)))),
+        tenants=draw(forests()) if draw(st.integers(0, 7)) == 0 else None,
+        policy=draw(policies()) if draw(st.integers(0, 7)) == 0 else None,
+    )
+
+
+def some_of(names):
+    return st.lists(st.sampled_from(names), unique=True, max_size=3) if names else st.just([])
+
+
+def started(snapshot: Snapshot, plan: Plan) -> Snapshot:
+    """The snapshot with what the plan starts running, and what it keeps kept."""
+    starts = {s.job: s for s in plan.starts}
+    kept = {h.job: h.kept for h in plan.holds if h.kept}
+    return replace(snapshot, jobs=tuple(_carried_out(j, starts.get(j.id), kept.get(j.id)) for j in snapshot.jobs))
+
+
+def _carried_out(job, start, kept):
+    if start is not None:
+        return replace(
+            job,
+            state="running",
+            kept=None,
+            started_at=NOW,
+            gpu_type=start.gpu_type,
+            placement=start.placement,
+        )
+    return job if kept is None else replace(job, kept=kept)
+
+
+def stopped(snapshot: Snapshot) -> Snapshot:
+    """The snapshot when all that is stopping has stopped, and goes on at its `next`."""
+    jobs = []
+    for job in snapshot.jobs:
+        if job.state != "stopping":
+            jobs.append(job)
+        elif job.next is not None:
+            jobs.append(
+                replace(job, state="running", placement=job.next.placement, next=None, for_job=None),
+            )
+    return replace(snapshot, jobs=tuple(jobs))
+
+
+def taken_on(snapshot):
+    """{(node, resource): amount}, the larger of what a stopping job holds and goes on with."""
+    out = {}
+    for job in snapshot.jobs:
+        places = [spread(job.placement)] + ([spread(job.next.placement)] if job.next else [])
+        for node in set().union(*places):
+            replicas = max(p.get(node, 0) for p in places)
+            each = (job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica)
+            for resource, amount in zip(("gpus", "cpus", "memory_gib"), each, strict=True):
+                out[node, resource] = out.get((node, resource), 0) + amount * replicas
+    return out
+
+
+def over_committed(snapshot):
+    """{(node, resource): by how much} over what the node has."""
+    have = {(n.name, r): getattr(n, r) for n in snapshot.nodes for r in ("gpus", "cpus", "memory_gib")}
+    return {k: v - have[k] for k, v in taken_on(snapshot).items() if have[k] is not None and v > have[k]}
+
+
+def over_quota(snapshot):
+    """{(tenant, resource): by how much} over its limit: the tree of quotas, naively, as plan-format says it."""
+    types = {n.name: n.gpu_type for n in snapshot.nodes}
+    use, over = {}, {}
+    for job in snapshot.jobs:
+        if job.state == "queued":
+            continue
+        gpu_type = job.gpu_type or types[job.placement[0].node]
+        for name, each in ((gpu_type, job.gpus_per_replica), ("cpu", job.cpus_per_replica)):
+            use[job.tenant, name] = use.get((job.tenant, name), 0) + each * job.replicas
+        key = job.tenant, "memory_gib"
+        use[key] = use.get(key, 0) + job.memory_gib_per_replica * job.replicas
+    children = {}
+    for tenant in snapshot.tenants:
+        children.setdefault(tenant.parent, []).append(tenant)
+
+    def named(tenant, resource):
+        return resource in tenant.quotas or any(named(c, resource) for c in children.get(tenant.name, []))
+
+    def walk(tenant, resource):
+        quota = tenant.quotas.get(resource, Quota(nominal=0))
+        have, used = quota.nominal, use.get((tenant.name, resource), 0)
+        for child in children.get(tenant.name, []):
+            child_have, child_used, child_own = walk(child, resource)
+            have += child_have - child_own
+            used += max(0, child_used - child_own)
+        limit = have
+        if tenant.parent is not None:
+            limit = None if quota.borrowing_limit is None else have + quota.borrowing_limit
+        if limit is not None and used > limit:
+            over[tenant.name, resource] = used - limit
+        return have, used, 0 if quota.lending_limit is None else max(0, have - quota.lending_limit)
+
+    for root in children.get(None, []):
+        for resource in (*TYPES, "cpu", "memory_gib"):
+            if named(root, resource):
+                walk(root, resource)
+    return over
+
+
+def no_worse(before, after):
+    return all(excess <= before.get(key, 0) for key, excess in after.items())
+
+
+@QUICK
+@given(snapshots())
+def test_no_node_and_no_quota_is_over_committed_now_or_when_all_has_stopped(snapshot):
+    after = started(snapshot, schedule(snapshot))
+    for before, then in ((snapshot, after), (stopped(snapshot), stopped(after))):
+        assert no_worse(over_committed(before), over_committed(then))
+        assert no_worse(over_quota(before), over_quota(then))
+
+
+@QUICK
+@given(snapshots())
+def test_a_gang_is_whole_on_ready_nodes_of_one_cluster_and_type_or_absent(snapshot):
+    jobs, by_name = {j.id: j for j in snapshot.jobs}, {n.name: n for n in snapshot.nodes}
+    for start in schedule(snapshot).starts:
+        job, on = jobs[start.job], [by_name[p.node] for p in start.placement]
+        assert sum(p.replicas for p in start.placement) == start.replicas == job.replicas
+        assert len({n.cluster for n in on}) == 1
+        assert all(n.state == "ready" and n.gpu_type in (job.gpu_types or TYPES) for n in on)
+        assert not job.gpus_per_replica or {n.gpu_type for n in on} == {start.gpu_type}
+
+
+@QUICK
+@given(snapshots())
+def test_every_queued_job_either_starts_or_is_held_with_words(snapshot):
+    plan = schedule(snapshot)
+    named = [s.job for s in plan.starts] + [h.job for h in plan.holds]
+    assert sorted(named) == sorted(j.id for j in snapshot.jobs if j.state == "queued")
+    assert all(h.message and (h.unblocks or h.reason == "victims") for h in plan.holds)
+    assert all(plan.hold_of(h.job) == h for h in plan.holds)
+    json.dumps(dump_plan(plan))
+
+
+@QUICK
+@given(snapshots(), st.randoms(use_true_random=False))
+def test_the_lists_in_another_order_give_the_same_plan(snapshot, dice: Random):
+    lists = {
+        name: dice.sample(getattr(snapshot, name), len(getattr(snapshot, name)))
+        for name in ("tenants", "nodes", "jobs")
+    }
+    mixed = replace(snapshot, **{name: tuple(rows) for name, rows in lists.items()})
+    assert dump_plan(schedule(mixed)) == dump_plan(schedule(snapshot))
+
+
+@QUICK
+@given(snapshots())
+def test_a_plan_that_was_carried_out_leaves_nothing_to_start(snapshot):
+    after = started(snapshot, schedule(snapshot))
+    assert schedule(after).starts == ()
+
+
+@QUICK
+@given(snapshots())
+def test_what_is_kept_for_a_waiting_job_is_there_when_all_has_stopped(snapshot):
+    plan = schedule(snapshot)
+    promised = {h.job: h.kept.placement for h in plan.holds if h.kept}
+    later = schedule(stopped(started(snapshot, plan)))
+    given_ = {s.job: s.placement for s in later.starts}
+    assert {job: given_.get(job) for job in promised} == promised
+
+
+@QUICK
+@given(st.data())
+def test_a_planner_fed_with_changes_says_what_a_fresh_pass_says(data):
+    snapshot = data.draw(snapshots())
+    planner = Planner(snapshot)
+    for _ in range(3):
+        changes = data.draw(changes_to(snapshot))
+        snapshot = changed(snapshot, changes)
+        if data.draw(st.booleans()):
+            assert dump_plan(planner.what_if(changes)) == dump_plan(schedule(snapshot))
+        assert dump_plan(planner.apply(changes)) == dump_plan(schedule(snapshot))
+        if data.draw(st.booleans()):
+            snapshot, before = started(snapshot, planner.plan()), snapshot
+            news = tuple(new for new, old in zip(snapshot.jobs, before.jobs, strict=True) if new != old)
+            assert dump_plan(planner.apply(Changes(now=snapshot.now, jobs=news))) == dump_plan(schedule(snapshot))
+
+
+@QUICK
+@given(snapshots())
+def test_a_snapshot_survives_its_json_form(snapshot):
+    assert parse_snapshot(json.loads(json.dumps(dump_snapshot(snapshot)))) == snapshot
