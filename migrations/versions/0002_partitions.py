@@ -14,7 +14,8 @@ depends_on = None
 
 # Partitions are named <table>_YYYYMMDD by their first day (UTC): metrics by day, metric_rollups by week from Monday.
 # Rows that came before their partition wait in <table>_rest; making the partition moves them: PostgreSQL refuses a
-# partition whose rows are in the default one, so they are taken out first, in the same transaction.
+# partition whose rows are in the default one, so they are taken out first, in the same transaction. Only <table>_rest
+# is locked: who writes to partitions that exist does not wait.
 UP = """
 CREATE FUNCTION ensure_partition(parent text, key text, lower_bound timestamptz, upper_bound timestamptz)
 RETURNS boolean LANGUAGE plpgsql SET timezone = 'UTC' AS $$
@@ -28,7 +29,7 @@ BEGIN
     IF to_regclass(child) IS NOT NULL THEN
         RETURN false;
     END IF;
-    EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent);
+    EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent || '_rest');
     EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS)', child, parent);
     EXECUTE format(
         'WITH moved AS (DELETE FROM %I WHERE %I >= $1 AND %I < $2 RETURNING *) INSERT INTO %I SELECT * FROM moved',

@@ -99,6 +99,7 @@ class EmbeddedPostgres:
     def _prepare_directory(self) -> None:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self._let_user_in()
+        self._let_user_run_programs()
         if (self.data_dir / "PG_VERSION").exists():
             return
         if any(self.data_dir.iterdir()):
@@ -125,6 +126,15 @@ class EmbeddedPostgres:
                 f"PostgreSQL may not run as root, and its user {self._user.pw_name} cannot pass through"
                 f" {error.filename}: choose a data directory elsewhere (/var/lib/phalanx), or run as another user"
             ) from error
+
+    def _let_user_run_programs(self) -> None:
+        """As root with a strict umask, pip makes files that only root reads; the wheel's are no secret."""
+        if self._user is None or (self._bin / "postgres").stat().st_mode & 0o005 == 0o005:
+            return
+        for path in (self._bin.parent, *self._bin.parent.rglob("*")):
+            if not path.is_symlink():
+                mode = path.stat().st_mode
+                path.chmod(mode | (0o055 if path.is_dir() or mode & 0o100 else 0o044))
 
     def _check_version(self) -> None:
         found = (self.data_dir / "PG_VERSION").read_text().strip()

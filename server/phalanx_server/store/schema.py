@@ -25,25 +25,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
-from sqlalchemy.dialects.postgresql.base import ischema_names
-from sqlalchemy.types import UserDefinedType
+
+from phalanx_server.store.xid8 import Xid8
 
 metadata = MetaData()
 
 Uuid = PG_UUID(as_uuid=True)
 Time = TIMESTAMP(timezone=True)
-
-
-class Xid8(UserDefinedType[int]):
-    """A 64-bit transaction id; an int in Python."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "xid8"
-
-
-ischema_names["xid8"] = Xid8
 
 
 def _id() -> Column[Any]:
