@@ -217,6 +217,13 @@ class Job(Model):
         asked = self.spec.get("resources") or {}
         return int(asked.get("replicas") or 1) * int(asked.get("gpus_per_replica") or 0)
 
+    @property
+    def ranks(self) -> int:
+        """The world size: ranks of the whole gang."""
+        asked = self.spec.get("resources") or {}
+        each = asked.get("ranks_per_replica") or asked.get("gpus_per_replica") or 1
+        return int(asked.get("replicas") or 1) * int(each)
+
 
 @dataclass(frozen=True)
 class Event(Model):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import structlog
 import uvicorn
+import yaml
 from phalanx import errors
 from phalanx.cli.app import app as cli
 from phalanx.client import AsyncClient, Client
@@ -23,6 +25,7 @@ from phalanx_server.actions.bootstrap import Bootstrapped, bootstrap
 from phalanx_server.main import create_app
 from phalanx_server.settings import Settings
 from phalanx_server.store.engine import create_engine
+from played_cluster import PlayedCluster
 from typer.testing import CliRunner, Result
 
 DEADLINE_S = 20.0
@@ -204,3 +207,45 @@ def test_tenants_quotas_tokens_clusters(run: Run) -> None:
     run("whoami", token=token, code=3)
     assert run("clusters", "create", "east").stdout.startswith("phx_")
     assert "east" in run("clusters").stdout and "main" in run("clusters").stdout
+
+
+# ------------------------------------------------------------------ a whole life
+
+
+@pytest.fixture
+def job_yaml(tmp_path: Path) -> str:
+    (tmp_path / "train.py").touch()
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({**JOB, "run": {"command": "python train.py", "workdir": "."}}))
+    return str(file)
+
+
+def test_following_a_job_to_its_end(
+    run: Run, served: Served, tokens: Bootstrapped, database: str, job_yaml: str
+) -> None:
+    with PlayedCluster(database, served.url, tokens.cluster_token):
+        result = run("submit", job_yaml, "--follow")
+        watched = [run(*words, "@last").stdout for words in (("logs", "-f"), ("metrics", "-f"), ("events", "-f"))]
+    summary = " ".join(result.stdout.split())
+    assert "✔ lm succeeded" in summary and "loss 4 → 0.5" in summary and "steps 8/8" in summary, result.stdout
+    assert "node-0 ranks 0,1 GPUs 0,1" in summary and "node-1 ranks 2,3 GPUs 0,1" in summary
+    assert "warm: forked" in summary and "file:///ckpt/8 (step 8)" in summary
+    milliseconds = [float(ms.replace(",", "")) for ms in re.findall(r"([\d,.]+) ms", summary)]
+    assert len(milliseconds) == 7 and sum(milliseconds[:-1]) == pytest.approx(milliseconds[-1], abs=0.7)
+    logs, metrics, events = watched
+    assert sorted(logs.split("\n")) == ["", *(f"[{rank}] hello from {rank}" for rank in range(4))]
+    assert "loss 0.5" in metrics and len(events.splitlines()) >= 5
+    assert sorted(run("logs", "@last", "--rank", "2").stdout.split("\n")) == ["", "hello from 2"]
+    assert "loss" in run("metrics", "@last").stdout and "4 │" in run("metrics", "@last", "-m", "loss").stdout
+    assert "node-0" in run("nodes").stdout
+    shown = run("show", "@last").stdout
+    assert "succeeded" in shown and "after submit = accepted" in shown
+
+
+def test_following_a_job_that_fails(
+    run: Run, served: Served, tokens: Bootstrapped, database: str, job_yaml: str
+) -> None:
+    with PlayedCluster(database, served.url, tokens.cluster_token, exit_code=3):
+        result = run("submit", job_yaml, "--follow", code=1)
+    assert "✘ lm failed" in result.stdout
+    assert "rank 1 exited with 3\n  ValueError: played\n" in result.stderr

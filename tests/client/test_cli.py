@@ -312,7 +312,7 @@ def test_following_logs_of_several_ranks_prints_whole_lines_with_their_rank(wire
         return ("log", str(id), {"attempt": 1, "rank": rank, "stream": "stdout", "at": AT, "text": text})
 
     pieces = [log(1, 0, "a"), log(2, 1, "b\n"), log(3, 0, "c\nd"), ("end", "", {"state": "succeeded"})]
-    wired.on(f"GET /v1/jobs/{JOB_ID}/logs", stream(*pieces))
+    wired.on(f"GET /v1/jobs/{JOB_ID}/logs", stream(*pieces)).on(f"GET /v1/jobs/{JOB_ID}", answer(job()))
     assert run("logs", "-f", JOB_ID).stdout == "[1] b\n[0] ac\n[0] d\n"
 
 

@@ -22,6 +22,7 @@ from phalanx.cli import failures
 from phalanx.errors import PhalanxError
 
 PROGRAM = "phalanx"
+MARKUP = "markdown"
 GROUP = "phalanx.commands"
 PANEL = "Running Phalanx"
 
@@ -65,7 +66,7 @@ def needs(command: str, extra: str, missing: str | None) -> str:
 
 def load(entry: EntryPoint) -> dict[str, Any]:
     """Import a plug-in; its commands by name. ImportError where its extra is not installed."""
-    app = typer.Typer(rich_markup_mode=None, add_completion=False)
+    app = typer.Typer(rich_markup_mode=MARKUP, add_completion=False)
 
     @app.callback()
     def plugged_in() -> None:

@@ -32,7 +32,9 @@ def logs(
     with connected() as client:
         found = job_id(client, job)
         if follow:
-            return _follow_logs(client.follow_logs(found, rank=rank, stream=stream, tail_lines=tail), output_as)
+            named = rank is None and client.job(found).ranks > 1
+            lines = client.follow_logs(found, rank=rank, stream=stream, tail_lines=tail)
+            return _follow_logs(lines, output_as, named=named)
         if tail is None:
             pieces = client.iter_logs(found, rank=rank, stream=stream, attempt=attempt)
         else:
@@ -43,28 +45,26 @@ def logs(
             sys.stdout.write(piece)
 
 
-def _follow_logs(lines: Iterable[LogLine], output_as: output.Format) -> None:
+def _follow_logs(lines: Iterable[LogLine], output_as: output.Format, *, named: bool) -> None:
     if output_as is not output.Format.TABLE:
         for line in lines:
             output.data_line(line.raw)
         return
-    printer = LogPrinter(lambda text: print(text, flush=True))
+    printer = LogPrinter(lambda text: print(text, flush=True), named=named)
     for line in lines:
         printer.take(line)
     printer.flush()
 
 
 class LogPrinter:
-    """Whole lines from pieces of many streams: each says its rank once a second rank has spoken."""
+    """Whole lines from pieces of many streams; `named` puts its rank before each."""
 
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
+    def __init__(self, write: Callable[[str], None], *, named: bool) -> None:
+        self._write, self._named = write, named
         self._open: dict[tuple[int, int, str], str] = {}
-        self._ranks: set[int] = set()
 
     def take(self, piece: LogLine) -> None:
         key = piece.attempt, piece.rank, piece.stream
-        self._ranks.add(piece.rank)
         *whole, self._open[key] = (self._open.get(key, "") + piece.text).split("\n")
         for line in whole:
             self._line(piece.rank, line)
@@ -76,7 +76,7 @@ class LogPrinter:
         self._open.clear()
 
     def _line(self, rank: int, line: str) -> None:
-        self._write(f"[{rank}] {line}" if len(self._ranks) > 1 else line)
+        self._write(f"[{rank}] {line}" if self._named else line)
 
 
 # ------------------------------------------------------------------ metrics
