@@ -175,7 +175,11 @@ class Up:
         self.first_run = created is not None
         self.admin_token = secret_file(self.machine.path("admin-token"), created and created.admin_token)
         secret_file(self.machine.path("cluster-token"), created and created.cluster_token)
-        return {"PHALANX_DATABASE_URL": url, "PHALANX_STORAGE_URL": self.machine.path("storage").as_uri()}
+        return {
+            "PHALANX_DATABASE_URL": url,
+            "PHALANX_DATA_DIR": str(self.machine.data),
+            "PHALANX_STORAGE_URL": self.machine.path("storage").as_uri(),
+        }
 
     def _ready(self, server: Child) -> bool:
         server.expect_alive()
@@ -197,9 +201,13 @@ class Up:
         answer.raise_for_status()
         return sum(1 for node in answer.json()["items"] if node["state"] == "ready" and node["warm_ready"])
 
+    def _all_warm(self) -> bool:
+        self.family.tick(time.monotonic())
+        return self.warm_nodes() >= self.machine.nodes
+
     def wait_warm(self) -> None:
         wait_until(
-            lambda: self.warm_nodes() >= self.machine.nodes,
+            self._all_warm,
             timeout_s=WARM_TIMEOUT_S,
             what="torch on every node",
             poll_s=0.2,

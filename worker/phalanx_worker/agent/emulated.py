@@ -40,10 +40,10 @@ PR_SET_PDEATHSIG = 1
 # They cost a steady trickle of messages, so they are for small clusters only. The memory monitor would kill the small
 # runner and not its hungry child.
 EMULATION_SETTINGS = {
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_initial_delay_ms": "500",
-    "RAY_health_check_failure_threshold": "2",
+    "RAY_health_check_failure_threshold": "3",
     "RAY_raylet_report_resources_period_milliseconds": "20",
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_enable_metrics_collection": "0",
