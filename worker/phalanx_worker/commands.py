@@ -73,7 +73,7 @@ def agent(
     except TimeoutError as error:
         raise _usage(str(error)) from None
     prepare(address)
-    from phalanx_worker.agent.main import AgentSettings, file_token, run
+    from phalanx_worker.agent.main import AgentSettings, file_token, leave, run
     from phalanx_worker.agent.nodes import NodeSettings
     from phalanx_worker.agent.service import RunnerSettings
 
@@ -88,7 +88,7 @@ def agent(
         runner=runner,
         nodes=nodes,
     )
-    raise SystemExit(run(settings))
+    leave(run(settings))
 
 
 def local_ray(

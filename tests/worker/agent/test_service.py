@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from agent_fakes import FakeCluster, FakeLink, FakePlacements
 from link_server import attempt_of
-from phalanx_worker.agent import hosts, launch, service
+from phalanx_worker.agent import backoff, launch, service
 from phalanx_worker.agent.desired import Phase
 from phalanx_worker.agent.link import Superseded
 from phalanx_worker.agent.service import Agent, RunnerSettings
@@ -23,8 +23,7 @@ SETTINGS = RunnerSettings(server_url="http://server", data_dir="/data", checkpoi
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loops, with shorter pauses between one look and the next."""
     monkeypatch.setattr(service, "INVENTORY_POLL_S", 0.01)
-    monkeypatch.setattr(hosts, "RETRY_CREATE_S", 0.01)
-    monkeypatch.setattr(hosts, "RETRY_S", 0.01)
+    monkeypatch.setattr(backoff, "BACKOFF_S", (0.01,))
     monkeypatch.setattr(launch, "RETRY_S", 0.01)
     monkeypatch.setattr(launch, "RETRY_SLOWLY_S", 0.01)
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from phalanx_worker.agent.backoff import Backoff
 from phalanx_worker.agent.desired import Group, GroupState
 from phalanx_worker.protocol import NodeFacts, RankExit, decode
 
@@ -20,8 +21,6 @@ log = logging.getLogger("phalanx.agent")
 POLL_WAIT_S = 20.0
 CALL_TIMEOUT_S = 15.0
 CONFIGURE_TIMEOUT_S = 60.0
-RETRY_S = 0.2
-RETRY_CREATE_S = 1.0
 
 
 class RunnerError(Exception):
@@ -156,29 +155,32 @@ class Hosts:
 
     async def _follow_runners(self, host: Host) -> None:
         """Follow the node's runner, and the next one when it has died, for as long as the node lives."""
+        backoff = Backoff(f"the runner of node {host.name}")
         while True:
             try:
                 host.runner = await self.source.runner(host.facts.ray_node_id)
                 host.generation += 1
                 await self._follow_tables(host)
             except RunnerError as error:
-                log.warning("runner of node %s: %s", host.name, error)
+                if host.table is not None:
+                    backoff.succeeded()
                 self._forget_runner(host)
-                await asyncio.sleep(RETRY_CREATE_S)
+                await backoff.failed(error)
 
     async def _follow_tables(self, host: Host) -> None:
         """One long-poll after another, once the runner has its settings; returns only by raising RunnerGone."""
         await host.given.wait()
         seq = -1
+        backoff = Backoff(f"following the runner of node {host.name}")
         while True:
             try:
                 await self._configure(host)
                 wait_s = 0.0 if seq < 0 else POLL_WAIT_S
                 facts = await host.call("next_facts", seq, wait_s, timeout_s=wait_s + CALL_TIMEOUT_S)
             except (RunnerUnavailable, RunnerRefused) as error:
-                log.warning("runner of node %s: %s", host.name, error)
-                await asyncio.sleep(RETRY_S)
+                await backoff.failed(error)
                 continue
+            backoff.succeeded()
             seq = int(facts["seq"])
             host.table = read_table(facts)
             host.warm_ready = bool(facts.get("warm_ready"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from phalanx_worker.agent.backoff import Backoff
 from phalanx_worker.protocol import (
     AgentReport,
     AttemptFact,
@@ -34,7 +34,6 @@ log = logging.getLogger("phalanx.agent")
 CALL_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 5.0
 DESIRED_WAIT_S = 20.0
-BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 FACTS_PER_REPORT = 200
 COALESCE_S = 0.1  # how long a fact that nobody waits for may wait for another
 
@@ -108,26 +107,6 @@ class ServerLink:
             self._bearer = self._token()
         later = status in (401, 403, 408, 425, 429) or status >= 500
         return (ServerAway if later else ServerRefused)(f"{what}: {status} {detail}")
-
-
-class Backoff:
-    """Sleeps longer from one failure to the next; says so once when trouble starts and once when it is over."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._failures = 0
-
-    async def failed(self, error: Exception) -> None:
-        if self._failures == 0:
-            log.warning("%s fails, retrying: %s", self._what, error)
-        delay_s = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
-        self._failures += 1
-        await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
-
-    def succeeded(self) -> None:
-        if self._failures:
-            log.info("%s works again after %d failures", self._what, self._failures)
-        self._failures = 0
 
 
 @dataclass

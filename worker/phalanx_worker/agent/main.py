@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from phalanx_worker.agent.gang import PlacementGroups
 from phalanx_worker.agent.link import ServerLink, Superseded
-from phalanx_worker.agent.nodes import NodeSettings, RayNodes, connect, disconnect
+from phalanx_worker.agent.nodes import NodeSettings, RayNodes, connect
 from phalanx_worker.agent.service import Agent, RunnerSettings
 
 log = logging.getLogger("phalanx.agent")
@@ -43,10 +45,14 @@ def run(settings: AgentSettings) -> int:
     except ConnectionError as error:
         log.error("%s", error)
         return EXIT_FAILED
-    try:
-        return asyncio.run(_serve(settings))
-    finally:
-        disconnect()
+    return asyncio.run(_serve(settings))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now. Calls into a Ray cluster that goes away cannot be interrupted, and a thread in one of them
+    would hold up the interpreter's own exit; Ray sees the connection close."""
+    logging.shutdown()
+    os._exit(code)
 
 
 async def _serve(settings: AgentSettings) -> int:

@@ -50,10 +50,6 @@ def connect(address: str) -> None:
         ) from error
 
 
-def disconnect() -> None:
-    ray.shutdown()
-
-
 class RayNodes:
     """The nodes of the cluster that this process has joined."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,11 +34,16 @@ async def own_users_problem(python: str, data_dir: Path) -> str:
 
 
 async def _readable(path: str, uid: int) -> bool:
-    process = await asyncio.create_subprocess_exec(
-        "/bin/sh", "-c", 'test -r "$1"', "sh", path, user=uid, group=uid, extra_groups=[], env={}, cwd="/"
-    )
+    return await asyncio.to_thread(_reads, path, uid)
+
+
+def _reads(path: str, uid: int) -> bool:
+    """Not by asyncio itself: in an actor Ray runs uvloop, whose subprocesses know no `user`."""
+    command = ["/bin/sh", "-c", 'test -r "$1"', "sh", path]
     try:
-        return await asyncio.wait_for(process.wait(), _CHECK_TIMEOUT_S) == 0
-    except TimeoutError:
-        process.kill()
+        test = subprocess.run(
+            command, user=uid, group=uid, extra_groups=[], env={}, cwd="/", timeout=_CHECK_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
         return False
+    return test.returncode == 0
