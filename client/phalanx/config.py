@@ -56,6 +56,12 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def is_local(url: str) -> bool:
+    """Whether the server is on this machine."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def load() -> Login | None:
     """What `phalanx login` stored; None where it never ran."""
     path = config_path()
@@ -64,7 +70,7 @@ def load() -> Login | None:
         return Login(checked_url(stored["url"]), stored.get("token"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): remove it and {HOW_TO}") from None
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import httpx
 import httpx_sse
 
+from phalanx import config
 from phalanx.calls import Answer, Call, Message, Pages, Pause, Steps, Stream, Work
 from phalanx.errors import ConnectionFailed, ProtocolError, from_problem
 from phalanx.retry import RETRIED_STATUSES, RetryPolicy, retry_after_s
@@ -45,7 +46,9 @@ def options(url: str, token: str | None) -> dict[str, Any]:
     headers = {"User-Agent": "phalanx-client", "Accept": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    return {"base_url": url, "headers": headers, "timeout": httpx.Timeout(30.0, connect=CONNECT_TIMEOUT_S)}
+    timeout = httpx.Timeout(30.0, connect=CONNECT_TIMEOUT_S)
+    # A proxy of the environment is not meant for a server on this machine.
+    return {"base_url": url, "headers": headers, "timeout": timeout, "trust_env": not config.is_local(url)}
 
 
 def _request(call: Call[Any], content: Any) -> dict[str, Any]:

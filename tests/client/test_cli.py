@@ -362,6 +362,19 @@ def test_login_checks_the_token_and_keeps_it_to_itself(wired: FakeServer, run: R
     assert config.load() == config.Login("http://phalanx.test", "phx_secret")
 
 
+def test_login_over_plain_http_to_another_machine_warns(wired: FakeServer, run: Run) -> None:
+    wired.on("GET /v1/whoami", answer({"role": "admin"}))
+    assert "is not encrypted" in run("login", "http://phalanx.test", "--token", "t").stderr
+    assert run("login", "http://127.0.0.1:8321", "--token", "t").stderr == ""
+
+
+def test_without_a_server_it_says_how_to_get_one() -> None:
+    result = CliRunner().invoke(app, ["jobs"])
+    assert result.exit_code == 2
+    said = "error: no server is configured: run `phalanx login URL`, or set PHALANX_URL and PHALANX_TOKEN\n"
+    assert result.stderr == said
+
+
 def test_login_stores_nothing_that_the_server_refuses(wired: FakeServer, run: Run) -> None:
     wired.on("GET /v1/whoami", problem(401, "unauthorized", "This token is not known."))
     run("login", "http://phalanx.test", "--token", "phx_wrong", code=3)

@@ -53,6 +53,8 @@ def login(
     with session.make_client(chosen, secret) as client:
         me = client.whoami()
     path = config.save(config.Login(chosen, secret))
+    if chosen.startswith("http:") and not config.is_local(chosen):
+        typer.echo(f"warning: {chosen} is not encrypted: others on the way can read the token", err=True)
     typer.echo(f"signed in to {chosen} as {_name(me)}; stored in {path}")
 
 

@@ -50,4 +50,4 @@ def sentence(error: Exception) -> str:
     advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), "")
     if isinstance(error, errors.ServerError) and error.request_id:
         advice += f" {error.request_id}"
-    return f"{said}; {advice}" if advice else said
+    return f"{said.rstrip('.')}; {advice}" if advice else said
