@@ -66,8 +66,6 @@ def _count(name: str) -> Column[int]:
     return Column(name, Integer, nullable=False, server_default=text("0"))
 
 
-# ------------------------------------------------------------------ who
-
 tenants = Table(
     "tenants",
     metadata,
@@ -350,8 +348,6 @@ logs = Table(
     UniqueConstraint("attempt_id", "rank", "stream", "start_bytes"),
 )
 Index("logs_job", logs.c.job_id, logs.c.id)
-
-# ------------------------------------------------------------------ the service's own
 
 outbox = Table(
     "outbox",
