@@ -211,10 +211,10 @@ class ControlPlane:
         beat = m.Heartbeat(attempts=refs, stats=stats, warm_ready=True)
         return await self.node_report(name, heartbeat=beat, **values)
 
-    def part(self, attempt: Row[Any], kind: type[Any], **values: Any) -> Any:
+    def part(self, attempt: Row[Any], message: type[Any], /, **values: Any) -> Any:
         """A log chunk, metric point or mark of rank 0, now."""
         given = {"epoch": attempt.epoch, "rank": 0, "at": self.now.timestamp()} | values
-        return kind(attempt_id=ids.encode("attempt", attempt.id), **given)
+        return message(attempt_id=ids.encode("attempt", attempt.id), **given)
 
     def metric(self, attempt: Row[Any], step: int | None = 1, **values: Any) -> m.MetricPoint:
         return self.part(attempt, m.MetricPoint, step=step, values=values)
