@@ -131,6 +131,7 @@ class RankExit(Model):
     rank: int
     exit_code: int | None = None
     signal: int | None = None
+    ended_at: Any = None
     oom: bool = False
     tail: str = ""
 

@@ -143,7 +143,4 @@ def _signal_name(number: int) -> str:
 def first_failure(found: Attempt | None) -> RankExit | None:
     """The rank whose end took the others with it: the first that failed by itself, by time, then by rank."""
     bad = [end for end in (found.exits if found else []) if not ended_well(end)]
-    named = found.raw.get("first_failed_rank") if found else None
-    return min(
-        bad, key=lambda end: (end.rank != named, end.raw.get("ended_at") or float("inf"), end.rank), default=None
-    )
+    return min(bad, key=lambda end: (str(end.ended_at or "~"), end.rank), default=None)  # "~" sorts after any time
