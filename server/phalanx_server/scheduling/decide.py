@@ -7,11 +7,14 @@ tenant or priority asks for it, because what is free only shrinks.
 from collections.abc import Sequence
 
 from phalanx_server.domain.reason import Explanation, TopologyUnsupported
+from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.explain import explain_nodes, explain_quota, possible_types, weakest
+from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weakest
+from phalanx_server.scheduling.fit import holds_gang
 from phalanx_server.scheduling.gates import closed_gate
-from phalanx_server.scheduling.order import Ask, ClassKey
+from phalanx_server.scheduling.order import NO_GATES, Ask, ClassKey, JobClass, Turn
 from phalanx_server.scheduling.place import Spot
+from phalanx_server.scheduling.possible import Option, explain_impossible, options_of
 
 
 class Desk:
@@ -19,54 +22,93 @@ class Desk:
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
-        self._refused: dict[tuple[Ask, str | None, str | None], Explanation] = {}
-        self._possible: dict[tuple[str, Ask], Sequence[str | None]] = {}
+        self._refused: dict[tuple[Ask, str | None, str | None], Explanation | None] = {}
+        self._over_quota: dict[tuple[str, Demand], Explanation] = {}
 
-    def decide(self, key: ClassKey) -> Spot | Explanation:
-        """For the first GPU type, best first, that the quotas and the nodes allow: the place. Else why none does."""
-        closed = closed_gate(key.gates, self._draft.world.now, self._draft.array_jobs)  # its array may be full by now
+    def refuse(self, group: JobClass) -> Explanation | None:
+        """Why no job of the class could start even if it were the first; None = let them take their turns."""
+        key = group.key
+        options = options_of(self._draft.world, group)
+        if not options:
+            return explain_impossible(self._draft.world, key)
+        return self._closed_gate(key) or self._refusal(key, options)
+
+    def decide(self, turn: Turn) -> Spot | Explanation:
+        """For the first option, best first, that the quotas and the nodes allow: the place. Else why none does."""
+        key = turn.key
+        closed = self._closed_gate(key)  # its array may be full by now
         if closed is not None:
             return closed
         refusals: list[Explanation] = []
-        for gpu_type in self._types(key):
-            answer = self._decide_on(key, gpu_type)
+        for option in self._options(turn.group):
+            answer = self._decide_on(key, option)
             if isinstance(answer, Spot):
                 return answer
             refusals.append(answer)
         return weakest(refusals)
 
-    def borrows(self, key: ClassKey) -> bool:
-        """Would it use others' nominal quota, on every GPU type of which the quotas leave enough?"""
-        in_quota = [t for t in self._types(key) if self._is_in_quota(key, t)]
-        return bool(in_quota) and all(self._borrows_on(key, t) for t in in_quota)
+    def borrows(self, turn: Turn) -> bool:
+        """Would it use others' nominal quota, whatever option is taken?"""
+        return all(self._borrows_by(turn.key, option) for option in options_of(self._draft.world, turn.group))
 
-    def _decide_on(self, key: ClassKey, gpu_type: str | None) -> Spot | Explanation:
-        if not self._is_in_quota(key, gpu_type):
-            return explain_quota(self._draft, key.tenant, key.ask.shape.demand(gpu_type, key.ask.replicas))
-        question = (key.ask, gpu_type, self._draft.account(key))
-        if question in self._refused:
-            return self._refused[question]
-        spot = self._draft.spot(key, gpu_type, self._draft.both)
-        if spot is not None and (key.ask.bound_to is None or len(spot.columns) == 1):
-            return spot
-        if spot is not None and key.ask.bound_to is not None:
-            self._refused[question] = TopologyUnsupported(key.ask.bound_to)
+    def _closed_gate(self, key: ClassKey) -> Explanation | None:
+        if key.gates is NO_GATES:
+            return None
+        return closed_gate(key.gates, self._draft.world.now, self._draft.array_jobs)
+
+    def _refusal(self, key: ClassKey, options: Sequence[Option]) -> Explanation | None:
+        refusals: list[Explanation] = []
+        for option in options:
+            refusal = self._quota_refusal(key, option) or self._room_refusal(key, option)
+            if refusal is None:
+                return None
+            refusals.append(refusal)
+        return weakest(refusals)
+
+    def _decide_on(self, key: ClassKey, option: Option) -> Spot | Explanation:
+        over = self._quota_refusal(key, option)
+        if over is not None:
+            return over
+        question = (key.ask, option.gpu_type, self._draft.account(key))
+        refused = self._refused.get(question)
+        if refused is not None:
+            return refused
+        spot = self._draft.spot(key, option.gpu_type, self._draft.both)
+        if spot is None:
+            why: Explanation = explain_nodes(self._draft, key, option.gpu_type)
+        elif key.ask.bound_to is not None and len(spot.columns) > 1:
+            why = TopologyUnsupported(key.ask.bound_to)
         else:
-            self._refused[question] = explain_nodes(self._draft, key, gpu_type)
+            return spot
+        self._refused[question] = why
+        return why
+
+    def _room_refusal(self, key: ClassKey, option: Option) -> Explanation | None:
+        draft = self._draft
+        question = (key.ask, option.gpu_type, draft.account(key))
+        if question not in self._refused:
+            free, allowed = draft.usable(key.ask, draft.both), draft.allowed(key, draft.both)
+            fits = holds_gang(draft.table, free, key.ask, option.gpu_type, allowed)
+            self._refused[question] = None if fits else explain_nodes(draft, key, option.gpu_type)
         return self._refused[question]
 
-    def _is_in_quota(self, key: ClassKey, gpu_type: str | None) -> bool:
-        return self._draft.is_in_quota(key.tenant, key.ask.shape.demand(gpu_type, key.ask.replicas), self._draft.both)
+    def _quota_refusal(self, key: ClassKey, option: Option) -> Explanation | None:
+        if self._is_in_quota(key, option):
+            return None
+        question = (key.tenant, option.demand)
+        if question not in self._over_quota:
+            self._over_quota[question] = explain_quota(self._draft, *question)
+        return self._over_quota[question]
 
-    def _types(self, key: ClassKey) -> Sequence[str | None]:
-        """The possible GPU types, best first; where none is named, those first of which it borrows nothing."""
-        question = (key.tenant, key.ask)
-        if question not in self._possible:
-            self._possible[question] = possible_types(self._draft.world, *question)
-        types = self._possible[question]
-        if key.ask.gpu_types or len(types) < 2:
-            return types
-        return sorted(types, key=lambda t: (self._borrows_on(key, t), t or ""))
+    def _is_in_quota(self, key: ClassKey, option: Option) -> bool:
+        return self._draft.is_in_quota(key.tenant, option.demand, self._draft.both)
 
-    def _borrows_on(self, key: ClassKey, gpu_type: str | None) -> bool:
-        return self._draft.now.use.borrows(key.tenant, key.ask.shape.demand(gpu_type, key.ask.replicas))
+    def _options(self, group: JobClass) -> Sequence[Option]:
+        """The options, best first; where the job names no GPU type, those first by which it borrows nothing."""
+        options = options_of(self._draft.world, group)
+        if group.key.ask.gpu_types or len(options) < 2:
+            return options
+        return sorted(options, key=lambda o: (self._borrows_by(group.key, o), o.gpu_type or ""))
+
+    def _borrows_by(self, key: ClassKey, option: Option) -> bool:
+        return self._draft.now.use.borrows(key.tenant, option.demand)

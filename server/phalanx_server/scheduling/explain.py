@@ -13,7 +13,6 @@ from phalanx_server.domain.reason import (
     Explanation,
     Fragmented,
     HoldReason,
-    Impossible,
     InMaintenance,
     NoRoom,
     OverQuota,
@@ -24,38 +23,8 @@ from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.fit import holds_gang, rooms
 from phalanx_server.scheduling.nodes import Amounts, Mask
 from phalanx_server.scheduling.order import Ask, ClassKey
-from phalanx_server.scheduling.world import World
 
 _PRECEDENCE = {reason: i for i, reason in enumerate(HoldReason)}
-
-
-def possible_types(world: World, tenant: str, ask: Ask) -> Sequence[str | None]:
-    """The GPU types on which the job could run if nothing else did, best first; None for a CPU job; () = never."""
-    return [t for t in _named_types(world, ask) if _limit(world, tenant, ask, t) is None]
-
-
-def explain_impossible(world: World, tenant: str, ask: Ask) -> Impossible:
-    """Why a job with no possible type can never start."""
-    limits = [_limit(world, tenant, ask, t) for t in _named_types(world, ask)]
-    return Impossible(ask.describe(), tuple(x for x in limits if x) or ("there is no node with GPUs",))
-
-
-def _named_types(world: World, ask: Ask) -> Sequence[str | None]:
-    if ask.shape.is_cpu_only:
-        return [None]
-    return ask.gpu_types or world.table.gpu_types
-
-
-def _limit(world: World, tenant: str, ask: Ask, gpu_type: str | None) -> str | None:
-    largest = world.empty.largest_gang(ask, gpu_type)
-    if largest < ask.least_replicas:
-        where = "in one cluster" if gpu_type is None else f"on {gpu_type} in one cluster"
-        return f"all nodes together hold {largest} of {ask.least_replicas} replicas {where}"
-    for resource, amount in ask.shape.demand(gpu_type, ask.least_replicas):
-        most = world.forest.most(tenant, resource)
-        if most is not None and amount > most:
-            return f"the quotas allow {tenant} at most {most} {resource}"
-    return None
 
 
 def explain_quota(draft: Draft, tenant: str, demand: Demand) -> Explanation:

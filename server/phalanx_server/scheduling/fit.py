@@ -5,6 +5,7 @@ fits in a domain when all of its replicas do, at once.
 """
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -46,16 +47,17 @@ class EmptyCluster:
 
     def __init__(self, table: NodeTable) -> None:
         self._table = table
-        self._largest: dict[tuple[Ask, str | None], int] = {}
-        self._accepting: dict[Ask, Mask] = {}
+        self._largest: WeakKeyDictionary[Ask, dict[str | None, int]] = WeakKeyDictionary()
+        self._accepting: WeakKeyDictionary[Ask, Mask] = WeakKeyDictionary()
 
     def largest_gang(self, ask: Ask, gpu_type: str | None) -> int:
         """For how many of the least number of replicas there is room, counting nodes of any state."""
-        if (ask, gpu_type) not in self._largest:
+        by_type = self._largest.setdefault(ask, {})
+        if gpu_type not in by_type:
             least = replace(ask, replicas=ask.least_replicas)
             found = rooms(self._table, self._table.total, least, gpu_type, self._table.of_types(ask.gpu_types))
-            self._largest[ask, gpu_type] = min(ask.least_replicas, max(found, default=0))
-        return self._largest[ask, gpu_type]
+            by_type[gpu_type] = min(ask.least_replicas, max(found, default=0))
+        return by_type[gpu_type]
 
     def accepting(self, ask: Ask) -> Mask:
         """The nodes that take new jobs and are of a type that it accepts; without those that it avoids, as long as the

@@ -9,11 +9,11 @@ import itertools
 
 from phalanx_server.domain.reason import WaitsForVictims
 from phalanx_server.scheduling.draft import Books, Draft
-from phalanx_server.scheduling.explain import possible_types
 from phalanx_server.scheduling.gates import closed_gate
 from phalanx_server.scheduling.order import ClassKey
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup
+from phalanx_server.scheduling.possible import possible_options
 from phalanx_server.scheduling.snapshot import Job, Seat
 
 
@@ -38,8 +38,8 @@ def _claim(draft: Draft, job: Job, key: ClassKey) -> Spot | None:
             return spot
     if not any(other.for_job == job.id for other in draft.world.stopping.values()):
         return None
-    ways = itertools.product((draft.both, (draft.soon,)), possible_types(draft.world, key.tenant, key.ask))
-    spots = (_spot_in_quota(draft, key, gpu_type, books) for books, gpu_type in ways)
+    ways = itertools.product((draft.both, (draft.soon,)), possible_options(draft.world, key))
+    spots = (_spot_in_quota(draft, key, option.gpu_type, books) for books, option in ways)
     return next((spot for spot in spots if spot is not None), None)
 
 

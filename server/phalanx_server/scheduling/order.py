@@ -11,15 +11,19 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from phalanx_server.domain.resources import Shape
 from phalanx_server.scheduling.snapshot import ArrayLimit, Dependency, Job
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Ask:
-    """What a job asks of the nodes. `run_limit_s` None: it may run for ever. `bound_to`: a topology level that it must
-    keep to. `least_replicas` is `replicas`, or the minimum of an elastic job."""
+    """What a job asks of the nodes. A queue has one object for all that ask for the same, so that they compare quickly.
+
+    `run_limit_s` None: it may run for ever. `bound_to`: a topology level that it must keep to. `least_replicas` is
+    `replicas`, or the minimum of an elastic job.
+    """
 
     shape: Shape
     replicas: int
@@ -47,6 +51,9 @@ class Gates:
     delay_until: float | None
 
 
+NO_GATES = Gates(held=False, after=(), array=None, not_before=None, backoff_until=None, delay_until=None)
+
+
 @dataclass(frozen=True, slots=True)
 class ClassKey:
     """What makes two queued jobs identical to a pass."""
@@ -58,12 +65,13 @@ class ClassKey:
 
 
 class JobClass:
-    """The queued jobs of one class, oldest first. Never empty while it is in a queue."""
+    """The queued jobs of one class, oldest first. Never empty in a queue. `options` belongs to `possible`."""
 
-    __slots__ = ("_ids", "key", "members")
+    __slots__ = ("_ids", "key", "members", "options")
 
     def __init__(self, key: ClassKey) -> None:
         self.key = key
+        self.options: object = None
         self.members: list[tuple[float, str]] = []
         self._ids: tuple[str, ...] | None = None
 
@@ -92,7 +100,7 @@ class Queue:
         self._default_run_limit_s = default_run_limit_s
         self._run_limits_matter = run_limits_matter
         self._classes: dict[ClassKey, JobClass] = {}
-        self._asks: dict[Ask, Ask] = {}
+        self._asks: WeakValueDictionary[tuple[object, ...], Ask] = WeakValueDictionary()
 
     def add(self, job: Job) -> None:
         """Take in a queued job."""
@@ -115,20 +123,23 @@ class Queue:
     def key_of(self, job: Job) -> ClassKey:
         """The class that a queued job belongs to."""
         gates = Gates(job.held, job.after, job.array, job.not_before, job.backoff_until, job.delay_until)
-        return ClassKey(job.tenant, job.priority, self._ask_of(job), gates)
+        return ClassKey(job.tenant, job.priority, self._ask_of(job), NO_GATES if gates == NO_GATES else gates)
 
     def _ask_of(self, job: Job) -> Ask:
         limit = self._default_run_limit_s if job.time_limit_s is None else job.time_limit_s
-        ask = Ask(
-            shape=Shape(job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica),
-            replicas=job.replicas,
-            least_replicas=job.min_replicas or job.replicas,
-            gpu_types=job.gpu_types,
-            avoid_nodes=tuple(sorted(job.avoid_nodes)),
-            run_limit_s=limit if self._run_limits_matter else None,
-            bound_to=_bound_to(job),
+        values = (
+            Shape(job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica),
+            job.replicas,
+            job.min_replicas or job.replicas,
+            job.gpu_types,
+            tuple(sorted(job.avoid_nodes)),
+            limit if self._run_limits_matter else None,
+            _bound_to(job),
         )
-        return self._asks.setdefault(ask, ask)
+        ask = self._asks.get(values)
+        if ask is None:
+            ask = self._asks[values] = Ask(*values)
+        return ask
 
 
 def _bound_to(job: Job) -> str | None:
@@ -178,7 +189,7 @@ def turn_of(group: JobClass, settled: Set[str]) -> Turn | None:
 class Turns:
     """Whose turn it is: one entry per class. `borrows` may only turn from false to true while a pass goes on."""
 
-    def __init__(self, turns: Iterable[Turn], borrows: Callable[[ClassKey], bool]) -> None:
+    def __init__(self, turns: Iterable[Turn], borrows: Callable[[Turn], bool]) -> None:
         self._borrows = borrows
         self._turns = list(turns)
         for i, turn in enumerate(self._turns):
@@ -191,7 +202,7 @@ class Turns:
         while self._heap:
             entry = heapq.heappop(self._heap)
             turn = self._turns[entry[-1]]
-            if not entry[0] and self._borrows(turn.key):  # it goes after everybody who stays within nominal
+            if not entry[0] and self._borrows(turn):  # it goes after everybody who stays within nominal
                 heapq.heappush(self._heap, (True, *entry[1:]))
                 continue
             yield turn

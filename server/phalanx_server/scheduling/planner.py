@@ -12,15 +12,13 @@ required topology or slices starts on a single node, which meets any of them, or
 is ignored.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence
 
 from phalanx_server.domain.reason import Explanation
 from phalanx_server.scheduling.decide import Desk
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.explain import explain_impossible, possible_types
-from phalanx_server.scheduling.gates import closed_gate
 from phalanx_server.scheduling.honour import honour_claims
-from phalanx_server.scheduling.order import ClassKey, Turn, Turns, turn_of
+from phalanx_server.scheduling.order import Turn, Turns, turn_of
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.snapshot import Changes, Snapshot
 from phalanx_server.scheduling.world import World
@@ -30,9 +28,9 @@ def schedule(snapshot: Snapshot) -> Plan:
     """The plan for a snapshot:
 
     1. Honour first what is kept for waiting jobs, and what others stop for.
-    2. Hold those that can never start, and those before a closed gate.
-    3. Let the others take their turns: who fits in quota and on nodes starts, who does not is told why.
-    4. Let CPU jobs try again where GPU jobs started and took less than their share of CPUs.
+    2. Refuse whoever could not start even first: impossible, before a closed gate, over quota, without room.
+    3. Let the others take their turns: who still fits in quota and on nodes starts, who does not is told why.
+    4. Let CPU jobs try again if GPU jobs started, which may have taken less than their share of CPUs.
     """
     return _run(World(snapshot))
 
@@ -43,8 +41,8 @@ def _run(world: World) -> Plan:
     for job, hold in settled:
         if hold is not None:
             holds.add((-job.priority, job.submitted_at, job.id), hold)
-    ready = _those_before_no_gate(draft, holds, {job.id for job, _ in settled})
-    waiting = _take_turns(draft, ready)
+    turns = [turn_of(group, {job.id for job, _ in settled}) for group in world.queue.classes()]
+    waiting = _take_turns(draft, [turn for turn in turns if turn is not None])
     if draft.has_loosened:
         again = [turn for turn, _ in waiting if turn.key.ask.shape.is_cpu_only]
         waiting = [w for w in waiting if not w[0].key.ask.shape.is_cpu_only] + _take_turns(draft, again)
@@ -66,34 +64,21 @@ class _Holds:
         return tuple(group for _, group in sorted(self._groups, key=lambda entry: entry[0]))
 
 
-def _those_before_no_gate(draft: Draft, holds: _Holds, settled: Set[str]) -> list[Turn]:
-    ready = []
-    for group in draft.world.queue.classes():
-        turn = turn_of(group, settled)
-        if turn is None:
-            continue
-        why = _never_or_not_yet(draft, turn.key)
-        if why is None:
-            ready.append(turn)
-        else:
-            holds.add(turn.rank, HoldGroup(turn.waiting, why))
-    return ready
-
-
-def _never_or_not_yet(draft: Draft, key: ClassKey) -> Explanation | None:
-    if not possible_types(draft.world, key.tenant, key.ask):
-        return explain_impossible(draft.world, key.tenant, key.ask)
-    return closed_gate(key.gates, draft.world.now, draft.array_jobs)
-
-
-def _take_turns(draft: Draft, turns: list[Turn]) -> list[tuple[Turn, Explanation]]:
-    """Start who fits. Gives each class that has jobs left with what holds them: what is free only shrinks, so once one
+def _take_turns(draft: Draft, turns: Sequence[Turn]) -> list[tuple[Turn, Explanation]]:
+    """Start who fits. Gives each class that has jobs left, with what holds them: what is free only shrinks, so once one
     does not fit, the identical ones after it do not either."""
     desk = Desk(draft)
-    order = Turns(turns, desk.borrows)
     waiting: list[tuple[Turn, Explanation]] = []
+    hopeful: list[Turn] = []
+    for turn in turns:
+        why = desk.refuse(turn.group)
+        if why is None:
+            hopeful.append(turn)
+        else:
+            waiting.append((turn, why))
+    order = Turns(hopeful, desk.borrows)
     for turn in order:
-        answer = desk.decide(turn.key)
+        answer = desk.decide(turn)
         if isinstance(answer, Explanation):
             waiting.append((turn, answer))
         else:

@@ -97,6 +97,7 @@ class QuotaUse:
         self.forest = forest
         self._used = {r: [0] * len(forest.tenants) for r in forest.limits}
         self._over = {r: [0] * len(forest.tenants) for r in forest.limits}
+        self._known: dict[tuple[int, str], tuple[int | None, int]] = {}
 
     def copy(self) -> "QuotaUse":
         """The same use, to be changed apart from this one."""
@@ -104,10 +105,12 @@ class QuotaUse:
         twin.forest = self.forest
         twin._used = {r: list(v) for r, v in self._used.items()}
         twin._over = {r: list(v) for r, v in self._over.items()}
+        twin._known = dict(self._known)
         return twin
 
     def charge(self, tenant: str, demand: Demand, times: int = 1) -> None:
         """Count a demand as used; `times` -1 gives it back."""
+        self._known.clear()
         i = self.forest.number[tenant]
         for resource, amount in demand:
             limits = self.forest.limits.get(resource)
@@ -127,7 +130,13 @@ class QuotaUse:
         return self._tightest(i, resource)[0]
 
     def _tightest(self, i: int, resource: str) -> tuple[int | None, int]:
-        """(what is left, the number of the tenant that limits it)"""
+        """(what is left, the number of the tenant that limits it), remembered until the next charge."""
+        known = self._known.get((i, resource))
+        if known is None:
+            known = self._known[i, resource] = self._find_tightest(i, resource)
+        return known
+
+    def _find_tightest(self, i: int, resource: str) -> tuple[int | None, int]:
         limits = self.forest.limits.get(resource)
         if limits is None or not limits.limited[i]:
             return None, i
