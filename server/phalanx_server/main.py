@@ -81,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.measures = measures
     for module in ROUTERS:
         app.include_router(module.router)
+    app.state.routes = [route for module in ROUTERS for route in module.router.routes]
     app.openapi = lambda: openapi.document_of(app)  # type: ignore[method-assign]
     app.add_middleware(BodyLimitMiddleware, default_bytes=settings.max_body_bytes, limits_bytes=_limits(settings))
     app.add_middleware(AccessMiddleware, measures=measures)
@@ -144,7 +145,10 @@ class Server(uvicorn.Server):
 
 def configure_logging(settings: Settings) -> None:
     """structlog to stderr, one line per event: JSON for machines or colours for people."""
-    renderer = structlog.processors.JSONRenderer() if settings.log_format == "json" else structlog.dev.ConsoleRenderer()
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if settings.log_format == "console":
+        # Plain: the rich one prints local variables, and among them secrets.
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -15,7 +15,7 @@ from uuid import UUID
 import httpx
 import pytest
 from fastapi import FastAPI
-from phalanx_server.main import create_app
+from phalanx_server.main import configure_logging, create_app
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
 from phalanx_server.store.engine import create_engine
@@ -94,11 +94,12 @@ async def world(database: str) -> AsyncIterator[World]:
 
 @pytest.fixture
 def settings(database: str, tmp_path: Path) -> Settings:
-    return Settings(database_url=database, data_dir=tmp_path, token_cache_s=0, database_pool=6)  # type: ignore[arg-type]
+    return Settings(database_url=database, data_dir=tmp_path, token_cache_s=0, database_pool=6, log_level="warning")  # type: ignore[arg-type]
 
 
 @pytest.fixture
 async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+    configure_logging(settings)
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         yield app
@@ -140,11 +141,19 @@ async def bob(calls: Calls) -> httpx.AsyncClient:
     return calls("bob")
 
 
-def job_file(**changes: Any) -> dict[str, Any]:
-    """A small job that is valid as it is."""
-    return {
-        "name": "train",
-        "tenant": "research/nlp",
-        "resources": {"replicas": 2, "gpus_per_replica": 4},
-        "run": {"command": "python train.py"},
-    } | changes
+JobFile = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def job_file() -> JobFile:
+    """`job_file(name="x")` is a small job that is valid as it is, with these fields instead of its own."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "name": "train",
+            "tenant": "research/nlp",
+            "resources": {"replicas": 2, "gpus_per_replica": 4},
+            "run": {"command": "python train.py"},
+        } | changes
+
+    return make

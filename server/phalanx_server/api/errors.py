@@ -101,7 +101,7 @@ def not_found(what: str) -> Problem:
     return Problem("not_found", f"There is no {what}, or it is not yours to see.")
 
 
-def unavailable(detail: str = "The database cannot be reached. Try again shortly.") -> Problem:
+def unavailable(detail: str = "The database or the storage cannot be reached. Try again shortly.") -> Problem:
     return Problem("unavailable", detail, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
@@ -131,9 +131,10 @@ def from_http(error: HTTPException) -> Problem:
     return Problem(code, str(error.detail), headers=error.headers, status=error.status_code)
 
 
-def from_database(error: BaseException) -> Problem | None:
-    """Database trouble that passes (refused, too many connections, restarting) is a 503; None for anything else."""
-    if isinstance(error, PoolTimeout | InterfaceError | OperationalError | ConnectionError):
+def from_outage(error: BaseException) -> Problem | None:
+    """Trouble that passes is a 503: the database refuses, is full or restarts, or the storage does not answer. None for
+    anything else. (An OSError is how a connection that cannot be made shows, in asyncpg and in fsspec.)"""
+    if isinstance(error, PoolTimeout | InterfaceError | OperationalError | OSError):
         return unavailable()
     if isinstance(error, DBAPIError):
         return unavailable() if error.connection_invalidated or _passes(error.orig) else None
@@ -180,7 +181,16 @@ def request_id_of(request: Request) -> str:
 
 async def handle_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return respond(from_http(error), request_id_of(request))
+    response = respond(from_http(error), request_id_of(request))
+    if error.status_code == 405:
+        response.headers["allow"] = ", ".join(sorted(_methods_at(request)))
+    return response
+
+
+def _methods_at(request: Request) -> set[str]:
+    """What may be done at a path. (The framework names the methods of the first route that has the path, only.)"""
+    routes = [route for route in request.app.state.routes if route.path_regex.match(request.url.path)]
+    return {method for route in routes for method in route.methods}
 
 
 async def handle_validation(request: Request, error: Exception) -> Response:
@@ -195,9 +205,9 @@ async def handle_domain(request: Request, error: Exception) -> Response:
 
 def for_unexpected(error: Exception) -> Problem:
     """The last resort: database trouble is a 503, everything else a 500 whose cause is only in our own log."""
-    problem = from_database(error)
+    problem = from_outage(error)
     if problem is not None:
-        log.warning("database trouble", error=f"{type(error).__name__}: {error}"[:500])
+        log.warning("database or storage trouble", error=f"{type(error).__name__}: {error}"[:500])
         return problem
     log.error("unexpected error", exc_info=error)
     return Problem("internal", "The request failed on our side. The server's log says why, under this request_id.")

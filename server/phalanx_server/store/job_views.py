@@ -1,7 +1,7 @@
 """Jobs as they are looked at: with tenant, hold, latest attempt, progress and checkpoint, in one statement.
 
-Owns the read side of jobs. Refuses to change anything, and to decide who may look: callers pass the tenant that they are
-confined to. Rows come as SQLAlchemy rows whose columns are named after the API's fields.
+Owns the read side of jobs. Refuses to change anything, and to decide who may look: callers pass the tenant that they
+are confined to. Rows have columns named after the API's fields.
 """
 
 from __future__ import annotations

@@ -1,0 +1,265 @@
+"""Looking at jobs and steering them: lists, pages, filters, the queue, attempts, logs and metrics as they are stored."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from phalanx_server.store import ids
+from phalanx_server.store.logs import LogBatch, LogFiles, LogPiece, index_logs
+from phalanx_server.store.metrics import Point, Progress, insert_points, upsert_progress
+from phalanx_server.store.schema import attempts, checkpoints, events, holds, jobs, placements
+from sqlalchemy import insert, update
+
+
+async def submit(client: httpx.AsyncClient, *documents: dict[str, Any]) -> list[str]:
+    answer = await client.post("/v1/jobs/batch", json={"jobs": list(documents)})
+    assert answer.status_code == 201, answer.text
+    return [job["id"] for job in answer.json()["items"]]
+
+
+async def items(client: httpx.AsyncClient, url: str) -> list[dict[str, Any]]:
+    answer = await client.get(url)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["items"]
+
+
+async def names(client: httpx.AsyncClient, url: str) -> list[str]:
+    return [item["name"] for item in await items(client, url)]
+
+
+# ------------------------------------------------------------------ lists
+
+
+async def test_pages_go_through_all_once_newest_first(alice: httpx.AsyncClient, job_file: Any) -> None:
+    await submit(alice, *(job_file(name=f"j{n}") for n in range(7)))
+    found, url = [], "/v1/jobs?limit=3"
+    while url:
+        page = (await alice.get(url)).json()
+        found += [job["name"] for job in page["items"]]
+        url = page["next_cursor"] and f"/v1/jobs?limit=3&cursor={page['next_cursor']}"
+    assert found == [f"j{n}" for n in reversed(range(7))]
+
+
+async def test_filters(admin: httpx.AsyncClient, job_file: Any) -> None:
+    await submit(
+        admin,
+        job_file(name="a", labels={"team": "nlp", "x": "1"}),
+        job_file(name="b", tenant="research", labels={"team": "nlp"}),
+        job_file(name="c", tenant="vision"),
+    )
+    (c,) = await items(admin, "/v1/jobs?name=c")
+    await admin.post(f"/v1/jobs/{c['id']}/cancel")
+    assert await names(admin, "/v1/jobs?tenant=research") == ["b", "a"], "with everything below it"
+    assert await names(admin, "/v1/jobs?tenant=research/nlp") == ["a"]
+    assert await names(admin, "/v1/jobs?label=team=nlp&label=x=1") == ["a"]
+    assert await names(admin, "/v1/jobs?state=cancelled&state=running") == ["c"]
+    assert await names(admin, "/v1/jobs?tenant=vision&state=queued") == []
+    later = (datetime.now(UTC) + timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert await names(admin, f"/v1/jobs?submitted_after={later}") == []
+
+
+# ------------------------------------------------------------------ steering
+
+
+async def test_cancel_hold_release(alice: httpx.AsyncClient, job_file: Any) -> None:
+    (job,) = await submit(alice, job_file())
+    assert (await alice.post(f"/v1/jobs/{job}/hold")).json()["held"] is True
+    assert (await alice.post(f"/v1/jobs/{job}/release")).json()["held"] is False
+    cancelled = await alice.post(f"/v1/jobs/{job}/cancel")
+    assert cancelled.status_code == 202 and cancelled.json()["state"] == "cancelled"
+    assert cancelled.json()["finished_at"] and cancelled.json()["position"] is None
+    assert (await alice.post(f"/v1/jobs/{job}/cancel")).status_code == 202, "asking again is fine"
+    answer = await alice.post(f"/v1/jobs/{job}/hold")
+    assert answer.status_code == 409 and answer.json()["code"] == "conflict"
+    kinds = [event["kind"] for event in await items(alice, f"/v1/jobs/{job}/events")]
+    assert kinds == ["submitted", "held", "released", "cancelled"]
+
+
+async def test_events_are_paged_by_id(alice: httpx.AsyncClient, job_file: Any) -> None:
+    (job,) = await submit(alice, job_file())
+    await alice.post(f"/v1/jobs/{job}/hold")
+    first = (await alice.get(f"/v1/jobs/{job}/events?limit=1")).json()
+    assert [event["kind"] for event in first["items"]] == ["submitted"]
+    rest = (await alice.get(f"/v1/jobs/{job}/events?after={first['next_cursor']}")).json()
+    assert [event["kind"] for event in rest["items"]] == ["held"] and rest["next_cursor"] is None
+
+
+# ------------------------------------------------------------------ queue
+
+
+async def test_the_queue_is_in_order_with_global_positions(
+    admin: httpx.AsyncClient, alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    await submit(admin, job_file(name="first"), job_file(name="theirs", tenant="vision"), job_file(name="last"))
+    await submit(admin, job_file(name="urgent", priority="urgent"))
+    everything = [(each["position"], each["name"]) for each in await items(admin, "/v1/queue")]
+    assert everything == [(1, "urgent"), (2, "first"), (3, "theirs"), (4, "last")]
+    own = [(each["position"], each["name"]) for each in await items(alice, "/v1/queue")]
+    assert own == [(1, "urgent"), (2, "first"), (4, "last")]
+    page = (await admin.get("/v1/queue?limit=2")).json()
+    rest = await items(admin, f"/v1/queue?limit=2&cursor={page['next_cursor']}")
+    assert [(each["position"], each["name"]) for each in rest] == [(3, "theirs"), (4, "last")]
+    (last,) = await items(alice, "/v1/jobs?name=last")
+    assert (await alice.get(f"/v1/jobs/{last['id']}")).json()["position"] == 4
+
+
+async def test_a_waiting_job_explains_itself(alice: httpx.AsyncClient, world: Any, job_file: Any) -> None:
+    (job,) = await submit(alice, job_file())
+    before = (await alice.get(f"/v1/jobs/{job}/explain")).json()
+    assert before["hold"] is None and "waits for the scheduler" in before["text"]
+    soon = datetime.now(UTC) + timedelta(minutes=5)
+    hold = {"reason": "quota", "message": "needs 8 h100, and the quota of research leaves 0", "since": soon}
+    row = hold | {"job_id": ids.parse("job", job), "unblocks": ["research gets 8 more h100"], "estimated_start": soon}
+    async with world.engine.begin() as conn:
+        await conn.execute(insert(holds).values(row))
+    why = (await alice.get(f"/v1/jobs/{job}/explain")).json()
+    assert why["hold"]["reason"] == "quota" and why["position"] == 1 and why["ahead"] == 0
+    for part in ("train waits (quota): needs 8 h100", "could start when research gets 8 more h100", "number 1 in"):
+        assert part in why["text"]
+    (shown,) = await items(alice, "/v1/queue")
+    assert shown["hold"] == why["hold"] and shown["replicas"] == 2 and shown["gpus_per_replica"] == 4
+
+
+# ------------------------------------------------------------------ what ran
+
+
+async def run(world: Any, job: str, *, finished: bool = False) -> tuple[UUID, UUID]:
+    """Put a job on both nodes, as the scheduler and the agent would have; its id and its attempt's."""
+    job_id, attempt_id = ids.parse("job", job), ids.new_id()
+    async with world.engine.begin() as conn:
+        row = (await conn.execute(jobs.select().where(jobs.c.id == job_id))).one()
+        at = [row.submitted_at + timedelta(seconds=second) for second in range(6)]
+        times = {"created_at": at[1], "gang_ready_at": at[2], "started_at": at[3], "first_step_at": at[5]}
+        fixed = {"number": 1, "epoch": 1, "gpu_type": "h100", "replicas": 2, "state": "starting"}
+        values = fixed | times | {"id": attempt_id, "job_id": job_id, "cluster_id": world.cluster}
+        await conn.execute(insert(attempts).values(values))
+        for rank, name in enumerate(("n0", "n1")):
+            place = {"group_rank": rank, "replicas": 1, "gpu_indices": [0, 1, 2, 3], "first_rank": 4 * rank, "ranks": 4}
+            use = {"cpus": 0, "memory_bytes": 0, "node_id": world.nodes[name], "attempt_id": attempt_id}
+            await conn.execute(insert(placements).values(place | use))
+        for state in ("starting", "running", *(["succeeded"] if finished else [])):
+            over = at[5] if state == "succeeded" else None
+            await conn.execute(
+                update(jobs).where(jobs.c.id == job_id).values(state=state, attempts=1, epoch=1, finished_at=over)
+            )
+        await conn.execute(
+            insert(events).values(job_id=job_id, attempt_id=attempt_id, at=at[3], kind="running", message="Runs.")
+        )
+    return job_id, attempt_id
+
+
+async def test_a_running_job_shows_attempt_placement_and_phases(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    (job,) = await submit(alice, job_file())
+    job_id, attempt_id = await run(world, job)
+    at = datetime.now(UTC)
+    async with world.engine.begin() as conn:
+        point = {"job_id": job_id, "attempt_id": attempt_id, "step": 7, "url": "file:///c/7", "registered_at": at}
+        await conn.execute(insert(checkpoints).values(point))
+        progress = Progress(at=at, step=7, total_steps=100, values={"loss": 0.5})
+        await upsert_progress(conn, job_id=job_id, attempt_id=attempt_id, progress=progress)
+    shown = (await alice.get(f"/v1/jobs/{job}")).json()
+    attempt = shown["attempt"]
+    assert attempt["id"] == ids.encode("attempt", attempt_id) and attempt["cluster"] == "main"
+    assert [(p["node"], p["first_rank"], p["gpu_indices"]) for p in attempt["placements"]] == [
+        ("n0", 0, [0, 1, 2, 3]),
+        ("n1", 4, [0, 1, 2, 3]),
+    ]
+    phases = dict(shown["phases"])
+    assert phases["placed_s"] == phases["ranks_started_s"] == 1 and phases["first_step_s"] == 2
+    assert phases.pop("rendezvous_s") is None, "a mark that never came is skipped"
+    assert phases.pop("total_s") == pytest.approx(sum(phases.values()))
+    assert shown["progress"]["values"] == {"loss": 0.5} and shown["progress"]["total_steps"] == 100
+    assert shown["checkpoint"]["url"] == "file:///c/7"
+    assert await items(alice, f"/v1/jobs/{job}/attempts") == [attempt]
+    nodes = {node["name"]: node for node in await items(alice, "/v1/nodes")}
+    assert nodes["n0"]["gpus_used"] == 4 and nodes["n0"]["jobs"] == [job] and nodes["n0"]["stats"] is None
+
+
+async def test_nodes_show_no_other_tenants_jobs(
+    alice: httpx.AsyncClient, bob: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    (job,) = await submit(alice, job_file())
+    await run(world, job)
+    (n0, _) = await items(bob, "/v1/nodes")
+    assert n0["gpus_used"] == 4 and n0["jobs"] == []
+    research = (await alice.get("/v1/tenants/research/nlp")).json()
+    assert research["usage"] == {"h100": 8}
+
+
+# ------------------------------------------------------------------ logs
+
+
+async def write_logs(world: Any, settings: Any, job_id: UUID, attempt_id: UUID, *lines: tuple[int, bytes]) -> None:
+    """Lines of ranks, one piece each, in their order."""
+    starts: dict[int, int] = {}
+    pieces = []
+    for rank, data in lines:
+        start = starts.get(rank, 0)
+        pieces.append(LogPiece(rank=rank, stream="stdout", start_bytes=start, data=data, at=datetime.now(UTC)))
+        starts[rank] = start + len(data)
+    batch = LogBatch(job_id=job_id, attempt_id=attempt_id, path=f"logs/{ids.new_id().hex}", pieces=pieces)
+    await LogFiles(settings.storage_root).write(batch.path, batch.content())
+    async with world.engine.begin() as conn:
+        await index_logs(conn, batch)
+
+
+async def test_logs(alice: httpx.AsyncClient, world: Any, settings: Any, job_file: Any) -> None:
+    (job,) = await submit(alice, job_file())
+    lines = [(0, b"one\n"), (1, b"two\n"), (0, b"three\nfour\n"), (1, "fünf\n".encode()), (1, b"\xff six")]
+    await write_logs(world, settings, *await run(world, job), *lines)
+    url = f"/v1/jobs/{job}/logs"
+    whole = await alice.get(url)
+    assert whole.text == "one\ntwo\nthree\nfour\nfünf\n\ufffd six"
+    assert whole.headers["content-type"].startswith("text/plain") and whole.headers["x-log-size-bytes"] == "30"
+    assert (await alice.get(f"{url}?rank=0")).text == "one\nthree\nfour\n"
+    assert (await alice.get(f"{url}?rank=0&start_bytes=4&limit_bytes=5")).text == "three"
+    assert (await alice.get(f"{url}?tail_lines=1")).text == "\ufffd six"
+    assert (await alice.get(f"{url}?tail_lines=3")).text == "four\nfünf\n\ufffd six"
+    assert (await alice.get(f"{url}?rank=0&tail_lines=2")).text == "three\nfour\n"
+    assert (await alice.get(f"{url}?tail_lines=99")).text == whole.text
+    assert (await alice.get(f"{url}?tail_lines=0")).text == ""
+    assert (await alice.get(f"{url}?stream=stderr")).text == (await alice.get(f"{url}?attempt=2")).text == ""
+
+
+async def test_a_job_without_output_has_an_empty_log(alice: httpx.AsyncClient, job_file: Any) -> None:
+    (job,) = await submit(alice, job_file())
+    answer = await alice.get(f"/v1/jobs/{job}/logs")
+    assert answer.status_code == 200 and answer.text == ""
+
+
+# ------------------------------------------------------------------ metrics
+
+
+async def test_metrics(alice: httpx.AsyncClient, world: Any, job_file: Any) -> None:
+    (job,) = await submit(alice, job_file())
+    job_id, attempt_id = await run(world, job)
+    start = datetime.now(UTC).timestamp() - 7200
+    few = [Point(rank, "loss", step, float(10 - step + rank), start + step) for step in range(5) for rank in range(2)]
+    many = [Point(0, "grad_norm", step, float(step), start + step) for step in range(3000)]
+    async with world.engine.begin() as conn:
+        await insert_points(conn, job_id=job_id, attempt_id=attempt_id, points=few + many)
+    url = f"/v1/jobs/{job}/metrics"
+    series = {each["name"]: each for each in (await alice.get(url)).json()["series"]}
+    loss = series["loss"]
+    assert loss["resolution_s"] == 0 and [point["step"] for point in loss["points"]] == [0, 1, 2, 3, 4]
+    assert loss["points"][0] | {"at": 0} == {"at": 0, "step": 0, "min": 10, "max": 11, "mean": 10.5, "count": 2}
+    norm = series["grad_norm"]
+    assert norm["resolution_s"] % 10 == 0 and sum(point["count"] for point in norm["points"]) == 3000
+    assert norm["points"][-1]["max"] == 2999
+    for most in (2, 10, 100):
+        (only,) = (await alice.get(f"{url}?name=grad_norm&max_points={most}")).json()["series"]
+        assert 1 <= len(only["points"]) <= most + 1
+        assert sum(point["count"] for point in only["points"]) == 3000
+    empty = await alice.get(f"{url}?name=nothing")
+    assert empty.json() == {"series": []}
+    cut = datetime.fromtimestamp(start + 3, UTC).isoformat().replace("+00:00", "Z")
+    (later,) = (await alice.get(f"{url}?name=loss&from={cut}")).json()["series"]
+    assert [point["step"] for point in later["points"]] == [3, 4]
+    wrong = await alice.get(f"{url}?from={cut}&to={cut}")
+    assert wrong.status_code == 422
