@@ -21,9 +21,7 @@ def spec(command: str, *, replicas: int = 1, gpus_per_replica: int = 1, **more) 
 
 
 def example(name: str) -> dict:
-    document = jobfile.read(EXAMPLES / name / "job.yaml")
-    document["run"].pop("workdir")
-    return document
+    return jobfile.read(EXAMPLES / name / "job.yaml").document
 
 
 def wait_for(client: phalanx.Client, job_id: str, state: str) -> phalanx.models.Job:
@@ -33,6 +31,14 @@ def wait_for(client: phalanx.Client, job_id: str, state: str) -> phalanx.models.
         assert time.monotonic() < deadline, f"still {job.state}"
         time.sleep(0.05)
     return job
+
+
+def wait_for_hold(client: phalanx.Client, job_id: str) -> phalanx.models.Explanation:
+    deadline = time.monotonic() + END_S
+    while (explanation := client.explain(job_id)).hold is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return explanation
 
 
 def gpus_used(client: phalanx.Client) -> int:
@@ -116,10 +122,7 @@ def test_a_job_waits_for_its_gpus_says_why_and_starts_when_they_are_free(client)
     first = client.submit(spec("sleep 600", replicas=2, gpus_per_replica=2))
     wait_for(client, first.id, "running")
     second = client.submit(spec("true", gpus_per_replica=2))
-    deadline = time.monotonic() + END_S
-    while (explanation := client.explain(second.id)).hold is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    explanation = wait_for_hold(client, second.id)
     assert explanation.hold.reason == "capacity"
     assert explanation.text
     assert [item.job_id for item in client.queue()] == [second.id]
@@ -127,12 +130,17 @@ def test_a_job_waits_for_its_gpus_says_why_and_starts_when_they_are_free(client)
     assert client.wait(second.id, timeout_s=END_S).state == "succeeded"
 
 
-def test_a_cpu_job_needs_no_gpu(client):
+def test_a_cpu_job_leaves_free_gpus_their_share_and_runs_beside_busy_ones(client):
     document = spec("sh -c 'echo cuda=$CUDA_VISIBLE_DEVICES.'", gpus_per_replica=0)
     document["resources"]["cpus_per_replica"] = 1
-    job = client.wait(client.submit(document).id, timeout_s=END_S)
+    waiting = client.submit(document)
+    assert wait_for_hold(client, waiting.id).hold.reason == "capacity"
+    busy = client.submit(spec("sleep 600", replicas=2, gpus_per_replica=2))
+    job = client.wait(waiting.id, timeout_s=END_S)
     assert job.state == "succeeded", job.message
     assert "cuda=." in client.logs(job.id)
+    client.cancel(busy.id)
+    client.wait(busy.id, timeout_s=END_S)
 
 
 def test_the_command_line_follows_a_job_and_exits_with_its_fate(up, tmp_path):
