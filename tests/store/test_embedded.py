@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import stat
+import tempfile
 from pathlib import Path
 
 import asyncpg
@@ -25,9 +27,17 @@ async def query(url: str, statement: str):
 
 
 @pytest.fixture
-def server(tmp_path):
-    server = EmbeddedPostgres(tmp_path / "home" / "data", settings=SMALL)
-    (tmp_path / "home").mkdir(mode=0o700)
+def home():
+    """A private directory. Not tmp_path: any other pytest that starts changes the mode of the directories above that,
+    and with it their ACL's mask."""
+    directory = Path(tempfile.mkdtemp(prefix="phx-home-"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def server(home):
+    server = EmbeddedPostgres(home / "data", settings=SMALL)
     yield server
     server.stop()
 
@@ -49,10 +59,9 @@ async def test_data_survives_stop_kill_and_restart(server):
     assert await query(url, "SHOW fsync") == "on"
 
 
-def test_nobody_else_gets_in(server, tmp_path):
+def test_nobody_else_gets_in(server, home):
     server.start()
-    assert stat.S_IMODE((tmp_path / "home" / "data").stat().st_mode) == 0o700
-    home = tmp_path / "home"
+    assert stat.S_IMODE((home / "data").stat().st_mode) == 0o700
     assert not home.stat().st_mode & stat.S_IRWXO, "others still may not enter the directory above"
 
 
@@ -65,8 +74,8 @@ async def test_a_pid_file_that_names_some_other_process_is_no_running_server(ser
     assert await query(server.start(), "SELECT 1") == 1
 
 
-def test_a_path_too_long_for_a_socket_still_works(tmp_path):
-    server = EmbeddedPostgres(tmp_path / ("long" * 30), settings=SMALL)
+def test_a_path_too_long_for_a_socket_still_works(home):
+    server = EmbeddedPostgres(home / ("long" * 30), settings=SMALL)
     try:
         assert asyncio.run(query(server.start(), "SELECT 1")) == 1
         socket_dir = Path(asyncio.run(query(server.url(), "SHOW unix_socket_directories")))
