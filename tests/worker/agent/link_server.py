@@ -53,7 +53,9 @@ class FakeServer:
             Route("/v1/agent/reports", self._reports, methods=["POST"]),
             Route("/v1/node/reports", self._node_reports, methods=["POST"]),
         ]
-        config = uvicorn.Config(Starlette(routes=routes), host="127.0.0.1", port=0, log_level="warning", ws="none")
+        config = uvicorn.Config(
+            Starlette(routes=routes), host="127.0.0.1", port=0, log_level="error", ws="none", lifespan="off"
+        )
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -67,7 +69,7 @@ class FakeServer:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        self._uvicorn.force_exit = True
+        self._change({})  # lets go of whoever waits
         self._uvicorn.should_exit = True
         self._thread.join(10)
 

@@ -1,0 +1,239 @@
+"""The agent and the node runners on a real, emulated Ray cluster; only the server is played by the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from link_server import FakeServer, attempt_of
+from phalanx_worker.protocol import DesiredAttempt
+
+pytestmark = pytest.mark.ray
+
+BOTH = {"node-0": [0, 1], "node-1": [0, 1]}
+START_TIMEOUT_S = 90.0  # the first start waits until torch is imported on both nodes
+NODE_LOSS_TIMEOUT_S = 40.0
+
+
+def phalanx(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as out:
+        return subprocess.Popen([sys.executable, "-m", "phalanx", *arguments], stdout=out, stderr=out)
+
+
+def wait_until(what: Callable[[], object], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def ray_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The data directory of a local Ray cluster of two nodes; afterwards nothing of it may be left."""
+    directory = tmp_path_factory.mktemp("ray")
+    process = phalanx(
+        *("local-ray", "--nodes", "2", "--gpus-per-node", "2", "--respawn", "--data", str(directory / "ray")),
+        log=directory / "local-ray.log",
+    )
+    try:
+        wait_until(lambda: (directory / "ray/ray.json").exists() or process.poll() is not None, 60)
+        assert process.poll() is None, (directory / "local-ray.log").read_text()
+        temp_dir = Path((directory / "ray/ray-temp-dir").read_text())
+        assert temp_dir.stat().st_mode & 0o777 == 0o700
+        assert (directory / "ray/ray-token").stat().st_mode & 0o777 == 0o600
+        yield directory / "ray"
+        family = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert process.returncode == 0
+    assert not psutil.wait_procs(family, timeout=5)[1]
+    assert not temp_dir.exists()
+
+
+class Site:
+    """A server and the agents that serve it."""
+
+    def __init__(self, ray_dir: Path, directory: Path) -> None:
+        self.ray_dir, self.directory = ray_dir, directory
+        self.server = FakeServer()
+        self.server.start()
+        (directory / "token").write_text("the-cluster-token\n")
+        self.agent = self.start_agent()
+
+    def start_agent(self) -> subprocess.Popen[bytes]:
+        self.agent = phalanx(
+            *("agent", "--server", self.server.url, "--token-file", str(self.directory / "token")),
+            *("--ray-file", str(self.ray_dir / "ray.json"), "--no-own-users"),
+            *("--data", str(self.ray_dir / "nodes"), "--checkpoint-root", str(self.directory / "checkpoints")),
+            log=self.directory / "agent.log",
+        )
+        return self.agent
+
+    def kill_agent(self) -> None:
+        self.agent.kill()
+        self.agent.wait()
+
+    def sleeping(self, name: str, command: str = "sleep 300", **more: object) -> DesiredAttempt:
+        """A gang on all GPUs that is up."""
+        attempt = attempt_of(name, command, BOTH, **more)
+        self.server.want(attempt)
+        self.server.fact(name, "started", START_TIMEOUT_S)
+        return attempt
+
+    def all_gpus_are_free(self, name: str) -> None:
+        """A gang that needs them all starts."""
+        self.server.want(attempt_of(name, "true", BOTH))
+        assert [end.exit_code for end in self.server.fact(name, "ended").exits] == [0, 0, 0, 0]
+
+    def close(self) -> None:
+        self.agent.terminate()
+        assert self.agent.wait(10) == 0, (self.directory / "agent.log").read_text()
+        self.server.stop()
+
+
+@pytest.fixture
+def site(ray_dir: Path, tmp_path: Path) -> Iterator[Site]:
+    site = Site(ray_dir, tmp_path)
+    try:
+        site.server.wait_for(lambda: len(site.server.nodes) == 2, 30)
+        yield site
+    except BaseException:
+        print((tmp_path / "agent.log").read_text())
+        raise
+    finally:
+        site.close()
+
+
+def test_a_gang_runs_on_two_nodes_with_torchruns_environment(site: Site, tmp_path: Path) -> None:
+    command = "sh -c 'env > $OUT/$RANK'"
+    started_s = time.time()
+    site.server.want(attempt_of("att_env", command, BOTH, cpus=1.0, env={"OUT": str(tmp_path)}))
+    started = site.server.fact("att_env", "started", START_TIMEOUT_S)
+    ended = site.server.fact("att_env", "ended")
+    ready = site.server.fact("att_env", "gang_ready")
+    assert [(start.rank, start.node) for start in started.ranks_started] == [
+        *((0, "node-0"), (1, "node-0")),
+        *((2, "node-1"), (3, "node-1")),
+    ]
+    assert [(end.rank, end.exit_code) for end in ended.exits] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert started_s <= ready.at <= started.at <= ended.at
+    env = dict(line.split("=", 1) for line in (tmp_path / "3").read_text().splitlines() if "=" in line)
+    expected = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "att_env",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }
+    assert {name: env.get(name) for name in expected} == expected
+    assert not [name for name in env if name.startswith("RAY_")], "Ray's token must not be in reach"
+    for number in range(5):
+        site.all_gpus_are_free(f"att_next{number}")
+
+
+def test_one_failing_rank_ends_the_gang(site: Site) -> None:
+    site.server.want(attempt_of("att_fail", "sh -c 'test $RANK != 2 || exit 7; sleep 300'", BOTH))
+    ended = site.server.fact("att_fail", "ended", START_TIMEOUT_S)
+    assert ended.first_failed_rank == 2
+    assert [(end.exit_code, end.signal) for end in ended.exits] == [(None, 15), (None, 15), (7, None), (None, 15)]
+    site.all_gpus_are_free("att_next")
+
+
+def test_a_stop_ends_the_gang(site: Site) -> None:
+    site.sleeping("att_stop")
+    site.server.want_stopped("att_stop", grace_s=5.0)
+    assert [end.signal for end in site.server.fact("att_stop", "ended").exits] == [15, 15, 15, 15]
+    site.all_gpus_are_free("att_next")
+
+
+def test_a_program_that_does_not_exist_ends_the_gang_or_its_start(site: Site) -> None:
+    site.server.want(attempt_of("att_none", "/no/such/program", BOTH))
+    site.server.wait_for(lambda: site.server.seen("att_none", "start_failed") or site.server.seen("att_none", "ended"))
+    site.all_gpus_are_free("att_next")
+
+
+def test_a_killed_agent_is_replaced_without_a_rank_noticing(site: Site) -> None:
+    site.sleeping("att_adopt", "sleep 300")
+    pids = [start.pid for start in site.server.fact("att_adopt", "started").ranks_started]
+    site.kill_agent()
+    site.start_agent()
+    site.server.wait_for(lambda: len(site.server.seen("att_adopt", "started")) == 2, 30)
+    assert [start.pid for start in site.server.seen("att_adopt", "started")[1][1].ranks_started] == pids
+    assert all(psutil.pid_exists(pid) for pid in pids)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert {end.signal for end in site.server.fact("att_adopt", "ended").exits} == {9}
+    site.all_gpus_are_free("att_next")
+
+
+def test_what_the_server_no_longer_wants_is_removed_by_the_next_agent(site: Site) -> None:
+    site.sleeping("att_stranger")
+    pids = [start.pid for start in site.server.fact("att_stranger", "started").ranks_started]
+    site.kill_agent()
+    site.server.drop("att_stranger")
+    site.start_agent()
+    for node in BOTH:
+        assert site.server.fact("att_stranger", "gone", 30, node=node).epoch == 1
+    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    site.all_gpus_are_free("att_next")
+
+
+def test_a_dead_runner_ends_its_ranks_and_is_replaced(site: Site) -> None:
+    pids = [start.pid for start in _started(site, "att_runner")]
+    runner = next(parent for parent in psutil.Process(pids[2]).parents() if "NodeRunner" in " ".join(parent.cmdline()))
+    runner.kill()
+    ended = site.server.fact("att_runner", "ended", 30)
+    assert [(end.exit_code, end.signal) for end in ended.exits][2:] == [(None, None), (None, None)]
+    assert ended.node == "node-1"
+    site.server.want(attempt_of("att_next", "true", BOTH))
+    assert site.server.fact("att_next", "ended", START_TIMEOUT_S).exits
+
+
+def test_an_agent_that_another_has_replaced_ends(site: Site) -> None:
+    site.server.superseded.add(site.server.instance)
+    assert site.agent.wait(15) == 1
+    assert "another agent has taken over" in (site.directory / "agent.log").read_text()
+    site.start_agent()
+    site.all_gpus_are_free("att_next")
+
+
+def test_a_lost_node_is_reported_and_comes_back(site: Site) -> None:
+    site.sleeping("att_lost")
+    _raylet(site.ray_dir, "node-1").kill()
+    site.server.wait_for(
+        lambda: {node.name: node.alive for node in site.server.nodes} == {"node-0": True, "node-1": False},
+        NODE_LOSS_TIMEOUT_S,
+    )
+    assert not site.server.seen("att_lost", "ended")
+    site.server.drop("att_lost")
+    site.server.fact("att_lost", "gone", NODE_LOSS_TIMEOUT_S, node="node-0")
+    site.server.fact("att_lost", "gone", NODE_LOSS_TIMEOUT_S, node="node-1")
+    assert all(node.alive for node in site.server.nodes)
+    site.server.want(attempt_of("att_next", "true", BOTH))
+    assert site.server.fact("att_next", "ended", START_TIMEOUT_S).exits
+
+
+def _started(site: Site, name: str) -> list:
+    site.sleeping(name)
+    return site.server.fact(name, "started").ranks_started
+
+
+def _raylet(ray_dir: Path, node: str) -> psutil.Process:
+    local_ray = psutil.Process(json.loads((ray_dir / "ray.json").read_text())["pid"])
+    return next(
+        process
+        for process in local_ray.children()
+        if process.name() == "raylet" and any(f'"{node}"' in argument for argument in process.cmdline())
+    )
