@@ -129,9 +129,9 @@ async def test_whoami(alice: httpx.AsyncClient) -> None:
 
 async def test_metrics_may_be_made_public(settings: Settings, world: Any) -> None:
     app: FastAPI = create_app(settings.model_copy(update={"metrics_public": True}))
-    async with app.router.lifespan_context(app):
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://phalanx") as client:
-            answer = await client.get("/metrics")
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://phalanx")
+    async with app.router.lifespan_context(app), client:
+        answer = await client.get("/metrics")
     assert answer.status_code == 200 and 'phalanx_jobs{state="queued"} 0.0' in answer.text
 
 

@@ -1,4 +1,4 @@
-"""Looking at jobs and steering them: lists, pages, filters, the queue, attempts, logs and metrics as they are stored."""
+"""Looking at jobs and steering them: lists, pages, filters, the queue, attempts, logs and metrics as stored."""
 
 from __future__ import annotations
 
