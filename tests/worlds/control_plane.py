@@ -78,7 +78,7 @@ class ControlPlane:
             await self.heartbeat(name)
         return names
 
-    def change_node(self, name: str, **values: Any) -> None:
+    def change_node(self, name: str, /, **values: Any) -> None:
         self.facts[name] = self.facts[name].model_copy(update=values)
 
     async def send_inventory(self, instance: str | None = None) -> m.InventoryAnswer:

@@ -1,0 +1,192 @@
+"""The smaller duties: time limits, the outbox, retention; and that a loop survives an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import datetime, timedelta
+
+import httpx
+import pytest
+from control_plane import ControlPlane
+from phalanx_server.loops import ticking
+from phalanx_server.loops.deliver_outbox import MAX_TRIES, DeliverOutbox
+from phalanx_server.loops.enforce import Enforce
+from phalanx_server.loops.retain import Keep, Retain
+from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.store.schema import events, idempotency_keys, logs, metrics, outbox
+from sqlalchemy import insert
+
+# ------------------------------------------------------------------ time limits
+
+
+async def test_a_job_over_its_limit_is_asked_to_end(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    enforce = Enforce(plane.engine, plane.leader)
+    limited, attempt = await plane.run(time_limit="10m")
+    free, _ = await plane.run()
+    plane.later(599)
+    assert await enforce.tick(plane.now) == []
+    plane.later(1)
+    assert await enforce.tick(plane.now) == [limited]
+    assert await enforce.tick(plane.now) == []
+    assert (await plane.attempt(limited)).stop_cause == "time_limit"
+    assert (await plane.state(limited), await plane.state(free)) == ("stopping", "running")
+    await plane.report(plane.ended(attempt, 143))
+    job = await plane.job(limited)
+    assert (job.state, job.reason) == ("failed", "time_limit")
+
+
+async def test_time_spent_waiting_is_not_limited(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id = await plane.submit(time_limit=10)
+    plane.later(100)
+    await plane.tick()
+    plane.later(100)
+    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
+    await plane.start(job_id)
+    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
+
+
+# ------------------------------------------------------------------ outbox
+
+
+class Receiver:
+    """A webhook that answers what a test wants."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.bodies: list[dict] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if self.status == 0:
+            raise httpx.ConnectError("refused")
+        self.bodies.append(json.loads(request.content))
+        return httpx.Response(self.status)
+
+    def loop(self, plane: ControlPlane, url: str | None = "http://hook.test") -> DeliverOutbox:
+        client = httpx.AsyncClient(transport=httpx.MockTransport(self))
+        return DeliverOutbox(plane.engine, plane.leader, webhook_url=url, client=client)
+
+
+async def test_notices_are_posted_in_order_and_once(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run()
+    await plane.report(plane.ended(attempt, 0))
+    receiver = Receiver()
+    loop = receiver.loop(plane)
+    assert await loop.tick(plane.now) == 2
+    assert await loop.tick(plane.now) == 0
+    assert [(body["topic"], body["state"]) for body in receiver.bodies] == [
+        ("job.running", "running"),
+        ("job.succeeded", "succeeded"),
+    ]
+    assert receiver.bodies[0]["job_id"] == f"job_{job_id.hex}"
+
+
+@pytest.mark.parametrize("status", [0, 500])
+async def test_a_receiver_that_is_away_is_tried_again_later(plane: ControlPlane, status: int) -> None:
+    await plane.add_nodes(1)
+    await plane.run()
+    receiver = Receiver()
+    loop = receiver.loop(plane)
+    receiver.status = status
+    assert await loop.tick(plane.now) == 0
+    receiver.status = 200
+    assert await loop.tick(plane.now) == 0
+    plane.later(2)
+    assert await loop.tick(plane.now) == 1
+    (row,) = await plane.rows(outbox)
+    assert (row.tries, row.last_error, row.delivered_at) == (2, None, plane.now)
+
+
+async def test_a_notice_is_given_up_in_the_end(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    await plane.run()
+    receiver = Receiver()
+    receiver.status = 400
+    loop = receiver.loop(plane)
+    for _ in range(MAX_TRIES + 5):
+        await loop.tick(plane.later(3600))
+    (row,) = await plane.rows(outbox)
+    assert (row.tries, row.last_error) == (MAX_TRIES, "answered 400")
+    assert row.delivered_at is not None
+
+
+async def test_without_a_webhook_nothing_piles_up(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    await plane.run()
+    assert await Receiver().loop(plane, url=None).tick(plane.now) == 1
+    assert all(row.delivered_at for row in await plane.rows(outbox))
+
+
+# ------------------------------------------------------------------ retention
+
+KEEP = Keep(metrics=timedelta(days=7), events=timedelta(days=90), logs=timedelta(days=30))
+
+
+async def partitions(plane: ControlPlane, table: str) -> set[str]:
+    query = f"SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = '{table}'::regclass"
+    async with plane.engine.connect() as conn:
+        return set((await conn.exec_driver_sql(query)).scalars())
+
+
+async def test_what_is_old_is_forgotten_and_what_comes_has_a_place(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files)
+    await retain.tick(plane.now)
+    assert {"metrics_20261121", "metrics_20261123", "metric_rollups_20261116"} <= await partitions(plane, "metrics") | (
+        await partitions(plane, "metric_rollups")
+    )
+    job_id, attempt = await plane.run()
+    await plane.node_report("node-0", metrics=[plane.metric(attempt, loss=1.0)], logs=[plane.log(attempt, "x" * 100)])
+    await plane.report(plane.ended(attempt, 0))
+    async with plane.engine.begin() as conn:
+        key = {"scope": "s", "key": "k", "body_hash": b"", "status": 201, "response": {}, "created_at": plane.now}
+        await conn.execute(insert(idempotency_keys).values(key))
+
+    await retain.tick(plane.later(6 * 86400))
+    assert len(await plane.rows(metrics)) == 1
+    assert await plane.rows(idempotency_keys) == []
+    await retain.tick(plane.later(3 * 86400))
+    assert await plane.rows(metrics) == []
+    assert "metrics_20261121" not in await partitions(plane, "metrics")
+    assert len(await plane.rows(logs)) == 1 and list(plane.storage.rglob("*-0000000002"))
+    await retain.tick(plane.later(22 * 86400))
+    assert await plane.rows(logs) == [] and not list(plane.storage.rglob("*-0000000002"))
+    assert await plane.kinds(job_id) != []
+    await retain.tick(plane.later(90 * 86400))
+    assert await plane.kinds(job_id) == []
+    assert await plane.rows(events) == []
+    assert await plane.state(job_id) == "succeeded"
+
+
+async def test_events_and_logs_of_a_live_job_are_never_forgotten(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run()
+    await plane.node_report("node-0", logs=[plane.log(attempt, "x")])
+    await Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files).tick(plane.later(400 * 86400))
+    assert "running" in await plane.kinds(job_id)
+    assert len(await plane.rows(logs)) == 1
+
+
+# ------------------------------------------------------------------ the loop around a tick
+
+
+async def test_an_error_costs_one_tick_and_not_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ticking, "PAUSE_AFTER_ERROR_S", 0)
+    seen: list[datetime] = []
+    enough = asyncio.Event()
+
+    async def tick(now: datetime) -> None:
+        seen.append(now)
+        if len(seen) == 1:
+            raise RuntimeError("once")
+        enough.set()
+
+    task = asyncio.create_task(tick_forever(tick, lambda: asyncio.sleep(0), name="test"))
+    async with asyncio.timeout(20):
+        await enough.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert len(seen) >= 2
