@@ -12,6 +12,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Response
 
+from phalanx_server.actions.agent_instance import expect_instance
 from phalanx_server.actions.desired import desired, desired_version
 from phalanx_server.actions.record_agent_report import record_agent_report
 from phalanx_server.actions.update_inventory import update_inventory
@@ -55,12 +56,15 @@ async def get_desired(
     principal: Agent,
     version: Annotated[str, Query(max_length=64, description="What the agent has; empty at first.")] = "",
     wait_s: Annotated[float, Query(ge=0, le=WAIT_MAX_S, allow_inf_nan=False)] = 0,
+    instance: Annotated[str, Query(max_length=64, description="Which agent asks.")] = "",
 ) -> Response:
     """Everything that should exist on the cluster: at once if it differs from `version`, else when it changes, at the
-    latest after `wait_s`."""
+    latest after `wait_s`. An agent that was replaced gets 409 `superseded`: it must not start what another starts."""
     cluster_id = cluster_of(principal)
     await _wait_for_another(services, cluster_id, version, wait_s)
     async with services.reads.connect() as conn:
+        if instance:
+            await expect_instance(conn, cluster_id=cluster_id, instance=instance)
         return answer(await desired(conn, cluster_id=cluster_id, now=now()))
 
 

@@ -29,6 +29,7 @@ from phalanx_worker.agent.desired import (
 from phalanx_worker.protocol import RankExit
 
 RUN = attempt_of("att_1", "true", {"a": [0, 1], "b": [0, 1]}, epoch=3)
+RAN = replace(RUN, started=True)
 STOP = replace(RUN, action="stop", grace_s=42.0)
 UP = Group(epoch=3, state=GroupState.RUNNING)
 FAILING = Group(epoch=3, state=GroupState.FAILING, exits=(RankExit(2, exit_code=1, ended_at=9.0),), first_failed_rank=2)
@@ -88,13 +89,27 @@ TABLE: dict[str, tuple[World, list[Step]]] = {
         [Adopt(RUN, {"a": UP, "b": FAILING})],
     ),
     "adoption waits until every living node has shown its groups": (world(RUN, shown={"a": {"att_1": UP}}), []),
-    "half a gang is adopted too, and ended afterwards": (
+    "half a gang that did run is adopted too, and ended afterwards": (
+        world(RAN, shown={"a": {"att_1": UP}, "b": {}}),
+        [Adopt(RAN, {"a": UP})],
+    ),
+    "half a gang that never ran whole is cleared and started again": (
         world(RUN, shown={"a": {"att_1": UP}, "b": {}}),
+        [Start(RUN, remains=True)],
+    ),
+    "unless it is to be stopped": (world(STOP, shown={"a": {"att_1": UP}, "b": {}}), [Adopt(STOP, {"a": UP})]),
+    "what did run is never started again": (world(RAN), [Adopt(RAN, {})]),
+    "adoption does not wait for a dead node": (
+        world(RAN, shown={"a": {"att_1": UP}}, living=frozenset({"a"})),
+        [Adopt(RAN, {"a": UP})],
+    ),
+    "nor for ever for a silent runner": (
+        world(RUN, shown={"a": {"att_1": UP}}, waited_s=READY_DEADLINE_S + 1),
         [Adopt(RUN, {"a": UP})],
     ),
-    "adoption does not wait for a dead node": (
-        world(RUN, shown={"a": {"att_1": UP}}, living=frozenset({"a"})),
-        [Adopt(RUN, {"a": UP})],
+    "what did run is not given up for a silent runner": (
+        world(RAN, shown={"a": {}}, waited_s=READY_DEADLINE_S + 1),
+        [],
     ),
     "what runs under another epoch is cleared before the start": (
         world(RUN, shown={"a": {"att_1": OLD}, "b": {}}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from phalanx_worker.agent import backoff, launch, service
 from phalanx_worker.agent.desired import Phase
 from phalanx_worker.agent.link import Superseded
 from phalanx_worker.agent.service import Agent, RunnerSettings
+from phalanx_worker.protocol import encode
 
 GANG = attempt_of("att_1", "train", {"a": [0, 1], "b": [0, 1]})
 SETTINGS = RunnerSettings(server_url="http://server", data_dir="/data", checkpoint_root="/ckpt", own_users=True)
@@ -220,6 +222,24 @@ async def test_a_new_agent_clears_a_half_started_gang_before_it_starts_it_again(
         await scene.started()
         assert ("kill_group", "att_1") in scene.a.calls
         await scene.until(lambda: scene.placements.placed == {"att_1"})
+
+
+async def test_what_ran_and_is_gone_without_a_trace_is_reported_with_unseen_exits() -> None:
+    scene = Scene()
+    scene.link.want(replace(GANG, started=True))
+    async with running(scene.agent):
+        await scene.reported("ended")
+        assert [(end.exit_code, end.signal) for end in scene.link.facts[-1].exits] == [(None, None)] * 4
+        assert not scene.a.groups
+
+
+async def test_half_a_start_is_cleared_and_made_again() -> None:
+    scene = Scene()
+    await scene.a.start_group({"desired": encode(GANG), "group_rank": 0})
+    scene.link.want(GANG)
+    async with running(scene.agent):
+        await scene.reported("gang_ready", "started")
+        assert ("kill_group", "att_1") in scene.a.calls
 
 
 async def test_what_no_server_wants_is_removed_and_reported_gone() -> None:

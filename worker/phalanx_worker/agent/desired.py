@@ -184,24 +184,30 @@ def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
     nodes = [group.node for group in attempt.groups]
     seen = {node: table[attempt.attempt_id] for node, table in world.tables.items() if attempt.attempt_id in table}
     stale = [group.epoch for group in seen.values() if group.epoch != attempt.epoch]
-    dead = [node for node in nodes if node not in world.living]
     silent = [node for node in nodes if node in world.living and node not in world.tables]
     overdue = world.now_s - world.desired_since_s.get(attempt.attempt_id, world.now_s) > READY_DEADLINE_S
     if stale:
         yield Clear(attempt.attempt_id, stale[0], frozenset(seen))
     elif silent and not overdue:
         return
-    elif seen:
+    elif seen and (silent or attempt.started or attempt.action == "stop" or len(seen) == len(nodes)):
         yield Adopt(attempt, seen)
-    elif dead:
-        return  # nobody can say that an earlier agent started nothing there: the server has to lose the node first
-    elif silent:
+    elif not world.living.issuperset(nodes):
+        return  # nobody can say that nothing was started on the dead node: the server has to lose it first
+    elif silent and not attempt.started:
         message = f"the runner of node {silent[0]} did not answer within {READY_DEADLINE_S:.0f} s"
         yield Refuse(attempt, message, silent[0])
-    elif attempt.action == "stop":
-        yield Refuse(attempt, "stopped before it started")
-    else:
-        yield Start(attempt, remains=attempt.attempt_id in world.placement_groups)
+    elif not silent:
+        yield _beginning(attempt, remains=bool(seen) or attempt.attempt_id in world.placement_groups)
+
+
+def _beginning(attempt: DesiredAttempt, *, remains: bool) -> Step:
+    """Of an attempt that no node shows whole. `remains`: an agent before this one died while it was starting it."""
+    if attempt.started:
+        return Adopt(attempt, {})  # its ranks are gone and nobody saw how
+    if attempt.action == "stop":
+        return Refuse(attempt, "stopped before it started")
+    return Start(attempt, remains=remains)
 
 
 def _strangers(world: World) -> Iterator[Step]:

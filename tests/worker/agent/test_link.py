@@ -1,0 +1,157 @@
+"""The agent's side of the link: what is asked, what an answer means, and the order in which facts get through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from phalanx_worker.agent import backoff, link
+from phalanx_worker.agent.link import FactOutbox, ServerAway, ServerLink, ServerRefused, Superseded
+from phalanx_worker.protocol import AttemptFact
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+def server_link(answer: Answer, token: Callable[[], str] = lambda: "secret") -> ServerLink:
+    return ServerLink(url="http://server/", token=token, instance="i1", transport=httpx.MockTransport(answer))
+
+
+def problem(status: int, code: str) -> httpx.Response:
+    return httpx.Response(status, json={"code": code, "detail": "why"})
+
+
+def fact(kind: str, attempt_id: str = "att_1") -> AttemptFact:
+    return AttemptFact(attempt_id=attempt_id, epoch=1, kind=kind, at=1.0)
+
+
+def facts_of(request: httpx.Request) -> list[str]:
+    return [f"{each['attempt_id']} {each['kind']}" for each in json.loads(request.content)["facts"]]
+
+
+class Hearing:
+    """A server that takes reports, except those that `answers` says otherwise about, first come first."""
+
+    def __init__(self, *answers: httpx.Response | Exception) -> None:
+        self.answers = list(answers)
+        self.reports: list[list[str]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.reports.append(facts_of(request))
+        answer = self.answers.pop(0) if self.answers else httpx.Response(200, json={"server_time": 1.0, "refused": []})
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "BACKOFF_S", (0.001,))
+
+
+async def delivered(hearing: Hearing, *facts: tuple[AttemptFact, bool]) -> list[bool]:
+    """What became of facts that were queued in this order; each with whether it is urgent."""
+    outbox = FactOutbox(server_link(hearing))
+    taken = [outbox.deliver(each, urgent=urgent) for each, urgent in facts]
+    running = asyncio.create_task(outbox.run())
+    try:
+        async with asyncio.timeout(5):
+            return list(await asyncio.gather(*taken))
+    finally:
+        running.cancel()
+
+
+async def test_calls_carry_the_token_and_the_instance() -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200, json={"version": "7", "attempts": [], "server_time": 1.0, "newer": True})
+
+    desired = await server_link(answer).desired("6")
+    assert desired.version == "7"
+    assert seen[0].headers["authorization"] == "Bearer secret"
+    assert seen[0].url.path == "/v1/agent/desired"
+    assert seen[0].url.params["version"] == "6"
+    assert seen[0].url.params["instance"] == "i1"
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        (problem(409, "superseded"), Superseded),
+        (problem(503, "unavailable"), ServerAway),
+        (problem(429, "rate_limited"), ServerAway),
+        (problem(401, "unauthorized"), ServerAway),
+        (problem(422, "invalid_request"), ServerRefused),
+        (problem(409, "conflict"), ServerRefused),
+        (httpx.Response(502, text="<html>bad gateway</html>"), ServerAway),
+        (httpx.Response(200, text="<html>a captive portal</html>"), ServerAway),
+        (httpx.Response(200, json={"version": 7}), ServerAway),
+    ],
+)
+async def test_what_answers_mean(response: httpx.Response, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await server_link(lambda _: response).desired("")
+
+
+async def test_no_connection_means_that_the_server_is_away() -> None:
+    def refuse(request: httpx.Request) -> Any:
+        raise httpx.ConnectError("connection refused", request=request)
+
+    with pytest.raises(ServerAway, match="connection refused"):
+        await server_link(refuse).desired("")
+
+
+async def test_after_a_401_the_token_is_read_again() -> None:
+    tokens = iter(["old", "new"])
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["authorization"])
+        return problem(401, "token_expired")
+
+    server = server_link(answer, token=lambda: next(tokens, "new"))
+    for _ in range(2):
+        with pytest.raises(ServerAway):
+            await server.desired("")
+    assert seen == ["Bearer old", "Bearer new"]
+
+
+async def test_facts_that_happen_together_go_together() -> None:
+    hearing = Hearing()
+    assert await delivered(hearing, (fact("gang_ready"), False), (fact("started"), True)) == [True, True]
+    assert hearing.reports == [["att_1 gang_ready", "att_1 started"]]
+
+
+async def test_a_fact_that_is_not_urgent_goes_soon_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "COALESCE_S", 0.01)
+    assert await delivered(Hearing(), (fact("gang_ready"), False)) == [True]
+
+
+async def test_facts_are_sent_again_until_they_are_acknowledged() -> None:
+    hearing = Hearing(httpx.ConnectError("no"), problem(503, "unavailable"))
+    assert await delivered(hearing, (fact("started"), True), (fact("ended"), True)) == [True, True]
+    assert hearing.reports == [["att_1 started", "att_1 ended"]] * 3
+
+
+async def test_a_refused_fact_is_told_from_one_that_was_taken() -> None:
+    refusal = {"attempt_id": "att_2", "epoch": 1, "reason": "stale_epoch"}
+    hearing = Hearing(httpx.Response(200, json={"server_time": 1.0, "refused": [refusal]}))
+    assert await delivered(hearing, (fact("ended"), True), (fact("ended", "att_2"), True)) == [True, False]
+
+
+async def test_one_fact_that_the_server_cannot_take_does_not_block_the_others() -> None:
+    hearing = Hearing(problem(422, "invalid_request"), problem(422, "invalid_request"))
+    assert await delivered(hearing, (fact("ended"), True), (fact("ended", "att_2"), True)) == [False, True]
+    assert hearing.reports == [["att_1 ended", "att_2 ended"], ["att_1 ended"], ["att_2 ended"]]
+
+
+async def test_being_replaced_ends_the_sending() -> None:
+    outbox = FactOutbox(server_link(Hearing(problem(409, "superseded"))))
+    outbox.deliver(fact("ended"))
+    with pytest.raises(Superseded):
+        await outbox.run()

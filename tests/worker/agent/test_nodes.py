@@ -1,0 +1,183 @@
+"""How Ray's rows become node facts, and when a gang's resources count as free. Needs Ray's package, not a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from link_server import attempt_of
+from phalanx_worker.agent import gang
+from phalanx_worker.agent.gang import Bundle, PlacementGroups, bundles_of, shortage
+from phalanx_worker.agent.launch import StartFailed
+from phalanx_worker.agent.nodes import NodeSettings, inventory
+
+
+def row(node_id: str = "ab" * 28, *, alive: bool = True, labels: dict[str, str] | None = None, **more: Any) -> dict:
+    return {
+        "NodeID": node_id,
+        "Alive": alive,
+        "NodeManagerAddress": more.pop("address", "10.0.0.1"),
+        "NodeManagerHostname": "gpu-host",
+        "Resources": more.pop("resources", {"GPU": 8.0, "CPU": 64.0, "memory": 1e12, "accelerator_type:H100": 1.0}),
+        "Labels": labels or {},
+    }
+
+
+def test_a_node_of_a_real_cluster() -> None:
+    (facts,) = inventory([row(labels={"ray.io/node-id": "x", "rack": "r1"})], NodeSettings())
+    assert (facts.name, facts.gpu_type, facts.gpus, facts.cpus) == ("gpu-host-abababab", "h100", 8, 64)
+    assert (facts.memory_bytes, facts.address, facts.labels["rack"]) == (10**12, "10.0.0.1", "r1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "setting", "expected"),
+    [
+        ({"phalanx.io/gpu-type": "MI300X"}, "a100", "mi300x"),
+        ({"ray.io/accelerator-type": "B200"}, "a100", "a100"),
+        ({"ray.io/accelerator-type": "B200"}, None, "b200"),
+        ({}, None, "h100"),
+    ],
+)
+def test_who_names_the_gpu_type(labels: dict[str, str], setting: str | None, expected: str) -> None:
+    assert inventory([row(labels=labels)], NodeSettings(gpu_type=setting))[0].gpu_type == expected
+
+
+def test_a_cpu_node_has_no_gpu_type() -> None:
+    assert inventory([row(resources={"CPU": 4.0})], NodeSettings(gpu_type="a100"))[0].gpu_type == ""
+
+
+def test_heads_and_dead_nodes_are_no_training_nodes() -> None:
+    rows = [row(alive=False), row(labels={"phalanx.io/role": "head"}), row(resources={"memory": 1.0})]
+    assert inventory(rows, NodeSettings()) == []
+
+
+def test_of_two_nodes_with_one_name_the_first_stays() -> None:
+    named = {"phalanx.io/node-name": "n1"}
+    rows = [row("bb" * 28, labels=named), row("aa" * 28, labels=named)]
+    assert [(facts.name, facts.ray_node_id[:2]) for facts in inventory(rows, NodeSettings())] == [("n1", "aa")]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "setting", "shared"),
+    [
+        (["127.0.0.1", "127.0.0.1"], None, True),
+        (["10.0.0.1", "10.0.0.2"], None, False),
+        (["10.0.0.1", "10.0.0.2"], True, True),
+        (["127.0.0.1"], False, False),
+    ],
+)
+def test_checkpoints_are_shared_on_one_machine_or_when_said_so(
+    addresses: list[str], setting: bool | None, shared: bool
+) -> None:
+    rows = [row(f"{index}" * 56, address=address) for index, address in enumerate(addresses)]
+    settings = NodeSettings(shared_checkpoints=setting)
+    assert [facts.shared_checkpoints for facts in inventory(rows, settings)] == [shared] * len(rows)
+
+
+# ---------------------------------------------------------------- placement
+
+A, B = Bundle("a", "ray-a", 2, 0.0), Bundle("b", "ray-b", 2, 4.0)
+
+
+def test_a_gang_takes_one_bundle_on_each_node() -> None:
+    attempt = attempt_of("att_1", "true", {"a": [0, 1], "b": [3]}, cpus=2.0)
+    assert bundles_of(attempt, {"a": "ray-a", "b": "ray-b"}) == [
+        Bundle("a", "ray-a", 2, 2.0),
+        Bundle("b", "ray-b", 1, 2.0),
+    ]
+
+
+def test_a_bundle_is_never_empty() -> None:
+    assert Bundle("a", "ray-a", 0, 0.0).resources() == {"CPU": 0.001}
+
+
+def test_what_is_missing_is_named() -> None:
+    free = {"ray-a": {"GPU": 2.0}, "ray-b": {"GPU": 1.0, "CPU": 8.0}}
+    assert shortage([A], free) == ("", None)
+    assert shortage([A, B], free) == ("Ray shows 1 of 2 GPUs free on node b", "b")
+    assert shortage([Bundle("c", "ray-c", 1, 0.0)], free)[1] == "c"
+
+
+class FakeRay:
+    """Ray's view of free GPUs on node a, and the groups that were created, both as the test sets them."""
+
+    def __init__(self, free_gpus: float) -> None:
+        self.free_gpus = free_gpus
+        self.created: list[str] = []
+
+    def available(self) -> dict[str, dict[str, float]]:
+        return {"ray-a": {"GPU": self.free_gpus, "CPU": 8.0}}
+
+    def placement_group(self, bundles: list, *, name: str, **_: Any) -> FakeRay:
+        self.created.append(name)
+        return self
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+@pytest.fixture
+def view(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay(free_gpus=2.0)
+    monkeypatch.setattr(gang.ray._private.state, "available_resources_per_node", fake.available)
+    monkeypatch.setattr(gang, "placement_group", fake.placement_group)
+    return fake
+
+
+@pytest.fixture
+def groups() -> PlacementGroups:
+    return PlacementGroups(ThreadPoolExecutor(2))
+
+
+def one_gpu(name: str) -> Any:
+    return attempt_of(name, "true", {"a": [0]})
+
+
+async def place(groups: PlacementGroups, name: str, timeout_s: float = 5.0) -> None:
+    await groups.create(one_gpu(name), {"a": "ray-a"}, free_timeout_s=timeout_s)
+
+
+async def test_a_group_is_created_only_when_ray_shows_the_gpus_free(view: FakeRay, groups: PlacementGroups) -> None:
+    view.free_gpus = 0.0
+    creating = asyncio.create_task(place(groups, "att_1"))
+    await asyncio.sleep(0.05)
+    assert view.created == []
+    view.free_gpus = 1.0
+    await creating
+    assert view.created == ["phalanx/att_1"]
+
+
+async def test_gpus_that_stay_taken_are_named(view: FakeRay, groups: PlacementGroups) -> None:
+    view.free_gpus = 0.0
+    with pytest.raises(StartFailed, match=r"Ray shows 0 of 1 GPUs free on node a after 0 s") as caught:
+        await place(groups, "att_1", timeout_s=0.02)
+    assert caught.value.node == "a"
+    assert view.created == []
+
+
+async def test_two_gangs_are_not_let_through_for_the_same_gpu(view: FakeRay, groups: PlacementGroups) -> None:
+    view.free_gpus = 1.0
+    view.wait = lambda _: bool(asyncio.run(asyncio.sleep(0.05))) or True  # Ray takes its time
+    first, second = (asyncio.create_task(place(groups, name)) for name in ("att_1", "att_2"))
+    await asyncio.sleep(0.03)
+    assert view.created == ["phalanx/att_1"]
+    view.free_gpus = 0.0
+    await first
+    await asyncio.sleep(0.02)
+    assert view.created == ["phalanx/att_1"]
+    view.free_gpus = 1.0
+    await second
+
+
+async def test_giving_up_while_waiting_leaves_nothing(view: FakeRay, groups: PlacementGroups) -> None:
+    view.free_gpus = 0.0
+    creating = asyncio.create_task(place(groups, "att_1"))
+    await asyncio.sleep(0.02)
+    creating.cancel()
+    await asyncio.gather(creating, return_exceptions=True)
+    view.free_gpus = 1.0
+    await place(groups, "att_2")
+    assert view.created == ["phalanx/att_2"]
+    assert groups.attempts() == {"att_2"}
