@@ -12,7 +12,7 @@ from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weakest
 from phalanx_server.scheduling.fit import holds_gang
 from phalanx_server.scheduling.gates import closed_gate
-from phalanx_server.scheduling.order import NO_GATES, Ask, ClassKey, JobClass, Turn
+from phalanx_server.scheduling.order import NO_GATES, Ask, ClassKey, JobClass
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.possible import Option, explain_impossible, options_of
 
@@ -26,30 +26,27 @@ class Desk:
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
 
     def refuse(self, group: JobClass) -> Explanation | None:
-        """Why no job of the class could start even if it were the first; None = let them take their turns."""
+        """Why no job of the class can start any more, as far as is known without a search; None = it may be tried."""
         key = group.key
         options = options_of(self._draft.world, group)
         if not options:
             return explain_impossible(self._draft.world, key)
         return self._closed_gate(key) or self._refusal(key, options)
 
-    def decide(self, turn: Turn) -> Spot | Explanation:
-        """For the first option, best first, that the quotas and the nodes allow: the place. Else why none does."""
-        key = turn.key
-        closed = self._closed_gate(key)  # its array may be full by now
-        if closed is not None:
-            return closed
+    def decide(self, group: JobClass) -> Spot | Explanation:
+        """For the first option, best first, that the quotas and the nodes allow: the place. Else why none does. To be
+        asked about a class that is not refused."""
         refusals: list[Explanation] = []
-        for option in self._options(turn.group):
-            answer = self._decide_on(key, option)
+        for option in self._options(group):
+            answer = self._decide_on(group.key, option)
             if isinstance(answer, Spot):
                 return answer
             refusals.append(answer)
         return weakest(refusals)
 
-    def borrows(self, turn: Turn) -> bool:
-        """Would it use others' nominal quota, whatever option is taken?"""
-        return all(self._borrows_by(turn.key, option) for option in options_of(self._draft.world, turn.group))
+    def borrows(self, group: JobClass) -> bool:
+        """Would a job of the class use others' nominal quota, whatever option is taken?"""
+        return all(self._borrows_by(group.key, option) for option in options_of(self._draft.world, group))
 
     def _closed_gate(self, key: ClassKey) -> Explanation | None:
         if key.gates is NO_GATES:

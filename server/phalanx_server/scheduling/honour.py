@@ -45,7 +45,9 @@ def _claim(draft: Draft, job: Job, key: ClassKey) -> Spot | None:
 
 def _spot_in_quota(draft: Draft, key: ClassKey, gpu_type: str | None, books: Books) -> Spot | None:
     spot = draft.spot(key, gpu_type, books)
-    return spot if spot is not None and draft.is_open(key, spot, books) else None
+    if spot is None or (key.ask.bound_to is not None and len(spot.columns) > 1):
+        return None
+    return spot if draft.is_open(key, spot, books) else None
 
 
 def _settle(draft: Draft, job: Job, key: ClassKey, spot: Spot) -> HoldGroup | None:

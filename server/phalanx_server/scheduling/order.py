@@ -9,7 +9,7 @@ The order: a request within nominal before one that borrows, then priority, then
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -156,6 +156,7 @@ class Turn:
     members: Sequence[tuple[float, str]]
     number: int = 0
     at: int = 0
+    is_deferred: bool = False
 
     @property
     def key(self) -> ClassKey:
@@ -187,28 +188,31 @@ def turn_of(group: JobClass, settled: Set[str]) -> Turn | None:
 
 
 class Turns:
-    """Whose turn it is: one entry per class. `borrows` may only turn from false to true while a pass goes on."""
+    """Whose turn it is: one entry per class. Whoever is given a turn says what became of it: `again`, `defer`, or
+    nothing, and then the class is out."""
 
-    def __init__(self, turns: Iterable[Turn], borrows: Callable[[Turn], bool]) -> None:
-        self._borrows = borrows
+    def __init__(self, turns: Iterable[Turn]) -> None:
         self._turns = list(turns)
         for i, turn in enumerate(self._turns):
             turn.number = i
-        self._heap = [(False, *turn.rank, turn.number) for turn in self._turns]
+        self._heap = [(turn.is_deferred, *turn.rank, turn.number) for turn in self._turns]
         heapq.heapify(self._heap)
 
     def __iter__(self) -> Iterator[Turn]:
-        """Each next turn; a class whose member started comes again only after `again`."""
+        """Each next turn, for as long as there are any."""
         while self._heap:
-            entry = heapq.heappop(self._heap)
-            turn = self._turns[entry[-1]]
-            if not entry[0] and self._borrows(turn):  # it goes after everybody who stays within nominal
-                heapq.heappush(self._heap, (True, *entry[1:]))
-                continue
-            yield turn
+            yield self._turns[heapq.heappop(self._heap)[-1]]
 
     def again(self, turn: Turn) -> None:
         """Its member started: the class comes again with the next one, if there is one."""
         turn.at += 1
         if turn.at < len(turn.members):
-            heapq.heappush(self._heap, (False, *turn.rank, turn.number))
+            self._push(turn)
+
+    def defer(self, turn: Turn) -> None:
+        """It borrows: the class comes again after all that stay within nominal."""
+        turn.is_deferred = True
+        self._push(turn)
+
+    def _push(self, turn: Turn) -> None:
+        heapq.heappush(self._heap, (turn.is_deferred, *turn.rank, turn.number))

@@ -41,7 +41,8 @@ def _run(world: World) -> Plan:
     for job, hold in settled:
         if hold is not None:
             holds.add((-job.priority, job.submitted_at, job.id), hold)
-    turns = [turn_of(group, {job.id for job, _ in settled}) for group in world.queue.classes()]
+    done = {job.id for job, _ in settled}
+    turns = [turn_of(group, done) for group in world.queue.classes()]
     waiting = _take_turns(draft, [turn for turn in turns if turn is not None])
     if draft.has_loosened:
         again = [turn for turn, _ in waiting if turn.key.ask.shape.is_cpu_only]
@@ -76,9 +77,13 @@ def _take_turns(draft: Draft, turns: Sequence[Turn]) -> list[tuple[Turn, Explana
             hopeful.append(turn)
         else:
             waiting.append((turn, why))
-    order = Turns(hopeful, desk.borrows)
+    order = Turns(hopeful)
     for turn in order:
-        answer = desk.decide(turn)
+        why = desk.refuse(turn.group)
+        if why is None and not turn.is_deferred and desk.borrows(turn.group):
+            order.defer(turn)
+            continue
+        answer = why or desk.decide(turn.group)
         if isinstance(answer, Explanation):
             waiting.append((turn, answer))
         else:
