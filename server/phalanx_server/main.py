@@ -138,6 +138,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
+        self.begin_shutdown()
+
+    def begin_shutdown(self) -> None:
+        """Take no more requests, answer those that wait, and end."""
+        self.should_exit = True
         services: Services | None = getattr(self._app.state, "services", None)
         if services is not None:
             services.stopping.set()
@@ -167,9 +172,8 @@ def _as_is(_logger: object, _method: str, event: structlog.typing.EventDict) -> 
     return event
 
 
-def serve(settings: Settings) -> None:
-    """Serve until a signal ends it. The port is bound when this returns or raises, never half."""
-    configure_logging(settings)
+def server_for(settings: Settings) -> Server:
+    """A server that is ready to run."""
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -184,4 +188,10 @@ def serve(settings: Settings) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
     )
-    Server(config, app).run()
+    return Server(config, app)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal ends it."""
+    configure_logging(settings)
+    server_for(settings).run()

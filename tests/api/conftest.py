@@ -94,12 +94,14 @@ async def world(database: str) -> AsyncIterator[World]:
 
 @pytest.fixture
 def settings(database: str, tmp_path: Path) -> Settings:
-    return Settings(database_url=database, data_dir=tmp_path, token_cache_s=0, database_pool=6, log_level="warning")  # type: ignore[arg-type]
+    chosen = {"database_url": database, "data_dir": tmp_path, "port": 0, "token_cache_s": 0, "log_level": "warning"}
+    settings = Settings.model_validate(chosen | {"database_pool": 6, "max_bundle_bytes": 4 << 20})
+    configure_logging(settings)
+    return settings
 
 
 @pytest.fixture
 async def app(settings: Settings) -> AsyncIterator[FastAPI]:
-    configure_logging(settings)
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         yield app
