@@ -3,8 +3,8 @@
     python benchmarks/pass_speed.py [--size small]
 
 A cluster that is almost full, 100 tenants in 10 departments with quotas, and a long queue of gangs of many shapes. An
-event is a job that ends, one that is submitted, or one that the last plan started. Everything comes from one seed. Times
-are CPU time of the one thread that plans, so that neighbours on the machine do not count.
+event is a job that ends, one that is submitted, or one that the last plan started. Everything comes from one seed.
+Times are CPU time of the one thread that plans, so that neighbours on the machine do not count.
 """
 
 import argparse
