@@ -66,7 +66,7 @@ async def test_too_many_questions_at_once_are_put_off(app: FastAPI, admin: httpx
     questions = app.state.services.what_if
     await questions._turn.acquire()
     waiting = [asyncio.create_task(admin.post("/v1/plan", json={})) for _ in range(2)]
-    while questions._waiting < 2:
+    while questions._waiting < 2:  # noqa: ASYNC110 - nothing tells when a request waits
         await asyncio.sleep(0.01)
     refused = await admin.post("/v1/plan", json={})
     assert refused.status_code == 429 and refused.headers["retry-after"] == "1"

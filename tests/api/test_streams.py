@@ -30,7 +30,7 @@ async def server(settings: Settings, world: Any) -> AsyncIterator[Server]:
     server = server_for(settings)
     task = asyncio.create_task(server.serve())
     async with asyncio.timeout(DEADLINE_S):
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
     await server.config.app.state.services.wakeups.wait_listening(DEADLINE_S)  # type: ignore[union-attr]
     yield server
@@ -279,5 +279,5 @@ async def test_a_client_that_leaves_is_forgotten(real: Any, server: Server, job_
         await anext(events)
         assert wakeups._subscriptions
     async with asyncio.timeout(DEADLINE_S):
-        while wakeups._subscriptions:
+        while wakeups._subscriptions:  # noqa: ASYNC110 - the other side of a socket
             await asyncio.sleep(0.02)

@@ -46,7 +46,12 @@ async def readyz(services: Serving) -> Readiness:
     return Readiness(schema_revision=revision)
 
 
-@router.get("/metrics", operation_id="server_metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    operation_id="server_metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(request: Request, services: Serving) -> Response:
     """Prometheus text. Needs an operator's token unless PHALANX_METRICS_PUBLIC is set."""
     if not services.settings.metrics_public:
