@@ -19,7 +19,7 @@ import httpx
 
 from phalanx_worker import protocol
 from phalanx_worker.node.orders import StartFailed
-from phalanx_worker.node.outbox import Batch, Outbox, dropped_marks
+from phalanx_worker.node.outbox import Batch, Item, Outbox, dropped_marks
 from phalanx_worker.node.spool import Spool
 from phalanx_worker.protocol import Heartbeat, NodeAnswer
 
@@ -51,6 +51,7 @@ class Link:
         self._heartbeat_s = 2.0
         self._heartbeat_due = 0.0  # monotonic
         self._failures = 0
+        self._owed: list[Item] = []  # `dropped` marks for rejected reports, kept until the server takes something again
         self._flushes: list[asyncio.Event] = []
         self._urgent = asyncio.Event()
 
@@ -149,8 +150,11 @@ class Link:
         self._failures = 0
         if path is not None:
             self._spool.remove(path)
-        if outcome is Delivery.REJECTED and batch.items:
-            for mark in dropped_marks(item for item in batch.items if item.kind != "marks"):
+        if outcome is Delivery.REJECTED:
+            self._owed += dropped_marks(batch.items)
+        else:
+            owed, self._owed = self._owed, []
+            for mark in owed:
                 self._outbox.put_item(mark)
         return True
 

@@ -1,0 +1,214 @@
+"""Reports on their way to the server: outages, restarts, refusals, bounds."""
+
+# ruff: noqa: ASYNC240 - a test may look into /proc and its own small files
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from phalanx_worker.node.outbox import Batch, Outbox, shrink, to_item
+from phalanx_worker.node.spool import Spool
+from phalanx_worker.protocol import LogChunk, Mark, MetricPoint
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+CHATTY = "for i in 1 2 3 4 5 6; do echo line $i; sleep 0.15; done"
+
+
+def point(number: int, attempt: str = "att_a") -> MetricPoint:
+    return MetricPoint(attempt, 1, rank=0, at=1.0, step=number, values={"loss": 1.0})
+
+
+def chunk(text: str, attempt: str = "att_a") -> LogChunk:
+    return LogChunk(attempt, 1, rank=0, stream="stdout", offset=0, data=text, at=1.0)
+
+
+async def test_outage_is_survived_and_made_up_for_in_order(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server)
+    attempt = make_workbench([runner], server, tmp_path).attempt(CHATTY)
+    await attempt.start()
+    await attempt.printed("line 1")
+    await server.stop()
+    await attempt.exits()
+    assert runner._duties.link._spool.size_bytes > 0
+    await server.start()
+    await server.until(lambda: "line 6" in server.text(attempt.id, rank=0))
+    assert server.text(attempt.id, rank=0) == "".join(f"line {number}\n" for number in range(1, 7))
+    sequence = [report["seq"] for report in server.reports]
+    assert sequence == sorted(sequence)
+
+
+async def test_what_is_unsent_survives_the_runner(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    server.status = 503
+    runner = await light_runner(server)
+    attempt = make_workbench([runner], server, tmp_path).attempt("echo kept")
+    await attempt.run()
+    first_boot = runner.boot
+    await runner.close()
+    server.status = 200
+    await light_runner(server)
+    await server.until(lambda: server.text(attempt.id, rank=0) == "kept\n")
+    assert server.reports[0]["boot"] == first_boot
+    assert not list((tmp_path / "light" / "attempts").iterdir())
+
+
+async def test_heartbeats_name_live_attempts(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, heartbeat_s=0.1)
+    attempt = await make_workbench([runner], server, tmp_path).attempt("sleep 30").start()
+    wanted = [{"attempt_id": attempt.id, "epoch": attempt.desired.epoch}]
+    await server.until(lambda: server.reports[-1]["heartbeat"]["attempts"] == wanted)
+    await attempt.forget()
+    await server.until(lambda: server.reports[-1]["heartbeat"]["attempts"] == [])
+    heartbeat = server.reports[-1]["heartbeat"]
+    assert heartbeat["stats"]["memory_bytes"] > 0 and 0 <= heartbeat["stats"]["cpu_utilization"] <= 1
+    assert heartbeat["warm_ready"] is False
+
+
+async def test_refused_attempt_is_not_sent_again(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, heartbeat_s=0.1)
+    attempt = await make_workbench([runner], server, tmp_path).attempt("while echo more; do sleep 0.02; done").start()
+    await attempt.printed("more")
+    server.refused = [{"attempt_id": attempt.id, "epoch": attempt.desired.epoch, "reason": "stale_epoch"}]
+    await server.until(
+        lambda: runner._duties.outbox.is_refused(attempt.desired.attempt_id and (attempt.id, attempt.desired.epoch))
+    )
+    seen = len(server.reports)
+    await server.until(lambda: len(server.reports) > seen + 4)
+    assert not [report for report in server.reports[seen + 1 :] if report["logs"]]
+
+
+async def test_report_that_the_server_never_takes_is_given_up(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, heartbeat_s=0.1)
+    attempt = await make_workbench([runner], server, tmp_path).attempt("echo lost; sleep 1; echo found").start()
+    server.status = 422
+    await asyncio.sleep(0.4)  # the first line is rejected in this time; the test only needs the second to arrive
+    server.status = 200
+    await server.until(lambda: "Zm91bmQK" in json.dumps(server.items("logs", attempt.id)))
+    await server.until(lambda: bool(server.marks(attempt.id, "dropped")))
+
+
+async def test_logs_over_the_limit_are_dropped_and_said(workbench: Any) -> None:
+    attempt = workbench.attempt("yes 0123456789 | head -c 3000000", log_limit_bytes=1_000_000)
+    await attempt.run()
+    server = workbench.server
+    await server.until(lambda: bool(server.marks(attempt.id, "dropped")))
+    assert len(server.text(attempt.id, rank=0)) == 1_000_000
+    assert server.marks(attempt.id, "dropped")[0]["data"] == {"what": "logs", "count": 1, "bytes": 2_000_000}
+    assert max(len(chunk["data"]) for chunk in server.items("logs", attempt.id)) <= 4 * 65536 / 3 + 4
+
+
+async def test_flood_of_metrics_is_merged_and_counted(workbench: Any) -> None:
+    script = workbench.script("""
+        import time, phalanx
+        end = time.time() + 1.0
+        step = 0
+        while time.time() < end:
+            step += 1
+            phalanx.report(step=step, loss=float(step))
+            if step % 20 == 0: time.sleep(0.002)
+        print(step)
+    """)
+    attempt = workbench.attempt(f"python {script}")
+    await attempt.run()
+    sent = int(workbench.server.text(attempt.id, rank=0))
+    points = workbench.server.items("metrics", attempt.id)
+    await workbench.server.until(lambda: bool(workbench.server.marks(attempt.id, "dropped")))
+    assert sent > 2000 and len(points) < 400
+    assert points[-1]["step"] > sent * 0.9
+
+
+async def test_nonsense_from_a_rank_is_counted_not_believed(workbench: Any) -> None:
+    script = workbench.script("""
+        import json, os, socket
+        s = socket.socket(fileno=int(os.environ["PHALANX_REPORT_FD"]))
+        for data in [
+            b"{",
+            b"[]",
+            b"x" * 40000,
+            b'{"t":"metrics","at":"no","step":[],"values":{"a":1e999,"b":"word","c":2}}',
+            b'{"t":"metrics","values":{"d":' + b"9" * 4000 + b"}}",
+            b'{"t":"mark","kind":"oom","at":1,"data":{}}',
+        ]:
+            s.send(data)
+        s.detach()
+    """)
+    attempt = workbench.attempt(f"python {script}")
+    assert (await attempt.run())[0]["exit_code"] == 0
+    await workbench.server.until(lambda: bool(workbench.server.marks(attempt.id, "dropped")))
+    assert [item["values"] for item in workbench.server.items("metrics", attempt.id)] == [{"c": 2}]
+    assert not workbench.server.marks(attempt.id, "oom")
+
+
+# ---------------------------------------------------------------- without a process
+
+
+async def test_outbox_over_its_bound_gives_up_metrics_first_and_counts_them() -> None:
+    outbox = Outbox("boot", limit_bytes=20_000)
+    outbox.put(chunk("log " * 500))
+    for number in range(300):
+        outbox.put(point(number))
+    outbox.put(Mark("att_a", 1, rank=0, kind="finished", at=1.0))
+    items = outbox.next_batch().items
+    assert sum(len(item.text) for item in items) <= 20_000
+    assert [item.kind for item in items if item.kind == "logs"] == ["logs"]
+    kinds = [json.loads(item.text)["kind"] for item in items if item.kind == "marks"]
+    assert "dropped" in kinds and "finished" in kinds
+    assert json.loads([item for item in items if item.kind == "metrics"][-1].text)["step"] == 299
+
+
+async def test_batch_body_is_the_protocols_json() -> None:
+    batch = Batch("boot", 3, [to_item(point(1)), to_item(chunk("x"))])
+    body = json.loads(batch.body(None))
+    assert (body["boot"], body["seq"], body["heartbeat"], body["marks"]) == ("boot", 3, None, [])
+    assert body["metrics"][0]["values"] == {"loss": 1.0} and body["logs"][0]["data"] == "x"
+
+
+async def test_shrink_takes_logs_only_when_metrics_are_not_enough() -> None:
+    items = [to_item(chunk("a" * 1000)), to_item(point(1)), to_item(chunk("b" * 1000))]
+    kept, lost = shrink(items, target_bytes=1300)
+    assert [item.kind for item in lost] == ["metrics", "logs"]
+    assert "bbb" in kept[0].text
+
+
+async def test_spool_keeps_order_over_restarts_and_sets_damage_aside(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append(Batch("one", 1, [to_item(chunk("first\nline"))]))
+    spool.append(Batch("one", 2, [to_item(chunk("second"))]))
+    reopened = Spool(tmp_path)
+    reopened.append(Batch("two", 1, [to_item(chunk("third"))]))
+    next(iter(sorted(tmp_path.glob("*.batch")))).write_bytes(b"{ damaged")
+    found = []
+    while stored := reopened.oldest():
+        found.append((stored[1].boot, stored[1].seq))
+        reopened.remove(stored[0])
+    assert found == [("one", 2), ("two", 1)]
+    assert reopened.size_bytes == 0
+
+
+async def test_spool_over_its_bound_loses_oldest_metrics_then_oldest_logs(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, limit_bytes=12_000)
+    for seq in range(1, 9):
+        spool.append(Batch("one", seq, [to_item(chunk("x" * 1000)), *(to_item(point(number)) for number in range(8))]))
+    assert spool.size_bytes <= 12_000
+    batches = []
+    while stored := spool.oldest():
+        batches.append(stored[1])
+        spool.remove(stored[0])
+    assert [batch.seq for batch in batches] == list(range(1, 9))
+    assert not [item for item in batches[0].items if item.kind == "metrics"]
+    dropped = [json.loads(item.text)["data"] for item in batches[0].items if item.kind == "marks"]
+    assert {name: dropped[0][name] for name in ("what", "count")} == {"what": "metrics", "count": 8}
+    assert [item for item in batches[-1].items if item.kind == "logs"]

@@ -1,0 +1,125 @@
+"""Pure rules of a node: how a command is run, what a rank's environment holds, what devices say."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+from phalanx_worker.node import environment
+from phalanx_worker.node.command import plan_launch
+from phalanx_worker.node.devices import Devices
+from phalanx_worker.node.orders import GroupOrder, Settings, StartFailed
+from phalanx_worker.node.reports import Merger
+
+PYTHON = "/opt/venv/bin/python"
+
+COMMANDS = {
+    "a script": ("python train.py --lr 3e-4", {}, ["train.py", "--lr", "3e-4"], ""),
+    "a script with -u": ("python -u train.py", {}, ["train.py"], ""),
+    "a module": ("python3 -m pkg.train --x 'a b'", {}, ["pkg.train", "--x", "a b"], ""),
+    "the venv's own path": ("/opt/venv/bin/python3 train.py", {}, ["train.py"], ""),
+    "quoted special characters": ("python train.py --name 'run (1) $x'", {}, ["train.py", "--name", "run (1) $x"], ""),
+    "an escaped one": (r"python train.py a\&b", {}, ["train.py", "a&b"], ""),
+    "a thread count": ("python train.py", {"OMP_NUM_THREADS": "4"}, ["train.py"], ""),
+    "a NCCL variable": ("python train.py", {"NCCL_DEBUG": "INFO"}, ["train.py"], ""),
+    "another python": ("/usr/bin/python3 train.py", {}, None, "not Python"),
+    "a pipe": ("python train.py | tee log", {}, None, "needs a shell"),
+    "a variable in double quotes": ('python train.py "$RANK"', {}, None, "needs a shell"),
+    "an assignment": ("A=1 python train.py", {}, None, "needs a shell"),
+    "a builtin": ("exit 3", {}, None, "needs a shell"),
+    "an interpreter flag": ("python -O train.py", {}, None, "only `python script.py`"),
+    "code on the command line": ("python -c 'print(1)'", {}, None, "only `python script.py`"),
+    "a preloaded library": ("python train.py", {"LD_PRELOAD": "x.so"}, None, "LD_PRELOAD is set"),
+    "a hash seed": ("python train.py", {"PYTHONHASHSEED": "0"}, None, "PYTHONHASHSEED is set"),
+    "a torch log setting": ("python train.py", {"TORCH_LOGS": "dynamo"}, None, "TORCH_LOGS is set"),
+    "a search path": ("python train.py", {"PATH": "/other"}, None, "PATH is set"),
+    "an odd thread count": ("python train.py", {"OMP_NUM_THREADS": "2,1"}, None, "not one number"),
+    "another program": ("nvidia-smi -L", {}, None, "nvidia-smi is not Python"),
+}
+
+
+@pytest.mark.parametrize(("command", "env", "argv", "reason"), COMMANDS.values(), ids=COMMANDS.keys())
+def test_command_starts_warm_or_says_why_not(command: str, env: dict[str, str], argv: Any, reason: str) -> None:
+    launch = plan_launch(command, env, python=PYTHON, warm_unfit="")
+    assert launch.warm == (argv is not None)
+    assert reason in launch.cold_reason and bool(reason) == bool(launch.cold_reason)
+    if argv is not None:
+        assert launch.program.argv == argv
+    elif "shell" in reason:
+        assert launch.program.argv == ["/bin/sh", "-c", command]
+
+
+def test_command_starts_cold_when_the_warm_process_is_unfit() -> None:
+    launch = plan_launch("python train.py", {}, python=PYTHON, warm_unfit="torch is not available here")
+    assert (launch.program.kind, launch.cold_reason) == ("exec", "torch is not available here")
+
+
+def test_node_environment_is_an_allow_list_with_our_python_first() -> None:
+    source = {
+        "PATH": "/usr/bin",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "RAY_AUTH_TOKEN_PATH": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "PHALANX_CLUSTER_TOKEN": "x",
+        "PYTHONPATH": "/x",
+    }
+    assert environment.node_environment(source, python=PYTHON) == {
+        "PATH": "/opt/venv/bin:/usr/bin",
+        "NCCL_SOCKET_IFNAME": "eth0",
+    }
+
+
+def test_settings_name_what_is_missing_and_ignore_what_is_new() -> None:
+    with pytest.raises(ValueError, match="node_token, node_id"):
+        Settings.read({"server_url": "http://x", "data_dir": "/x", "invented": 1})
+
+
+def test_order_that_makes_no_sense_is_a_failed_start() -> None:
+    with pytest.raises(StartFailed, match="cannot be read"):
+        GroupOrder.read({"desired": {}, "group_rank": 0})
+
+
+class FakeNvml:
+    NVML_TEMPERATURE_GPU = 0
+
+    def __init__(self) -> None:
+        self.users = {0: [41], 1: [42]}
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        return types.SimpleNamespace(gpu=50)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return types.SimpleNamespace(used=1 << 30)
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        raise RuntimeError("not supported")
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
+        return 60
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> Any:
+        return [types.SimpleNamespace(pid=pid) for pid in self.users[handle]]
+
+
+def test_gpu_figures_come_from_nvml_and_unsupported_ones_are_null() -> None:
+    devices = Devices(FakeNvml())
+    gpu = devices.read().gpus[1]
+    assert (gpu.index, gpu.utilization, gpu.memory_bytes, gpu.power_w, gpu.temperature_c) == (1, 0.5, 1 << 30, None, 60)
+    assert devices.processes_by_gpu() == {0: {41}, 1: {42}}
+
+
+def test_merger_keeps_the_last_value_of_each_name_under_pressure() -> None:
+    emitted: list[tuple[int | None, dict[str, float | str]]] = []
+    merger = Merger(lambda at, step, values: emitted.append((step, values)))
+    for step in range(1000):
+        merger.add(float(step), step, {"loss": float(step)})
+    merger.flush()
+    assert emitted[-1] == (999, {"loss": 999.0})
+    assert len(emitted) + merger.dropped >= 1000 and len(emitted) < 320
