@@ -34,7 +34,7 @@ def run_module(name: str, arguments: list[str], *, keep_modules: frozenset[str])
 
 
 def _execute_file(path: str, arguments: list[str], keep_modules: frozenset[str]) -> None:
-    full_path = str(Path.cwd() / path)
+    full_path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118 - "./" stays, as the interpreter leaves it
     loader = SourceFileLoader("__main__", full_path)
     sys.argv = [path, *arguments]
     try:
@@ -48,7 +48,7 @@ def _execute_file(path: str, arguments: list[str], keep_modules: frozenset[str])
     forget_shadowed(directory, keep_modules)
     module = _fresh_main(loader)
     module.__dict__.update(__file__=full_path, __cached__=None)
-    exec(loader.source_to_code(source, full_path), module.__dict__)
+    exec(compile(source, full_path, "exec", dont_inherit=True), module.__dict__)
 
 
 def _execute_module(name: str, arguments: list[str], keep_modules: frozenset[str]) -> None:

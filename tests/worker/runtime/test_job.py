@@ -1,0 +1,177 @@
+"""The in-job API (`phalanx.report` and its kin) against the other end of its socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import phalanx
+import pytest
+from phalanx import job
+
+Receive = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def runner_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setenv("PHALANX_REPORT_FD", str(theirs.fileno()))
+    monkeypatch.setattr(job, "_links", {})
+    with ours, theirs:
+        yield ours
+        for link in job._links.values():
+            if link is not None:
+                link._socket.detach()
+
+
+@pytest.fixture
+def received(runner_end: socket.socket) -> Receive:
+    def receive() -> list[dict[str, Any]]:
+        messages = []
+        while True:
+            try:
+                messages.append(json.loads(runner_end.recv(65536, socket.MSG_DONTWAIT)))
+            except BlockingIOError:
+                return messages
+
+    return receive
+
+
+def test_report_carries_numbers_of_every_kind(received: Receive) -> None:
+    import torch
+
+    values = {
+        "int": 3,
+        "float": 0.5,
+        "bool": True,
+        "numpy": numpy.float32(0.25),
+        "numpy_int": numpy.int64(7),
+        "torch": torch.tensor(1.5, requires_grad=True),
+        "nan": float("nan"),
+        "minus_infinity": numpy.float64("-inf"),
+    }
+    phalanx.report(step=numpy.int64(4), **values)
+    (message,) = received()
+    assert message["step"] == 4 and abs(message["at"] - time.time()) < 5
+    assert message["values"] == {
+        "int": 3,
+        "float": 0.5,
+        "bool": 1,
+        "numpy": 0.25,
+        "numpy_int": 7,
+        "torch": 1.5,
+        "nan": "nan",
+        "minus_infinity": "-inf",
+    }
+
+
+def test_report_drops_what_is_no_number_and_counts_it(received: Receive) -> None:
+    phalanx.report(step=1, loss=1.0, text="hello", many=numpy.zeros(3), nothing=None, object=object())
+    phalanx.report(step=2, loss=2.0)
+    dropped, first, second = received()
+    assert first["values"] == {"loss": 1.0} and second["values"] == {"loss": 2.0}
+    assert (dropped["kind"], dropped["data"]) == ("dropped", {"what": "metrics", "count": 4})
+
+
+def test_report_that_is_too_big_is_dropped_and_counted(received: Receive) -> None:
+    phalanx.report(**{f"{'x' * 100}{number}": 1.0 for number in range(1000)})
+    phalanx.report(loss=1.0)
+    dropped, point = received()
+    assert dropped["data"]["count"] == 1000 and point["values"] == {"loss": 1.0}
+
+
+def test_report_says_total_steps_once(received: Receive) -> None:
+    for step in range(3):
+        phalanx.report(step=step, total_steps=100)
+    assert [message["t"] for message in received()] == ["mark", "metrics", "metrics", "metrics"]
+
+
+def test_report_never_blocks_and_marks_wait_their_turn(received: Receive) -> None:
+    started = time.monotonic()
+    for step in range(5000):
+        phalanx.report(step=step, loss=1.0)
+    assert time.monotonic() - started < 5
+    phalanx.finished()  # no room: waits a moment, then stays behind
+    taken = received()
+    assert len(taken) < 5000
+    phalanx.report(step=5000, loss=1.0)
+    kinds = [message.get("kind") for message in received()]
+    assert kinds == ["finished", "dropped", None] or kinds == ["dropped", "finished", None]
+
+
+def test_report_survives_the_end_of_the_runner(runner_end: socket.socket) -> None:
+    runner_end.close()
+    phalanx.report(step=1, loss=1.0)
+    assert phalanx.should_stop() is False
+
+
+def test_should_stop_when_told_through_the_socket(runner_end: socket.socket) -> None:
+    assert phalanx.should_stop() is False
+    runner_end.send(b'{"t": "stop"}')
+    assert phalanx.should_stop() is True
+    assert phalanx.should_stop() is True
+
+
+def test_should_stop_takes_sigterm_over_but_no_handler_of_the_script(
+    runner_end: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert phalanx.should_stop() is False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert phalanx.should_stop() is True
+        mine = lambda *_: None  # noqa: E731
+        signal.signal(signal.SIGTERM, mine)
+        monkeypatch.setattr(job._link(), "_watches_sigterm", False)
+        phalanx.should_stop()
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "url"),
+    [
+        ("/ckpt/job", "step-1", "/ckpt/job/step-1"),
+        ("s3://bucket/job/", "step-1", "s3://bucket/job/step-1"),
+        ("/ckpt/job", "/other/step-1", "/other/step-1"),
+        ("/ckpt/job", "s3://bucket/x", "s3://bucket/x"),
+    ],
+)
+def test_checkpoint_resolves_relative_paths(
+    received: Receive, monkeypatch: pytest.MonkeyPatch, root: str, path: str, url: str
+) -> None:
+    monkeypatch.setenv("PHALANX_CHECKPOINT_DIR", root)
+    phalanx.checkpoint(path, step=3, loss=0.5)
+    (message,) = received()
+    assert (message["kind"], message["data"]) == ("checkpoint", {"url": url, "step": 3, "loss": 0.5})
+
+
+@pytest.mark.parametrize("value", ["", "nonsense", "1", "9999"], ids=["empty", "no number", "no socket", "closed"])
+def test_outside_a_job_everything_does_nothing(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PHALANX_REPORT_FD", value)
+    monkeypatch.setattr(job, "_links", {})
+    before = signal.getsignal(signal.SIGTERM)
+    phalanx.report(step=1, loss=object())
+    phalanx.checkpoint("x", step=1)
+    phalanx.finished()
+    assert phalanx.should_stop() is False
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_import_is_light() -> None:
+    probe = (
+        "import sys, time; start = time.perf_counter(); import phalanx; phalanx.report(step=1); "
+        "print(time.perf_counter() - start, *{'torch', 'ray', 'pydantic', 'httpx', 'numpy'} & set(sys.modules))"
+    )
+    results = [subprocess.check_output([sys.executable, "-c", probe], text=True).split() for _ in range(3)]
+    assert all(len(result) == 1 for result in results), results
+    assert min(float(result[0]) for result in results) < 0.1
