@@ -57,9 +57,10 @@ def leave(code: int) -> NoReturn:
 
 async def _serve(settings: AgentSettings) -> int:
     loop = asyncio.get_running_loop()
-    threads = ThreadPoolExecutor(RAY_THREADS, thread_name_prefix="ray-call")
+    threads = ThreadPoolExecutor(RAY_THREADS, thread_name_prefix="ray-nodes")
+    placement_threads = ThreadPoolExecutor(RAY_THREADS, thread_name_prefix="ray-placement")  # these may have to wait
     instance = secrets.token_hex(8)
-    placements = PlacementGroups(threads)
+    placements = PlacementGroups(placement_threads)
     await placements.load()
     link = ServerLink(url=settings.server_url, token=settings.token, instance=instance)
     agent = Agent(link=link, cluster=RayNodes(settings.nodes, threads), placements=placements, settings=settings.runner)
@@ -79,5 +80,6 @@ async def _serve(settings: AgentSettings) -> int:
         log.info("agent %s ends; what it started goes on", instance)
     finally:
         await link.close()
-        threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (threads, placement_threads):
+            pool.shutdown(wait=False, cancel_futures=True)
     return EXIT_OK

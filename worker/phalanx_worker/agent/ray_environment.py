@@ -6,27 +6,44 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 RAY_FILE_TIMEOUT_S = 60.0
+POLL_S = 0.05
 
-# Without this Ray turns a loopback address into the machine's own, where a cluster on loopback does not listen. Its
-# name is of another time: "0" means that this process's node address is 127.0.0.1.
-LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Of a cluster on this machine alone. Its head does not come back at the same address, so whoever misses it ends after
+# 10 s and not after Ray's 60. The second has a name of another time: without it Ray turns a loopback address into the
+# machine's own, where a cluster on loopback does not listen.
+LOOPBACK_SETTINGS = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 
 
-def read_ray_file(path: Path) -> str:
-    """The address in a `ray.json` that `phalanx local-ray` wrote, waiting for it to appear; sets Ray's token.
+def read_ray_file(path: Path, timeout_s: float = RAY_FILE_TIMEOUT_S) -> str:
+    """The address in the `ray.json` of a running `phalanx local-ray`, waiting for it; sets Ray's token for us.
 
     Raises TimeoutError.
     """
-    deadline_s = time.monotonic() + RAY_FILE_TIMEOUT_S
-    while not path.exists():
+    deadline_s = time.monotonic() + timeout_s
+    while (facts := _running(path)) is None:
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{path} did not appear within {RAY_FILE_TIMEOUT_S:.0f} s: is the local Ray cluster up?")
-        time.sleep(0.05)
-    facts = json.loads(path.read_text())
+            raise TimeoutError(f"no local Ray cluster wrote {path} within {timeout_s:.0f} s: is it up?")
+        time.sleep(POLL_S)
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=facts["token_path"])
     return facts["address"]
+
+
+def _running(path: Path) -> dict[str, Any] | None:
+    """What the file says, unless it is missing or was left behind by a cluster that was killed."""
+    try:
+        facts = json.loads(path.read_text())
+        os.kill(facts["pid"], 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except PermissionError:
+        pass  # it runs, under another user
+    return facts
 
 
 def prepare(address: str) -> None:
