@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from phalanx_server.actions.agent_instance import expect_instance
 from phalanx_server.actions.attempt_change import AttemptChange, rank_ends, write
 from phalanx_server.actions.clock import Clock
-from phalanx_server.actions.recover_nodes import recover
+from phalanx_server.actions.recover_nodes import recover_nodes
 from phalanx_server.domain.attempt import AttemptState, decide_end
 from phalanx_server.domain.job import JobState
 from phalanx_server.domain.messages import AgentReport, AttemptFact, Refused, ReportAnswer
@@ -45,6 +45,8 @@ async def record_agent_report(
         refused = [refused for fact in report.facts if (refused := _take(fact, changes, clock, groups))]
         await write(conn, list(changes.values()), now=now)
         await _release_gone(conn, report, changes, groups, now=now)
+    if any(fact.kind == "gone" for fact in report.facts):
+        await recover_nodes(engine, now=now)  # by itself: nodes are locked before jobs
     return ReportAnswer(server_time=now.timestamp(), refused=refused)
 
 
@@ -152,5 +154,4 @@ async def release_lost(
             certain.append(attempt_id)
     waiting = [rows[i] for i in certain if rows[i].job_state == JobState.QUEUED and rows[i].job_epoch == rows[i].epoch]
     await update_jobs(conn, [{"id": row.job_id, "backoff_until": None} for row in waiting])
-    await recover(conn, now=now)
     await notify(conn, "queue", "node")

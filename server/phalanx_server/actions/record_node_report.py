@@ -20,6 +20,7 @@ from phalanx_server.actions.clock import Clock
 from phalanx_server.actions.record_agent_report import attempt_id_of, release_lost
 from phalanx_server.actions.record_marks import record_marks
 from phalanx_server.actions.record_metrics import record_metrics
+from phalanx_server.actions.recover_nodes import recover_nodes
 from phalanx_server.domain.messages import LogChunk, NodeAnswer, NodeReport, Refused
 from phalanx_server.domain.metric import RANK_MAX
 from phalanx_server.store.attempts import Fence, load_fences, lock_attempts
@@ -175,3 +176,4 @@ async def _release(engine: AsyncEngine, attempt_ids: Sequence[UUID], node_id: UU
     async with engine.begin() as conn:
         rows = {row.id: row for row in await lock_attempts(conn, attempt_ids)}
         await release_lost(conn, rows, {attempt_id: [node_id] for attempt_id in rows}, now=now)
+    await recover_nodes(engine, now=now)

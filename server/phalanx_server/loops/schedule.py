@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -29,6 +30,8 @@ from phalanx_server.store.snapshots import Cursor, load_changes, load_snapshot, 
 from phalanx_server.store.wakeups import Wakeups
 
 log = structlog.get_logger()
+
+Result = TypeVar("Result")
 
 INTERVAL_S = 1.0
 SLOW_PASS_S = 1.0
@@ -90,7 +93,7 @@ class ScheduleLoop:
         async with reading(self._engine) as conn:
             snapshot, cursor = await load_snapshot(conn, now, self._policy)
             self._holds.load(await load_holds(conn))
-        planner = Planner(snapshot)
+        planner = await _run(len(cursor.versions), lambda: Planner(snapshot))
         plan = await _run(len(cursor.versions), planner.plan)
         log.info("planner loaded", jobs=len(snapshot.jobs), nodes=len(snapshot.nodes), epoch=lease.epoch)
         return Memory(lease, planner, cursor), plan
@@ -137,5 +140,5 @@ class ScheduleLoop:
             await tick_forever(self.tick, lambda: subscription.wait(INTERVAL_S), name="schedule")
 
 
-async def _run(jobs: int, plan: Callable[[], Plan]) -> Plan:
-    return await asyncio.to_thread(plan) if jobs >= THREAD_JOBS else plan()
+async def _run(jobs: int, work: Callable[[], Result]) -> Result:
+    return await asyncio.to_thread(work) if jobs >= THREAD_JOBS else work()

@@ -13,6 +13,7 @@ its uuid in hex, a cluster its name. Refuses to decide anything.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, text
+from sqlalchemy import Row, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.scheduling.documents import read_record
@@ -41,6 +42,7 @@ from phalanx_server.scheduling.snapshot import (
 )
 
 GIB = 1 << 30
+PIECE_ROWS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +65,22 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) -> tuple[Snapshot, Cursor]:
     """Everything. `conn` must see one moment throughout: see `reading`."""
     xid, _, _ = await _horizon(conn, since=0)
-    rows = list(await conn.execute(_JOBS_LIVE)) + list(await conn.execute(_JOBS_QUEUED))
+    jobs: list[Job] = []
+    versions: dict[str, int] = {}
+    async for rows in _in_pieces(conn, _JOBS_LIVE, {}):
+        jobs += map(_job, rows)
+    async for rows in _in_pieces(conn, _JOBS_QUEUED, {}):
+        jobs += map(_job, rows)
+        versions |= {_name(row): row.version for row in rows}
     charged = await conn.execute(_CHARGED_LOST, {"job_ids": None})
     snapshot = Snapshot(
         now=now.timestamp(),
         policy=policy,
         tenants=await _load_tenants(conn),
         nodes=tuple(_node(row) for row in await conn.execute(_NODES, {"since": "0"})),
-        jobs=tuple(_job(row) for row in rows) + tuple(_leftover(row) for row in charged),
+        jobs=(*jobs, *map(_leftover, charged)),
     )
-    return snapshot, Cursor(xid, {row.id.hex: row.version for row in rows if row.state == "queued"})
+    return snapshot, Cursor(xid, versions)
 
 
 async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
@@ -80,7 +88,7 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
     xid, tenants_changed, nodes_changed = await _horizon(conn, since=cursor.xid)
     since = {"since": str(cursor.xid)}
     node_rows = list(await conn.execute(_NODES, since)) if nodes_changed else []
-    rows = list(await conn.execute(_JOBS_CHANGED, since))
+    rows = [row async for piece in _in_pieces(conn, _JOBS_CHANGED, since) for row in piece]
     over = list((await conn.execute(_JOBS_OVER, since)).scalars())
     leftovers, gone = await _leftovers(conn, rows, over, [row.id for row in node_rows])
     changes = Changes(
@@ -91,6 +99,16 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
         tenants=await _load_tenants(conn) if tenants_changed else None,
     )
     return changes, Cursor(xid, _versions(cursor.versions, rows, over))
+
+
+async def _in_pieces(
+    conn: AsyncConnection, query: TextClause, values: Mapping[str, Any]
+) -> AsyncIterator[Sequence[Row[Any]]]:
+    """Rows by a few thousand, so that a process with many jobs does other things in between (renew its lease)."""
+    result = await conn.stream(query, values, execution_options={"yield_per": PIECE_ROWS})
+    async for piece in result.partitions():
+        yield piece
+        await asyncio.sleep(0)
 
 
 def _versions(known: Mapping[str, int], rows: Sequence[Row[Any]], over: Sequence[UUID]) -> Mapping[str, int]:
@@ -128,8 +146,8 @@ async def _horizon(conn: AsyncConnection, *, since: int) -> tuple[int, bool, boo
 
 _COLUMNS = """
     j.id, j.state, j.version, t.path AS tenant, j.priority, j.submitted_at, j.held, j.not_before, j.backoff_until,
-    j.avoid_nodes, j.spec->'resources' AS resources, j.spec->'time_limit' AS time_limit,
-    j.spec->'preemption' AS preemption,
+    j.avoid_nodes, CAST(j.spec->'resources' AS text) AS resources, CAST(j.spec->'preemption' AS text) AS preemption,
+    CAST(j.spec->>'time_limit' AS double precision) AS time_limit,
     CASE WHEN j.attempts > 0 THEN (
         SELECT sum(extract(epoch FROM past.ended_at - past.started_at)) FROM attempts past
         WHERE past.job_id = j.id AND past.ended_at IS NOT NULL
@@ -168,32 +186,72 @@ _JOBS_OVER = text(f"SELECT j.id FROM jobs j WHERE {_SINCE} AND j.state IN ('succ
 
 
 def _job(row: Row[Any]) -> Job:
-    resources = row.resources
+    ask, rules = _ask(row.resources), _rules(row.preemption)
     started_at = _seconds(row.started_at)
     return Job(
-        id=row.id.hex,
+        id=_name(row),
         tenant=row.tenant,
-        replicas=sum(row.replicas) if row.replicas else resources["replicas"],
-        gpus_per_replica=resources["gpus_per_replica"],
+        replicas=sum(row.replicas) if row.replicas else ask.replicas,
+        gpus_per_replica=ask.gpus,
         submitted_at=row.submitted_at.timestamp(),
         state=_STATES[row.state],
         priority=row.priority,
-        gpu_types=tuple(resources["gpu_types"]),
+        gpu_types=ask.gpu_types,
         gpu_type=row.gpu_type or None,
-        cpus_per_replica=resources["cpus_per_replica"],
-        memory_gib_per_replica=math.ceil(resources["memory_per_replica"] / GIB),
+        cpus_per_replica=ask.cpus,
+        memory_gib_per_replica=ask.memory_gib,
         not_before=_seconds(row.not_before),
         held=row.held,
         backoff_until=_seconds(row.backoff_until),
-        avoid_nodes=tuple(node.hex for node in row.avoid_nodes),
+        avoid_nodes=tuple(map(_hex, row.avoid_nodes)),
         time_limit_s=row.time_limit,
         done_s=float(row.done_s or 0),
-        preemptible=row.preemption["preemptible"],
-        protected_until=None if started_at is None else started_at + row.preemption["min_runtime"],
+        preemptible=rules.preemptible,
+        protected_until=None if started_at is None else started_at + rules.min_runtime_s,
         started_at=started_at,
         checkpointed_at=_seconds(row.checkpointed_at),
         placement=_placement(row),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What a job asks for, per replica but for their number."""
+
+    replicas: int
+    gpus: int
+    gpu_types: tuple[str, ...]
+    cpus: int
+    memory_gib: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    preemptible: bool
+    min_runtime_s: float
+
+
+# Many jobs ask for the same: each text is read once.
+@lru_cache(maxsize=16_384)
+def _ask(resources: str) -> _Ask:
+    asked = json.loads(resources)
+    return _Ask(
+        replicas=asked["replicas"],
+        gpus=asked["gpus_per_replica"],
+        gpu_types=tuple(asked["gpu_types"]),
+        cpus=asked["cpus_per_replica"],
+        memory_gib=math.ceil(asked["memory_per_replica"] / GIB),
+    )
+
+
+@lru_cache(maxsize=16_384)
+def _rules(preemption: str) -> _Rules:
+    asked = json.loads(preemption)
+    return _Rules(preemptible=asked["preemptible"], min_runtime_s=asked["min_runtime"])
+
+
+def _name(row: Row[Any]) -> str:
+    return row.id.hex
 
 
 _STATES: dict[str, Any] = {"queued": "queued", "starting": "running", "running": "running", "stopping": "stopping"}
@@ -217,8 +275,8 @@ def _seconds(at: datetime | None) -> float | None:
 
 _CHARGED_LOST = text(
     """
-    SELECT a.id, t.path AS tenant, j.priority, j.submitted_at, j.spec->'resources' AS resources, a.gpu_type,
-           coalesce(a.started_at, a.created_at) AS started_at,
+    SELECT a.id, t.path AS tenant, j.priority, j.submitted_at, CAST(j.spec->'resources' AS text) AS resources,
+           a.gpu_type, coalesce(a.started_at, a.created_at) AS started_at,
            array_agg(p.node_id ORDER BY p.group_rank) AS nodes, array_agg(p.replicas ORDER BY p.group_rank) AS replicas
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
     JOIN placements p ON p.attempt_id = a.id AND p.released_at IS NULL
@@ -239,18 +297,18 @@ _LOST_ON = text(
 
 def _leftover(row: Row[Any]) -> Job:
     """What a lost attempt holds on nodes that are not lost: a job that is stopping."""
-    resources = row.resources
+    ask = _ask(row.resources)
     return Job(
-        id=row.id.hex,
+        id=_name(row),
         tenant=row.tenant,
         replicas=sum(row.replicas),
-        gpus_per_replica=resources["gpus_per_replica"],
+        gpus_per_replica=ask.gpus,
         submitted_at=row.submitted_at.timestamp(),
         state="stopping",
         priority=row.priority,
         gpu_type=row.gpu_type or None,
-        cpus_per_replica=resources["cpus_per_replica"],
-        memory_gib_per_replica=math.ceil(resources["memory_per_replica"] / GIB),
+        cpus_per_replica=ask.cpus,
+        memory_gib_per_replica=ask.memory_gib,
         started_at=_seconds(row.started_at),
         placement=_placement(row),
     )
