@@ -36,8 +36,8 @@ RESPAWN_AFTER_S = 3.0
 OBJECT_STORE_BYTES = 80 << 20
 PR_SET_PDEATHSIG = 1
 
-# With these a killed node is seen after about 3 s instead of 14 s (sooner would take a busy machine for a dead node), and
-# released GPUs after 22 ms instead of 99 (measured). They cost a steady trickle of messages, so they are for small
+# With these a killed node is seen after about 3 s instead of 14 s (sooner would take a busy machine for a dead node),
+# and released GPUs after 22 ms instead of 99 (measured). They cost a steady trickle of messages, so they are for small
 # clusters only. The memory monitor would kill the small runner and not its hungry child.
 EMULATION_SETTINGS = {
     "RAY_health_check_period_ms": "1000",
