@@ -41,8 +41,8 @@ from phalanx_server.api import (
 )
 from phalanx_server.api.access import AccessMiddleware
 from phalanx_server.api.auth import Authenticator
-from phalanx_server.api.body_limit import BodyLimitMiddleware
 from phalanx_server.api.deps import Services
+from phalanx_server.api.limits import LimitsMiddleware
 from phalanx_server.api.measures import Measures
 from phalanx_server.api.what_if import WhatIf
 from phalanx_server.domain.errors import PhalanxError
@@ -83,7 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router)
     app.state.routes = [route for module in ROUTERS for route in module.router.routes]
     app.openapi = lambda: openapi.document_of(app)  # type: ignore[method-assign]
-    app.add_middleware(BodyLimitMiddleware, default_bytes=settings.max_body_bytes, limits_bytes=_limits(settings))
+    app.add_middleware(LimitsMiddleware, default_bytes=settings.max_body_bytes, limits_bytes=_limits(settings))
     app.add_middleware(AccessMiddleware, measures=measures)
     return app
 

@@ -146,8 +146,12 @@ _PASSING_STATES = ("08", "53", "57", "40")
 
 
 def _passes(error: BaseException | None) -> bool:
-    state = getattr(error, "sqlstate", None) or ""
-    return state[:2] in _PASSING_STATES
+    return _state(error)[:2] in _PASSING_STATES
+
+
+def _state(error: BaseException | None) -> str:
+    """The SQLSTATE of a driver's error; "" where it has none."""
+    return getattr(error, "sqlstate", None) or ""
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
@@ -209,5 +213,8 @@ def for_unexpected(error: Exception) -> Problem:
     if problem is not None:
         log.warning("database or storage trouble", error=f"{type(error).__name__}: {error}"[:500])
         return problem
+    if isinstance(error, DBAPIError) and _state(error.orig).startswith("22"):
+        log.warning("a value that the database cannot take", exc_info=error)
+        return Problem("invalid_request", "A value of the request is not one that can be stored or compared.")
     log.error("unexpected error", exc_info=error)
     return Problem("internal", "The request failed on our side. The server's log says why, under this request_id.")

@@ -15,6 +15,7 @@ from fastapi import Query
 from pydantic import BaseModel, Field
 
 from phalanx_server.domain.errors import Invalid
+from phalanx_server.domain.field_errors import check_text
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ def decode_cursor(text: str, kinds: Sequence[type]) -> list[Any]:
         raise _bad_cursor() from error
     if not isinstance(keys, list) or [type(key) for key in keys] != list(kinds):
         raise _bad_cursor()
+    check_text(keys, where="cursor")
     return keys
 
 

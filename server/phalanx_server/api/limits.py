@@ -1,6 +1,7 @@
-"""The limit on request bodies, enforced while they stream in.
+"""What no request may be, whatever its route: larger than the limit, or with NUL in its address.
 
-A plain ASGI middleware: refuses by Content-Length before a byte is read, and by count where there is none or it lied.
+A plain ASGI middleware. A body is refused by its Content-Length before a byte is read, and by count while it streams in
+where there is none or it lied. NUL is refused because PostgreSQL stores none, so it can name nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from phalanx_server.api.errors import Problem, respond
 
 
-class BodyLimitMiddleware:
+class LimitsMiddleware:
     """`limits_bytes` maps a path prefix to its own limit; the longest match wins, `default_bytes` is for the rest."""
 
     def __init__(self, app: ASGIApp, *, default_bytes: int, limits_bytes: Mapping[str, int]) -> None:
@@ -21,7 +22,12 @@ class BodyLimitMiddleware:
         self.limits = sorted(limits_bytes.items(), key=lambda item: -len(item[0]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            refusal = Problem("invalid_request", "The address holds a NUL character.")
+            return await respond(refusal, scope.get("phalanx.request_id", ""))(scope, receive, send)
+        if scope["method"] in ("GET", "HEAD"):
             return await self.app(scope, receive, send)
         limit_bytes = self._limit_bytes(scope["path"])
         if _content_length(scope) > limit_bytes:
