@@ -1,6 +1,6 @@
 """Commands that other packages plug into `phalanx` (entry-point group `phalanx.commands`), and the group around them.
 
-It owns when a plug-in is imported: only when one of its commands is asked for, so that `phalanx jobs` never waits for
+It owns when a plug-in is imported: only when its command is asked for, so that `phalanx jobs` never waits for
 the server's or Ray's imports. For that the commands of our own packages are listed here, and stand in the help as
 stand-ins; a test compares the list with what the packages register. Other plug-ins are imported for the help and for
 names that nobody else knows.
@@ -55,7 +55,7 @@ OURS = {
 
 
 def extra_of(command: str | None) -> str | None:
-    """The extra (and entry point) that a command comes with."""
+    """The extra that a command comes with."""
     return next((name for name, extra in OURS.items() if command in extra.commands), None)
 
 
@@ -110,7 +110,7 @@ class PhalanxGroup(TyperGroup):
         extra = extra_of(name)
         if extra is None:
             return None if name in self.commands else self._plug_in_others()
-        entry = _entries().get(extra)
+        entry = _entries().get(name)
         if entry is None:
             raise failures.CommandError(
                 f"phalanx {name}: this installation does not have it; {needs(name, extra, None)}"
@@ -128,7 +128,7 @@ class PhalanxGroup(TyperGroup):
                 print(f"phalanx: the plug-in {entry.value} cannot be loaded: {error}", file=sys.stderr)
 
     def _others(self) -> Iterator[EntryPoint]:
-        return (entry for name, entry in _entries().items() if name not in OURS)
+        return (entry for name, entry in _entries().items() if extra_of(name) is None)
 
     def main(self, args: Any = None, prog_name: str | None = None, standalone_mode: bool = True, **extra: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
