@@ -53,6 +53,7 @@ def test_command_starts_warm_or_says_why_not(command: str, env: dict[str, str], 
 def test_command_starts_cold_when_the_warm_process_is_unfit() -> None:
     launch = plan_launch("python train.py", {}, python=PYTHON, warm_unfit="torch is not available here")
     assert (launch.program.kind, launch.cold_reason) == ("exec", "torch is not available here")
+    assert launch.program.argv[0] == "python" and launch.program.argv[-2:] == ["script", "train.py"]
 
 
 def test_node_environment_is_an_allow_list_with_our_python_first() -> None:

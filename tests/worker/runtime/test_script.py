@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from phalanx_worker.runtime import cold
 
 IN_PROCESS = (
     "import sys; startup = frozenset(sys.modules); sys.path.pop(0)\n"
@@ -20,7 +22,7 @@ PROBE = """
 import json, pickle, sys
 class Mine: pass
 seen = {
-    "argv": sys.argv, "path": sys.path, "name": __name__, "file": __file__, "package": __package__,
+    "argv": sys.argv,  "path": sys.path, "name": __name__, "file": __file__, "package": __package__,
     "spec": __spec__ and __spec__.name, "builtins": type(__builtins__).__name__, "doc": __doc__,
     "pickled": type(pickle.loads(pickle.dumps(Mine()))) is Mine, "main": sys.modules["__main__"].Mine is Mine,
     "names": sorted(name for name in globals() if name.startswith("__")),
@@ -46,6 +48,15 @@ ENDINGS = {
 }
 
 
+# Both ways in which the runtime runs a script: in a process that was there before, and in one of its own.
+ENTRANCES = {
+    "warm": lambda words: ["-c", IN_PROCESS, *(words if words[0] == "-m" else ["script", *words])],
+    "cold": lambda words: cold.command_line(
+        sys.executable, [], *(("module", words[1:]) if words[0] == "-m" else ("script", words))
+    )[1:],
+}
+
+
 def run(arguments: list[str], cwd: Path) -> tuple[int, str, str]:
     done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
@@ -60,6 +71,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("entrance", ENTRANCES.values(), ids=ENTRANCES.keys())
 @pytest.mark.parametrize(
     "words",
     [
@@ -74,15 +86,15 @@ def tree(tmp_path: Path) -> Path:
     ],
     ids=" ".join,
 )
-def test_script_sees_a_fresh_interpreter(tree: Path, words: list[str]) -> None:
-    given = words if words[0] == "-m" else ["script", *words]
-    assert run(["-c", IN_PROCESS, *given], tree) == run(words, tree)
+def test_script_sees_a_fresh_interpreter(tree: Path, words: list[str], entrance: Any) -> None:
+    assert run(entrance(words), tree) == run(words, tree)
 
 
+@pytest.mark.parametrize("entrance", ENTRANCES.values(), ids=ENTRANCES.keys())
 @pytest.mark.parametrize("text", ENDINGS.values(), ids=ENDINGS.keys())
-def test_script_ends_as_in_a_fresh_interpreter(tmp_path: Path, text: str) -> None:
+def test_script_ends_as_in_a_fresh_interpreter(tmp_path: Path, text: str, entrance: Any) -> None:
     (tmp_path / "ending.py").write_text(text)
-    assert run(["-c", IN_PROCESS, "script", "ending.py"], tmp_path) == run(["ending.py"], tmp_path)
+    assert run(entrance(["ending.py"]), tmp_path) == run(["ending.py"], tmp_path)
 
 
 def test_own_modules_shadow_loaded_ones_but_not_the_interpreters(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from phalanx_worker.runtime import cold
 from phalanx_worker.runtime.spec import Program
 
 _SHELL_CHARACTERS = frozenset("|&;<>()$`\n*?[]~#!")
@@ -56,14 +57,14 @@ def plan_launch(command: str, env: Mapping[str, str], *, python: str, warm_unfit
     if argv[0] in _SHELL_WORDS or _ASSIGNMENT.match(argv[0]):
         return Launch(_shell(command), "the command needs a shell")
     is_python = _is_python(argv[0], python)
-    cold = Program("exec", argv, name=argv[0], shell=not is_python)
+    as_given = Program("exec", argv, name=argv[0], shell=not is_python)
     if not is_python:
-        return Launch(cold, f"{os.path.basename(argv[0])} is not Python")  # noqa: PTH119 - text, not a path
+        return Launch(as_given, f"{os.path.basename(argv[0])} is not Python")  # noqa: PTH119 - text, not a path
     program = _warm_program(argv)
     if program is None:
-        return Launch(cold, "only `python script.py` and `python -m module` start warm")
+        return Launch(as_given, "only `python script.py` and `python -m module` start warm")
     reason = _environment_reason(env) or warm_unfit
-    return Launch(cold, reason) if reason else Launch(program)
+    return Launch(_cold(program, argv), reason) if reason else Launch(program)
 
 
 def needs_shell(command: str) -> bool:
@@ -105,6 +106,11 @@ def _warm_program(argv: list[str]) -> Program | None:
     if rest and not rest[0].startswith("-") and rest[0].endswith(".py"):
         return Program("script", rest, name=argv[0])
     return None
+
+
+def _cold(program: Program, argv: list[str]) -> Program:
+    flags = ["-u"] if "-u" in argv[1:2] else []
+    return Program("exec", cold.command_line(argv[0], flags, program.kind, program.argv), name=argv[0])
 
 
 def _environment_reason(env: Mapping[str, str]) -> str:

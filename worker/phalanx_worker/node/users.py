@@ -19,7 +19,11 @@ _CHECK_TIMEOUT_S = 10.0
 
 def needed_files(python: str) -> list[str]:
     """What a rank reads at the latest in its first import."""
-    packages = [spec.origin for name in ("phalanx", "torch") if (spec := find_spec(name)) and spec.origin]
+    packages = [
+        spec.origin
+        for name in ("phalanx", "phalanx_worker.runtime", "torch")
+        if (spec := find_spec(name)) and spec.origin
+    ]
     return [str(Path(python).resolve()), os.__file__, *packages] if python == sys.executable else [python]
 
 

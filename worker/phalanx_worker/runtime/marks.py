@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from phalanx import job
@@ -21,6 +23,35 @@ def install() -> None:
         _mark_first_step()
     with contextlib.suppress(ImportError, AttributeError):
         _mark_rendezvous()
+
+
+def install_with_torch() -> None:
+    """Put the hooks in place as soon as this process has imported torch, if it ever does."""
+    sys.meta_path.insert(0, _TorchWatcher())
+
+
+class _TorchWatcher:
+    """Finds nothing itself; it sees the import of torch pass and adds one call to its end."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            _after_execution(spec.loader, install)
+        return spec
+
+
+def _after_execution(loader: Any, call: Callable[[], None]) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: Any) -> None:
+        del loader.exec_module
+        execute(module)
+        call()
+
+    loader.exec_module = exec_module
 
 
 def _mark_first_step() -> None:

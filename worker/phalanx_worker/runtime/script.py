@@ -44,7 +44,7 @@ def _execute_file(path: str, arguments: list[str], keep_modules: frozenset[str])
         print(f"{sys.executable}: can't open file {full_path!r}: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
     directory = os.path.dirname(os.path.realpath(full_path))  # noqa: PTH120 - as the interpreter spells it
-    sys.path.insert(0, directory)
+    _search_first(directory)
     forget_shadowed(directory, keep_modules)
     module = _fresh_main(loader)
     module.__dict__.update(__file__=full_path, __cached__=None)
@@ -54,7 +54,7 @@ def _execute_file(path: str, arguments: list[str], keep_modules: frozenset[str])
 def _execute_module(name: str, arguments: list[str], keep_modules: frozenset[str]) -> None:
     directory = str(Path.cwd())
     sys.argv = ["-m", *arguments]
-    sys.path.insert(0, directory)
+    _search_first(directory)
     forget_shadowed(directory, keep_modules)
     _fresh_main(None)
     runpy._run_module_as_main(name)  # type: ignore[attr-defined]  # what the interpreter itself calls for -m
@@ -65,6 +65,11 @@ def _fresh_main(loader: Any) -> types.ModuleType:
     module.__dict__.update(__builtins__=builtins, __loader__=loader, __spec__=None, __annotations__={})
     sys.modules["__main__"] = module
     return module
+
+
+def _search_first(directory: str) -> None:
+    if not sys.flags.safe_path:
+        sys.path.insert(0, directory)
 
 
 def forget_shadowed(directory: str, keep_modules: frozenset[str]) -> None:
