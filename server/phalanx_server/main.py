@@ -182,6 +182,7 @@ def server_for(settings: Settings) -> Server:
         loop="uvloop",
         http="httptools",
         access_log=False,
+        proxy_headers=False,
         log_level="warning",
         server_header=False,
         date_header=False,

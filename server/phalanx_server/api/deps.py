@@ -55,7 +55,7 @@ class Services:
             await asyncio.gather(*waits, return_exceptions=True)
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:  # async: a plain function would be sent to a thread
     return request.app.state.services
 
 

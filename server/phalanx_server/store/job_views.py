@@ -111,27 +111,27 @@ async def job_end(conn: AsyncConnection, job_id: UUID) -> JobEnd:
 async def list_jobs(conn: AsyncConnection, wanted: JobFilter, *, before: UUID | None, limit: int) -> list[Row[Any]]:
     """At most `limit` jobs, newest first, older than `before`."""
     conditions, values = _conditions(wanted, before)
-    narrow = _one_tenant(wanted)
-    chosen = _CHOOSE_BY_TENANT if narrow else _CHOOSE
-    values |= {"limit": limit} | ({"tenant": narrow} if narrow else {})
+    tenant = wanted.tenant or wanted.confined_to  # callers have checked that the one lies within the other
+    chosen = _CHOOSE_BY_TENANT if tenant else _CHOOSE_BY_STATE if wanted.states else _CHOOSE
+    values |= {"limit": limit} | ({"tenant": tenant} if tenant else {})
     statement = text(_VIEW.format(chosen="(" + chosen.format(conditions=" AND ".join(conditions) or "true") + ")"))
     return list(await conn.execute(statement, values))
 
 
-# By tenant, each tenant's newest are read from the index (tenant_id, id) and merged: the cost does not depend on how
-# many jobs others have.
-_CHOOSE = "SELECT j.id FROM jobs j WHERE {conditions} ORDER BY j.id DESC LIMIT :limit"
+# By tenant, or else by state, the newest of each are read from their index and merged: the cost does not depend on how
+# many other jobs there are.
+_NEWEST = "SELECT j.id FROM jobs j WHERE {conditions} ORDER BY j.id DESC LIMIT :limit"
+_CHOOSE = _NEWEST
 _CHOOSE_BY_TENANT = f"""
-    SELECT newest.id FROM tenants, LATERAL (
-        SELECT j.id FROM jobs j WHERE j.tenant_id = tenants.id AND {{conditions}} ORDER BY j.id DESC LIMIT :limit
-    ) newest
+    SELECT newest.id
+    FROM tenants, LATERAL ({_NEWEST.format(conditions="j.tenant_id = tenants.id AND {conditions}")}) newest
     WHERE {SUBTREE} ORDER BY newest.id DESC LIMIT :limit
 """
-
-
-def _one_tenant(wanted: JobFilter) -> str | None:
-    """The narrower of the two subtrees. Callers have checked that `tenant` lies within `confined_to`."""
-    return wanted.tenant or wanted.confined_to
+_CHOOSE_BY_STATE = f"""
+    SELECT newest.id FROM unnest(CAST(:states AS text[])) AS wanted (state),
+        LATERAL ({_NEWEST.format(conditions="j.state = wanted.state AND {conditions}")}) newest
+    ORDER BY newest.id DESC LIMIT :limit
+"""
 
 
 def _conditions(wanted: JobFilter, before: UUID | None) -> tuple[list[str], dict[str, Any]]:

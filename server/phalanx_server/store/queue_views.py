@@ -5,6 +5,7 @@ Owns the order (priority, then age, then id: the index `jobs_queue`). A position
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -26,28 +27,40 @@ class QueuePlace:
     position: int
 
 
-_AFTER = """
-    AND (q.priority < :priority
-         OR q.priority = :priority AND (q.submitted_at, q.id) > (CAST(:submitted_at AS timestamptz), CAST(:id AS uuid)))
-"""
+_WAITING = "SELECT q.id, q.tenant_id, q.priority, q.submitted_at FROM jobs q WHERE q.state = 'queued'"
+_ORDER = "priority DESC, submitted_at, id"
+# What follows a place is two ranges of the index: with OR, everything before the place would be read again.
+_SAME_PRIORITY = f"""{_WAITING} AND q.priority = :priority
+    AND (q.submitted_at, q.id) > (CAST(:submitted_at AS timestamptz), CAST(:id AS uuid))"""
+_LOWER = f"{_WAITING} AND q.priority < :priority"
+_NUMBERED = f"SELECT next.*, :position + row_number() OVER (ORDER BY {_ORDER}) AS position FROM"
+
+
+def _all(ranges: Sequence[str]) -> str:
+    """Everybody's jobs: each range stops at the limit, and what is left is numbered."""
+    cut = " UNION ALL ".join(f"({waiting} ORDER BY {_ORDER} LIMIT :limit)" for waiting in ranges)
+    return f"{_NUMBERED} (SELECT * FROM ({cut}) w ORDER BY {_ORDER} LIMIT :limit) next"
+
+
+def _within(ranges: Sequence[str]) -> str:
+    """A subtree's jobs: all are numbered on the way, because positions are those of the whole queue."""
+    return f"""
+        SELECT * FROM ({_NUMBERED} ({" UNION ALL ".join(ranges)}) next) numbered
+        WHERE tenant_id = ANY(ARRAY(SELECT id FROM tenants WHERE {SUBTREE})) ORDER BY {_ORDER} LIMIT :limit
+    """
+
+
 _PAGE = """
-SELECT p.position, j.id, j.name, t.path AS tenant, j.priority, j.submitted_at,
+SELECT p.position, p.id, j.name, t.path AS tenant, p.priority, p.submitted_at,
        (j.spec->'resources'->>'replicas')::int AS replicas,
        (j.spec->'resources'->>'gpus_per_replica')::int AS gpus_per_replica,
        h.reason AS hold_reason, h.message AS hold_message, h.unblocks, h.estimated_start, h.since AS hold_since
-FROM (
-    SELECT w.id, w.position FROM (
-        SELECT q.id, q.tenant_id,
-               :position + row_number() OVER (ORDER BY q.priority DESC, q.submitted_at, q.id) AS position
-        FROM jobs q WHERE q.state = 'queued' {after}
-    ) w {within} ORDER BY w.position LIMIT :limit
-) p
+FROM ({chosen}) p
 JOIN jobs j ON j.id = p.id
-JOIN tenants t ON t.id = j.tenant_id
-LEFT JOIN holds h ON h.job_id = j.id
+JOIN tenants t ON t.id = p.tenant_id
+LEFT JOIN holds h ON h.job_id = p.id
 ORDER BY p.position
 """
-_WITHIN = f"WHERE w.tenant_id IN (SELECT id FROM tenants WHERE {SUBTREE})"
 _POSITION = text(
     """
     SELECT 1 + (SELECT count(*) FROM jobs q WHERE q.state = 'queued' AND q.priority > j.priority)
@@ -72,8 +85,9 @@ async def list_queue(
         }
     if tenant is not None:
         values["tenant"] = tenant
-    statement = _PAGE.format(after=_AFTER if after else "", within=_WITHIN if tenant is not None else "")
-    return list(await conn.execute(text(statement), values))
+    ranges = (_SAME_PRIORITY, _LOWER) if after else (_WAITING,)
+    chosen = _all(ranges) if tenant is None else _within(ranges)
+    return list(await conn.execute(text(_PAGE.format(chosen=chosen)), values))
 
 
 async def position_in_queue(conn: AsyncConnection, job_id: UUID) -> int | None:
