@@ -63,6 +63,17 @@ async def test_a_new_agent_and_a_restarted_node_get_new_tokens_and_the_old_one_r
     assert all(row.expires_at > plane.now for row in expiring)
 
 
+async def test_a_node_that_came_back_has_not_said_its_statistics_yet(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    await plane.heartbeat("node-0")
+    plane.change_node("node-0", cpus=99)
+    await plane.send_inventory()
+    assert (await plane.node("node-0")).stats is not None
+    plane.change_node("node-0", ray_node_id="ray-again")
+    await plane.send_inventory()
+    assert (await plane.node("node-0")).stats is None
+
+
 async def test_a_token_that_never_arrived_is_minted_again(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     plane.later(1)

@@ -101,7 +101,8 @@ async def _write(
         _values(node) | {"id": ids.new_id(), "cluster_id": cluster_id} for n, node in facts.items() if n not in known
     ]
     changed = [
-        {"id": known[name].id} | {column: values[column] for column in _COLUMNS}
+        {"id": known[name].id, "stats": _kept_stats(known[name], node)}
+        | {column: values[column] for column in _COLUMNS}
         for name, node in facts.items()
         if name in known and (values := _values(node)) and _differs(known[name], values)
     ]
@@ -123,6 +124,11 @@ def _values(node: NodeFacts) -> dict[str, Any]:
     values = {column: getattr(node, column) for column in _COLUMNS}
     facts = {"shared_checkpoints": node.shared_checkpoints, "own_users": node.own_users}
     return values | {"name": node.name, "facts": facts}
+
+
+def _kept_stats(row: Row[Any], node: NodeFacts) -> Any:
+    """Statistics are of a runner: a node that came back as another Ray node has not said any yet."""
+    return row.stats if row.ray_node_id == node.ray_node_id else None
 
 
 def _differs(row: Row[Any], values: Mapping[str, Any]) -> bool:
