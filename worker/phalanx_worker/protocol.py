@@ -348,7 +348,9 @@ _HINTS: dict[type, dict[str, Any]] = {}
 def _decode_dataclass(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
-    hints = _HINTS.setdefault(kind, typing.get_type_hints(kind))
+    if kind not in _HINTS:  # evaluating annotations takes most of a decode, so once per type
+        _HINTS[kind] = typing.get_type_hints(kind)
+    hints = _HINTS[kind]
     values = {}
     for spec in dataclasses.fields(kind):
         if spec.name in data:
