@@ -108,7 +108,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     url = settings.required_database_url
     engine = create_engine(url, pool_size=settings.database_pool, application_name="phalanx-server")
     async with Wakeups(url) as wakeups:
-        submitter = Submitter(engine)
+        submitter = Submitter(engine, on_flush=app.state.measures.observe_flush)
         await submitter.start()
         try:
             app.state.services = Services(

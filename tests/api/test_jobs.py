@@ -153,7 +153,7 @@ async def run(world: Any, job: str, *, finished: bool = False) -> tuple[UUID, UU
 
 
 async def test_a_running_job_shows_attempt_placement_and_phases(
-    alice: httpx.AsyncClient, world: Any, job_file: Any
+    alice: httpx.AsyncClient, calls: Any, world: Any, job_file: Any
 ) -> None:
     (job,) = await submit(alice, job_file())
     job_id, attempt_id = await run(world, job)
@@ -177,6 +177,9 @@ async def test_a_running_job_shows_attempt_placement_and_phases(
     assert shown["progress"]["values"] == {"loss": 0.5} and shown["progress"]["total_steps"] == 100
     assert shown["checkpoint"]["url"] == "file:///c/7"
     assert await items(alice, f"/v1/jobs/{job}/attempts") == [attempt]
+    metrics = (await calls("operator").get("/metrics")).text
+    for line in ('phalanx_jobs{state="running"} 1.0', "phalanx_submit_flush_jobs_count 1.0"):
+        assert line in metrics
     nodes = {node["name"]: node for node in await items(alice, "/v1/nodes")}
     assert nodes["n0"]["gpus_used"] == 4 and nodes["n0"]["jobs"] == [job] and nodes["n0"]["stats"] is None
 

@@ -64,6 +64,15 @@ async def test_a_database_of_an_older_version(command: Typer, database: str) -> 
     assert result.exit_code == 6 and "at schema 0001" in result.output and HEAD in result.output
 
 
+async def test_the_first_migration_prints_the_first_tokens_and_the_second_none(
+    empty_database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await server_command.check_database(empty_database, upgrade=True)
+    assert capsys.readouterr().err.count("phx_") == 2
+    await server_command.check_database(empty_database, upgrade=True)
+    assert "phx_" not in capsys.readouterr().err
+
+
 async def test_it_migrates_serves_and_stops(empty_database: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

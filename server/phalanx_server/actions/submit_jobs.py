@@ -133,9 +133,17 @@ class _Pending:
 class Submitter:
     """The one way in for jobs. `submit` may be called by any number of tasks at once."""
 
-    def __init__(self, engine: AsyncEngine, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        on_flush: Callable[[int], None] = lambda jobs: None,
+    ) -> None:
+        """`on_flush` is told how many jobs shared each transaction."""
         self._engine = engine
         self._clock = clock
+        self._on_flush = on_flush
         self._hardware = Hardware()
         self._waiting: deque[_Pending] = deque()
         self._waiting_jobs = 0
@@ -204,6 +212,7 @@ class Submitter:
         async with self._engine.begin() as conn:
             good = await self._prepare(conn, taken)
             await _carry_out(conn, good)
+        self._on_flush(sum(len(pending.jobs) for pending in good))
         for pending in taken:
             pending.settle()
 

@@ -15,13 +15,13 @@ _LIVE = ("starting", "running", "stopping")
 
 async def count_jobs(conn: AsyncConnection) -> dict[str, int]:
     """Jobs that are not over, by state; every such state is there, with 0 where there is none."""
-    live = select(jobs.c.state, func.count().label("count")).where(jobs.c.state.in_(_LIVE)).group_by(jobs.c.state)
+    live = select(jobs.c.state, func.count().label("number")).where(jobs.c.state.in_(_LIVE)).group_by(jobs.c.state)
     queued = select(func.count()).where(jobs.c.state == "queued")
-    counts = {row.state: row.count for row in await conn.execute(live)}
+    counts = {row.state: row.number for row in await conn.execute(live)}
     return {"queued": (await conn.execute(queued)).scalar_one(), **{state: counts.get(state, 0) for state in _LIVE}}
 
 
 async def count_queue(conn: AsyncConnection) -> dict[str, int]:
     """Holds by reason. A queued job that no pass has looked at yet has none."""
-    rows = await conn.execute(select(holds.c.reason, func.count().label("count")).group_by(holds.c.reason))
-    return {row.reason: row.count for row in rows}
+    rows = await conn.execute(select(holds.c.reason, func.count().label("number")).group_by(holds.c.reason))
+    return {row.reason: row.number for row in rows}
