@@ -10,7 +10,16 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from phalanx_server.domain.errors import Invalid
@@ -63,8 +72,12 @@ def _number_as_text(given: object) -> object:
     return str(given) if isinstance(given, int) and not isinstance(given, bool) else given
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=DURATION_MAX_S)]
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=MEMORY_MAX_BYTES)]
+_DURATION_SCHEMA = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "examples": ["30s", "4h"]}]}
+_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "examples": ["64GiB"]}]}
+Duration = Annotated[
+    float, BeforeValidator(parse_duration), Field(ge=0, le=DURATION_MAX_S), WithJsonSchema(_DURATION_SCHEMA)
+]
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=MEMORY_MAX_BYTES), WithJsonSchema(_SIZE_SCHEMA)]
 Whole = Annotated[int, Field(strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, BeforeValidator(_number_as_text)]
@@ -76,8 +89,17 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _as_written(schema: dict[str, Any]) -> None:
+    """The schema of what a user may write: the short form is a number, and nothing that is filled in is required."""
+    schema["properties"]["gpus"] = {"type": "integer", "minimum": 0, "description": "So many replicas of one GPU."}
+    schema["required"] = []
+    schema["anyOf"] = [{"required": ["gpus"]}, {"required": ["gpus_per_replica"]}]
+
+
 class Resources(_Part):
     """The gang: `replicas`, all at once or none; a replica never spans nodes."""
+
+    model_config = ConfigDict(json_schema_extra=_as_written)
 
     replicas: Annotated[Whole, Field(ge=1, le=REPLICAS_MAX)] = 1
     gpus_per_replica: Annotated[Whole, Field(ge=0, le=GPUS_PER_REPLICA_MAX)]
