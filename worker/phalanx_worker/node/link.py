@@ -25,7 +25,8 @@ from phalanx_worker.protocol import Heartbeat, NodeAnswer
 
 log = logging.getLogger("phalanx.node.link")
 
-_GATHER_S = 0.05  # reports that come within this time travel together
+_GATHER_S = 0.02  # what comes within this time travels together
+_EVERY_S = 0.25  # and after one report the next waits this long, unless somebody waits for it
 _BACKOFF_S = (0.25, 5.0)
 _REQUEST_TIMEOUT_S = 10.0
 _BUNDLE_TIMEOUT_S = 60.0
@@ -49,7 +50,8 @@ class Link:
         self._heartbeat = heartbeat
         self._client: httpx.AsyncClient | None = None
         self._heartbeat_s = 2.0
-        self._heartbeat_due = 0.0  # monotonic
+        self._heartbeat_due = 0.0  # monotonic, as the next
+        self._sent_at = 0.0
         self._failures = 0
         self._owed: list[Item] = []  # `dropped` marks for rejected reports, kept until the server takes something again
         self._flushes: list[asyncio.Event] = []
@@ -161,7 +163,8 @@ class Link:
     async def _send(self, client: httpx.AsyncClient, batch: Batch) -> Delivery:
         heartbeat = replace(self._heartbeat(), spool_bytes=self._spool.size_bytes)
         body = batch.body(heartbeat)
-        self._heartbeat_due = time.monotonic() + self._heartbeat_s
+        self._sent_at = time.monotonic()
+        self._heartbeat_due = self._sent_at + self._heartbeat_s
         try:
             answer = await client.post("/v1/node/reports", content=body)
         except httpx.HTTPError as error:
@@ -202,7 +205,7 @@ class Link:
 
     async def _gathered(self) -> None:
         await self._outbox.filled.wait()
-        await asyncio.sleep(_GATHER_S)
+        await asyncio.sleep(max(_GATHER_S, self._sent_at + _EVERY_S - time.monotonic()))
 
     async def _pause(self) -> None:
         """Back off; a new configuration ends the pause."""

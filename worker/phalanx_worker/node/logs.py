@@ -16,7 +16,7 @@ from collections.abc import Callable
 MAX_CHUNK_BYTES = 64 * 1024
 _READ_BYTES = 256 * 1024
 _CHUNK_AGE_S = 0.2
-_REST_S = 0.04  # between reads of a stream that trickles; the pipe's 64 KiB hold more than that brings
+_REST_S = 0.1  # between reads of a stream that trickles; the pipe's 64 KiB hold more than that brings
 _BUSY_BYTES = 16 * 1024  # a read of at least this much is followed by the next at once
 
 TAIL_BYTES = 2048
