@@ -81,9 +81,14 @@ class ControlPlane:
     def change_node(self, name: str, /, **values: Any) -> None:
         self.facts[name] = self.facts[name].model_copy(update=values)
 
-    async def send_inventory(self, instance: str | None = None) -> m.InventoryAnswer:
+    async def send_inventory(
+        self, instance: str | None = None, *, without_token: tuple[str, ...] = ()
+    ) -> m.InventoryAnswer:
         inventory = m.Inventory(
-            instance=instance or self.instance, sent_at=self.now.timestamp(), nodes=list(self.facts.values())
+            instance=instance or self.instance,
+            sent_at=self.now.timestamp(),
+            nodes=list(self.facts.values()),
+            without_token=list(without_token),
         )
         return await update_inventory(
             self.engine, inventory, cluster_id=self.cluster_id, now=self.now, fence_s=FENCE_S, heartbeat_s=2.0

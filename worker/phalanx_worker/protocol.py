@@ -47,6 +47,7 @@ class Inventory:
     sent_at: float
     nodes: list[NodeFacts]
     protocol: int = PROTOCOL_VERSION
+    without_token: list[str] = field(default_factory=list)  # living nodes whose runner the agent has no token for
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,9 @@ class Desired:
 
 @dataclass(frozen=True)
 class InventoryAnswer:
-    """Answer to `PUT /v1/agent/nodes`. `node_tokens` has one entry for each node whose `boot` the server has not yet
-    given a token to this agent instance; a node token serves the live attempts of its node only."""
+    """Answer to `PUT /v1/agent/nodes`. `node_tokens` has one entry for each living node that the server has given this
+    agent instance no token for, or whose token the agent says it lacks; an earlier token of the node runs out some
+    minutes later. A node token serves the live attempts of its node only."""
 
     server_time: float
     node_ids: dict[str, str]  # node name -> node id

@@ -35,8 +35,6 @@ from phalanx_server.store.wakeups import notify
 
 # An old token still serves the runner until the agent has handed it the new one.
 OLD_TOKEN_GRACE_S = 600.0
-# A token whose answer got lost: minted again if the runner was not heard for this long since.
-TOKEN_UNUSED_S = 15.0
 
 _COLUMNS = ("ray_node_id", "gpu_type", "gpus", "cpus", "memory_bytes", "address", "labels", "alive")
 
@@ -63,7 +61,7 @@ async def update_inventory(
         tokens = {
             name: await _token(conn, known[name], inventory.instance, now)
             for name, node in facts.items()
-            if node.alive and _wants_token(known[name], inventory.instance, now)
+            if node.alive and (name in inventory.without_token or _is_new(known[name], inventory.instance))
         }
         await recover(conn, now=now)
         if changed:
@@ -138,14 +136,9 @@ def _differs(row: Row[Any], values: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------ node tokens
 
 
-def _wants_token(row: Row[Any], instance: str, now: datetime) -> bool:
-    """A node gets a token for each agent instance and each Ray node; again if the last one seems to have got lost."""
-    facts = row.facts
-    if facts.get("token_for") != _purpose(row, instance):
-        return True
-    minted_at = datetime.fromisoformat(facts["token_at"])
-    unused = row.runner_seen_at is None or row.runner_seen_at < minted_at
-    return unused and now - minted_at > timedelta(seconds=TOKEN_UNUSED_S)
+def _is_new(row: Row[Any], instance: str) -> bool:
+    """A node gets a token for each agent instance and each Ray node."""
+    return row.facts.get("token_for") != _purpose(row, instance)
 
 
 def _purpose(row: Row[Any], instance: str) -> str:
@@ -157,5 +150,5 @@ async def _token(conn: AsyncConnection, row: Row[Any], instance: str, now: datet
     token = TokenRow(kind="node", role="node", name=f"node {row.name}", cluster_id=row.cluster_id, node_id=row.id)
     await expire_node_tokens(conn, row.id, at=now + timedelta(seconds=OLD_TOKEN_GRACE_S))
     await insert_token(conn, minted, token)
-    await merge_facts(conn, row.id, {"token_for": _purpose(row, instance), "token_at": now.isoformat()})
+    await merge_facts(conn, row.id, {"token_for": _purpose(row, instance)})
     return minted.text

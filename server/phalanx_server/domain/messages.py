@@ -71,6 +71,7 @@ class Inventory(Message):
     sent_at: float
     nodes: list[NodeFacts]
     protocol: int = 1
+    without_token: list[str] = []
 
 
 class RankExit(Message):

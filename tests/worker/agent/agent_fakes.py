@@ -191,6 +191,8 @@ class FakeLink:
     refuse: set[str] = field(default_factory=set)
     away: bool = False
     superseded: bool = False
+    lose_answers: int = 0  # to so many inventories
+    token_answers: list[dict[str, str]] = field(default_factory=list)  # the tokens that were given, lost ones included
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def want(self, *attempts: DesiredAttempt) -> None:
@@ -216,11 +218,16 @@ class FakeLink:
         if self.away:
             raise ServerAway("no route")
 
-    async def put_nodes(self, nodes: list[NodeFacts]) -> InventoryAnswer:
+    async def put_nodes(self, nodes: list[NodeFacts], without_token: list[str]) -> InventoryAnswer:
         self._present()
         self.nodes = nodes
         ids = {node.name: f"node_{node.name}" for node in nodes}
-        return InventoryAnswer(0.0, ids, {name: f"token-{name}" for name in ids}, fence_s=60.0, heartbeat_s=0.5)
+        tokens = {name: f"token-{name}" for name in without_token}
+        self.token_answers.append(tokens)
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise ServerAway("the answer got lost")
+        return InventoryAnswer(0.0, ids, tokens, fence_s=60.0, heartbeat_s=0.5)
 
     async def desired(self, version: str) -> Desired:
         self._present()

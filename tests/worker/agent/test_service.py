@@ -106,6 +106,17 @@ async def test_runners_get_settings_with_their_own_token_and_directory(scene: Sc
     assert scene.b.configured[0]["data_dir"] == "/data/b"
 
 
+async def test_a_token_whose_answer_got_lost_is_asked_for_again() -> None:
+    scene = Scene()
+    scene.link.lose_answers = 1
+    async with running(scene.agent):
+        await scene.until(lambda: scene.a.configured and scene.b.configured)
+        await scene.until(lambda: len(scene.link.token_answers) > 2)
+    given = scene.link.token_answers
+    assert given[:2] == [{"a": "token-a", "b": "token-b"}] * 2
+    assert not any(given[2:]), "what it has it does not ask for"
+
+
 async def test_one_failing_rank_ends_the_gang(scene: Scene) -> None:
     await scene.started()
     scene.b.end("att_1", rank=3, at=7.0, exit_code=1)

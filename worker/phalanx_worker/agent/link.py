@@ -67,8 +67,8 @@ class ServerLink:
     async def close(self) -> None:
         await self.client.aclose()
 
-    async def put_nodes(self, nodes: list[NodeFacts]) -> InventoryAnswer:
-        message = Inventory(instance=self.instance, sent_at=time.time(), nodes=nodes)
+    async def put_nodes(self, nodes: list[NodeFacts], without_token: list[str]) -> InventoryAnswer:
+        message = Inventory(instance=self.instance, sent_at=time.time(), nodes=nodes, without_token=without_token)
         return await self._call(InventoryAnswer, "PUT", "/v1/agent/nodes", json=encode(message))
 
     async def desired(self, version: str) -> Desired:

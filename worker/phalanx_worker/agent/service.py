@@ -70,7 +70,7 @@ class Agent:
     gangs: dict[str, Gang] = field(default_factory=dict)
     desired: dict[str, DesiredAttempt] | None = None  # None until the server has answered
     desired_since_s: dict[str, float] = field(default_factory=dict)
-    node_tokens: dict[str, str] = field(default_factory=dict)
+    node_tokens: dict[tuple[str, str], str] = field(default_factory=dict)  # by node name and Ray node
     heartbeat_s: float = 2.0
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class Agent:
             if nodes != told or time.monotonic() - told_s >= self.heartbeat_s:
                 self.wake.set()
                 try:
-                    self._take_answer(await self.link.put_nodes(nodes))
+                    self._take_answer(nodes, await self.link.put_nodes(nodes, self._without_token(nodes)))
                 except (ServerAway, ServerRefused) as error:
                     await backoff.failed(error)
                     continue
@@ -126,17 +126,23 @@ class Agent:
                 told, told_s = nodes, time.monotonic()
             await asyncio.sleep(INVENTORY_POLL_S)
 
-    def _take_answer(self, answer: InventoryAnswer) -> None:
-        self.heartbeat_s = answer.heartbeat_s
-        self.node_tokens.update(answer.node_tokens)
-        for name, node_id in answer.node_ids.items():
-            if name in self.node_tokens:
-                self.hosts.configure(name, self._runner_settings(name, node_id, answer))
+    def _without_token(self, nodes: list[NodeFacts]) -> list[str]:
+        """Asked for by name: the answer with a token may have got lost, and the one before it runs out."""
+        return [node.name for node in nodes if node.alive and (node.name, node.ray_node_id) not in self.node_tokens]
 
-    def _runner_settings(self, name: str, node_id: str, answer: InventoryAnswer) -> dict[str, Any]:
+    def _take_answer(self, nodes: list[NodeFacts], answer: InventoryAnswer) -> None:
+        self.heartbeat_s = answer.heartbeat_s
+        held = {(node.name, node.ray_node_id): answer.node_tokens.get(node.name) for node in nodes}
+        self.node_tokens = {
+            node: token for node, new in held.items() if (token := new or self.node_tokens.get(node)) is not None
+        }
+        for (name, _), token in self.node_tokens.items():
+            self.hosts.configure(name, self._runner_settings(name, answer.node_ids[name], token, answer))
+
+    def _runner_settings(self, name: str, node_id: str, token: str, answer: InventoryAnswer) -> dict[str, Any]:
         return {
             "server_url": self.settings.server_url,
-            "node_token": self.node_tokens[name],
+            "node_token": token,
             "node_id": node_id,
             "node_name": name,
             "fence_s": answer.fence_s,
