@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from phalanx_server.actions.bootstrap import bootstrap
-from phalanx_server.store.embedded import EmbeddedPostgres
+from phalanx_server.store.embedded import EmbeddedPostgres, PostgresFailed
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.migrate import upgrade
 from phalanx_server.supervise import Child, ChildFailed, Family, wait_until
@@ -32,13 +32,25 @@ from phalanx_server.supervise import Child, ChildFailed, Family, wait_until
 DEFAULT_DATA = Path("~/.phalanx").expanduser()
 DEFAULT_PORT = 8321
 START_TIMEOUT_S = 120.0
-WARM_TIMEOUT_S = 120.0
+COMMAND_GRACE_S = 5.0
 
 console = Console(stderr=True, highlight=False)
 
 
-class Stopped(BaseException):
-    """A signal asked for the end. Not an Exception: nothing on the way may swallow it."""
+class Stopped(Exception):
+    """A signal asked for the end, and the flow came to a point where it may end."""
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal asked for the end. The handler only notes it: raised there, an exception could land in any
+    callback of the interpreter that swallows it."""
+
+    made: bool = False
+
+    def check(self) -> None:
+        if self.made:
+            raise Stopped
 
 
 @dataclass(frozen=True)
@@ -74,21 +86,19 @@ def exclusive(data: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into Stopped; later ones are ignored while things are put away."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def stopped_by_signals() -> Iterator[StopRequest]:
+    """Note SIGINT, SIGTERM and SIGHUP in the request that this yields."""
+    request = StopRequest()
 
     def stop(_number: int, _frame: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        raise Stopped
+        request.made = True
 
-    before = {number: signal.signal(number, stop) for number in signals}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield request
     finally:
-        for number in signals:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def free_port(host: str, port: int) -> int:
@@ -125,8 +135,9 @@ async def prepare_database(url: str) -> Any:
 class Up:
     """The parts of one machine, in the order of their start."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, stop_request: StopRequest) -> None:
         self.machine = machine
+        self.stop_request = stop_request
         self.family = Family()
         self.postgres = EmbeddedPostgres(machine.path("postgres"))
         self.admin_token = ""
@@ -148,9 +159,16 @@ class Up:
             self.child("server", "--host", machine.host, "--port", str(machine.port), env=settings)
         )
         self.family.start(self.child("scheduler", env=settings))
-        wait_until(lambda: self._ready(server), timeout_s=START_TIMEOUT_S, what="the server")
-        wait_until(lambda: self._written(ray, ray_file), timeout_s=START_TIMEOUT_S, what="Ray")
+        self._wait(lambda: self._ready(server), "the server")
+        self._wait(lambda: self._written(ray, ray_file), "Ray")
         self.family.start(self._agent())
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        def look() -> bool:
+            self.stop_request.check()
+            return ready()
+
+        wait_until(look, timeout_s=START_TIMEOUT_S, what=what)
 
     def _ray(self) -> Child:
         machine = self.machine
@@ -171,6 +189,7 @@ class Up:
 
     def _start_database(self) -> dict[str, str]:
         url = self.postgres.start()
+        self.stop_request.check()
         created = asyncio.run(prepare_database(url))
         self.first_run = created is not None
         self.admin_token = secret_file(self.machine.path("admin-token"), created and created.admin_token)
@@ -195,23 +214,24 @@ class Up:
 
     def warm_nodes(self) -> int:
         """How many nodes have a process with torch imported, ready to fork."""
-        answer = httpx.get(
-            f"{self.machine.url}/v1/nodes", headers={"Authorization": f"Bearer {self.admin_token}"}, timeout=5
-        )
-        answer.raise_for_status()
-        return sum(1 for node in answer.json()["items"] if node["state"] == "ready" and node["warm_ready"])
+        headers = {"Authorization": f"Bearer {self.admin_token}"}
+        try:
+            answer = httpx.get(f"{self.machine.url}/v1/nodes", headers=headers, timeout=5)
+        except httpx.TransportError:
+            return 0
+        if answer.status_code == 401:
+            raise ChildFailed(
+                f"the server does not know the token in {self.machine.path('admin-token')}: put a valid one there"
+            )
+        nodes = answer.json()["items"] if answer.is_success else []
+        return sum(1 for node in nodes if node["state"] == "ready" and node["warm_ready"])
 
     def _all_warm(self) -> bool:
         self.family.tick(time.monotonic())
         return self.warm_nodes() >= self.machine.nodes
 
     def wait_warm(self) -> None:
-        wait_until(
-            self._all_warm,
-            timeout_s=WARM_TIMEOUT_S,
-            what="torch on every node",
-            poll_s=0.2,
-        )
+        self._wait(self._all_warm, "torch on every node")
 
     def run(self, command: list[str]) -> int:
         """Run `command` with this Phalanx as its server; its exit code."""
@@ -219,14 +239,16 @@ class Up:
         with subprocess.Popen(command, env=env) as process:
             try:
                 while process.poll() is None:
+                    self.stop_request.check()
                     self.family.tick(time.monotonic())
                     time.sleep(0.1)
             finally:
-                process.terminate()
+                end(process)
         return process.returncode
 
     def stay(self) -> None:
         while True:
+            self.stop_request.check()
             self.family.tick(time.monotonic())
             time.sleep(0.2)
 
@@ -234,6 +256,16 @@ class Up:
         self.machine.path("url").unlink(missing_ok=True)
         self.family.stop()
         self.postgres.stop()
+
+
+def end(process: subprocess.Popen) -> None:
+    """SIGTERM, and SIGKILL if that did not help."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(COMMAND_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def announce(up: Up) -> None:
@@ -255,8 +287,8 @@ def bring_up(machine: Machine, command: list[str]) -> int:
     machine.path("logs").mkdir(parents=True, exist_ok=True)
     for name in ("storage", "nodes", "checkpoints", "ray"):
         machine.path(name).mkdir(exist_ok=True)
-    with exclusive(machine.data), stopped_by_signals():
-        up = Up(machine)
+    with exclusive(machine.data), stopped_by_signals() as stop_request:
+        up = Up(machine, stop_request)
         try:
             with console.status("Starting PostgreSQL, the server, the scheduler and Ray"):
                 up.start()
@@ -269,7 +301,7 @@ def bring_up(machine: Machine, command: list[str]) -> int:
             return 0
         except Stopped:
             return 130 if command else 0
-        except (ChildFailed, TimeoutError) as error:
+        except (ChildFailed, PostgresFailed, TimeoutError) as error:
             console.print(f"[red]phalanx up:[/] {error}")
             return 1
         finally:

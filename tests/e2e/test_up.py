@@ -1,17 +1,30 @@
 """`phalanx up` itself: what it leaves behind, and that it goes on where it was."""
 
 import sys
+import time
 
 import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+def document(command: str) -> dict:
+    return {"name": "kept", "tenant": "default", "resources": {"gpus": 1}, "run": {"command": command}}
+
+
+def wait_running(client, job_id: str, *, attempts: int):
+    deadline = time.monotonic() + 60
+    while (job := client.job(job_id)).state != "running" or job.attempts != attempts:
+        assert not job.ended and time.monotonic() < deadline, job
+        time.sleep(0.1)
+
+
 def test_it_continues_where_it_was_and_shows_the_token_once(machine):
     machine.start().wait_up()
     with machine.client() as client:
-        document = {"name": "kept", "tenant": "default", "resources": {"gpus": 1}, "run": {"command": "echo kept"}}
-        job = client.wait(client.submit(document).id, timeout_s=60)
+        done = client.wait(client.submit(document("echo kept")).id, timeout_s=60)
+        running = client.submit(document("sleep 600"))
+        wait_running(client, running.id, attempts=1)
     token = machine.environment["PHALANX_TOKEN"]
     code, output = machine.stop()
     assert (code, token in output) == (0, True)
@@ -19,11 +32,14 @@ def test_it_continues_where_it_was_and_shows_the_token_once(machine):
 
     machine.start().wait_up()
     with machine.client() as client:
-        assert client.job(job.id).state == "succeeded"
-        assert "kept" in client.logs(job.id)
-        assert client.wait(client.submit(document).id, timeout_s=60).state == "succeeded"
+        assert client.job(done.id).state == "succeeded"
+        assert "kept" in client.logs(done.id)
+        wait_running(client, running.id, attempts=2)
+        client.cancel(running.id)
+        assert client.wait(running.id, timeout_s=60).state == "cancelled"
     code, output = machine.stop()
     assert (code, token in output) == (0, False)
+    assert machine.left_over() == []
 
 
 def test_the_exit_code_of_its_command_is_its_own_and_nothing_is_left(machine):
@@ -33,7 +49,7 @@ def test_the_exit_code_of_its_command_is_its_own_and_nothing_is_left(machine):
     assert machine.left_over() == []
 
 
-@pytest.mark.parametrize("name", ["postgres", "ray"])
+@pytest.mark.parametrize("name", ["postgres", "ray", "logs/scheduler.log", "logs/agent.log"])
 def test_ctrl_c_while_it_starts_leaves_nothing(machine, name):
     machine.start()
     while not (machine.data / name).exists():
