@@ -12,6 +12,7 @@ from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.errors import Superseded
 from phalanx_server.domain.messages import RankExit
+from phalanx_server.store.attempts import lock_live_attempts
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.schema import clusters, outbox
 
@@ -133,7 +134,7 @@ async def test_asking_twice_to_stop_keeps_the_first_cause_but_a_cancel_overrules
 
     async def ask(cause: StopCause) -> str | None:
         async with plane.engine.begin() as conn:
-            await request_stop(conn, job_ids=[job_id], cause=cause, now=plane.now)
+            await request_stop(conn, await lock_live_attempts(conn, [job_id]), cause=cause, now=plane.now)
         return (await plane.attempt(job_id)).stop_cause
 
     assert await ask(StopCause.DRAIN) == "drain"

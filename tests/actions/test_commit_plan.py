@@ -9,7 +9,8 @@ from uuid import UUID
 
 import pytest
 from control_plane import ControlPlane
-from phalanx_server.actions.commit_plan import Committed, LeaseLost, commit_plan
+from phalanx_server.actions.commit_plan import Committed, commit_plan
+from phalanx_server.actions.expect_lease import LeaseLost
 from phalanx_server.actions.hold_job import hold_job
 from phalanx_server.actions.set_node_state import set_node_state
 from phalanx_server.domain.access import SYSTEM
@@ -102,13 +103,16 @@ async def test_a_job_that_changed_is_dropped(plane: ControlPlane) -> None:
     assert (await commit(plane, decision)).dropped == {job_id.hex: "the job is held or being cancelled"}
 
 
-@pytest.mark.parametrize("how", ["cordoned", "lost"])
+@pytest.mark.parametrize("how", ["cordoned", "lost", "not alive"])
 async def test_a_node_that_takes_no_work_gets_none(plane: ControlPlane, how: str) -> None:
     await plane.add_nodes(1)
     job_id = await plane.submit()
     decision = await start(plane, job_id, {"node-0": 1})
     if how == "lost":
         await plane.lose("node-0")
+    elif how == "not alive":
+        plane.change_node("node-0", alive=False)
+        await plane.send_inventory()
     else:
         node_id = (await plane.node("node-0")).id
         await set_node_state(plane.engine, node_id, wanted=NodeState.CORDONED, actor=SYSTEM, now=plane.now)

@@ -114,6 +114,19 @@ async def test_a_manager_makes_tokens_for_their_own_subtree_only(ready):
             await create(ready, actor=MANAGER, **fields)
 
 
+async def test_a_manager_cannot_make_tokens_in_the_name_of_others(ready):
+    """Audit rows and `created_by` go by the user's name."""
+    await create(ready, role="member", tenant="default", user="dora")
+    await create(ready, role="member", tenant="research/nlp", user="nell")
+    member = {"actor": MANAGER, "role": "member", "tenant": "research"}
+    for taken in ("admin", "dora"):
+        with pytest.raises(Forbidden, match=taken):
+            await create(ready, **member, user=taken)
+    for own in ("nell", "new"):
+        assert await create(ready, **member, user=own)
+    assert await create(ready, role="member", tenant="research", user="admin")
+
+
 def test_nobody_makes_a_token_that_allows_more_than_their_own():
     for role in Role:
         actor = Actor("x", role, tenant="research" if role in ("manager", "member", "viewer") else None)

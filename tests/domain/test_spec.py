@@ -89,7 +89,7 @@ BAD = {
     "retries.max": [-1, 1001, "3"],
     "preemption.grace": ["2h", -1],
     "restart": ["sometimes", 1],
-    "not_before": ["2026-11-21T00:00:00", "tomorrow", 5],
+    "not_before": ["2026-11-21T00:00:00", "tomorrow", 5, "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-01:00"],
     "labels": [{"a": True}, {"": "x"}, {"a=b": "x"}, {str(n): "x" for n in range(65)}, {"a": "x" * 257}],
     "held": ["yes", 1],
     "checkpoint.url": ["bucket", "", "x" * 3000],

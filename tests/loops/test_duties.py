@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import datetime, timedelta
+from uuid import UUID
 
 import httpx
 import pytest
@@ -12,10 +13,12 @@ from control_plane import ControlPlane
 from phalanx_server.loops import ticking
 from phalanx_server.loops.deliver_outbox import MAX_TRIES, DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
-from phalanx_server.loops.retain import Keep, Retain
+from phalanx_server.loops.retain import BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
 from phalanx_server.loops.ticking import tick_forever
-from phalanx_server.store.schema import events, idempotency_keys, logs, metrics, outbox
-from sqlalchemy import insert
+from phalanx_server.store.attempts import overdue_attempts
+from phalanx_server.store.schema import events, idempotency_keys, leases, logs, metrics, outbox
+from sqlalchemy import insert, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 # ------------------------------------------------------------------ time limits
 
@@ -35,6 +38,35 @@ async def test_a_job_over_its_limit_is_asked_to_end(plane: ControlPlane) -> None
     await plane.report(plane.ended(attempt, 143))
     job = await plane.job(limited)
     assert (job.state, job.reason) == ("failed", "time_limit")
+
+
+async def test_the_limit_of_one_attempt_never_ends_the_next(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attempt that ran for too long fails by itself, and its job starts again, between two statements."""
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run(time_limit="10m", retries={"max": 1, "backoff": 0})
+    plane.later(600)
+
+    async def overdue(conn: AsyncConnection, *, now: datetime) -> list[UUID]:
+        found = await overdue_attempts(conn, now=now)
+        await plane.report(plane.ended(attempt, 1))
+        await plane.tick()
+        return found
+
+    monkeypatch.setattr("phalanx_server.actions.enforce_limits.overdue_attempts", overdue)
+    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
+    assert await plane.state(job_id) == "starting"
+
+
+async def test_a_deposed_leader_ends_nothing(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, _ = await plane.run(time_limit="10m")
+    plane.later(600)
+    async with plane.engine.begin() as conn:
+        await conn.execute(update(leases).values(epoch=leases.c.epoch + 1))
+    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
+    assert await plane.state(job_id) == "running"
 
 
 async def test_time_spent_waiting_is_not_limited(plane: ControlPlane) -> None:
@@ -159,6 +191,22 @@ async def test_what_is_old_is_forgotten_and_what_comes_has_a_place(plane: Contro
     assert await plane.kinds(job_id) == []
     assert await plane.rows(events) == []
     assert await plane.state(job_id) == "succeeded"
+
+
+async def test_a_round_is_bounded_and_the_next_comes_soon_while_there_is_more(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx_server.store.retention.BATCH_ROWS", 2)
+    retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files)
+    async with plane.engine.begin() as conn:
+        key = {"scope": "s", "body_hash": b"", "status": 201, "response": {}, "created_at": plane.now}
+        await conn.execute(insert(idempotency_keys), [key | {"key": str(number)} for number in range(5)])
+    plane.later(6 * 86400)
+    seen = []
+    for _ in range(3):
+        await retain.tick(plane.now)
+        seen.append((len(await plane.rows(idempotency_keys)), retain.pause_s))
+    assert seen == [(3, BUSY_INTERVAL_S), (1, BUSY_INTERVAL_S), (0, INTERVAL_S)]
 
 
 async def test_events_and_logs_of_a_live_job_are_never_forgotten(plane: ControlPlane) -> None:

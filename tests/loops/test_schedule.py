@@ -10,7 +10,7 @@ import pytest
 from control_plane import START, ControlPlane
 from phalanx_server.actions.hold_job import hold_job, release_job
 from phalanx_server.domain.access import SYSTEM
-from phalanx_server.loops.schedule import ScheduleLoop
+from phalanx_server.loops.schedule import INTERVAL_S, ScheduleLoop
 from phalanx_server.scheduling.planner import Planner
 from phalanx_server.scheduling.snapshot import Policy, Snapshot
 from phalanx_server.store.schema import attempts, holds, leases
@@ -177,6 +177,39 @@ async def test_a_start_that_is_dropped_twice_makes_it_load_afresh(plane: Control
     assert (await plane.tick()).committed.dropped and plane.scheduler._memory is None
     assert (await plane.tick()).committed.dropped == {}
     assert await plane.state(job_id) == "queued"
+
+
+async def test_a_commit_is_bounded_and_the_rest_starts_at_once(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit holds the lease: it must be over long before the lease runs out."""
+    monkeypatch.setattr("phalanx_server.loops.schedule.STARTS_MAX", 2)
+    await plane.add_nodes(1, gpus=5)
+    waiting = [await plane.submit(priority=priority) for priority in (0, 5, 1, 7, 3)]
+    started, pauses = [], []
+    for _ in range(3):
+        done = await plane.tick()
+        started.append({waiting.index(UUID(hex=job)) for job in done.committed.started})
+        pauses.append(plane.scheduler.pause_s)
+    assert started == [{1, 3}, {2, 4}, {0}]
+    assert pauses == [0, 0, INTERVAL_S]
+
+
+async def test_a_node_that_is_not_alive_takes_nothing_new(plane: ControlPlane) -> None:
+    """Its agent says that it is gone; it is not yet given up."""
+    await plane.add_nodes(1)
+    await plane.tick()
+    plane.change_node("node-0", alive=False)
+    await plane.send_inventory()
+    job_id = await plane.submit()
+    assert (await plane.tick()).plan.starts == ()
+    told = await hold_of(plane, job_id)
+    assert told is not None and told[0] == "capacity"
+    assert (await plane.node("node-0")).state == "ready"
+    plane.change_node("node-0", alive=True)
+    await plane.send_inventory()
+    await plane.tick()
+    assert await plane.state(job_id) == "starting"
 
 
 async def test_changes_lead_to_what_a_fresh_load_says(plane: ControlPlane) -> None:

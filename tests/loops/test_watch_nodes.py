@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from control_plane import ControlPlane
+from phalanx_server.actions.lose_node import Loss, lose_node
 from phalanx_server.loops.watch_nodes import Patience, WatchNodes
 
 PATIENCE = Patience(node_timeout_s=20, startup_grace_s=15, fence_s=60, loss_grace_s=5)
@@ -64,6 +67,43 @@ async def test_silence_does_not_count_while_nobody_listened(plane: ControlPlane,
     assert await live(plane, watch, 300, silent=everybody) == []
     assert await live(plane, watch, 30, silent=("node-0", "node-1")) == []
     assert await live(plane, watch, 60) == []
+
+
+async def test_nor_while_nobody_watched(plane: ControlPlane, watch: WatchNodes) -> None:
+    """The database was away, or the machine slept: no tick saw the silence of the agent, which is heard first again."""
+    await plane.add_nodes(2)
+    await live(plane, watch, 30)
+    plane.later(300)
+    assert await live(plane, watch, 30, silent=("node-0", "node-1")) == []
+    assert await live(plane, watch, 60) == []
+
+
+async def test_a_node_that_was_heard_meanwhile_is_not_given_up(
+    plane: ControlPlane, watch: WatchNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the nodes and the loss of one lies time: other nodes are given up before it."""
+    await plane.add_nodes(1)
+    await live(plane, watch, 30)
+
+    async def late(*args: Any, **values: Any) -> Loss | None:
+        await plane.heartbeat("node-0")
+        return await lose_node(*args, **values)
+
+    monkeypatch.setattr("phalanx_server.loops.watch_nodes.lose_node", late)
+    assert await live(plane, watch, 60, silent=("node-0",)) == []
+    assert (await plane.node("node-0")).state == "ready"
+
+
+async def test_a_deposed_leader_gives_up_nothing(plane: ControlPlane, watch: WatchNodes) -> None:
+    """Its process was stopped, and goes on after another has taken over."""
+    await plane.add_nodes(1)
+    await live(plane, watch, 30)
+    async with plane.engine.begin() as conn:
+        await conn.exec_driver_sql("UPDATE leases SET expires_at = now() - interval '1 second'")
+    await plane.new_leader("scheduler-2").tick(plane.now)
+    assert plane.leader.lease is not None, "it does not know yet"
+    assert await live(plane, watch, 60, silent=("node-0",)) == []
+    assert (await plane.node("node-0")).state == "ready"
 
 
 async def test_a_new_agent_gets_the_grace_too(plane: ControlPlane, watch: WatchNodes) -> None:

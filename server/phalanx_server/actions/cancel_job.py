@@ -15,6 +15,7 @@ from phalanx_server.domain.errors import Conflict, NotFound
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.job import TERMINAL, JobState, advance
 from phalanx_server.store import ids
+from phalanx_server.store.attempts import lock_live_attempts
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import delete_holds
@@ -65,4 +66,4 @@ async def _cancel_live(conn: AsyncConnection, job: LockedJob, actor: Actor, now:
     await change_job(conn, job.id, {"cancel_requested_at": now})
     message = f"{actor.name} cancelled it."
     await record_events(conn, [Event(at=now, kind=EventKind.CANCEL_REQUESTED, message=message, job_id=job.id)])
-    await request_stop(conn, job_ids=[job.id], cause=StopCause.CANCEL, now=now)
+    await request_stop(conn, await lock_live_attempts(conn, [job.id]), cause=StopCause.CANCEL, now=now)

@@ -17,6 +17,7 @@ from uuid import UUID
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from phalanx_server.actions.expect_lease import expect_lease
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.gang import Group, Seat, lay_out
 from phalanx_server.domain.node import NodeState
@@ -33,13 +34,9 @@ from phalanx_server.store.attempts import (
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
-from phalanx_server.store.leases import Lease, lock_lease
+from phalanx_server.store.leases import Lease
 from phalanx_server.store.nodes import lock_nodes_for_placing
 from phalanx_server.store.wakeups import notify
-
-
-class LeaseLost(Exception):
-    """Another scheduler leads; nothing of the plan was committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +61,7 @@ async def commit_plan(
     `versions` are the versions of the queued jobs that the pass was made on. Raises LeaseLost.
     """
     async with engine.begin() as conn:
-        if not await lock_lease(conn, lease):
-            raise LeaseLost(f"{lease.holder} no longer holds {lease.name} at epoch {lease.epoch}")
+        await expect_lease(conn, lease)
         committed = await _start(conn, plan.starts, versions, now) if plan.starts else Committed({}, {})
         await upsert_holds(conn, [row for row in holds if row.job_id.hex not in committed.started], now=now)
     return committed
@@ -168,7 +164,7 @@ class Ledger:
 
     def _refusal(self, node_id: UUID, replicas: int, resources: Mapping[str, Any]) -> str | None:
         node, free = self.nodes.get(node_id), self.free.get(node_id)
-        if node is None or free is None or node.state != NodeState.READY:
+        if node is None or free is None or node.state != NodeState.READY or not node.alive:
             return "a node does not take work"
         if replicas * resources["gpus_per_replica"] > len(free.gpu_indices):
             return f"GPUs of {node.name} are no longer free"

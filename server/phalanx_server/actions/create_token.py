@@ -43,6 +43,7 @@ async def create_token(conn: AsyncConnection, wanted: NewToken, *, actor: Actor,
     _check(wanted)
     if not may_mint(actor, role=wanted.role, tenant=wanted.tenant):
         raise Forbidden(f"a {actor.role} may not make a token with the role {wanted.role} there")
+    await _check_user(conn, wanted.user, actor)
     expires_at = None if wanted.expires_in_s is None else now + timedelta(seconds=wanted.expires_in_s)
     row = tokens.TokenRow(
         kind="cluster" if wanted.role == Role.CLUSTER else "user",
@@ -80,6 +81,15 @@ def _check_scope(field: str, value: str | None, *, needed: bool, role: str) -> N
         raise Invalid.field(field, f"a token with the role {role} needs one")
     if value and not needed:
         raise Invalid.field(field, f"a token with the role {role} has none", "leave it out")
+
+
+async def _check_user(conn: AsyncConnection, user: str | None, actor: Actor) -> None:
+    """Audit rows go by the user's name, so nobody makes a token in the name of a user who is known beyond their reach.
+    Raises Forbidden."""
+    if user is None or actor.tenant is None or user == actor.name:
+        return
+    if await tokens.is_user_beyond(conn, user, within=actor.tenant):
+        raise Forbidden(f"user {user!r:.80} has tokens outside of {actor.tenant}: choose another name")
 
 
 async def _tenant(conn: AsyncConnection, path: str | None) -> UUID | None:

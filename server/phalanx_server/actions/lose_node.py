@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.attempt_change import AttemptChange, write
+from phalanx_server.actions.expect_lease import expect_lease
 from phalanx_server.domain.attempt import StopCause, decide_end
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.node import NodeState
 from phalanx_server.store.attempts import lock_attempts_on
 from phalanx_server.store.events import Event, record_events
+from phalanx_server.store.leases import Lease
 from phalanx_server.store.nodes import lock_node, mark_lost
 from phalanx_server.store.wakeups import notify
 
@@ -29,17 +33,36 @@ class Loss:
     jobs: tuple[UUID, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a leader judged a node by, and under which lease."""
+
+    lease: Lease
+    alive: bool
+    runner_seen_at: datetime | None
+
+
 async def lose_node(
-    engine: AsyncEngine, node_id: UUID, *, why: str, now: datetime, fence_s: float, grace_s: float
+    engine: AsyncEngine,
+    node_id: UUID,
+    *,
+    why: str,
+    now: datetime,
+    fence_s: float,
+    grace_s: float,
+    judged: Judged | None = None,
 ) -> Loss | None:
-    """Mark the node lost; None if there is no such node or it is lost already.
+    """Mark the node lost; None if there is no such node, if it is lost already, or if it is no longer as it was
+    `judged` (None = whatever it is like). Raises LeaseLost.
 
     Its attempts stay charged for what they hold until it is confirmed gone. Their jobs start again after `fence_s` +
     `grace_s`, when cut-off ranks have ended themselves, or at once where a job says `restart: eager`.
     """
     async with engine.begin() as conn:
+        if judged is not None:
+            await expect_lease(conn, judged.lease)
         node = await lock_node(conn, node_id)
-        if node is None or node.state == NodeState.LOST:
+        if node is None or node.state == NodeState.LOST or not _is_as(judged, node):
             return None
         await mark_lost(conn, node_id, now=now)
         changes = [AttemptChange(row, now) for row in await lock_attempts_on(conn, [node_id])]
@@ -50,6 +73,11 @@ async def lose_node(
         await write(conn, changes, now=now)
         await notify(conn, "queue", "node")
     return Loss(node_id, tuple(change.row.job_id for change in changes))
+
+
+def _is_as(judged: Judged | None, node: Row[Any]) -> bool:
+    """Whether nothing was heard of the node since it was judged."""
+    return judged is None or (judged.alive, judged.runner_seen_at) == (node.alive, node.runner_seen_at)
 
 
 def _lose(change: AttemptChange, node: str, certain_at: datetime) -> None:

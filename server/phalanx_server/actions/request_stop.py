@@ -5,15 +5,16 @@ Owns the step from running to stopping. The agent ends the ranks; what the end m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.actions.attempt_change import AttemptChange, write
 from phalanx_server.domain.attempt import StopCause
-from phalanx_server.store.attempts import lock_live_attempts
 
 MESSAGES = {
     StopCause.CANCEL: "Cancel was requested; its ranks are being ended.",
@@ -24,15 +25,16 @@ MESSAGES = {
 
 
 async def request_stop(
-    conn: AsyncConnection, *, job_ids: Iterable[UUID], cause: StopCause, now: datetime, message: str | None = None
+    conn: AsyncConnection, rows: Sequence[Row[Any]], *, cause: StopCause, now: datetime
 ) -> list[UUID]:
-    """Stop the live attempts of these jobs, with the grace that each job asked for; the jobs that have one.
+    """Stop these attempts (locked rows of store.attempts), with the grace that each job asked for; the jobs of those
+    that were not asked before.
 
-    Asking again changes nothing; a cancel overrules any earlier cause. Runs in the caller's transaction.
+    One that is over stays as it is, and asking again changes nothing; a cancel overrules any earlier cause. Runs in the
+    caller's transaction.
     """
-    changes = [AttemptChange(row, now) for row in await lock_live_attempts(conn, job_ids)]
+    changes = [AttemptChange(row, now) for row in rows]
     for change in changes:
-        grace_s = change.row.spec["preemption"]["grace"]
-        change.stop(cause, grace_s=grace_s, message=message or MESSAGES[cause])
+        change.stop(cause, grace_s=change.row.spec["preemption"]["grace"], message=MESSAGES[cause])
     await write(conn, changes, now=now)
-    return [change.row.job_id for change in changes]
+    return [change.row.job_id for change in changes if change.attempt]

@@ -18,7 +18,7 @@ from phalanx_server.domain.errors import NotFound
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.node import WANTED_STATES, NodeState
 from phalanx_server.store import ids
-from phalanx_server.store.attempts import preemptible_jobs_on
+from phalanx_server.store.attempts import lock_attempts, preemptible_attempts_on
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.nodes import lock_node, set_wanted_state
@@ -47,6 +47,6 @@ async def set_node_state(engine: AsyncEngine, node_id: UUID, *, wanted: NodeStat
         await record_events(conn, [event])
         await record_audit(conn, actor, f"node.{wanted.value}", ids.encode("node", node_id), {"name": node.name})
         if wanted is NodeState.DRAINING:
-            jobs = await preemptible_jobs_on(conn, node_id)
-            await request_stop(conn, job_ids=jobs, cause=StopCause.DRAIN, now=now)
+            rows = await lock_attempts(conn, await preemptible_attempts_on(conn, node_id))
+            await request_stop(conn, rows, cause=StopCause.DRAIN, now=now)
         await notify(conn, "queue", "node")

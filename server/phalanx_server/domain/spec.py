@@ -285,7 +285,10 @@ class JobSpec(_Part):
     def _in_utc(cls, at: datetime | None) -> datetime | None:
         if at is not None and at.tzinfo is None:
             raise ValueError("has no time zone: end it with Z or an offset like +01:00")
-        return at if at is None else at.astimezone(UTC)
+        try:
+            return at if at is None else at.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("is not within the years 1 to 9999 in UTC") from None
 
     @field_validator("labels")
     @classmethod

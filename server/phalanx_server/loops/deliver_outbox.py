@@ -41,6 +41,8 @@ class DeliverOutbox:
         self._leader = leader
         self._webhook_url = webhook_url
         self._client = client
+        self.pause_s = INTERVAL_S
+        """How long until the next tick: not at all while there is more than a batch, and it is taken."""
 
     async def tick(self, now: datetime) -> int:
         """The number of notices that are done with."""
@@ -52,10 +54,12 @@ class DeliverOutbox:
         async with self._engine.connect() as conn:
             notices = await due_notices(conn, now=now, limit=BATCH)
         delivered: list[int] = []
+        self.pause_s = 0.0 if len(notices) == BATCH else INTERVAL_S
         for notice in notices:
             error = await self._post(self._webhook_url, notice)
             if error is not None:
                 await self._failed(notice, error, now)
+                self.pause_s = INTERVAL_S
                 break
             delivered.append(notice.id)
         if delivered:
@@ -81,4 +85,4 @@ class DeliverOutbox:
             await mark_failed(conn, notice.id, error=error, due_at=due_at, now=now, give_up=give_up)
 
     async def run_forever(self) -> None:
-        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="deliver_outbox")
+        await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="deliver_outbox")

@@ -6,11 +6,15 @@ import asyncio
 from datetime import datetime
 from uuid import UUID
 
+import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.enforce_limits import enforce_limits
+from phalanx_server.actions.expect_lease import LeaseLost
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import tick_forever
+
+log = structlog.get_logger()
 
 INTERVAL_S = 1.0
 
@@ -24,9 +28,14 @@ class Enforce:
 
     async def tick(self, now: datetime) -> list[UUID]:
         """The jobs that were asked to end."""
-        if self._leader.lease is None:
+        lease = self._leader.lease
+        if lease is None:
             return []
-        return await enforce_limits(self._engine, now=now)
+        try:
+            return await enforce_limits(self._engine, lease, now=now)
+        except LeaseLost as lost:
+            log.warning("limits not enforced", why=str(lost))
+            return []
 
     async def run_forever(self) -> None:
         await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="enforce")

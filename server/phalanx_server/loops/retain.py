@@ -24,6 +24,8 @@ from phalanx_server.store.retention import (
 )
 
 INTERVAL_S = 600.0
+# While there is more to forget than one round does.
+BUSY_INTERVAL_S = 1.0
 AHEAD = timedelta(days=2)
 LOG_JOBS = 100
 
@@ -49,6 +51,8 @@ class Retain:
         self._leader = leader
         self._keep = keep
         self._files = files
+        self.pause_s = INTERVAL_S
+        """How long until the next round: a moment, while there is more than a round does."""
 
     async def tick(self, now: datetime) -> None:
         if self._leader.lease is None:
@@ -59,8 +63,13 @@ class Retain:
         async with self._engine.begin() as conn:
             await drop_metrics(conn, before=now - keep.metrics)
             await drop_rollups(conn, before=now - keep.events)
-        async with self._engine.begin() as conn:
-            await delete_old_events(conn, before=now - keep.events)
+        more = await self._delete_rows(now)
+        more |= await self._forget_logs(now - keep.logs)
+        self.pause_s = BUSY_INTERVAL_S if more else INTERVAL_S
+
+    async def _delete_rows(self, now: datetime) -> bool:
+        """Delete at most a batch of each table; whether there may be more."""
+        keep = self._keep
         ages = {
             "events": keep.events,
             "audit": keep.events,
@@ -69,20 +78,24 @@ class Retain:
             "leases": keep.leases,
             "tokens": keep.tokens,
         }
+        async with self._engine.begin() as conn:
+            more = await delete_old_events(conn, before=now - keep.events)
         for table, age in ages.items():
             async with self._engine.begin() as conn:
-                await delete_old(conn, table, before=now - age)
-        await self._forget_logs(now - keep.logs)
+                more |= await delete_old(conn, table, before=now - age)
+        return more
 
-    async def _forget_logs(self, before: datetime) -> None:
+    async def _forget_logs(self, before: datetime) -> bool:
+        """Delete the logs of at most LOG_JOBS jobs; whether there may be more."""
         async with self._engine.connect() as conn:
             jobs = await expired_log_jobs(conn, before=before, limit=LOG_JOBS)
         if jobs:
             await self._files.delete([job_directory(job) for job in jobs])
             async with self._engine.begin() as conn:
                 await forget_logs(conn, jobs)
+        return len(jobs) == LOG_JOBS
 
     async def run_forever(self) -> None:
         """Partitions must exist before they are needed: the first round comes with the election."""
         await self._leader.elected.wait()
-        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="retain")
+        await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="retain")

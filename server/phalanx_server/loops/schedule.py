@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TypeVar
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from phalanx_server.actions.commit_plan import Committed, LeaseLost, commit_plan
+from phalanx_server.actions.commit_plan import Committed, commit_plan
+from phalanx_server.actions.expect_lease import LeaseLost
 from phalanx_server.loops.hold_book import HoldBook
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import tick_forever
@@ -35,6 +36,8 @@ Result = TypeVar("Result")
 
 INTERVAL_S = 1.0
 SLOW_PASS_S = 1.0
+# A commit locks the lease, which must be renewed in time: so many starts take about a second.
+STARTS_MAX = 2_000
 # From so many queued jobs on a pass runs in a thread, so that the lease is renewed beside it.
 THREAD_JOBS = 2_000
 
@@ -68,6 +71,8 @@ class ScheduleLoop:
         self._wakeups = wakeups
         self._memory: Memory | None = None
         self._holds = HoldBook()
+        self.pause_s = INTERVAL_S
+        """How long to wait for a wakeup before the next tick: not at all while a part of the plan waits."""
 
     async def tick(self, now: datetime) -> Pass | None:
         """Load → plan → commit. None while another process leads."""
@@ -107,12 +112,13 @@ class ScheduleLoop:
 
     async def _commit(self, memory: Memory, plan: Plan, now: datetime) -> Committed | None:
         news = self._holds.news(plan)
+        self.pause_s = INTERVAL_S
         if not plan.starts and not news:
             return Committed({}, {})
         try:
             committed = await commit_plan(
                 self._engine,
-                plan,
+                replace(plan, starts=plan.starts[:STARTS_MAX]),
                 memory.lease,
                 versions=memory.cursor.versions,
                 now=now,
@@ -122,6 +128,8 @@ class ScheduleLoop:
             log.warning("plan not committed", why=str(lost))
             return None
         self._holds.stored(news, over=committed.started)
+        if len(plan.starts) > STARTS_MAX and committed.started:
+            self.pause_s = 0.0
         return committed
 
     def _done(self, done: Pass) -> Pass:
@@ -134,10 +142,10 @@ class ScheduleLoop:
     async def run_forever(self) -> None:
         """Woken by NOTIFY and by a timer."""
         if self._wakeups is None:
-            await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="schedule")
+            await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="schedule")
             return
         async with self._wakeups.subscribe("queue") as subscription:
-            await tick_forever(self.tick, lambda: subscription.wait(INTERVAL_S), name="schedule")
+            await tick_forever(self.tick, lambda: subscription.wait(self.pause_s), name="schedule")
 
 
 async def _run(jobs: int, work: Callable[[], Result]) -> Result:

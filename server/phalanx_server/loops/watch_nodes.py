@@ -14,7 +14,7 @@ from when the agent was heard without a break, plus a grace.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -24,10 +24,12 @@ import structlog
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from phalanx_server.actions.lose_node import lose_node
+from phalanx_server.actions.expect_lease import LeaseLost
+from phalanx_server.actions.lose_node import Judged, lose_node
 from phalanx_server.actions.recover_nodes import recover_nodes
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.store.leases import Lease
 from phalanx_server.store.nodes import load_watched
 
 log = structlog.get_logger()
@@ -63,25 +65,32 @@ class WatchNodes:
         self._leader = leader
         self._patience = patience
         self._started_at: datetime | None = None
+        self._looked_at: datetime | None = None
         self._heard: dict[UUID, Listening] = {}
 
     async def tick(self, now: datetime) -> list[UUID]:
         """Give up and take back nodes; those that were given up."""
-        if self._leader.lease is None:
-            self._started_at = None
+        lease = self._leader.lease
+        if lease is None:
+            self._started_at = self._looked_at = None
             self._heard.clear()
             return []
         self._started_at = self._started_at or now
         async with self._engine.connect() as conn:
             rows = await load_watched(conn)
         self._listen(rows, now)
-        lost = []
-        for row in rows:
-            why = self.verdict(row, now)
-            if why is not None:
-                await self._lose(row, why, now)
-                lost.append(row.id)
+        lost = await self._give_up([(row, why) for row in rows if (why := self.verdict(row, now))], lease, now)
         await recover_nodes(self._engine, now=now)
+        return lost
+
+    async def _give_up(self, silent: Sequence[tuple[Row[Any], str]], lease: Lease, now: datetime) -> list[UUID]:
+        lost = []
+        for row, why in silent:
+            try:
+                lost += [row.id] if await self._lose(row, why, lease, now) else []
+            except LeaseLost as error:
+                log.warning("node not given up", node=row.name, why=str(error))
+                break
         return lost
 
     def verdict(self, row: Row[Any], now: datetime) -> str | None:
@@ -111,20 +120,34 @@ class WatchNodes:
         return None
 
     def _listen(self, rows: Iterable[Row[Any]], now: datetime) -> None:
+        """An agent that nobody looked at for a while may have been silent meanwhile, like the whole server."""
+        longest_s = self._patience.node_timeout_s / 2
+        if self._looked_at is None or (now - self._looked_at).total_seconds() > longest_s:
+            self._heard.clear()
+        self._looked_at = now
         for cluster_id, instance, seen_at in {(r.cluster_id, r.agent_instance, r.agent_seen_at) for r in rows}:
-            silent = seen_at is None or (now - seen_at).total_seconds() > self._patience.node_timeout_s / 2
+            silent = seen_at is None or (now - seen_at).total_seconds() > longest_s
             if silent:
                 self._heard.pop(cluster_id, None)
             elif cluster_id not in self._heard or self._heard[cluster_id].instance != instance:
                 self._heard[cluster_id] = Listening(instance, now)
 
-    async def _lose(self, row: Row[Any], why: str, now: datetime) -> None:
+    async def _lose(self, row: Row[Any], why: str, lease: Lease, now: datetime) -> bool:
+        """Whether it is lost now; not if it was heard since it was looked at."""
         patience = self._patience
         loss = await lose_node(
-            self._engine, row.id, why=why, now=now, fence_s=patience.fence_s, grace_s=patience.loss_grace_s
+            self._engine,
+            row.id,
+            why=why,
+            now=now,
+            fence_s=patience.fence_s,
+            grace_s=patience.loss_grace_s,
+            judged=Judged(lease, row.alive, row.runner_seen_at),
         )
-        if loss is not None:
-            log.warning("node lost", node=row.name, why=why, jobs=[job.hex for job in loss.jobs])
+        if loss is None:
+            return False
+        log.warning("node lost", node=row.name, why=why, jobs=[job.hex for job in loss.jobs])
+        return True
 
     async def run_forever(self) -> None:
         await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="watch_nodes")

@@ -275,29 +275,29 @@ async def load_fences(
 
 _PREEMPTIBLE_ON = text(
     """
-    SELECT a.job_id FROM placements p JOIN attempts a ON a.id = p.attempt_id JOIN jobs j ON j.id = a.job_id
+    SELECT a.id FROM placements p JOIN attempts a ON a.id = p.attempt_id JOIN jobs j ON j.id = a.job_id
     WHERE p.node_id = :node_id AND p.released_at IS NULL AND a.state IN ('starting', 'running')
       AND CAST(j.spec->'preemption'->>'preemptible' AS boolean)
     """
 )
 
 
-async def preemptible_jobs_on(conn: AsyncConnection, node_id: UUID) -> list[UUID]:
-    """Jobs on a node that may be asked to go elsewhere."""
+async def preemptible_attempts_on(conn: AsyncConnection, node_id: UUID) -> list[UUID]:
+    """Attempts on a node whose jobs may be asked to go elsewhere."""
     return list((await conn.execute(_PREEMPTIBLE_ON, {"node_id": node_id})).scalars())
 
 
 _OVERDUE = text(
     """
-    SELECT a.job_id FROM attempts a JOIN jobs j ON j.id = a.job_id
+    SELECT a.id FROM attempts a JOIN jobs j ON j.id = a.job_id
     WHERE a.state IN ('starting', 'running') AND a.started_at IS NOT NULL AND j.spec->'time_limit' <> 'null'
       AND a.started_at + make_interval(secs => CAST(j.spec->>'time_limit' AS double precision)) <= :now
     """
 )
 
 
-async def overdue_jobs(conn: AsyncConnection, *, now: datetime) -> list[UUID]:
-    """Jobs whose live attempt runs for longer than their time limit, and was not asked to end."""
+async def overdue_attempts(conn: AsyncConnection, *, now: datetime) -> list[UUID]:
+    """Attempts that run for longer than their job's time limit, and were not asked to end."""
     return list((await conn.execute(_OVERDUE, {"now": now})).scalars())
 
 

@@ -61,13 +61,15 @@ async def expire_node_tokens(conn: AsyncConnection, node_id: UUID, *, at: dateti
 
 # ------------------------------------------------------------------ lost and found
 
-_LOCK = text("SELECT id, cluster_id, name, state, wanted_state, alive FROM nodes WHERE id = :id FOR UPDATE")
+_LOCK = text("SELECT id, name, state, wanted_state, alive, runner_seen_at FROM nodes WHERE id = :id FOR UPDATE")
 _LOSE = text("UPDATE nodes SET state = 'lost', lost_at = :now, version = version + 1 WHERE id = :id")
 _RESTORE = text(
     """
     UPDATE nodes n SET state = n.wanted_state, lost_at = NULL, version = n.version + 1
-    WHERE n.state = 'lost' AND n.alive AND n.runner_seen_at > n.lost_at
-      AND NOT EXISTS (SELECT FROM placements p WHERE p.node_id = n.id AND p.released_at IS NULL)
+    WHERE n.id = ANY(ARRAY(
+        SELECT f.id FROM nodes f WHERE f.state = 'lost' AND f.alive AND f.runner_seen_at > f.lost_at
+          AND NOT EXISTS (SELECT FROM placements p WHERE p.node_id = f.id AND p.released_at IS NULL)
+        FOR NO KEY UPDATE SKIP LOCKED))
     RETURNING n.id, n.name, n.state
     """
 )
@@ -83,7 +85,10 @@ async def mark_lost(conn: AsyncConnection, node_id: UUID, *, now: datetime) -> N
 
 
 async def restore_nodes(conn: AsyncConnection) -> list[Row[Any]]:
-    """Take back lost nodes that are alive, heard and empty, into the state that an operator wants them in."""
+    """Take back lost nodes that are alive, heard and empty, into the state that an operator wants them in.
+
+    A node that somebody has locked is left for the next time: the caller may hold nodes that those wait for.
+    """
     return list(await conn.execute(_RESTORE))
 
 
@@ -99,14 +104,14 @@ async def set_wanted_state(conn: AsyncConnection, node_id: UUID, *, wanted: str)
 # Weaker than the lock of lock_node, which it waits for, and compatible with the runner's own reports.
 _PLACING = text(
     """
-    SELECT id, cluster_id, name, state, gpus, cpus, memory_bytes FROM nodes WHERE id = ANY(CAST(:ids AS uuid[]))
+    SELECT id, cluster_id, name, state, alive, gpus, cpus, memory_bytes FROM nodes WHERE id = ANY(CAST(:ids AS uuid[]))
     ORDER BY id FOR KEY SHARE
     """
 )
 
 
 async def lock_nodes_for_placing(conn: AsyncConnection, ids: Sequence[UUID]) -> dict[UUID, Row[Any]]:
-    """These nodes; their state does not change until the transaction ends."""
+    """These nodes; none is lost, cordoned or drained until the transaction ends."""
     return {row.id: row for row in await conn.execute(_PLACING, {"ids": list(ids)})}
 
 

@@ -41,19 +41,20 @@ async def drop_rollups(conn: AsyncConnection, *, before: datetime) -> int:
     return (await conn.execute(query, {"before": before})).scalar_one()
 
 
-async def delete_old(conn: AsyncConnection, table: str, *, before: datetime) -> int:
-    """Delete at most BATCH_ROWS rows of `table` (a key of _OLD_ROWS) older than `before`; the number of rows."""
+async def delete_old(conn: AsyncConnection, table: str, *, before: datetime) -> bool:
+    """Delete at most BATCH_ROWS rows of `table` (a key of _OLD_ROWS) older than `before`; whether there may be more."""
     statement = text(
         f"DELETE FROM {table} WHERE ctid = ANY(ARRAY("
         f"SELECT ctid FROM {table} WHERE {_OLD_ROWS[table]} LIMIT {BATCH_ROWS}))"
     )
-    return (await conn.execute(statement, {"before": before})).rowcount
+    return (await conn.execute(statement, {"before": before})).rowcount == BATCH_ROWS
 
 
-async def delete_old_events(conn: AsyncConnection, *, before: datetime) -> int:
-    """Delete at most BATCH_ROWS events of jobs that are over since `before`; those of live jobs stay, however old."""
+async def delete_old_events(conn: AsyncConnection, *, before: datetime) -> bool:
+    """Delete at most BATCH_ROWS events of jobs that are over since `before`; those of live jobs stay, however old.
+    Whether there may be more."""
     statement = text(
         "DELETE FROM events WHERE id = ANY(ARRAY(SELECT e.id FROM events e JOIN jobs j ON j.id = e.job_id"
         f" WHERE e.at < :before AND j.finished_at < :before LIMIT {BATCH_ROWS}))"
     )
-    return (await conn.execute(statement, {"before": before})).rowcount
+    return (await conn.execute(statement, {"before": before})).rowcount == BATCH_ROWS

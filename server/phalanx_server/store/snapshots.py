@@ -336,7 +336,7 @@ async def _leftovers(
 
 _NODES = text(
     """
-    SELECT n.id, c.name AS cluster, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.labels, n.state, n.name
+    SELECT n.id, c.name AS cluster, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.labels, n.state, n.alive
     FROM nodes n JOIN clusters c ON c.id = n.cluster_id
     WHERE n.changed_xid >= CAST(CAST(:since AS text) AS xid8)
     """
@@ -353,6 +353,7 @@ _TENANTS = text(
 
 
 def _node(row: Row[Any]) -> Node:
+    """A node that its agent says is gone, and that is not given up yet, takes nothing new."""
     return Node(
         name=_hex(row.id),
         gpu_type=row.gpu_type,
@@ -361,7 +362,7 @@ def _node(row: Row[Any]) -> Node:
         cpus=row.cpus,
         memory_gib=row.memory_bytes // GIB,
         labels=row.labels,
-        state=row.state,
+        state=row.state if row.alive or row.state == "lost" else "cordoned",
     )
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, insert, select, update
+from sqlalchemy import ColumnElement, Row, Select, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -70,9 +70,7 @@ async def list_tokens(
     """
     statement = _select().where(tokens.c.kind != "node").order_by(tokens.c.id.desc()).limit(limit)
     if within is not None:
-        statement = statement.where(
-            (tenants.c.path == within) | tenants.c.path.startswith(within + "/", autoescape=True)
-        )
+        statement = statement.where(_in_subtree(within))
     if after is not None:
         statement = statement.where(tokens.c.id < after)
     return (await conn.execute(statement)).all()
@@ -91,6 +89,12 @@ async def find_or_make_user(conn: AsyncConnection, name: str) -> UUID:
     return (await conn.execute(select(users.c.id).where(users.c.name == name))).scalar_one()
 
 
+async def is_user_beyond(conn: AsyncConnection, name: str, *, within: str) -> bool:
+    """Whether the user of this name has a token, of any age, that is not of the subtree of tenant `within`."""
+    beyond = _select().where(users.c.name == name, tenants.c.path.is_(None) | ~_in_subtree(within))
+    return (await conn.execute(select(beyond.exists()))).scalar_one()
+
+
 async def find_cluster(conn: AsyncConnection, name: str) -> UUID | None:
     return (await conn.execute(select(clusters.c.id).where(clusters.c.name == name))).scalar_one_or_none()
 
@@ -104,6 +108,10 @@ async def insert_cluster(conn: AsyncConnection, name: str) -> UUID | None:
 async def list_clusters(conn: AsyncConnection) -> Sequence[Row[Any]]:
     """Every cluster, by name."""
     return (await conn.execute(select(clusters).order_by(clusters.c.name))).all()
+
+
+def _in_subtree(tenant: str) -> ColumnElement[bool]:
+    return (tenants.c.path == tenant) | tenants.c.path.startswith(tenant + "/", autoescape=True)
 
 
 def _select() -> Select[Any]:
