@@ -9,11 +9,15 @@ import os
 import signal
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from phalanx_worker.node import fence as fence_module
+from phalanx_worker.node import users
 from phalanx_worker.node.fence import Fence
 from phalanx_worker.node.service import StartFailed
+from phalanx_worker.runtime import linux
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -148,3 +152,46 @@ async def test_fence_holds_while_gcs_answers_though_the_agent_is_silent() -> Non
         await asyncio.wait_for(asked.wait(), 5)
     run.cancel()
     assert cut_off == []
+
+
+async def test_fence_cuts_off_at_the_end_of_the_lease_though_gcs_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of the test: an interval too late is an interval in which two attempts may run."""
+    now_s, cut_off = 0.0, []
+
+    async def sleep(duration_s: float) -> None:
+        nonlocal now_s
+        now_s += duration_s
+        if now_s > 70:
+            raise asyncio.CancelledError
+
+    async def wait_for(question: Any, timeout_s: float) -> None:
+        question.close()
+        await sleep(timeout_s)
+        raise TimeoutError
+
+    async def gcs_hangs() -> bool:
+        return True
+
+    monkeypatch.setattr(fence_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(fence_module, "asyncio", SimpleNamespace(sleep=sleep, wait_for=wait_for))
+    with pytest.raises(asyncio.CancelledError):
+        await Fence(fence_s=60.0, gcs_alive=gcs_hangs).run(cut_off.append)
+    assert cut_off[0] == pytest.approx(60.0)
+
+
+async def test_settings_that_fail_leave_no_warm_process_behind(
+    light_runner: Any, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> str:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(users, "own_users_problem", broken)
+    before = _children()
+    with pytest.raises(OSError, match="no more"):
+        await light_runner(server, own_users=True)
+    await asyncio.sleep(0)  # a process would be started by a task of its own
+    assert _children() == before
+
+
+def _children() -> set[int]:
+    return {pid for pid, parent in linux.parents().items() if parent == os.getpid()}

@@ -64,7 +64,6 @@ class Duties:
         await asyncio.to_thread(_end_leftovers, workspace)  # before anything new can be taken for it
         env = {**environment.warm_environment(environ, python=python), **warm_env}
         warm = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log")
-        warm.start(on_ready=hooks.changed)
         problem = await users.own_users_problem(python, data_dir) if settings.own_users else "not asked for"
         outbox = Outbox(boot)
         watch = Watch(Devices(), hooks.groups)
@@ -79,6 +78,7 @@ class Duties:
         )
         fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
         duties = cls(workspace, warm, outbox, link, launcher, fence, watch, problem)
+        warm.start(on_ready=hooks.changed)  # last: what fails above is tried again, and must leave no process behind
         duties.tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(watch.run()),

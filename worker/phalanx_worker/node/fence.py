@@ -30,19 +30,32 @@ class Fence:
         return time.monotonic() - self._last_contact
 
     async def run(self, on_cut_off: Callable[[float], None]) -> None:
-        """Call `on_cut_off(seconds of silence)` whenever the lease has run out, again every interval until contact."""
-        while True:
-            await asyncio.sleep(self.fence_s / 8)
-            if self.silent_s < self.fence_s / 4:
-                continue
-            if await self._reaches_gcs():
-                self.touch()
-            elif self.silent_s >= self.fence_s:
-                on_cut_off(self.silent_s)
+        """Call `on_cut_off(seconds of silence)` as soon as the lease has run out, again every interval until contact.
 
-    async def _reaches_gcs(self) -> bool:
+        Not later: when `fence_s` is over the server may give the work to others. Only a runner that was stopped itself
+        and so has asked nobody asks once before it believes the silence.
+        """
+        asked_in_vain = False
+        while True:
+            await asyncio.sleep(self._interval_s())
+            if self.silent_s < self.fence_s / 4:
+                asked_in_vain = False
+                continue
+            if asked_in_vain and self.silent_s >= self.fence_s:
+                on_cut_off(self.silent_s)
+            asked_at = time.monotonic()
+            asked_in_vain = not await self._reaches_gcs(self._interval_s())
+            if not asked_in_vain:
+                self._last_contact = max(self._last_contact, asked_at)
+
+    def _interval_s(self) -> float:
+        """Until the next look: never past the end of the lease."""
+        left_s = self.fence_s - self.silent_s
+        return min(self.fence_s / 8, left_s) if left_s > 0 else self.fence_s / 8
+
+    async def _reaches_gcs(self, timeout_s: float) -> bool:
         if self._gcs_alive is None:
             return False
         with contextlib.suppress(Exception):  # whatever the client raises, it did not answer
-            return await asyncio.wait_for(self._gcs_alive(), self.fence_s / 8)
+            return await asyncio.wait_for(self._gcs_alive(), timeout_s)
         return False
