@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx_worker.node import logs
+from phalanx_worker.node.logs import LogBudget, LogStream
 from phalanx_worker.node.outbox import Batch, Outbox, shrink, to_item
 from phalanx_worker.node.spool import Spool
 from phalanx_worker.protocol import LogChunk, Mark, MetricPoint
@@ -167,6 +170,33 @@ async def test_outbox_over_its_bound_gives_up_metrics_first_and_counts_them() ->
     kinds = [json.loads(item.text)["kind"] for item in items if item.kind == "marks"]
     assert "dropped" in kinds and "finished" in kinds
     assert json.loads([item for item in items if item.kind == "metrics"][-1].text)["step"] == 299
+
+
+async def test_marks_alone_do_not_grow_without_bound(tmp_path: Path) -> None:
+    outbox, spool = Outbox("boot", limit_bytes=20_000), Spool(tmp_path, limit_bytes=20_000)
+    large = Mark("att_a", 1, rank=0, kind="checkpoint", at=1.0, data={"url": "x" * 3000})
+    for seq in range(20):
+        outbox.put(large)
+        spool.append(Batch("boot", seq, [to_item(large)]))
+    assert outbox.size_bytes <= 20_000
+    assert spool.size_bytes <= 20_000
+    kinds = [json.loads(item.text)["kind"] for item in outbox.next_batch().items]
+    assert kinds[0] == "dropped" and kinds[-1] == "checkpoint"
+
+
+async def test_draining_ends_though_somebody_goes_on_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = os.pipe()
+    stream = LogStream(near, LogBudget(1 << 30), lambda *_: None)
+
+    def refill_and_read(fd: int, count: int) -> bytes:
+        os.write(far, b"y" * 4096)
+        return read(fd, count)
+
+    read = os.read
+    monkeypatch.setattr(logs.os, "read", refill_and_read)
+    stream.drain()
+    os.close(far)
+    stream.close()
 
 
 async def test_batch_body_is_the_protocols_json() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 MAX_CHUNK_BYTES = 64 * 1024
 _READ_BYTES = 256 * 1024
+_PIPE_MAX_BYTES = 1024 * 1024  # what an unprivileged process may make of a pipe's buffer
 _CHUNK_AGE_S = 0.2
 _REST_S = 0.1  # between reads of a stream that trickles; the pipe's 64 KiB hold more than that brings
 _BUSY_BYTES = 16 * 1024  # a read of at least this much is followed by the next at once
@@ -68,9 +69,10 @@ class LogStream:
         os.close(self._fd)
 
     def drain(self) -> None:
-        """Read what the pipe holds now."""
-        while not self.ended.is_set() and self._take():
-            pass
+        """Read what the pipe holds now; not what somebody who still writes adds for as long as one reads."""
+        read_bytes = 0
+        while not self.ended.is_set() and read_bytes < _PIPE_MAX_BYTES and (count := self._take()):
+            read_bytes += count
 
     def _read(self) -> None:
         count = self._take()

@@ -1,7 +1,7 @@
 """What waits to be sent to the server, in memory: log chunks, metric points and marks, already as JSON text.
 
-Owns the numbering of batches and the bound on memory: over it, metrics go first, then logs, and each loss is counted
-and reported as a `dropped` mark. Knows neither disk nor network.
+Owns the numbering of batches and the bound on memory: over it, metrics go first, then logs, marks only when they alone
+are too much, and each loss is counted and reported as a `dropped` mark. Knows neither disk nor network.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from phalanx_worker.protocol import LogChunk, Mark, MetricPoint
 MAX_BATCH_BYTES = 2 << 20  # well below the 4 MiB that the server takes
 MAX_WAITING_BYTES = 16 << 20
 KINDS = ("logs", "metrics", "marks")
+GIVEN_UP_IN_ORDER = ("metrics", "logs", "marks")
 
 AttemptKey = tuple[str, int]  # attempt id, epoch
 
@@ -132,7 +133,7 @@ class Outbox:
         return attempt in self._refused
 
     def _shrink(self) -> None:
-        """Give up the older half of the metrics, and if that is not enough the oldest logs, to half the bound."""
+        """Give up the oldest metrics, if that is not enough the oldest logs, then marks, down to half the bound."""
         kept, lost = shrink(self._items, target_bytes=self._limit_bytes // 2)
         self._keep([*dropped_marks(lost), *kept])
 
@@ -143,11 +144,11 @@ class Outbox:
 
 
 def shrink(items: Iterable[Item], *, target_bytes: int) -> tuple[list[Item], list[Item]]:
-    """Split into what stays and what is given up: oldest metrics first, then oldest logs; marks stay."""
+    """Split into what stays and what is given up: oldest metrics first, then oldest logs, marks last."""
     kept = list(items)
     lost: list[Item] = []
     size = sum(len(item.text) for item in kept)
-    for kind in ("metrics", "logs"):
+    for kind in GIVEN_UP_IN_ORDER:
         remaining = []
         for item in kept:
             if size > target_bytes and item.kind == kind:

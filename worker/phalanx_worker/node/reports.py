@@ -25,6 +25,7 @@ MARK_KINDS = frozenset({"rendezvous", "first_step", "finished", "checkpoint", "p
 _POINTS_PER_S = 100  # of one rank; what comes faster is merged
 _BUCKET_S = 0.1
 _READS_AT_ONCE = 256
+_BURSTS_AT_END = 16  # more than the socket holds
 _REST_S = 0.1  # between bursts; the socket holds some 270 messages meanwhile
 _MARKS_PER_MINUTE = 600
 _DROPPED_EVERY_S = 10.0
@@ -64,8 +65,9 @@ class ReportSocket:
         """Take what is still in the socket, then close it."""
         if self._closed:
             return
-        while not self._ended and self._take():
-            pass
+        for _ in range(_BURSTS_AT_END):
+            if self._ended or not self._take():
+                break
         self._closed = True
         self._loop.remove_reader(self._connection)
         self._connection.close()

@@ -1,7 +1,7 @@
 """Batches that could not be sent, on disk, oldest first, until the server is back; they survive the runner.
 
 Owns `<data>/spool`: one file per batch, its name giving the order. Bounded: over the limit the oldest files lose their
-metrics, then their logs; marks stay, and a `dropped` mark says what went. Knows no network.
+metrics, then their logs, at last their marks, and a `dropped` mark says what went. Knows no network.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from phalanx_worker.node.outbox import AttemptKey, Batch, Item, dropped_marks
+from phalanx_worker.node.outbox import GIVEN_UP_IN_ORDER, AttemptKey, Batch, Item, dropped_marks
 
 
 class Spool:
@@ -61,7 +61,7 @@ class Spool:
         self._sizes[path] = len(data)
 
     def _shrink(self) -> None:
-        for kind in ("metrics", "logs"):
+        for kind in GIVEN_UP_IN_ORDER:
             for path in list(self._sizes):
                 if self.size_bytes <= self._limit_bytes:
                     return
