@@ -34,6 +34,8 @@ ENDINGS = {
     "plain": "print('done')",
     "exit code": "import sys; sys.exit(300)",
     "exit text": "raise SystemExit('why')",
+    "no stdout": "import sys; print('hi', flush=True); sys.stdout = None",
+    "closed stdout": "import sys; print('hi', flush=True); sys.stdout.close()",
     "exit none": "import sys; sys.exit()",
     "exception": "def broken():\n    return 1 / 0\nbroken()",
     "syntax": "x = = 1",

@@ -134,7 +134,7 @@ def _show(error: BaseException) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    for step in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
+    for step in (threading._shutdown, atexit._run_exitfuncs, _flush_stdout, _flush_stderr):  # type: ignore[attr-defined]
         try:
             step()
         except BaseException as error:
@@ -145,3 +145,13 @@ def _leave(code: int) -> NoReturn:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is not None and not getattr(sys.stdout, "closed", False):  # as the interpreter: a script may do both
+        sys.stdout.flush()
+
+
+def _flush_stderr() -> None:
+    if sys.stderr is not None and not getattr(sys.stderr, "closed", False):
+        sys.stderr.flush()
