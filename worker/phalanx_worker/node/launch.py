@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class Launcher:
             if order.desired.launch.bundle:
                 await self.bundles.unpack(order.desired.launch.bundle, order.attempt_id, Path(places.work), uid)
             launch = self._plan(order, state)
-            group = Group(order, places, launch, events)
             spec = self._spec(order, places, launch, uid=uid, hosted_store=bool(state.torch))
+            group = Group(order, places, launch, events)
             if listener is not None and spec.store is None:
                 listener.close()  # no torch here to host the store: rank 0 binds the port itself
                 listener = None
@@ -71,7 +72,7 @@ class Launcher:
     def _spec(
         self, order: GroupOrder, places: Places, launch: Launch, *, uid: int | None, hosted_store: bool
     ) -> GroupSpec:
-        user = getpass.getuser() if uid is None else f"phx{uid}"
+        user = _own_name() if uid is None else f"phx{uid}"
         env = environment.group_environment(order, places, node_env=self.node_env, user=user, hosted_store=hosted_store)
         first_rank = order.group.first_rank
         hosts = order.hosts_rendezvous and hosted_store
@@ -88,3 +89,11 @@ class Launcher:
             threads=int(env["OMP_NUM_THREADS"]) if launch.warm else 1,
             unbuffered=bool(env["PYTHONUNBUFFERED"]),
         )
+
+
+def _own_name() -> str:
+    """Of the runner's user; containers may run under an id that has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid{os.geteuid()}"

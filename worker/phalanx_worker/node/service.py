@@ -193,7 +193,7 @@ class Runner:
         _, start = self._starts.get(attempt_id, (0, None))
         if start is None:
             return None
-        if not start.done():
+        if not start.done() and not start.cancelling():  # a second cancel would cut its clearing up short
             start.cancel()
         with contextlib.suppress(StartFailed, asyncio.CancelledError):
             return await asyncio.shield(start)
