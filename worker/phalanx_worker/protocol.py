@@ -41,7 +41,7 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Inventory:
-    """`PUT /v1/agent/nodes`: the whole node list of a cluster. Sent on start, on every change, and every `heartbeat_s`."""
+    """`PUT /v1/agent/nodes`: the whole node list of a cluster. Sent on start, on change, and every `heartbeat_s`."""
 
     instance: str  # random per agent process
     sent_at: float
@@ -134,7 +134,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class DesiredAttempt:
-    """An attempt that the agent must run, or stop. What is not desired must not run: the agent ends strangers at once."""
+    """An attempt that the agent must run, or stop. What is not desired must not run: the agent ends it at once."""
 
     attempt_id: str
     job_id: str
@@ -147,7 +147,7 @@ class DesiredAttempt:
     grace_s: float  # between SIGTERM and SIGKILL when stopping
     groups: list[GroupPlacement]
     launch: Launch
-    started: bool = False  # its ranks did run: never start it again; if nothing of it is left, report `ended` with unseen exits
+    started: bool = False  # its ranks did run: never start it again; where nothing is left, `ended` with unseen exits
     traceparent: str | None = None
 
 
@@ -223,9 +223,9 @@ class MetricPoint:
 class Mark:
     """Something that happened once in a rank.
 
-    kind: `rendezvous` (process group is up) · `first_step` (first optimizer step done) · `finished` (phalanx.finished()) ·
-    `checkpoint` (data: url, step, and what the caller added) · `progress` (data: total_steps) · `dropped` (data: what,
-    count, bytes) · `oom` · `note` (data: message; a sentence for the user).
+    kind: `rendezvous` (process group is up) · `first_step` (first optimizer step done) · `finished`
+    (phalanx.finished()) · `checkpoint` (data: url, step, and what the caller added) · `progress` (data: total_steps) ·
+    `dropped` (data: what, count, bytes) · `oom` · `note` (data: message; a sentence for the user).
     """
 
     attempt_id: str
