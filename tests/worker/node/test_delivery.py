@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from phalanx_worker.node import logs
+from phalanx_worker.node.link import Link
 from phalanx_worker.node.logs import LogBudget, LogStream
 from phalanx_worker.node.outbox import Batch, Outbox, shrink, to_item
 from phalanx_worker.node.spool import Spool
-from phalanx_worker.protocol import LogChunk, Mark, MetricPoint
+from phalanx_worker.protocol import Heartbeat, LogChunk, Mark, MetricPoint, NodeStats
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -153,6 +154,27 @@ async def test_nonsense_from_a_rank_is_counted_not_believed(workbench: Any) -> N
     await workbench.server.until(lambda: bool(workbench.server.marks(attempt.id, "dropped")))
     assert [item["values"] for item in workbench.server.items("metrics", attempt.id)] == [{"c": 2}]
     assert not workbench.server.marks(attempt.id, "oom")
+
+
+async def test_a_new_token_does_not_disturb_a_bundle_on_its_way(server: Any, tmp_path: Path) -> None:
+    link = Link(Outbox("boot"), Spool(tmp_path), lambda: Heartbeat([], NodeStats(0.0, 0), warm_ready=True))
+    server.bundles["0" * 64] = b"x" * (8 << 20)
+    await link.configure(server_url=server.url, token="old", heartbeat_s=1.0)
+    received = 0
+    async with link.fetch_bundle("0" * 64, "att_a") as chunks:
+        async for part in chunks:
+            if not received:
+                await link.configure(server_url=server.url, token="new", heartbeat_s=1.0)
+            received += len(part)
+    await link.close()
+    assert received == 8 << 20
+
+
+async def test_an_outage_of_days_does_not_end_the_link(tmp_path: Path) -> None:
+    link = Link(Outbox("boot"), Spool(tmp_path), lambda: Heartbeat([], NodeStats(0.0, 0), warm_ready=True))
+    link._failures = 20_000
+    link._urgent.set()
+    await link._pause()
 
 
 # ---------------------------------------------------------------- without a process

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
+from phalanx import config
 
 from phalanx_worker.agent.backoff import Backoff
 from phalanx_worker.protocol import (
@@ -59,7 +60,9 @@ class ServerLink:
         self, *, url: str, token: Callable[[], str], instance: str, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         timeout = httpx.Timeout(CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        self.client = httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout, trust_env=False, transport=transport)
+        self.client = httpx.AsyncClient(
+            base_url=url.rstrip("/"), timeout=timeout, trust_env=not config.is_local(url), transport=transport
+        )
         self.instance = instance
         self._token = token
         self._bearer = token()

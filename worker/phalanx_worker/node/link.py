@@ -16,6 +16,7 @@ from dataclasses import replace
 from enum import Enum
 
 import httpx
+from phalanx import config
 
 from phalanx_worker import protocol
 from phalanx_worker.node.orders import StartFailed
@@ -28,6 +29,7 @@ log = logging.getLogger("phalanx.node.link")
 _GATHER_S = 0.02  # what comes within this time travels together
 _EVERY_S = 0.25  # and after one report the next waits this long, unless somebody waits for it
 _BACKOFF_S = (0.25, 5.0)
+_MOST_DOUBLINGS = 8
 _REQUEST_TIMEOUT_S = 10.0
 _BUNDLE_TIMEOUT_S = 60.0
 _RETRY_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
@@ -49,6 +51,7 @@ class Link:
         self._spool = spool
         self._heartbeat = heartbeat
         self._client: httpx.AsyncClient | None = None
+        self._server_url = ""
         self._heartbeat_s = 2.0
         self._heartbeat_due = 0.0  # monotonic, as the next
         self._sent_at = 0.0
@@ -58,26 +61,33 @@ class Link:
         self._urgent = asyncio.Event()
 
     async def configure(self, *, server_url: str, token: str, heartbeat_s: float) -> None:
-        """Use this server and token from now on."""
-        old, self._client = (
-            self._client,
-            httpx.AsyncClient(
+        """Use this server and token from now on. A new token alone disturbs no request that is under way."""
+        old = self._client
+        if old is None or self._server_url != server_url:
+            self._server_url = server_url
+            self._client = httpx.AsyncClient(
                 base_url=server_url,
-                headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+                headers={"Content-Type": "application/json"},
                 timeout=_REQUEST_TIMEOUT_S,
-            ),
-        )
+                trust_env=not config.is_local(server_url),  # a proxy is not meant for a server on this machine
+            )
+            if old is not None:
+                await old.aclose()
+        assert self._client is not None
+        self._client.headers["Authorization"] = f"Bearer {token}"
         self._heartbeat_s = heartbeat_s
         self._failures = 0
         self._urgent.set()
-        if old is not None:
-            await old.aclose()
 
     async def run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._something_to_send(), max(0.0, self._heartbeat_due - time.monotonic()))
-            await self.deliver()
+            try:
+                await self.deliver()
+            except Exception:  # a disk that fails, say: a link that ended would make the node look lost
+                log.exception("delivering reports failed")
+                self._failures += 1
             if self._failures:
                 await self._pause()
 
@@ -210,7 +220,8 @@ class Link:
     async def _pause(self) -> None:
         """Back off; a new configuration ends the pause."""
         first, longest = _BACKOFF_S
-        pause_s = min(longest, first * 2 ** (self._failures - 1)) * random.uniform(0.8, 1.2)
+        doubled = min(self._failures - 1, _MOST_DOUBLINGS)  # failures go on for hours, and floats end at 2**1023
+        pause_s = min(longest, first * 2**doubled) * random.uniform(0.8, 1.2)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._urgent.wait(), pause_s)
 

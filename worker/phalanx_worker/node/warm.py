@@ -23,6 +23,7 @@ log = logging.getLogger("phalanx.node.warm")
 
 READY_TIMEOUT_S = 120.0
 _BACKOFF_S = (0.1, 10.0)
+_MOST_DOUBLINGS = 8
 _DEATHS_BEFORE_NO_TORCH = 3
 
 
@@ -89,7 +90,7 @@ class WarmProcess:
             self._hang_up()
             self._deaths += 1
             first, longest = _BACKOFF_S
-            await asyncio.sleep(min(longest, first * 2**self._deaths))
+            await asyncio.sleep(min(longest, first * 2 ** min(self._deaths, _MOST_DOUBLINGS)))
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
         """One life: start, wait for "ready", then until its socket closes."""
