@@ -26,8 +26,9 @@ def main() -> None:
     with phalanx.Client() as client:
         for pair in range(1, args.pairs + 1):
             _, _, output = measure.run_job(client, replicas=1, arguments=script)
-            (ours,) = measure.numbers("steps_per_s", output)
-            (plain,) = measure.numbers("steps_per_s", measure.run_torchrun(script, ranks=2)[1])
+            (ours,) = measure.expect(measure.numbers("steps_per_s", output), 1, output)
+            _, output = measure.run_torchrun(script, ranks=2)
+            (plain,) = measure.expect(measure.numbers("steps_per_s", output), 1, output)
             ratios.append(ours / plain)
             rows.append([f"pair {pair}", f"{ours:,.1f}", f"{plain:,.1f}", f"{ours / plain:.3f}"])
     rows.append(["median", "", "", f"{statistics.median(ratios):.3f}"])
