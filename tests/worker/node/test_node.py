@@ -104,6 +104,34 @@ async def test_ranks_run_as_their_tenants_user(
     assert lines == ["70123", "70123", "70123", "70123", "again", "NoNewPrivs:", "1", "70123", "phx70123"]
 
 
+async def test_a_checkpoint_path_is_made_with_the_rights_of_the_jobs_user(
+    light_runner: Any, server: Any, make_workbench: Any, world_readable: Path
+) -> None:
+    runner = await light_runner(server, name=world_readable / "node", own_users=True, checkpoint_root=None)
+    bench = make_workbench([runner], server, world_readable)
+    with pytest.raises(StartFailed, match=r"may not make checkpoint\.url"):
+        await bench.attempt("true", uid=70123, checkpoint_url=str(world_readable / "not" / "its")).start()
+    assert not (world_readable / "not").exists()
+    assert not list((world_readable / "node" / "attempts").iterdir())
+    (world_readable / "its").mkdir(mode=0o777)
+    (world_readable / "its").chmod(0o777)
+    attempt = bench.attempt("stat -c %u $PHALANX_CHECKPOINT_DIR", uid=70123, checkpoint_url=f"{world_readable}/its/own")
+    assert (await attempt.run())[0]["exit_code"] == 0
+    assert server.text(attempt.id, rank=0) == "70123\n"
+
+
+async def test_tenants_do_not_see_each_others_checkpoints(
+    light_runner: Any, server: Any, make_workbench: Any, world_readable: Path
+) -> None:
+    runner = await light_runner(server, name=world_readable / "node", own_users=True, checkpoint_root=None)
+    bench = make_workbench([runner], server, world_readable)
+    writer = bench.attempt("echo secret > $PHALANX_CHECKPOINT_DIR/x; echo $PHALANX_CHECKPOINT_DIR/x", uid=70123)
+    assert (await writer.run())[0]["exit_code"] == 0
+    reader = bench.attempt(f"cat {server.text(writer.id, rank=0).strip()}", uid=70124)
+    assert (await reader.run())[0]["exit_code"] != 0
+    assert "secret" not in server.text(reader.id, rank=0)
+
+
 @pytest.fixture
 def world_readable() -> Any:
     """A directory that other users may enter (pytest's own is private)."""

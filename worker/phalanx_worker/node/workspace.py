@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
 from phalanx_worker.node.environment import Places
 from phalanx_worker.node.orders import GroupOrder, StartFailed
+
+_MKDIR_TIMEOUT_S = 30.0
 
 
 class Workspace:
@@ -27,14 +30,18 @@ class Workspace:
         """Make every directory, owned by the ranks' user. Raises StartFailed where storage refuses."""
         places = self._places(order)
         private = [places.work, places.home, places.tmp]
-        shared = [path for path in (places.checkpoints, places.output) if "://" not in path]
         try:
             _make_new(Path(places.root), None, mode=0o755)
             for path in private:
                 _make_new(Path(path), uid, mode=0o700)
-            for path in shared:
-                _make_shared(Path(path), uid)
-        except OSError as error:
+            if "://" not in places.checkpoints:
+                _make_checkpoints(
+                    Path(places.checkpoints), uid, chosen_by_job=bool(order.desired.launch.checkpoint_url)
+                )
+            if "://" not in places.output:
+                _make_shared(Path(places.output), uid)
+        except (OSError, subprocess.SubprocessError, StartFailed) as error:
+            self.remove(places)
             raise StartFailed(f"cannot make the directories of the attempt: {error}") from error
         return places
 
@@ -87,11 +94,37 @@ def _make_new(path: Path, uid: int | None, *, mode: int) -> None:
 
 
 def _make_shared(path: Path, uid: int | None) -> None:
-    """A directory that attempts of one job share, perhaps with other nodes, which may make it at the same moment."""
+    """A directory that attempts of one job share, perhaps with other nodes, which may make it at the same moment.
+
+    Closed to others where tenants have their own users. Its parent may be the job's own, who may put a link in its
+    place: no link is followed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
     try:
-        path.mkdir(mode=0o755)
+        path.mkdir(mode=0o755 if uid is None else 0o700)
     except FileExistsError:
         return
     if uid is not None:
-        os.chown(path, uid, uid)
+        os.chown(path, uid, uid, follow_symlinks=False)
+
+
+def _make_checkpoints(path: Path, uid: int | None, *, chosen_by_job: bool) -> None:
+    """A job may name any path: it is made with no more rights than the job's own user has."""
+    if uid is None or not chosen_by_job:
+        return _make_shared(path, uid)
+    command = ["/bin/mkdir", "-p", "--", str(path)]
+    made = subprocess.run(
+        command,
+        user=uid,
+        group=uid,
+        extra_groups=[],
+        env={},
+        cwd="/",
+        timeout=_MKDIR_TIMEOUT_S,
+        check=False,
+        capture_output=True,
+    )
+    if made.returncode != 0:
+        raise StartFailed(
+            f"the job's user cannot make checkpoint.url {path}: {made.stderr.decode(errors='replace')[-200:]}"
+        )
