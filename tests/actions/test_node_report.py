@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from datetime import timedelta
 
@@ -164,6 +165,22 @@ async def test_a_clock_that_is_off_is_corrected(plane: ControlPlane) -> None:
     point = plane.metric(attempt, loss=1.0).model_copy(update={"at": plane.now.timestamp() + 1e9})
     await plane.node_report("node-0", metrics=[point], skew_s=1.5)
     assert max(row.at for row in await plane.rows(metrics)) == plane.now, "never in the future"
+
+
+async def test_nodes_that_share_jobs_never_wait_for_each_other(plane: ControlPlane) -> None:
+    """Each tells of the jobs in an order of its own; both write the progress and the roll-ups of both."""
+    await plane.add_nodes(2)
+    _, one = await plane.run(replicas=2, gpus=3)
+    _, two = await plane.run(replicas=2, gpus=1)
+    for turn in range(20):
+        plane.later(1)
+        forth = {"metrics": [plane.metric(one, loss=1.0), plane.metric(two, loss=1.0)]}
+        back = {"metrics": [plane.metric(two, loss=1.0), plane.metric(one, loss=1.0)]}
+        mixed = {"metrics": [plane.metric(two, loss=1.0)], "marks": [plane.mark(one, "progress", total_steps=9)]}
+        answers = await asyncio.gather(
+            plane.node_report("node-0", **forth), plane.node_report("node-1", **(mixed if turn % 2 else back))
+        )
+        assert [answer.refused for answer in answers] == [[], []]
 
 
 async def test_marks_move_the_attempt_forward(plane: ControlPlane) -> None:

@@ -106,10 +106,10 @@ async def _record(
     for batch in batches:
         if batch.attempt_id in logs:
             await index_logs(conn, batch)
-    for attempt_id, points in metrics.items():
-        await record_metrics(conn, gate.fences[attempt_id], points, clock)
-    for attempt_id, parts in marks.items():
-        await record_marks(conn, gate.fences[attempt_id], parts, clock)
+    for attempt_id in sorted(metrics.keys() | marks.keys()):  # two nodes that share jobs lock their rows in one order
+        fence = gate.fences[attempt_id]
+        await record_metrics(conn, fence, metrics.get(attempt_id, ()), clock)
+        await record_marks(conn, fence, marks.get(attempt_id, ()), clock)
     jobs = {kind: {gate.fences[a].job_id.hex for a in parts} for kind, parts in _kinds(logs, metrics, marks)}
     await notify(conn, *(f"{kind}:{job}" for kind, names in jobs.items() for job in names))
 
