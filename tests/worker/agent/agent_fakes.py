@@ -162,6 +162,7 @@ class FakePlacements:
 
     placed: set[str] = field(default_factory=set)
     error: str = ""
+    fault: Exception | None = None  # that nobody expects
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -171,6 +172,8 @@ class FakePlacements:
         await self.gate.wait()
         if self.error:
             raise StartFailed(self.error)
+        if self.fault:
+            raise self.fault
         self.placed.add(attempt.attempt_id)
 
     async def remove(self, attempt_id: str) -> None:

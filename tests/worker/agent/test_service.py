@@ -158,6 +158,14 @@ async def test_a_gang_that_ray_does_not_place_is_reported(scene: Scene) -> None:
     await scene.forgotten()
 
 
+async def test_a_start_that_fails_as_nobody_expected_is_given_up_too(scene: Scene) -> None:
+    scene.placements.fault = RuntimeError("Ray has lost its mind")
+    scene.link.want(GANG)
+    await scene.reported("start_failed")
+    assert scene.link.facts[-1].message == "the agent failed: RuntimeError: Ray has lost its mind"
+    await scene.forgotten()
+
+
 async def test_a_stop_while_waiting_for_gpus_ends_the_start(scene: Scene) -> None:
     scene.placements.gate.clear()
     scene.link.want(GANG)

@@ -68,9 +68,7 @@ class Launcher:
     placements: Placements
     deliver: Deliver
     is_desired: Callable[[str, int], bool]
-    changed: Callable[[], None]
     aborts: dict[str, asyncio.Event] = field(default_factory=dict)
-    background: set[asyncio.Task[Any]] = field(default_factory=set)
 
     # ---------------------------------------------------------------- start
 
@@ -85,6 +83,9 @@ class Launcher:
             starts = await self._start_groups(gang, attempt, master, abort)
         except StartFailed as error:
             await self._give_up(gang, attempt, error)
+        except Exception as error:  # a fault of ours or of Ray's: held for ever, it would keep its GPUs for ever
+            log.exception("starting attempt %s failed", gang.attempt_id)
+            await self._give_up(gang, attempt, StartFailed(f"the agent failed: {type(error).__name__}: {error}"))
         else:
             self._report(gang, "started", ranks_started=starts)
             gang.phase = Phase.RUNNING
@@ -134,7 +135,7 @@ class Launcher:
         ]
         try:
             answers = await _unless(abort, _all(calls))
-        except StartFailed:
+        except Exception:
             await self._kill_while(gang.attempt_id, [group.node for group in attempt.groups], calls)
             raise
         for group in attempt.groups:

@@ -82,7 +82,6 @@ class Agent:
             placements=self.placements,
             deliver=self.outbox.deliver,
             is_desired=self.is_desired,
-            changed=self.wake.set,
         )
         self._steps: set[asyncio.Task[None]] = set()
 

@@ -126,5 +126,5 @@ def _make_checkpoints(path: Path, uid: int | None, *, chosen_by_job: bool) -> No
     )
     if made.returncode != 0:
         raise StartFailed(
-            f"the job's user cannot make checkpoint.url {path}: {made.stderr.decode(errors='replace')[-200:]}"
+            f"the job's user may not make checkpoint.url {path}: {made.stderr.decode(errors='replace')[-200:]}"
         )
