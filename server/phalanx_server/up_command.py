@@ -274,19 +274,24 @@ def announce(up: Up) -> None:
     machine.path("url").write_text(machine.url + "\n")
     console.print(
         f"Phalanx is up at [bold]{machine.url}[/]"
-        f"  ({machine.nodes} nodes × {machine.gpus_per_node} GPUs, data in {machine.data})"
+        f"  ({machine.nodes} nodes × {machine.gpus_per_node} GPUs, data in {machine.data})",
+        soft_wrap=True,
     )
     if up.first_run:
         console.print(
-            f"Admin token, shown only now: [bold]{up.admin_token}[/]  (kept in {machine.path('admin-token')})"
+            f"Admin token, shown only now: [bold]{up.admin_token}[/]  (kept in {machine.path('admin-token')})",
+            soft_wrap=True,
         )
-    console.print(f"Sign in with: phalanx login --url {machine.url} --token-file {machine.path('admin-token')}")
+    sign_in = f"Sign in with: phalanx login --url {machine.url} --token-file {machine.path('admin-token')}"
+    console.print(sign_in, soft_wrap=True)  # to be copied: no line break of ours
 
 
 def bring_up(machine: Machine, command: list[str]) -> int:
-    machine.path("logs").mkdir(parents=True, exist_ok=True)
-    for name in ("storage", "nodes", "checkpoints", "ray"):
+    for name in ("nodes", "checkpoints"):  # ranks run under their tenants' users and reach their own parts of these
+        machine.path(name).mkdir(parents=True, exist_ok=True)
+    for name in ("logs", "storage", "ray"):  # other tenants' logs and code, and Ray's token
         machine.path(name).mkdir(exist_ok=True)
+        machine.path(name).chmod(0o700)
     with exclusive(machine.data), stopped_by_signals() as stop_request:
         up = Up(machine, stop_request)
         try:
