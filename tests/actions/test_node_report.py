@@ -11,7 +11,7 @@ from control_plane import ControlPlane
 from phalanx_server.domain import messages as m
 from phalanx_server.domain.metric import NAMES_PER_JOB
 from phalanx_server.store.logs import read_pieces
-from phalanx_server.store.schema import checkpoints, events, logs, metric_rollups, metrics, progress
+from phalanx_server.store.schema import checkpoints, events, jobs, logs, metric_rollups, metrics, progress
 from sqlalchemy import select
 
 
@@ -181,6 +181,34 @@ async def test_nodes_that_share_jobs_never_wait_for_each_other(plane: ControlPla
             plane.node_report("node-0", **forth), plane.node_report("node-1", **(mixed if turn % 2 else back))
         )
         assert [answer.refused for answer in answers] == [[], []]
+
+
+async def test_a_node_and_the_agent_never_wait_for_each_other(plane: ControlPlane) -> None:
+    """Both lock the same attempts; the job that was submitted last started first."""
+    await plane.add_nodes(1)
+    first, last = await plane.submit(), await plane.submit(priority="high")
+    await plane.tick()
+    one, two = await plane.attempt(first), await plane.attempt(last)
+    assert first < last and one.id > two.id
+    async with plane.engine.begin() as conn:
+        await conn.execute(select(jobs).where(jobs.c.id == last).with_for_update(key_share=True))
+        agent = asyncio.create_task(plane.report(plane.fact(one, "gang_ready"), plane.fact(two, "gang_ready")))
+        await waiting(plane, 1)  # it has the first job and its attempt
+        marks = [plane.mark(each, "first_step") for each in (one, two)]
+        runner = asyncio.create_task(plane.node_report("node-0", marks=marks))
+        await waiting(plane, 2)
+    assert await agent == [] and (await runner).refused == []
+
+
+async def waiting(plane: ControlPlane, count: int) -> None:
+    """Until so many transactions wait for a lock."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with asyncio.timeout(10):
+        while True:
+            async with plane.engine.connect() as conn:
+                if (await conn.exec_driver_sql(query)).scalar_one() >= count:
+                    return
+            await asyncio.sleep(0.01)
 
 
 async def test_marks_move_the_attempt_forward(plane: ControlPlane) -> None:

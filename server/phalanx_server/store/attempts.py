@@ -1,7 +1,8 @@
 """Attempts and their placements: locked for a change, created, changed, released.
 
-Owns the SQL and the order of locks that every action keeps to: lease, nodes, jobs, attempts, placements. Refuses to
-decide what becomes of an attempt: the domain does, and actions carry it out.
+Owns the SQL and the order of locks that every action keeps to: lease, nodes, jobs, attempts, placements; several
+attempts in the order of their jobs. Refuses to decide what becomes of an attempt: the domain does, and actions carry it
+out.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ _FENCES = """
 SELECT a.id, a.job_id, a.epoch, j.epoch AS job_epoch, a.state, a.created_at, p.node_id IS NOT NULL AS placed
 FROM attempts a JOIN jobs j ON j.id = a.job_id
 LEFT JOIN placements p ON p.attempt_id = a.id AND p.node_id = :node_id
-WHERE a.id = ANY(CAST(:ids AS uuid[])) ORDER BY a.id
+WHERE a.id = ANY(CAST(:ids AS uuid[])) ORDER BY a.job_id, a.id
 """
 
 
