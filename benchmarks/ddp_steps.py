@@ -14,6 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+def say(name: str, value: float) -> None:
+    """One line in one write: under torchrun all ranks write to the same stream."""
+    print(f"{name} {value}\n", end="", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1)
@@ -33,13 +38,13 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         if step == 1:
-            print(f"first_step {time.time()}", flush=True)
+            say("first_step", time.time())
         if step == timed_from:
             began = time.perf_counter()
         if dist.get_rank() == 0:
             phalanx.report(step=step, loss=loss.item())
     if dist.get_rank() == 0 and args.steps > timed_from:
-        print(f"steps_per_s {(args.steps - timed_from) / (time.perf_counter() - began)}", flush=True)
+        say("steps_per_s", (args.steps - timed_from) / (time.perf_counter() - began))
     dist.destroy_process_group()
 
 
