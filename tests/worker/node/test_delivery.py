@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,31 @@ async def test_a_new_token_does_not_disturb_a_bundle_on_its_way(server: Any, tmp
             received += len(part)
     await link.close()
     assert received == 8 << 20
+
+
+async def test_what_comes_faster_than_it_is_sent_waits_on_disk_in_order(server: Any, tmp_path: Path) -> None:
+    outbox, spool = Outbox("boot"), Spool(tmp_path)
+    link = Link(outbox, spool, lambda: Heartbeat([], NodeStats(0.0, 0), warm_ready=True))
+    await link.configure(server_url=server.url, token="token", heartbeat_s=1.0)
+    answer, sent = server._answer, 0
+
+    def flood(target: str, body: bytes) -> tuple[int, bytes]:
+        """While each of the first reports is under way 8 MiB come: twice as much as fits into memory."""
+        nonlocal sent
+        if sent < 32:
+            for offset in range(sent + 1, sent + 9):
+                outbox.put(replace(chunk("x" * (1 << 20)), offset=offset))
+            sent += 8
+        return answer(target, body)
+
+    server._answer = flood
+    outbox.put(chunk("first"))
+    while outbox.size_bytes or len(spool) or sent < 32:
+        await link.deliver()
+    await link.close()
+    offsets = [item["offset"] for report in server.reports for item in report["logs"]]
+    assert offsets == list(range(33))
+    assert [report["seq"] for report in server.reports] == sorted(report["seq"] for report in server.reports)
 
 
 async def test_an_outage_of_days_does_not_end_the_link(tmp_path: Path) -> None:

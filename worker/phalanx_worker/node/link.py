@@ -30,6 +30,7 @@ _GATHER_S = 0.02  # what comes within this time travels together
 _EVERY_S = 0.25  # and after one report the next waits this long, unless somebody waits for it
 _BACKOFF_S = (0.25, 5.0)
 _MOST_DOUBLINGS = 8
+_SPILL_BYTES = 4 << 20
 _REQUEST_TIMEOUT_S = 10.0
 _BUNDLE_TIMEOUT_S = 60.0
 _RETRY_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
@@ -56,7 +57,9 @@ class Link:
         self._heartbeat_due = 0.0  # monotonic, as the next
         self._sent_at = 0.0
         self._failures = 0
-        self._owed: list[Item] = []  # `dropped` marks for rejected reports, kept until the server takes something again
+        self._owed: list[
+            Item
+        ] = []  # `dropped` marks for reports that are lost, kept until the server takes something again
         self._flushes: list[asyncio.Event] = []
         self._urgent = asyncio.Event()
 
@@ -142,7 +145,13 @@ class Link:
     # -------------------------------------------------------------- one report
 
     async def _deliver_one(self, client: httpx.AsyncClient) -> bool:
-        """Send the oldest report; True if the next may follow at once."""
+        """Send the oldest report; True if the next may follow at once.
+
+        What comes faster than it can be sent waits on disk, where there is more room than in memory. Only here: while
+        no report is under way, what is saved is in order.
+        """
+        if self._outbox.size_bytes > _SPILL_BYTES:
+            self._save_waiting()
         stored = self._spool.oldest()
         path, batch = stored if stored else (None, self._outbox.next_batch())
         batch = self._without_refused(batch)
@@ -239,3 +248,4 @@ class Link:
             self._spool.append(batch)
         except OSError as error:
             log.error("reports are lost, the spool cannot be written: %s", error)
+            self._owed += dropped_marks(batch.items)
