@@ -140,7 +140,7 @@ async def test_nodes_by_id_or_name_and_their_states(admin: httpx.AsyncClient, wo
     audit = "SELECT actor, action, request_id FROM audit ORDER BY id"
     async with world.engine.connect() as conn:
         rows = list(await conn.exec_driver_sql(audit))
-    assert [(row.actor, row.action) for row in rows] == [("admin", f"node.{state}") for state in states]
+    assert [(row.actor, row.action) for row in rows] == [("admin (token)", f"node.{state}") for state in states]
     assert all(row.request_id for row in rows)
 
 

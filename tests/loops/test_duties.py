@@ -10,13 +10,15 @@ from uuid import UUID
 import httpx
 import pytest
 from control_plane import ControlPlane
+from phalanx_server.actions.cancel_job import cancel_job
+from phalanx_server.domain.access import SYSTEM
 from phalanx_server.loops import ticking
 from phalanx_server.loops.deliver_outbox import MAX_TRIES, DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.retain import BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
 from phalanx_server.loops.ticking import tick_forever
 from phalanx_server.store.attempts import overdue_attempts
-from phalanx_server.store.schema import events, idempotency_keys, leases, logs, metrics, outbox
+from phalanx_server.store.schema import events, holds, idempotency_keys, leases, logs, metrics, outbox
 from sqlalchemy import insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -191,6 +193,17 @@ async def test_what_is_old_is_forgotten_and_what_comes_has_a_place(plane: Contro
     assert await plane.kinds(job_id) == []
     assert await plane.rows(events) == []
     assert await plane.state(job_id) == "succeeded"
+
+
+async def test_a_hold_that_crossed_a_cancel_is_forgotten(plane: ControlPlane) -> None:
+    waits, cancelled = await plane.submit(), await plane.submit()
+    await plane.tick()
+    await cancel_job(plane.engine, cancelled, actor=SYSTEM, now=plane.now)
+    async with plane.engine.begin() as conn:
+        stray = {"job_id": cancelled, "reason": "capacity", "message": "m", "unblocks": [], "since": plane.now}
+        await conn.execute(insert(holds).values(stray))
+    await Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files).tick(plane.now)
+    assert [row.job_id for row in await plane.rows(holds)] == [waits]
 
 
 async def test_a_round_is_bounded_and_the_next_comes_soon_while_there_is_more(

@@ -50,8 +50,9 @@ class Principal:
 
     @property
     def name(self) -> str:
-        """How audit rows and `created_by` name the caller."""
-        return self.credential.user or self.credential.name
+        """How audit rows and `created_by` name the caller. Whoever makes a token chooses its name: it is never taken
+        for a user's."""
+        return self.credential.user or f"{self.credential.name} (token)"
 
     @property
     def actor(self) -> Actor:

@@ -18,6 +18,7 @@ from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, j
 from phalanx_server.store.retention import (
     delete_old,
     delete_old_events,
+    delete_stray_holds,
     drop_metrics,
     drop_rollups,
     ensure_partitions,
@@ -80,6 +81,7 @@ class Retain:
         }
         async with self._engine.begin() as conn:
             more = await delete_old_events(conn, before=now - keep.events)
+            await delete_stray_holds(conn)
         for table, age in ages.items():
             async with self._engine.begin() as conn:
                 more |= await delete_old(conn, table, before=now - age)

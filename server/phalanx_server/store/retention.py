@@ -50,6 +50,11 @@ async def delete_old(conn: AsyncConnection, table: str, *, before: datetime) -> 
     return (await conn.execute(statement, {"before": before})).rowcount == BATCH_ROWS
 
 
+async def delete_stray_holds(conn: AsyncConnection) -> None:
+    """Delete the holds of jobs that do not wait: one may be written while its job is being cancelled."""
+    await conn.execute(text("DELETE FROM holds h USING jobs j WHERE j.id = h.job_id AND j.state <> 'queued'"))
+
+
 async def delete_old_events(conn: AsyncConnection, *, before: datetime) -> bool:
     """Delete at most BATCH_ROWS events of jobs that are over since `before`; those of live jobs stay, however old.
     Whether there may be more."""
