@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,6 +143,7 @@ class Up:
         self.postgres = EmbeddedPostgres(machine.path("postgres"))
         self.admin_token = ""
         self.first_run = False
+        self.started_at = datetime.now(UTC)
 
     def child(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Child:
         logs = self.machine.path("logs")
@@ -224,7 +226,13 @@ class Up:
                 f"the server does not know the token in {self.machine.path('admin-token')}: put a valid one there"
             )
         nodes = answer.json()["items"] if answer.is_success else []
-        return sum(1 for node in nodes if node["state"] == "ready" and node["warm_ready"])
+        return sum(1 for node in nodes if self._is_warm(node))
+
+    def _is_warm(self, node: dict[str, Any]) -> bool:
+        """As it has said since this start; what it said before an earlier end is in the database too."""
+        seen_at = node["last_seen_at"]
+        heard = seen_at is not None and datetime.fromisoformat(seen_at) > self.started_at
+        return heard and node["state"] == "ready" and node["warm_ready"]
 
     def _all_warm(self) -> bool:
         self.family.tick(time.monotonic())
