@@ -23,7 +23,7 @@ def main() -> int:
     if job.state != "succeeded" or not last < first:
         print(f"the demo failed: {job.id} {job.state}, loss {first:.3f} -> {last:.3f}", file=sys.stderr)
         return 1
-    print("\nPhalanx stops now. To look further, bring it back with all that it holds:  phalanx up --data .phalanx/demo")
+    print("\nPhalanx stops now. To look further, bring it back with all that it holds: phalanx up --data .phalanx/demo")
     return 0
 
 

@@ -64,9 +64,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(plugged) -> None:
 
 
 def test_so_it_is_when_the_import_comes_late(plugged) -> None:
-    plugged(
-        "agent", "def register(app):\n    @app.command()\n    def agent():\n        import ray_that_is_not_there\n"
-    )
+    plugged("agent", "def register(app):\n    @app.command()\n    def agent():\n        import ray_that_is_not_there\n")
     result = run("agent")
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
     assert "pip install 'phalanx[worker]' (ray_that_is_not_there is not installed)" in result.stderr
