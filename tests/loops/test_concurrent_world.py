@@ -24,7 +24,7 @@ from phalanx_server.loops.enforce import Enforce
 from phalanx_server.store.schema import attempts
 from sqlalchemy import Row, select
 
-TURNS = 60
+TURNS = 50
 
 GIVEN_TWICE = """
     SELECT node_id, gpu FROM placements, unnest(gpu_indices) AS gpu WHERE released_at IS NULL
@@ -72,7 +72,7 @@ class Crowd:
         self.plane.later(0.2)
 
     async def agent(self) -> None:
-        facts = [fact for row in (await self._charged())[:8] for fact in self._facts(row)]
+        facts = [fact for row in (await self._charged())[:16] for fact in self._facts(row)]
         await self.plane.report(*facts)
 
     async def inventory(self) -> None:
@@ -104,7 +104,7 @@ class Crowd:
     def _facts(self, row: Row[Any]) -> list[Any]:
         if row.state == "lost":
             return [self.plane.fact(row, "gone", node=name) for name in self.nodes]
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.9:
             return [self.plane.fact(row, "gang_ready"), self.plane.fact(row, "started")]
         return [self.plane.ended(row, self.rng.choice([0, 1]))]
 
@@ -113,18 +113,18 @@ class Crowd:
 
 
 async def test_everybody_at_once(plane: ControlPlane) -> None:
-    crowd = Crowd(plane, await plane.add_nodes(4, gpus=4), seed=5)
-    for _ in range(20):
+    crowd = Crowd(plane, await plane.add_nodes(3, gpus=16), seed=5)
+    for _ in range(40):
         await crowd.user()
 
     async def take_turns(turn: Callable[[], Awaitable[None]]) -> None:
         for _ in range(TURNS):
             await turn()
 
-    both = (crowd.agent, crowd.agent, crowd.runner, crowd.runner)
+    twice = (crowd.agent, crowd.agent, crowd.runner, crowd.runner)
     others = (crowd.user, crowd.canceller, crowd.holder, crowd.scheduler, crowd.inventory, crowd.operator)
     async with asyncio.TaskGroup() as group:
-        for turn in (*both, *others):
+        for turn in (*twice, *others):
             group.create_task(take_turns(turn))
     async with plane.engine.connect() as conn:
         for query in (GIVEN_TWICE, HELD_BY_THE_DEAD, AT_ODDS):
