@@ -15,8 +15,11 @@ from phalanx_worker.node import logs
 from phalanx_worker.node.link import Link
 from phalanx_worker.node.logs import LogBudget, LogStream
 from phalanx_worker.node.outbox import Batch, Outbox, shrink, to_item
+from phalanx_worker.node.ranks import Group
+from phalanx_worker.node.reports import ReportSocket
 from phalanx_worker.node.spool import Spool
 from phalanx_worker.protocol import Heartbeat, LogChunk, Mark, MetricPoint, NodeStats
+from phalanx_worker.runtime import channel
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -194,6 +197,32 @@ async def test_what_comes_faster_than_it_is_sent_waits_on_disk_in_order(server: 
     offsets = [item["offset"] for report in server.reports for item in report["logs"]]
     assert offsets == list(range(33))
     assert [report["seq"] for report in server.reports] == sorted(report["seq"] for report in server.reports)
+
+
+async def test_marks_of_a_rank_that_ended_without_reading_its_stop_are_not_lost() -> None:
+    """The kernel then answers with ECONNRESET first, and only after that with what the rank had sent."""
+    ours, theirs = channel.pair()
+    marks: list[Mark] = []
+    reports = ReportSocket(ours, ("att_a", 1), 0, lambda _: None, marks.append)
+    reports.tell_stop()
+    channel.send(theirs, {"t": "mark", "kind": "checkpoint", "data": {"url": "/last"}})
+    channel.send(theirs, {"t": "mark", "kind": "finished", "data": {}})
+    theirs.close()
+    reports.close()
+    assert [mark.kind for mark in marks] == ["checkpoint", "finished"]
+
+
+async def test_word_of_a_guardian_that_ended_without_reading_its_stop_is_not_lost() -> None:
+    group = object.__new__(Group)
+    group._connection, guardian = channel.pair()
+    group._connection.setblocking(False)
+    group._tell({"op": "stop", "grace_s": 1.0})
+    channel.send(guardian, {"op": "exit", "rank": 0, "status": 0, "at": 1.0})
+    channel.send(guardian, {"op": "ended"})
+    guardian.close()
+    said = [await group._receive() for _ in range(3)]
+    group._connection.close()
+    assert [message and message["op"] for message in said] == ["exit", "ended", None]
 
 
 async def test_an_outage_of_days_does_not_end_the_link(tmp_path: Path) -> None:

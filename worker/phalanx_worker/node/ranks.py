@@ -236,11 +236,14 @@ class Group:
             time.sleep(_SWEEP_EVERY_S)
 
     async def _receive(self) -> dict[str, Any] | None:
-        try:
-            data = await asyncio.get_running_loop().sock_recv(self._connection, 65536)
-        except OSError:
-            return None
-        return channel.parse(data) if data else None
+        while True:
+            try:
+                data = await asyncio.get_running_loop().sock_recv(self._connection, 65536)
+            except ConnectionResetError:  # it ended with a message of ours unread; what it said comes after this error
+                continue
+            except OSError:
+                return None
+            return channel.parse(data) if data else None
 
     def _take_exit(self, rank: int, status: int, at: float) -> None:
         code = os.waitstatus_to_exitcode(status)

@@ -98,6 +98,8 @@ class ReportSocket:
                 data = self._connection.recv(MAX_MESSAGE_BYTES + 1)
             except (BlockingIOError, InterruptedError):
                 return count > 0
+            except ConnectionResetError:  # it ended without reading our "stop"; what it sent comes after this error
+                continue
             except OSError:
                 data = b""
             if not data:
