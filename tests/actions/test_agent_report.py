@@ -104,6 +104,13 @@ async def test_an_end_that_nobody_saw_uses_up_no_retry(plane: ControlPlane) -> N
     assert (job.state, job.failures, job.reason) == ("queued", 0, "node_lost")
 
 
+async def test_a_rank_that_the_agent_does_not_list_is_not_taken_for_a_success(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run(replicas=2)
+    await plane.report(plane.fact(attempt, "ended", exits=[RankExit(rank=0, exit_code=0)]))
+    assert (await plane.job(job_id)).state == "queued"
+
+
 async def test_a_cancelled_job_is_stopped_then_cancelled(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     job_id, attempt = await plane.run(preemption={"grace": 7})

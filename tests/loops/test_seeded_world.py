@@ -16,7 +16,7 @@ from phalanx_server.actions.cancel_job import cancel_job
 from phalanx_server.actions.hold_job import hold_job, release_job
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.errors import Conflict
-from phalanx_server.domain.messages import AttemptFact, RankExit
+from phalanx_server.domain.messages import AttemptFact
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store.schema import attempts, jobs, nodes, placements
 from phalanx_server.store.snapshots import load_snapshot, reading
@@ -90,8 +90,7 @@ class World:
             kinds = dice.choice([["gang_ready"], ["gang_ready", "started"], ["start_failed"]])
             return [plane.fact(attempt, kind, message="no luck") for kind in kinds]
         if attempt.state in LIVE:
-            exits = [RankExit(rank=0, exit_code=code) for code in dice.choice([[0], [1], [None]])]
-            return [plane.fact(attempt, "ended", exits=exits)]
+            return [plane.ended(attempt, dice.choice([0, 1, None]))]
         return []
 
     async def resend(self) -> None:

@@ -33,7 +33,7 @@ async def cancel_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: da
         if job.state == JobState.CANCELLED or job.cancel_requested_at is not None:
             return
         if job.state in TERMINAL:
-            raise Conflict(f"{job.name} has already {job.state}; it cannot be cancelled any more")
+            raise Conflict(f"{job.name} is already {job.state}; it cannot be cancelled any more")
         if job.state == JobState.QUEUED:
             await _cancel_waiting(conn, job, actor, now)
         else:

@@ -37,7 +37,7 @@ async def _set_held(engine: AsyncEngine, job_id: UUID, *, held: bool, actor: Act
         if job is None:
             raise NotFound(f"there is no job {name}")
         if job.state in TERMINAL:
-            raise Conflict(f"{job.name} has already {job.state}")
+            raise Conflict(f"{job.name} is already {job.state}")
         if job.held == held:
             return
         await change_job(conn, job_id, {"held": held})

@@ -19,7 +19,7 @@ from phalanx_server.actions.agent_instance import expect_instance
 from phalanx_server.actions.attempt_change import AttemptChange, rank_ends, write
 from phalanx_server.actions.clock import Clock
 from phalanx_server.actions.recover_nodes import recover_nodes
-from phalanx_server.domain.attempt import AttemptState, decide_end
+from phalanx_server.domain.attempt import AttemptState, RankEnd, decide_end
 from phalanx_server.domain.job import JobState
 from phalanx_server.domain.messages import AgentReport, AttemptFact, Refused, ReportAnswer
 from phalanx_server.store import ids
@@ -97,7 +97,7 @@ def _end(change: AttemptChange, fact: AttemptFact, clock: Clock, at: datetime, g
     failed_to_start = fact.kind == "start_failed"
     facts = replace(
         change.end_facts(),
-        exits=rank_ends(fact.exits),
+        exits=_every_rank(rank_ends(fact.exits), groups),
         first_failed_rank=fact.first_failed_rank,
         start_error=(fact.message or "no reason was given") if failed_to_start else None,
     )
@@ -107,6 +107,13 @@ def _end(change: AttemptChange, fact: AttemptFact, clock: Clock, at: datetime, g
     ]
     blamed = _node_of_name(groups, fact.node) if failed_to_start else _node_of_rank(groups, end.failed_rank)
     change.end(end, at=at, exits=exits, avoid=blamed)
+
+
+def _every_rank(exits: Sequence[RankEnd], groups: Sequence[Row[Any]]) -> list[RankEnd]:
+    """The reported ends, and for each rank of the gang that is not among them one that nobody saw."""
+    reported = {end.rank for end in exits}
+    ranks = (rank for g in groups for rank in range(g.first_rank, g.first_rank + g.ranks))
+    return [*exits, *(RankEnd(rank=rank) for rank in ranks if rank not in reported)]
 
 
 def _node_of_rank(groups: Sequence[Row[Any]], rank: int | None) -> UUID | None:
