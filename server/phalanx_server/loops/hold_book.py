@@ -78,14 +78,14 @@ class HoldBook:
 
     def _words(self, group: HoldGroup) -> Words:
         why = group.explanation
-        return self._intern(Words(why.reason.value, why.message(), why.unblocks(), _steps(why.estimated_start)))
+        return self._intern(Words(why.reason.value, why.message(), why.unblocks(), _steps(group.estimated_start)))
 
     def _intern(self, words: Words) -> Words:
         return self._interned.setdefault(words, words)
 
 
 def _row(job: str, group: HoldGroup, words: Words) -> HoldRow:
-    start = group.explanation.estimated_start
+    start = group.estimated_start
     estimated = None if start is None else datetime.fromtimestamp(start, UTC)
     return HoldRow(UUID(hex=job), words.reason, words.message, words.unblocks, estimated)
 

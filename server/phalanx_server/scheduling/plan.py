@@ -71,13 +71,19 @@ class HoldGroup:
     jobs: Sequence[str]
     explanation: Explanation
     kept: Seat | None = None
+    expected_start: float | None = None  # by a look ahead, where the cause itself does not say
+
+    @property
+    def estimated_start(self) -> float | None:
+        said = self.explanation.estimated_start
+        return self.expected_start if said is None else said
 
     def holds(self) -> Iterator[Hold]:
         """One hold per job. The words are rendered once for all of them."""
         why = self.explanation
         message, unblocks = why.message(), why.unblocks()
         for job in self.jobs:
-            yield Hold(job, why.reason, message, unblocks, why.estimated_start, self.kept)
+            yield Hold(job, why.reason, message, unblocks, self.estimated_start, self.kept)
 
 
 @dataclass(frozen=True)

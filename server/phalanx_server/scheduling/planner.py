@@ -6,17 +6,20 @@ whatever order its lists are, and `Planner.apply` gives what `schedule` gives on
 What this version does not act upon yet, although it reads it: it evicts, shrinks, grows and moves nobody
 (`preemption`, `preemptible`, `protected_until`, `consolidation`, draining nodes just take nothing new); it reserves
 nothing for a job that waits for room, so that any job that fits starts (`backfill`, `predicted_s`, `done_s`,
-`deadline`), and it estimates no start but those set by a time, a window or a stopping job; it orders as `fifo` without
+`deadline`), and the start that it expects for a job that waits for room or quota looks no further than the next time
+limits of running jobs (`expect`); it orders as `fifo` without
 fair sharing (`order`, `fair_sharing`, `weight`, `usage`). An elastic job starts with exactly `replicas`. A gang with
 required topology or slices starts on a single node, which meets any of them, or is held with `topology`; a preference
 is ignored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 
 from phalanx_server.domain.reason import Explanation
 from phalanx_server.scheduling.decide import Desk
 from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.expect import expected_starts
 from phalanx_server.scheduling.honour import honour_claims
 from phalanx_server.scheduling.order import Turn, Turns, turn_of
 from phalanx_server.scheduling.plan import HoldGroup, Plan
@@ -31,6 +34,7 @@ def schedule(snapshot: Snapshot) -> Plan:
     2. Refuse whoever could not start even first: impossible, before a closed gate, over quota, without room.
     3. Let the others take their turns: who still fits in quota and on nodes starts, who does not is told why.
     4. Let CPU jobs try again if GPU jobs started, which may have taken less than their share of CPUs.
+    5. Look ahead for the jobs at the head of the queue: when will room be made for them?
     """
     return _run(World(snapshot))
 
@@ -47,9 +51,21 @@ def _run(world: World) -> Plan:
     if draft.has_loosened:
         again = [turn for turn, _ in waiting if turn.key.ask.shape.is_cpu_only]
         waiting = [w for w in waiting if not w[0].key.ask.shape.is_cpu_only] + _take_turns(draft, again)
+    expected = expected_starts(draft, waiting)
     for turn, why in waiting:
-        holds.add(turn.rank, HoldGroup(turn.waiting, why))
+        for group in _groups(turn, why, expected):
+            holds.add(turn.rank, group)
     return Plan(starts=tuple(draft.starts), hold_groups=holds.in_order())
+
+
+def _groups(turn: Turn, why: Explanation, expected: Mapping[str, float]) -> Iterator[HoldGroup]:
+    """The waiting jobs of a class: those with an expected start of their own, then the others."""
+    jobs = turn.waiting
+    head = list(takewhile(expected.__contains__, jobs))
+    for job in head:
+        yield HoldGroup((job,), why, expected_start=expected[job])
+    if len(head) < len(jobs):
+        yield HoldGroup(jobs[len(head) :] if head else jobs, why)
 
 
 class _Holds:

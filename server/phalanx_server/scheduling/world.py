@@ -39,6 +39,7 @@ class World:
         )
         self.array_jobs: Counter[str] = Counter()
         self.stopping: dict[str, Job] = {}
+        self.running: dict[str, Job] = {}
         self.kept: set[str] = set()
         for job in snapshot.jobs:
             self._put(job)
@@ -130,6 +131,10 @@ class World:
             self.stopping[job.id] = job
         else:
             self.stopping.pop(job.id, None)
+        if job.state == "running" and times > 0:
+            self.running[job.id] = job
+        else:
+            self.running.pop(job.id, None)
 
     def on_nodes(self, job: Job, states: Iterable[Seat]) -> tuple[list[int], Amounts]:
         """(columns, what is taken there): on each node the largest of the states."""
