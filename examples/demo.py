@@ -23,7 +23,8 @@ def main() -> int:
     if job.state != "succeeded" or not last < first:
         print(f"the demo failed: {job.id} {job.state}, loss {first:.3f} -> {last:.3f}", file=sys.stderr)
         return 1
-    print("\nPhalanx stops now. To look further, bring it back with all that it holds: phalanx up --data .phalanx/demo")
+    print("\nPhalanx stops now. To look further, bring it back with all that it holds, and sign in as it says:")
+    print("  . .venv/bin/activate && phalanx up --data .phalanx/demo --nodes 2 --gpus-per-node 2")
     return 0
 
 

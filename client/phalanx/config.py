@@ -52,7 +52,7 @@ def checked_url(url: str) -> str:
     """The URL without a trailing slash; ConfigError unless it is http or https with a host."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url!r} is no server address: expected something like http://127.0.0.1:8000")
+        raise ConfigError(f"{url!r} is no server address: expected something like http://127.0.0.1:8321")
     return url.rstrip("/")
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -280,9 +280,9 @@ def announce(up: Up) -> None:
     """Say the URL always, the token on the first run only; the URL is also in the file `url` while it is up."""
     machine = up.machine
     machine.path("url").write_text(machine.url + "\n")
+    nodes = "1 node" if machine.nodes == 1 else f"{machine.nodes} nodes"
     console.print(
-        f"Phalanx is up at [bold]{machine.url}[/]"
-        f"  ({machine.nodes} nodes × {machine.gpus_per_node} GPUs, data in {machine.data})",
+        f"Phalanx is up at [bold]{machine.url}[/]  ({nodes} × {machine.gpus_per_node} GPUs, data in {machine.data})",
         soft_wrap=True,
     )
     if up.first_run:
@@ -301,7 +301,7 @@ def bring_up(machine: Machine, command: list[str]) -> int:
         machine.path(name).mkdir(exist_ok=True)
         machine.path(name).chmod(0o700)
     with exclusive(machine.data), stopped_by_signals() as stop_request:
-        up = Up(machine, stop_request)
+        up = Up(replace(machine, port=free_port(machine.host, machine.port)), stop_request)
         try:
             with console.status("Starting PostgreSQL, the server, the scheduler and Ray"):
                 up.start()
@@ -338,7 +338,7 @@ def up(
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"phalanx up: {command[0]}: command not found")
     data.mkdir(parents=True, exist_ok=True)
-    machine = Machine(data, host, free_port(host, port), nodes, gpus_per_node, gpu_type)
+    machine = Machine(data, host, port, nodes, gpus_per_node, gpu_type)
     raise SystemExit(bring_up(machine, command or []))
 
 

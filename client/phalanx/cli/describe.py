@@ -112,7 +112,8 @@ def phases(found: Phases | None) -> str | None:
     parts = [f"{name} {output.duration(seconds)}" for name, seconds in reached(found)]
     if not parts or found is None:
         return None
-    total = f"{output.duration(found.total_s)} after submit = " if found.total_s is not None else ""
+    start = "submit" if found.accepted_s is not None else "it was queued again"  # only a first attempt was accepted
+    total = f"{output.duration(found.total_s)} after {start} = " if found.total_s is not None else ""
     return total + " + ".join(parts)
 
 
