@@ -242,17 +242,16 @@ async def test_progress_comes_live_and_ends(real: Any, world: Any, job_file: Any
 # ------------------------------------------------------------------ long poll, and the end
 
 
-async def test_desired_wakes_within_milliseconds(real: Any, world: Any, job_file: Any) -> None:
+async def test_desired_is_answered_as_soon_as_it_changes(real: Any, world: Any, job_file: Any) -> None:
     agent, alice = real("agent"), real("alice")
     version = (await agent.get("/v1/agent/desired")).json()["version"]
     poll = asyncio.create_task(agent.get(f"/v1/agent/desired?version={version}&wait_s=20"))
     job = await submit(alice, job_file)
     await asyncio.sleep(0.1)
     assert not poll.done()
-    started = time.monotonic()
     await attempt_of(world, job)
-    answer = await poll
-    assert time.monotonic() - started < 1
+    async with asyncio.timeout(DEADLINE_S / 2):  # less than it would wait for nothing
+        answer = await poll
     assert [each["job_id"] for each in answer.json()["attempts"]] == [job]
 
 
@@ -263,12 +262,11 @@ async def test_a_shutdown_ends_streams_and_polls(real: Any, server: Server, worl
     poll = asyncio.create_task(agent.get(f"/v1/agent/desired?version={version}&wait_s=20"))
     async with following(alice, f"/v1/jobs/{job}/events?follow=true") as events:
         await anext(events)
-        started = time.monotonic()
         server.begin_shutdown()
-        assert (await poll).status_code == 200
-        with pytest.raises((StopAsyncIteration, httpx.RemoteProtocolError)):
-            await anext(events)
-    assert time.monotonic() - started < 4
+        async with asyncio.timeout(DEADLINE_S / 2):  # less than the poll would wait for nothing
+            assert (await poll).status_code == 200
+            with pytest.raises((StopAsyncIteration, httpx.RemoteProtocolError)):
+                await anext(events)
 
 
 async def test_a_client_that_leaves_is_forgotten(real: Any, server: Server, job_file: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -159,11 +160,16 @@ async def test_gpus_that_stay_taken_are_named(view: FakeRay, groups: PlacementGr
 
 async def test_two_gangs_are_not_let_through_for_the_same_gpu(view: FakeRay, groups: PlacementGroups) -> None:
     view.free_gpus = 1.0
-    view.wait = lambda _: bool(asyncio.run(asyncio.sleep(0.05))) or True  # Ray takes its time
+    ray_is_done = threading.Event()
+    view.wait = lambda _: ray_is_done.wait(10)
     first, second = (asyncio.create_task(place(groups, name)) for name in ("att_1", "att_2"))
-    await asyncio.sleep(0.03)
+    async with asyncio.timeout(10):
+        while not view.created:  # noqa: ASYNC110 - made in a thread
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.03)  # time enough to let the second through, if it were to be
     assert view.created == ["phalanx/att_1"]
     view.free_gpus = 0.0
+    ray_is_done.set()
     await first
     await asyncio.sleep(0.02)
     assert view.created == ["phalanx/att_1"]

@@ -33,6 +33,7 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
+        self.rejected: list[dict[str, Any]] = []  # answered with another status than 200
         self.bundles: dict[str, bytes] = {}
         self.refused: list[dict[str, Any]] = []
         self.status = 200
@@ -96,13 +97,13 @@ class FakeServer:
         if target.startswith("/v1/node/bundles/"):
             bundle = self.bundles.get(target.split("/")[4].split("?")[0])
             return (404, b"") if bundle is None else (200, bundle)
-        if self.status != 200:
-            return self.status, b"{}"
         report = json.loads(body)
-        protocol.decode(protocol.NodeReport, report)
-        self.reports.append(report)
+        (self.reports if self.status == 200 else self.rejected).append(report)
         self._changed.set()
         self._changed = asyncio.Event()
+        if self.status != 200:
+            return self.status, b"{}"
+        protocol.decode(protocol.NodeReport, report)
         answer = {"server_time": 0.0, "accepted_seq": report["seq"], "refused": self.refused}
         return 200, json.dumps(answer).encode()
 

@@ -3,7 +3,6 @@
 # ruff: noqa: ASYNC240 - a test may look into /proc and its own small files
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from dataclasses import replace
@@ -100,10 +99,13 @@ async def test_report_that_the_server_never_takes_is_given_up(
     light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
 ) -> None:
     runner = await light_runner(server, heartbeat_s=0.1)
-    attempt = await make_workbench([runner], server, tmp_path).attempt("echo lost; sleep 1; echo found").start()
     server.status = 422
-    await asyncio.sleep(0.4)  # the first line is rejected in this time; the test only needs the second to arrive
+    again = tmp_path / "again"
+    command = f"echo lost; while [ ! -e {again} ]; do sleep 0.05; done; echo found"
+    attempt = await make_workbench([runner], server, tmp_path).attempt(command).start()
+    await server.until(lambda: any(report["logs"] for report in server.rejected))
     server.status = 200
+    again.touch()
     await server.until(lambda: "Zm91bmQK" in json.dumps(server.items("logs", attempt.id)))
     await server.until(lambda: bool(server.marks(attempt.id, "dropped")))
 
