@@ -1,6 +1,6 @@
 """A node's states: what somebody wants of it, and what it is.
 
-Owns the one rule between them. Refuses to know when a node counts as dead: `watch_nodes` decides that.
+Owns the names. Refuses to know when a node counts as dead: `watch_nodes` decides that.
 """
 
 from enum import StrEnum
@@ -16,8 +16,3 @@ class NodeState(StrEnum):
 
 
 WANTED_STATES = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINING})
-
-
-def node_state(*, wanted: NodeState, lost: bool) -> NodeState:
-    """What a node is: lost whatever is wanted of it, else what is wanted."""
-    return NodeState.LOST if lost else wanted
