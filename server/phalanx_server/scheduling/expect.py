@@ -46,13 +46,7 @@ def expected_starts(draft: Draft, waiting: Sequence[tuple[Turn, Explanation]]) -
 
 def _next_ends(world: World) -> list[tuple[float, Job]]:
     """Running jobs by the time at which their limit ends them; not before now."""
-    default_s = world.policy.default_time_limit_s
-    known = (
-        (max(world.now, job.started_at + limit_s), job)
-        for job in world.running.values()
-        if job.started_at is not None and (limit_s := default_s if job.time_limit_s is None else job.time_limit_s)
-    )
-    return nsmallest(MOST_ENDS, known, key=lambda end: (end[0], end[1].id))
+    return [(max(world.now, end), world.jobs[job_id]) for end, job_id in world.ends[:MOST_ENDS]]
 
 
 def _head_of_queue(waiting: Sequence[tuple[Turn, Explanation]]) -> list[tuple[Turn, str]]:

@@ -5,6 +5,7 @@ Refuses to decide anything. `absorb` must leave what a new `World` of the change
 changes touch is taken back as it was counted and counted anew.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable
 
@@ -39,10 +40,10 @@ class World:
         )
         self.array_jobs: Counter[str] = Counter()
         self.stopping: dict[str, Job] = {}
-        self.running: dict[str, Job] = {}
         self.kept: set[str] = set()
         for job in snapshot.jobs:
             self._put(job)
+        self.ends = sorted(end for job in snapshot.jobs if (end := self._end_of(job)) is not None)
 
     def snapshot(self) -> Snapshot:
         """All of it as a snapshot again."""
@@ -66,6 +67,8 @@ class World:
             if self.jobs.get(job.id) != job:
                 self._drop(job.id)
                 self._put(job)
+                if (end := self._end_of(job)) is not None:
+                    insort(self.ends, end)
         for id_ in changes.removed_jobs:
             self._drop(id_)
 
@@ -115,11 +118,20 @@ class World:
         job = self.jobs.pop(id_, None)
         if job is None:
             return
+        if (end := self._end_of(job)) is not None:
+            del self.ends[bisect_left(self.ends, end)]
         if job.state != "queued":
             self._charge(job, times=-1)
             return
         self.queue.remove(job)
         self.kept.discard(id_)
+
+    def _end_of(self, job: Job) -> tuple[float, str] | None:
+        """When its time limit ends a running job, and its id; None = nothing does."""
+        limit_s = self.policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+        if job.state != "running" or job.started_at is None or limit_s is None:
+            return None
+        return job.started_at + limit_s, job.id
 
     def _charge(self, job: Job, *, times: int) -> None:
         columns, amounts = self.on_nodes(job, states_of(job))
@@ -131,10 +143,6 @@ class World:
             self.stopping[job.id] = job
         else:
             self.stopping.pop(job.id, None)
-        if job.state == "running" and times > 0:
-            self.running[job.id] = job
-        else:
-            self.running.pop(job.id, None)
 
     def on_nodes(self, job: Job, states: Iterable[Seat]) -> tuple[list[int], Amounts]:
         """(columns, what is taken there): on each node the largest of the states."""
