@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.ray
 BOTH = {"node-0": [0, 1], "node-1": [0, 1]}
 START_TIMEOUT_S = 90.0  # the first start waits until torch is imported on both nodes
 NODE_LOSS_TIMEOUT_S = 40.0
+NUMBERS = itertools.count(1)  # an attempt runs once: its id is never used again, not even with another server
 
 
 def phalanx(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
@@ -89,10 +91,11 @@ class Site:
         self.server.fact(name, "started", START_TIMEOUT_S)
         return attempt
 
-    def all_gpus_are_free(self, name: str) -> None:
-        """A gang that needs them all starts."""
+    def all_gpus_are_free(self) -> None:
+        """A gang that needs them all starts, and ends well."""
+        name = f"att_next{next(NUMBERS)}"
         self.server.want(attempt_of(name, "true", BOTH))
-        assert [end.exit_code for end in self.server.fact(name, "ended").exits] == [0, 0, 0, 0]
+        assert [end.exit_code for end in self.server.fact(name, "ended", START_TIMEOUT_S).exits] == [0, 0, 0, 0]
 
     def close(self) -> None:
         self.agent.terminate()
@@ -139,8 +142,8 @@ def test_a_gang_runs_on_two_nodes_with_torchruns_environment(site: Site, tmp_pat
     }
     assert {name: env.get(name) for name in expected} == expected
     assert not [name for name in env if name.startswith("RAY_")], "Ray's token must not be in reach"
-    for number in range(5):
-        site.all_gpus_are_free(f"att_next{number}")
+    for _ in range(5):
+        site.all_gpus_are_free()
 
 
 def test_one_failing_rank_ends_the_gang(site: Site) -> None:
@@ -148,20 +151,20 @@ def test_one_failing_rank_ends_the_gang(site: Site) -> None:
     ended = site.server.fact("att_fail", "ended", START_TIMEOUT_S)
     assert ended.first_failed_rank == 2
     assert [(end.exit_code, end.signal) for end in ended.exits] == [(None, 15), (None, 15), (7, None), (None, 15)]
-    site.all_gpus_are_free("att_next")
+    site.all_gpus_are_free()
 
 
 def test_a_stop_ends_the_gang(site: Site) -> None:
     site.sleeping("att_stop")
     site.server.want_stopped("att_stop", grace_s=5.0)
     assert [end.signal for end in site.server.fact("att_stop", "ended").exits] == [15, 15, 15, 15]
-    site.all_gpus_are_free("att_next")
+    site.all_gpus_are_free()
 
 
 def test_a_program_that_does_not_exist_ends_the_gang_or_its_start(site: Site) -> None:
     site.server.want(attempt_of("att_none", "/no/such/program", BOTH))
     site.server.wait_for(lambda: site.server.seen("att_none", "start_failed") or site.server.seen("att_none", "ended"))
-    site.all_gpus_are_free("att_next")
+    site.all_gpus_are_free()
 
 
 def test_a_killed_agent_is_replaced_without_a_rank_noticing(site: Site) -> None:
@@ -175,7 +178,7 @@ def test_a_killed_agent_is_replaced_without_a_rank_noticing(site: Site) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert {end.signal for end in site.server.fact("att_adopt", "ended").exits} == {9}
-    site.all_gpus_are_free("att_next")
+    site.all_gpus_are_free()
 
 
 def test_what_the_server_no_longer_wants_is_removed_by_the_next_agent(site: Site) -> None:
@@ -187,7 +190,7 @@ def test_what_the_server_no_longer_wants_is_removed_by_the_next_agent(site: Site
     for node in BOTH:
         assert site.server.fact("att_stranger", "gone", 30, node=node).epoch == 1
     assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-    site.all_gpus_are_free("att_next")
+    site.all_gpus_are_free()
 
 
 def test_a_dead_runner_ends_its_ranks_and_is_replaced(site: Site) -> None:
@@ -197,8 +200,7 @@ def test_a_dead_runner_ends_its_ranks_and_is_replaced(site: Site) -> None:
     ended = site.server.fact("att_runner", "ended", 30)
     assert [(end.exit_code, end.signal) for end in ended.exits][2:] == [(None, None), (None, None)]
     assert ended.node == "node-1"
-    site.server.want(attempt_of("att_next", "true", BOTH))
-    assert site.server.fact("att_next", "ended", START_TIMEOUT_S).exits
+    site.all_gpus_are_free()
 
 
 def test_an_agent_that_another_has_replaced_ends(site: Site) -> None:
@@ -206,7 +208,7 @@ def test_an_agent_that_another_has_replaced_ends(site: Site) -> None:
     assert site.agent.wait(15) == 1
     assert "another agent has taken over" in (site.directory / "agent.log").read_text()
     site.start_agent()
-    site.all_gpus_are_free("att_next")
+    site.all_gpus_are_free()
 
 
 def test_a_lost_node_is_reported_and_comes_back(site: Site) -> None:
@@ -221,8 +223,7 @@ def test_a_lost_node_is_reported_and_comes_back(site: Site) -> None:
     site.server.fact("att_lost", "gone", NODE_LOSS_TIMEOUT_S, node="node-0")
     site.server.fact("att_lost", "gone", NODE_LOSS_TIMEOUT_S, node="node-1")
     assert all(node.alive for node in site.server.nodes)
-    site.server.want(attempt_of("att_next", "true", BOTH))
-    assert site.server.fact("att_next", "ended", START_TIMEOUT_S).exits
+    site.all_gpus_are_free()
 
 
 def _started(site: Site, name: str) -> list:
