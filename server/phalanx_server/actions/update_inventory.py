@@ -96,7 +96,9 @@ async def _write(
 ) -> bool:
     """Insert and change rows where something is new; whether anything was. A node that is not listed is not alive."""
     new = [
-        _values(node) | {"id": ids.new_id(), "cluster_id": cluster_id} for n, node in facts.items() if n not in known
+        _values(node) | {"id": ids.new_id(), "cluster_id": cluster_id, "created_at": now}
+        for name, node in facts.items()
+        if name not in known
     ]
     changed = [
         {"id": known[name].id, "stats": _kept_stats(known[name], node)}
