@@ -30,6 +30,14 @@ def phalanx(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", "phalanx", *arguments], stdout=out, stderr=out)
 
 
+def killed(find: Callable[[], psutil.Process | None]) -> None:
+    """Kill what `find` finds, and wait until it finds another."""
+    old = find()
+    assert old is not None
+    old.kill()
+    wait_until(lambda: (new := find()) is not None and new != old, 30)
+
+
 def wait_until(what: Callable[[], object], timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not what():
@@ -213,7 +221,9 @@ def test_an_agent_that_another_has_replaced_ends(site: Site) -> None:
 
 def test_a_lost_node_is_reported_and_comes_back(site: Site) -> None:
     site.sleeping("att_lost")
-    _raylet(site.ray_dir, "node-1").kill()
+    raylet = _raylet(site.ray_dir, "node-1")
+    assert raylet is not None
+    raylet.kill()
     site.server.wait_for(
         lambda: {node.name: node.alive for node in site.server.nodes} == {"node-0": True, "node-1": False},
         NODE_LOSS_TIMEOUT_S,
@@ -226,15 +236,45 @@ def test_a_lost_node_is_reported_and_comes_back(site: Site) -> None:
     site.all_gpus_are_free()
 
 
+def test_a_killed_gcs_comes_back_without_a_rank_noticing(site: Site) -> None:
+    starts = _started(site, "att_gcs")
+    killed(lambda: _gcs(site.ray_dir))
+    _ends_when_told(site, "att_gcs", starts)
+
+
+def test_the_heads_killed_raylet_is_replaced_and_an_agent_joins_again(site: Site) -> None:
+    """An agent that had joined through it ends with it; whoever runs agents starts them again."""
+    starts = _started(site, "att_head")
+    killed(lambda: _raylet(site.ray_dir, "head"))
+    site.kill_agent()
+    site.start_agent()
+    site.server.wait_for(lambda: len(site.server.seen("att_head", "started")) == 2, 60)
+    _ends_when_told(site, "att_head", starts)
+
+
+def _ends_when_told(site: Site, name: str, starts: list) -> None:
+    """The ranks that were started still run, and the agent has a hold of them."""
+    assert all(psutil.Process(start.pid).cmdline()[:1] == ["sleep"] for start in starts)
+    site.server.want_stopped(name, grace_s=5.0)
+    assert [end.signal for end in site.server.fact(name, "ended", 60).exits] == [15, 15, 15, 15]
+    site.all_gpus_are_free()
+
+
 def _started(site: Site, name: str) -> list:
     site.sleeping(name)
     return site.server.fact(name, "started").ranks_started
 
 
-def _raylet(ray_dir: Path, node: str) -> psutil.Process:
+def _children(ray_dir: Path) -> list[psutil.Process]:
     local_ray = psutil.Process(json.loads((ray_dir / "ray.json").read_text())["pid"])
-    return next(
-        process
-        for process in local_ray.children()
-        if process.name() == "raylet" and any(f'"{node}"' in argument for argument in process.cmdline())
-    )
+    return [child for child in local_ray.children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def _gcs(ray_dir: Path) -> psutil.Process | None:
+    return next((each for each in _children(ray_dir) if each.name() == "gcs_server"), None)
+
+
+def _raylet(ray_dir: Path, label: str) -> psutil.Process | None:
+    """The raylet whose labels have this value."""
+    raylets = (each for each in _children(ray_dir) if each.name() == "raylet")
+    return next((each for each in raylets if any(f'"{label}"' in argument for argument in each.cmdline())), None)

@@ -30,10 +30,13 @@ from phalanx_worker.agent.ray_environment import LOOPBACK_SETTINGS
 log = logging.getLogger("phalanx.local_ray")
 
 TEMP_PREFIX = "phx-ray-"
+MEMORY_DISK = Path("/dev/shm")
 HOST = "127.0.0.1"
 POLL_S = 0.25
 RESPAWN_AFTER_S = 3.0
 OBJECT_STORE_BYTES = 80 << 20
+GCS_DEATHS_MAX = 5  # within GCS_DEATHS_S: one that cannot live is not started for ever
+GCS_DEATHS_S = 60.0
 PR_SET_PDEATHSIG = 1
 
 # With these a killed node is seen after about 3 s instead of 14 s (sooner would take a busy machine for a dead node),
@@ -49,7 +52,18 @@ EMULATION_SETTINGS = {
     "RAY_enable_metrics_collection": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
+    "RAY_gcs_storage": "rocksdb",  # GCS reads its state back when it is started again; the path is of the cluster
     **LOOPBACK_SETTINGS,
+}
+
+
+# The head takes no work: it only has GCS, and a raylet for drivers to join through.
+HEAD_NODE = {
+    "num_cpus": 0,
+    "num_gpus": 0,
+    "node_ip_address": HOST,
+    "object_store_memory": OBJECT_STORE_BYTES,
+    "labels": {"phalanx.io/role": "head"},
 }
 
 
@@ -81,6 +95,8 @@ class LocalRay:
     cluster: Any = None
     nodes: dict[str, Any] = field(default_factory=dict)  # node name -> ray Node
     dead_since: dict[str, float] = field(default_factory=dict)
+    head_raylet: Any = None  # the ray Node whose raylet is the head's
+    gcs_deaths_s: list[float] = field(default_factory=list)
 
     def start(self) -> str:
         """Start head and nodes one after another (concurrent starts on one host break) and return the address."""
@@ -89,37 +105,56 @@ class LocalRay:
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 0,
-                "num_gpus": 0,
+                **HEAD_NODE,
                 "include_dashboard": False,
                 "include_log_monitor": False,
                 "no_monitor": True,  # the autoscaler's
-                "node_ip_address": HOST,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "labels": {"phalanx.io/role": "head"},
             },
         )
+        self.head_raylet = self.cluster.head_node
         for index in range(self.emulation.nodes):
             if not self.stop_asked.is_set():
                 self.add_node(f"node-{index}")
         return self.cluster.address
 
     def add_node(self, name: str) -> None:
-        self.nodes[name] = self.cluster.add_node(
-            num_cpus=self.emulation.cpus(),
-            num_gpus=self.emulation.gpus_per_node,
-            memory=self.emulation.memory_bytes(),
-            object_store_memory=OBJECT_STORE_BYTES,
-            node_ip_address=HOST,
-            labels={"phalanx.io/node-name": name, "phalanx.io/gpu-type": self.emulation.gpu_type},
+        self.nodes[name] = self._add_raylet(
+            {
+                "num_cpus": self.emulation.cpus(),
+                "num_gpus": self.emulation.gpus_per_node,
+                "memory": self.emulation.memory_bytes(),
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "node_ip_address": HOST,
+                "labels": {"phalanx.io/node-name": name, "phalanx.io/gpu-type": self.emulation.gpu_type},
+            }
         )
-        stop_on_signals(self.stop_asked)  # again: Ray has just installed its own handler, which drains for up to 30 s
         self.dead_since.pop(name, None)
         log.info("node %s is up", name)
 
-    def head_is_alive(self) -> bool:
-        processes = self.cluster.head_node.all_processes
-        return all(_exit_code(processes, kind) is None for kind in ("gcs_server", "raylet"))
+    def _add_raylet(self, arguments: dict[str, Any]) -> Any:
+        node = self.cluster.add_node(**arguments)
+        stop_on_signals(self.stop_asked)  # again: Ray has just installed its own handler, which drains for up to 30 s
+        return node
+
+    def check_head(self, now_s: float) -> bool:
+        """Start again what was killed of the head; False when that does not help.
+
+        GCS comes back at its old address with all that it knew, so nodes and what runs on them do not notice. A raylet
+        cannot come back; another takes its place, and drivers that had joined through it have to join again.
+        """
+        gcs = self.cluster.head_node
+        if (code := _exit_code(gcs.all_processes, "gcs_server")) is not None:
+            log.warning("GCS is gone with %s: it is started again", code)
+            self.gcs_deaths_s = [at_s for at_s in self.gcs_deaths_s if now_s - at_s < GCS_DEATHS_S] + [now_s]
+            if len(self.gcs_deaths_s) > GCS_DEATHS_MAX:
+                return False
+            gcs.all_processes.pop("gcs_server", None)
+            gcs._gcs_address = gcs._gcs_client = None  # as Ray's own tests do it
+            gcs.start_gcs_server()
+        elif (code := _exit_code(self.head_raylet.all_processes, "raylet")) is not None:
+            log.warning("the head's raylet is gone with %s: another takes its place", code)
+            self.head_raylet = self._add_raylet(HEAD_NODE)
+        return True
 
     def check_nodes(self, now_s: float) -> None:
         """Clear away nodes whose raylet was killed and, if asked to, bring them back a few seconds later.
@@ -159,7 +194,7 @@ def _exit_code(processes: dict[str, list[Any]], kind: str) -> int | None:
 
 
 def run(emulation: Emulation, out: TextIO) -> int:
-    """Run the cluster in the foreground until SIGTERM, SIGINT, the parent's death or the head's; return the exit code.
+    """Run the cluster in the foreground until SIGTERM, SIGINT or the parent's death; return the exit code.
 
     When it is up, one JSON line with `address`, `token_path` and `pid` goes to `out` and to `<data>/ray.json`.
     """
@@ -168,19 +203,29 @@ def run(emulation: Emulation, out: TextIO) -> int:
     parent = os.getppid()
     _die_with_parent()
     emulation.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _only_one(emulation.data_dir), _private_temp_dir(emulation.data_dir) as temp_dir:
+    record = emulation.data_dir
+    with (
+        _only_one(emulation.data_dir),
+        _private_dir(record / "ray-temp-dir", Path("/tmp")) as temp_dir,
+        _private_dir(record / "ray-gcs-dir", _fast_disk()) as gcs_dir,
+    ):
         (emulation.data_dir / "ray.json").unlink(missing_ok=True)
         token_path = _write_token(emulation.data_dir)
-        os.environ.update(EMULATION_SETTINGS, RAY_AUTH_TOKEN_PATH=str(token_path), RAY_TMPDIR=str(temp_dir))
+        os.environ.update(
+            EMULATION_SETTINGS,
+            RAY_AUTH_TOKEN_PATH=str(token_path),
+            RAY_TMPDIR=str(temp_dir),
+            RAY_gcs_storage_path=str(gcs_dir),
+        )
         local = LocalRay(emulation=emulation, stop_asked=stop)
         try:
             address = local.start()
             _announce(emulation.data_dir, {"address": address, "token_path": str(token_path), "pid": os.getpid()}, out)
             while not stop.wait(POLL_S) and os.getppid() == parent:
-                local.check_nodes(time.monotonic())
-                if not local.head_is_alive():
-                    log.error("the head of the local Ray cluster ended unexpectedly")
+                if not local.check_head(time.monotonic()):
+                    log.error("GCS of the local Ray cluster ends as soon as it is started")
                     return 1
+                local.check_nodes(time.monotonic())
             return 0
         finally:
             local.stop()
@@ -225,16 +270,22 @@ def _only_one(data_dir: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _private_temp_dir(data_dir: Path) -> Iterator[Path]:
-    """A short private directory for Ray's session: socket paths may have 107 bytes, and Ray makes its own files 0777.
+def _fast_disk() -> Path:
+    """Where GCS keeps its state. It need not outlive this machine's memory, and each gang waits for its writes: 3 ms of
+    a gang's start on a disk."""
+    return MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else Path("/tmp")
 
-    The directory of an earlier cluster that was killed is removed first; its name is kept beside the data.
+
+@contextlib.contextmanager
+def _private_dir(record: Path, parent: Path) -> Iterator[Path]:
+    """A private directory of this cluster with a short path: socket paths may have 107 bytes, and Ray makes its own
+    files 0777.
+
+    The directory of an earlier cluster that was killed is removed first; its name is kept in `record`.
     """
-    record = data_dir / "ray-temp-dir"
     if record.exists() and Path(record.read_text()).name.startswith(TEMP_PREFIX):
         shutil.rmtree(record.read_text(), ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=parent))
     record.write_text(str(path))
     try:
         yield path

@@ -11,11 +11,11 @@ from typing import Any
 RAY_FILE_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
-# Of a cluster on this machine alone. Its head does not come back at the same address, so whoever misses it ends after
-# 10 s and not after Ray's 60. The second has a name of another time: without it Ray turns a loopback address into the
-# machine's own, where a cluster on loopback does not listen.
+# Of a cluster on this machine alone. Its GCS is back within seconds when it was killed, so whoever misses it for longer
+# ends, and not after Ray's 60 s. The second has a name of another time: without it Ray turns a loopback address into
+# the machine's own, where a cluster on loopback does not listen.
 LOOPBACK_SETTINGS = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
