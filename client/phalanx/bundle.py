@@ -9,18 +9,21 @@ inside the directory are kept as links.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
+import re
 import stat
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-import pathspec
+from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
 from phalanx.errors import BundleError
 
@@ -96,32 +99,59 @@ def scan(directory: Path, *, max_bytes: int = MAX_BYTES, max_files: int = MAX_FI
 
 
 @dataclass(frozen=True)
+class _Pattern:
+    """One line of an ignore file; `ignores` is False for a `!` pattern."""
+
+    regex: re.Pattern[str]
+    ignores: bool
+    directories_only: bool
+
+    def matches(self, name: str, *, is_directory: bool) -> bool:
+        """Whether it means the entry itself. That it means a directory above (which the regex marks with a group) has
+        been decided there: what is under an ignored one is never asked about."""
+        if self.directories_only and not is_directory:
+            return False
+        found = self.regex.search(name)
+        return found is not None and found.lastindex is None
+
+
+@dataclass(frozen=True)
 class _Rules:
     """The patterns of one ignore file, which count from the directory it is in."""
 
     base: Path
-    spec: pathspec.GitIgnoreSpec
+    patterns: list[_Pattern]
 
     def verdict(self, path: Path, *, is_directory: bool) -> bool | None:
-        """True: ignored; False: a `!` pattern keeps it; None: nothing said."""
+        """True: ignored; False: a `!` pattern keeps it; None: nothing said. The last pattern that fits decides."""
         name = path.relative_to(self.base).as_posix()
-        return self.spec.check_file(name + "/" if is_directory else name).include
+        fits = (one for one in reversed(self.patterns) if one.matches(name, is_directory=is_directory))
+        return next((one.ignores for one in fits), None)
 
 
 def _rules_in(directory: Path) -> list[_Rules]:
-    found = []
-    for name in IGNORE_FILES:
-        file = directory / name
-        if file.is_file():
-            found.append(_Rules(directory, _patterns(file)))
-    return found
+    return [_Rules(directory, _patterns(file)) for name in IGNORE_FILES if (file := directory / name).is_file()]
 
 
-def _patterns(file: Path) -> pathspec.GitIgnoreSpec:
+def _patterns(file: Path) -> list[_Pattern]:
     try:
-        return pathspec.GitIgnoreSpec.from_lines(file.read_text(errors="replace").splitlines())
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{file} cannot be read as an ignore file: {error}") from None
+        text = file.read_text("utf-8-sig", errors="surrogateescape")  # names are not always UTF-8
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read as an ignore file: {error.strerror}") from None
+    return [pattern for line in text.split("\n") if (pattern := _pattern(line))]
+
+
+def _pattern(line: str) -> _Pattern | None:
+    """None for a comment, an empty line, and what is no pattern: git passes over that too."""
+    text = line if line.endswith("\\ ") else line.rstrip(" ")
+    try:
+        matcher = GitIgnoreSpecPattern(text.removesuffix("/"))
+    except (ValueError, re.error):
+        return None
+    if matcher.regex is None:
+        return None
+    regex = re.sub(r"\[\^(?!/\])", "(?!/)[^", matcher.regex.pattern)  # [!x] is no slash either
+    return _Pattern(re.compile(regex), ignores=bool(matcher.include), directories_only=text.endswith("/"))
 
 
 def _rules_above(root: Path) -> list[_Rules]:
@@ -129,10 +159,12 @@ def _rules_above(root: Path) -> list[_Rules]:
     repository = next((parent for parent in root.parents if (parent / ".git").exists()), None)
     if repository is None or (root / ".git").exists():
         return []
-    between = [parent for parent in reversed(root.parents) if parent.is_relative_to(repository)]
-    rules = [rule for parent in between for rule in _rules_in(parent)]
-    # A directory that git ignores as a whole was still asked for by name.
-    return [] if _ignored(root, rules, is_directory=True) else rules
+    rules: list[_Rules] = []
+    for parent, child in pairwise(path for path in (*reversed(root.parents), root) if path.is_relative_to(repository)):
+        rules = rules + _rules_in(parent)
+        if _ignored(child, rules, is_directory=True):  # git ignores it as a whole, but it was asked for by name
+            return []
+    return rules
 
 
 def _ignored(path: Path, rules: list[_Rules], *, is_directory: bool) -> bool:
@@ -174,18 +206,28 @@ def _entry(root: Path, path: Path) -> Entry:
 
 
 def _link_inside(root: Path, path: Path) -> str:
-    """The target relative to the link's own directory; BundleError where it leads out of `root`."""
-    said = path.readlink()
-    try:
-        target = (path.parent / said).resolve()
-    except RuntimeError:
-        raise BundleError(f"{path.relative_to(root)} links to itself: {EXCLUDE_HINT}") from None
+    """Where it ends, relative to the link's own directory; BundleError where that is outside of `root`.
+
+    Never as it was written: on the way from `../proj/data` in `proj` to `proj/data` it would leave the bundle.
+    """
+    if _goes_in_circles(path):
+        raise BundleError(f"{path.relative_to(root)} links to itself: {EXCLUDE_HINT}")
+    target = path.resolve()
     if not target.is_relative_to(root):
         raise BundleError(
-            f"{path.relative_to(root)} links to {said}, outside of the working directory: "
+            f"{path.relative_to(root)} links to {path.readlink()}, outside of the working directory: "
             "copy the target in, or exclude the link in .phalanxignore"
         )
-    return os.path.relpath(target, path.parent) if said.is_absolute() else said.as_posix()
+    return os.path.relpath(target, path.parent)
+
+
+def _goes_in_circles(link: Path) -> bool:
+    """Asks the system: what Path.resolve() makes of a circle depends on Python's version."""
+    try:
+        link.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 # ------------------------------------------------------------------ limits

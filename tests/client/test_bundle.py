@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -77,6 +80,7 @@ IGNORE_CASES = {
     "the last pattern that fits decides": ({".gitignore": "*.txt\n!a.txt"}, ["a.txt", "b.txt"], ["a.txt"]),
     ".phalanxignore adds to .gitignore": ({".gitignore": "a", ".phalanxignore": "b"}, ["a", "b", "c"], ["c"]),
     ".phalanxignore may keep what git ignores": ({".gitignore": "model", ".phalanxignore": "!model"}, ["model"], None),
+    "a line that is no pattern says nothing": ({".gitignore": "[z-a]\n!\na\\\nb"}, ["a", "b"], ["a"]),
 }
 
 
@@ -101,6 +105,11 @@ def test_a_directory_that_its_repository_ignores_is_packed_when_asked_for(tmp_pa
     assert names(tmp_path / "build") == ["train.py"]
 
 
+def test_so_is_a_directory_in_one_that_its_repository_ignores(tmp_path: Path) -> None:
+    tree(tmp_path, **{".git/HEAD": "", ".gitignore": "build/\n*.log", "build/sub/train.py": "", "build/sub/x.log": ""})
+    assert names(tmp_path / "build" / "sub") == ["train.py", "x.log"]
+
+
 def test_links_that_stay_inside_are_kept_as_links(tmp_path: Path) -> None:
     tree(tmp_path, **{"data/real.txt": "x"})
     (tmp_path / "link").symlink_to("data/real.txt")
@@ -113,6 +122,24 @@ def test_links_that_stay_inside_are_kept_as_links(tmp_path: Path) -> None:
     assert links == {"link": "data/real.txt", "data/absolute": "real.txt", "dir": "data"}
 
 
+def test_a_link_that_comes_back_is_written_within_the_directory(tmp_path: Path) -> None:
+    """As it was written, the node refuses it: there the directory has another name."""
+    root = tree(tmp_path / "proj", **{"data/x": "1", "d/y": ""})
+    (root / "l").symlink_to("../proj/data")
+    (root / "d" / "chain").symlink_to("../l/x")
+    (root / "d" / "dangling").symlink_to("../../proj/absent")
+    made = pack(root)
+    with tarfile.open(made.path) as tar:
+        assert {m.name: m.linkname for m in tar if m.issym()} == {
+            "l": "data",
+            "d/chain": "../data/x",
+            "d/dangling": "../absent",
+        }
+        tar.extractall(tmp_path / "node", filter="data")
+    made.discard()
+    assert (tmp_path / "node" / "d" / "chain").read_text() == "1"
+
+
 @pytest.mark.parametrize("target", ["../outside", "/etc/hostname", "sub/../../outside"])
 def test_a_link_that_leads_outside_is_refused(tmp_path: Path, target: str) -> None:
     root = tree(tmp_path / "code", **{"sub/a": ""})
@@ -121,8 +148,10 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path, target: str) -> No
         pack(root)
 
 
-def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "loop").symlink_to("loop")
+@pytest.mark.parametrize("targets", [{"loop": "loop"}, {"loop": "pool", "pool": "loop"}, {"loop": "loop/x"}])
+def test_a_link_to_itself_is_refused(tmp_path: Path, targets: dict[str, str]) -> None:
+    for name, target in targets.items():
+        (tmp_path / name).symlink_to(target)
     with pytest.raises(BundleError, match="loop links to itself"):
         pack(tmp_path)
 
@@ -158,17 +187,79 @@ def test_a_file_that_shrinks_while_it_is_packed_is_an_error(tmp_path: Path, monk
         pack(tmp_path)
 
 
-@pytest.mark.skipif(not Path("/usr/bin/git").exists(), reason="needs git")
-def test_the_selection_is_git_s(tmp_path: Path) -> None:
-    """Against git itself, on a tree that uses most of what ignore files can say."""
-    import subprocess
+# ------------------------------------------------------------------ against git itself
 
-    rules = "*.log\n!keep.log\n/top\nbuild/\ndoc/*.txt\n**/deep/x\na/**/z\n\\#hash\nspace\\ \n[ab].c\n"
-    files = ["keep.log", "d/x.log", "top", "d/top", "build/a", "d/build/b", "doc/a.txt", "doc/d/b.txt"]
-    files += ["q/deep/x", "a/b/c/z", "#hash", "a.c", "c.c", "d/e/f"]
-    tree(tmp_path, **{".gitignore": rules, "d/.gitignore": "!x.log\nf\n"}, **dict.fromkeys(files, ""))
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=tmp_path, check=True, capture_output=True, text=True
+
+class Git:
+    """What git takes of a tree, by the ignore files in it alone."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        subprocess.run(["git", "init", "-q", "--bare", directory], check=True)
+
+    def names(self, root: Path) -> list[str]:
+        argv = ["git", "-c", "core.excludesFile=", f"--git-dir={self.directory}", f"--work-tree={root}"]
+        argv += ["ls-files", "-coz", "--exclude-standard"]
+        listed = subprocess.run(argv, cwd=root, check=True, capture_output=True, text=True)
+        return sorted(listed.stdout.split("\0")[:-1])
+
+
+@pytest.fixture
+def git(tmp_path: Path) -> Git:
+    if shutil.which("git") is None:
+        pytest.skip("needs git, to compare with")
+    return Git(tmp_path / "git")
+
+
+MOST_OF_WHAT_IT_CAN_SAY = "*.log\n!keep.log\n/top\nbuild/\ndoc/*.txt\n**/deep/x\na/**/z\n\\#hash\nspace\\ \n[ab].c\n"
+ITS_FILES = ["keep.log", "d/x.log", "top", "d/top", "build/a", "d/build/b", "doc/a.txt", "doc/d/b.txt"]
+ITS_FILES += ["q/deep/x", "a/b/c/z", "#hash", "space ", "a.c", "c.c", "d/e/f"]
+SELECTIONS = {
+    "most of what ignore files can say": (
+        {".gitignore": MOST_OF_WHAT_IT_CAN_SAY, "d/.gitignore": "!x.log\nf\n"},
+        ITS_FILES,
+    ),
+    "all but one kind": ({".gitignore": "*\n!*/\n!*.py"}, ["a.py", "a.txt", "d/c.py", "d/c.txt", "d/e/f.py"]),
+    "all but one kind, the other way round": ({".gitignore": "*\n!*.py\n!*/"}, ["a.py", "d/c.py", "d/c.txt"]),
+    "all but one kind at any depth": ({".gitignore": "*\n!*/\n!**/*.py"}, ["a.py", "d/c.py", "d/c.txt"]),
+    "one file of a directory": ({".gitignore": "data/**\n!data/keep.txt"}, ["data/keep.txt", "data/x", "data/d/y"]),
+    "directories below one": ({".gitignore": "data/**/\n"}, ["data/x", "data/d/y"]),
+    "a byte order mark": ({".gitignore": "\ufeff*.bin\n"}, ["a.bin", "b.py"]),
+    "lines of Windows": ({".gitignore": "*.bin\r\nout/\r\n"}, ["a.bin", "out/x", "b.py"]),
+    "a page break is no line break": ({".gitignore": "a\x0cb\n"}, ["a", "b", "a\x0cb"]),
+}
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_the_selection_is_git_s(tmp_path: Path, git: Git, case: str) -> None:
+    rules, files = SELECTIONS[case]
+    root = tree(tmp_path / "tree", **rules, **dict.fromkeys(files, ""))
+    assert names(root) == git.names(root)
+
+
+SEGMENTS = ["a", "b", "c.py", "*", "**", "*.py", "a*", "?", "[ab]", "[!a]", "a[!x]b", "*b*", "\\a"]
+
+
+def drawn_rules(chance: random.Random) -> str:
+    lines = []
+    for _ in range(chance.randint(1, 6)):
+        path = "/".join(chance.choices(SEGMENTS, k=chance.choice([1, 1, 1, 2, 2, 3])))
+        lines.append(chance.choice(["", "", "!"]) + chance.choice(["", "", "/"]) + path + chance.choice(["", "", "/"]))
+    return "\n".join(lines) + "\n"
+
+
+def drawn_tree(chance: random.Random) -> dict[str, str]:
+    """Files by path: some under the directories `a`, `b` and `d`, with an ignore file here and there."""
+    directories = ["/".join(chance.choices("abd", k=depth)) for depth in (0, 1, 1, 2, 2, 3)]
+    files = dict.fromkeys(
+        (f"{d}/{chance.choice(['c.py', 'x.py', 'ab', 'y'])}".lstrip("/") for d in directories * 2), ""
     )
-    assert names(tmp_path) == sorted(listed.stdout.split())
+    ruled = {"", *chance.sample(directories, k=chance.randint(0, 2))}
+    return files | {f"{d}/.gitignore".lstrip("/"): drawn_rules(chance) for d in ruled}
+
+
+def test_the_selection_is_git_s_whatever_the_rules(tmp_path: Path, git: Git) -> None:
+    for seed in range(400):
+        files = drawn_tree(random.Random(seed))
+        root = tree(tmp_path / str(seed), **files)
+        assert names(root) == git.names(root), (seed, {name: text for name, text in files.items() if text})
