@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     data_dir: Path = Path("~/.local/share/phalanx")
     storage_url: str | None = None
     """fsspec root of logs and code bundles; absent = `<data_dir>/storage`."""
+    bootstrap_admin_token_file: Path | None = None
+    """With the next one: files with the first admin's and the first cluster's token (as `phalanx new-token` prints
+    them). A migration of an empty database takes these instead of making and printing its own."""
+    bootstrap_cluster_token_file: Path | None = None
     policy_file: Path | None = None
     """JSON object of the policy fields of plan-format.md; absent = defaults."""
 

@@ -43,8 +43,11 @@ OURS = {
             "up": "Run all of Phalanx on this machine.",
             "server": "Run the API server.",
             "scheduler": "Run a scheduler; one of many leads.",
+            "migrate": "Bring the database to this version.",
+            "new-token": "Print a token for a first start.",
             "plan": "Compute plans from snapshot files.",
         },
+        hidden=frozenset({"new-token"}),
     ),
     "worker": Extra(
         "ray",

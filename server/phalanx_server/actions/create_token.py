@@ -38,8 +38,11 @@ class CreatedToken:
     expires_at: datetime | None
 
 
-async def create_token(conn: AsyncConnection, wanted: NewToken, *, actor: Actor, now: datetime) -> CreatedToken:
-    """Raises Invalid (a field is wrong) and Forbidden (the caller's own role does not reach that far)."""
+async def create_token(
+    conn: AsyncConnection, wanted: NewToken, *, actor: Actor, now: datetime, minted: tokens.Minted | None = None
+) -> CreatedToken:
+    """A new token, or `minted`. Raises Invalid (a field is wrong) and Forbidden (the caller's own role does not reach
+    that far)."""
     _check(wanted)
     if not may_mint(actor, role=wanted.role, tenant=wanted.tenant):
         raise Forbidden(f"a {actor.role} may not make a token with the role {wanted.role} there")
@@ -54,7 +57,7 @@ async def create_token(conn: AsyncConnection, wanted: NewToken, *, actor: Actor,
         cluster_id=await _cluster(conn, wanted.cluster),
         expires_at=expires_at,
     )
-    minted = tokens.mint()
+    minted = minted or tokens.mint()
     await tokens.insert_token(conn, minted, row)
     detail = {"name": wanted.name, "role": wanted.role, "tenant": wanted.tenant, "cluster": wanted.cluster}
     await record_audit(conn, actor, "create_token", ids.encode("token", minted.id), detail | {"user": wanted.user})

@@ -5,6 +5,7 @@ revoke. How a request's token is verified is `api/auth.py`'s, by `store/credenti
 """
 
 import hashlib
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from phalanx_server.store.ids import new_id
 from phalanx_server.store.schema import clusters, nodes, tenants, tokens, users
 
 SECRET_BYTES = 32  # 43 characters of URL-safe base64
+_GIVEN = re.compile(r"phx_([0-9a-f]{32})_([A-Za-z0-9_-]{43,128})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,17 @@ def mint() -> Minted:
     """A token that nobody can guess."""
     token_id, secret = new_id(), secrets.token_urlsafe(SECRET_BYTES)
     return Minted(token_id, f"phx_{token_id.hex}_{secret}", hashlib.sha256(secret.encode()).digest())
+
+
+def given(text: str) -> Minted:
+    """A token that somebody else made, as strong as ours: for a first start whose tokens exist before the database.
+
+    Raises ValueError, without the token in it.
+    """
+    parts = _GIVEN.fullmatch(text)
+    if parts is None:
+        raise ValueError("no token: expected phx_, 32 hex digits, _, and a secret of at least 43 URL-safe characters")
+    return Minted(UUID(hex=parts[1]), text, hashlib.sha256(parts[2].encode()).digest())
 
 
 async def insert_token(conn: AsyncConnection, minted: Minted, row: TokenRow) -> None:
