@@ -9,17 +9,19 @@ from uuid import UUID
 
 import httpx
 import pytest
-from control_plane import ControlPlane
+from control_plane import START, ControlPlane
 from phalanx_server.actions.cancel_job import cancel_job
 from phalanx_server.domain.access import SYSTEM
-from phalanx_server.loops import ticking
+from phalanx_server.loops import deliver_outbox, ticking
 from phalanx_server.loops.deliver_outbox import MAX_TRIES, DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
-from phalanx_server.loops.retain import BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
+from phalanx_server.loops.retain import AHEAD, BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
 from phalanx_server.loops.ticking import tick_forever
 from phalanx_server.store.attempts import overdue_attempts
+from phalanx_server.store.outbox import mark_delivered, mark_failed
 from phalanx_server.store.schema import events, holds, idempotency_keys, leases, logs, metrics, outbox
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 # ------------------------------------------------------------------ time limits
@@ -65,8 +67,7 @@ async def test_a_deposed_leader_ends_nothing(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     job_id, _ = await plane.run(time_limit="10m")
     plane.later(600)
-    async with plane.engine.begin() as conn:
-        await conn.execute(update(leases).values(epoch=leases.c.epoch + 1))
+    await depose(plane)
     assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
     assert await plane.state(job_id) == "running"
 
@@ -154,6 +155,66 @@ async def test_without_a_webhook_nothing_piles_up(plane: ControlPlane) -> None:
     assert all(row.delivered_at for row in await plane.rows(outbox))
 
 
+async def depose(plane: ControlPlane) -> None:
+    """Another leads, and this leader does not know it yet."""
+    async with plane.engine.begin() as conn:
+        await conn.execute(update(leases).values(epoch=leases.c.epoch + 1))
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("url", [None, "http://hook.test"])
+async def test_a_deposed_leader_notes_no_delivery_and_no_failure(
+    plane: ControlPlane, status: int, url: str | None
+) -> None:
+    await plane.add_nodes(1)
+    await plane.run()
+    receiver = Receiver()
+    receiver.status = status
+    await depose(plane)
+    assert await receiver.loop(plane, url).tick(plane.now) == 0
+    (row,) = await plane.rows(outbox)
+    assert (row.tries, row.delivered_at, row.last_error) == (0, None, None)
+
+
+async def test_who_learns_that_another_leads_posts_no_more(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    _, attempt = await plane.run()
+    await plane.report(plane.ended(attempt, 0))
+    receiver = Receiver()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await plane.leader.resign()
+        return receiver(request)
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    loop = DeliverOutbox(plane.engine, plane.leader, webhook_url="http://hook.test", client=client)
+    assert await loop.tick(plane.now) == 1
+    assert [body["topic"] for body in receiver.bodies] == ["job.running"]
+
+
+async def test_what_was_delivered_meanwhile_stays_delivered(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    await plane.run()
+    (row,) = await plane.rows(outbox)
+    async with plane.engine.begin() as conn:
+        await mark_delivered(conn, [row.id], now=plane.now)
+        await mark_failed(conn, row.id, error="late", due_at=plane.now, now=plane.now, give_up=False)
+    (row,) = await plane.rows(outbox)
+    assert (row.delivered_at, row.last_error) == (plane.now, None)
+
+
+async def test_who_delivers_no_longer_takes_its_time(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx_server.loops.deliver_outbox.BATCH", 1)
+    await plane.add_nodes(1)
+    await plane.run()
+    loop = Receiver().loop(plane)
+    await loop.tick(plane.now)
+    assert loop.pause_s == 0
+    await plane.leader.resign()
+    assert await loop.tick(plane.now) == 0
+    assert loop.pause_s == deliver_outbox.INTERVAL_S
+
+
 # ------------------------------------------------------------------ retention
 
 KEEP = Keep(metrics=timedelta(days=7), events=timedelta(days=90), logs=timedelta(days=30))
@@ -169,9 +230,9 @@ async def test_what_is_old_is_forgotten_and_what_comes_has_a_place(plane: Contro
     await plane.add_nodes(1)
     retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files)
     await retain.tick(plane.now)
-    assert {"metrics_20261121", "metrics_20261123", "metric_rollups_20261116"} <= await partitions(plane, "metrics") | (
-        await partitions(plane, "metric_rollups")
-    )
+    today, after, monday = (f"{START + timedelta(days=days):%Y%m%d}" for days in (0, AHEAD.days, -START.weekday()))
+    assert {f"metrics_{today}", f"metrics_{after}"} <= await partitions(plane, "metrics")
+    assert f"metric_rollups_{monday}" in await partitions(plane, "metric_rollups")
     job_id, attempt = await plane.run()
     await plane.node_report("node-0", metrics=[plane.metric(attempt, loss=1.0)], logs=[plane.log(attempt, "x" * 100)])
     await plane.report(plane.ended(attempt, 0))
@@ -184,7 +245,7 @@ async def test_what_is_old_is_forgotten_and_what_comes_has_a_place(plane: Contro
     assert await plane.rows(idempotency_keys) == []
     await retain.tick(plane.later(3 * 86400))
     assert await plane.rows(metrics) == []
-    assert "metrics_20261121" not in await partitions(plane, "metrics")
+    assert f"metrics_{today}" not in await partitions(plane, "metrics")
     assert len(await plane.rows(logs)) == 1 and list(plane.storage.rglob("*-0000000002"))
     await retain.tick(plane.later(22 * 86400))
     assert await plane.rows(logs) == [] and not list(plane.storage.rglob("*-0000000002"))
@@ -204,6 +265,30 @@ async def test_a_hold_that_crossed_a_cancel_is_forgotten(plane: ControlPlane) ->
         await conn.execute(insert(holds).values(stray))
     await Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files).tick(plane.now)
     assert [row.job_id for row in await plane.rows(holds)] == [waits]
+
+
+async def test_a_deposed_leader_forgets_nothing(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run()
+    await plane.node_report("node-0", logs=[plane.log(attempt, "x")])
+    await plane.report(plane.ended(attempt, 0))
+    before = await partitions(plane, "metrics")
+    await depose(plane)
+    await Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files).tick(plane.later(400 * 86400))
+    assert await plane.kinds(job_id) != []
+    assert len(await plane.rows(outbox)) == 2
+    assert await partitions(plane, "metrics") == before
+
+
+async def test_who_leads_waits_for_no_lock_for_long(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup reads a table for an hour: the lease, which the round has locked, must still be renewed."""
+    monkeypatch.setattr("phalanx_server.actions.expect_lease.LOCK_WAIT", "50ms")
+    retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files)
+    async with plane.engine.connect() as backup:
+        await backup.execute(select(metrics).limit(1))
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            await retain.tick(plane.later(30 * 86400))
+        assert await plane.leader.tick(plane.now) is not None
 
 
 async def test_a_round_is_bounded_and_the_next_comes_soon_while_there_is_more(

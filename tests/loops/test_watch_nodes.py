@@ -106,6 +106,21 @@ async def test_a_deposed_leader_gives_up_nothing(plane: ControlPlane, watch: Wat
     assert (await plane.node("node-0")).state == "ready"
 
 
+async def test_a_deposed_leader_takes_nothing_back(plane: ControlPlane, watch: WatchNodes) -> None:
+    await plane.add_nodes(1)
+    await live(plane, watch, 30)
+    await plane.lose("node-0")
+    plane.later(5)
+    await plane.heartbeat("node-0")
+    async with plane.engine.begin() as conn:
+        await conn.exec_driver_sql("UPDATE leases SET epoch = epoch + 1 WHERE name = 'scheduler'")
+    assert await watch.tick(plane.now) == []
+    assert (await plane.node("node-0")).state == "lost"
+    await plane.leader.tick(plane.now)
+    await watch.tick(plane.now)
+    assert (await plane.node("node-0")).state == "ready"
+
+
 async def test_a_new_agent_gets_the_grace_too(plane: ControlPlane, watch: WatchNodes) -> None:
     await plane.add_nodes(1)
     await live(plane, watch, 30)

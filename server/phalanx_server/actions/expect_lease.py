@@ -5,9 +5,16 @@ Whoever writes under a lease asks first: the lease is the first lock of a transa
 
 from __future__ import annotations
 
-from sqlalchemy.ext.asyncio import AsyncConnection
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.store.leases import Lease, lock_lease
+
+# A lease that is locked cannot be renewed: who holds it waits for no other lock longer than this, well below its life.
+LOCK_WAIT = "2s"
 
 
 class LeaseLost(Exception):
@@ -18,3 +25,12 @@ async def expect_lease(conn: AsyncConnection, lease: Lease) -> None:
     """Raises LeaseLost unless `lease` is in force; no other can be until the transaction ends."""
     if not await lock_lease(conn, lease):
         raise LeaseLost(f"{lease.holder} no longer holds {lease.name} at epoch {lease.epoch}")
+
+
+@asynccontextmanager
+async def leading(engine: AsyncEngine, lease: Lease) -> AsyncIterator[AsyncConnection]:
+    """A transaction under `lease`. Raises LeaseLost; and an error if another lock is not to be had for LOCK_WAIT."""
+    async with engine.begin() as conn:
+        await expect_lease(conn, lease)
+        await conn.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": LOCK_WAIT})
+        yield conn

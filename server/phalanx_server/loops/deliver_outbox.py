@@ -1,8 +1,9 @@
 """Deliver the outbox to the webhook, if there is one.
 
 Owns order and patience: notices are posted oldest first, one that fails is tried again later with growing pauses, and
-given up after MAX_TRIES. The network is never touched inside a transaction, so a notice may be posted twice; its id
-tells the receiver. While the receiver is down only the first notice of a tick is tried.
+given up after MAX_TRIES. The network is never touched inside a transaction, so a notice may be posted twice, again by
+the next leader where this one was deposed; its id tells the receiver. While the receiver is down only the first notice
+of a tick is tried.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import structlog
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from phalanx_server.actions.expect_lease import LeaseLost, leading
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.store.leases import Lease
 from phalanx_server.store.outbox import due_notices, mark_delivered, mark_failed, skip_due_notices
 
 log = structlog.get_logger()
@@ -46,24 +49,36 @@ class DeliverOutbox:
 
     async def tick(self, now: datetime) -> int:
         """The number of notices that are done with."""
-        if self._leader.lease is None:
+        self.pause_s = INTERVAL_S
+        lease = self._leader.lease
+        if lease is None:
             return 0
+        try:
+            return await self._deliver(lease, now)
+        except LeaseLost as lost:
+            log.warning("notices not delivered", why=str(lost))
+            self.pause_s = INTERVAL_S
+            return 0
+
+    async def _deliver(self, lease: Lease, now: datetime) -> int:
         if self._webhook_url is None:
-            async with self._engine.begin() as conn:
+            async with leading(self._engine, lease) as conn:
                 return await skip_due_notices(conn, now=now)
         async with self._engine.connect() as conn:
             notices = await due_notices(conn, now=now, limit=BATCH)
         delivered: list[int] = []
         self.pause_s = 0.0 if len(notices) == BATCH else INTERVAL_S
         for notice in notices:
+            if self._leader.lease != lease:
+                break
             error = await self._post(self._webhook_url, notice)
             if error is not None:
-                await self._failed(notice, error, now)
+                await self._failed(notice, error, lease, now)
                 self.pause_s = INTERVAL_S
                 break
             delivered.append(notice.id)
         if delivered:
-            async with self._engine.begin() as conn:
+            async with leading(self._engine, lease) as conn:
                 await mark_delivered(conn, delivered, now=now)
         return len(delivered)
 
@@ -76,11 +91,11 @@ class DeliverOutbox:
             return f"{type(error).__name__}: {error}"[:ERROR_CHARS]
         return None if answer.is_success else f"answered {answer.status_code}"
 
-    async def _failed(self, notice: Row[Any], error: str, now: datetime) -> None:
+    async def _failed(self, notice: Row[Any], error: str, lease: Lease, now: datetime) -> None:
         pause_s = min(BACKOFF_S * 2**notice.tries, BACKOFF_MAX_S)
         give_up = notice.tries + 1 >= MAX_TRIES
         log.warning("notice not delivered", notice=notice.id, error=error, tries=notice.tries + 1, given_up=give_up)
-        async with self._engine.begin() as conn:
+        async with leading(self._engine, lease) as conn:
             due_at = now + timedelta(seconds=pause_s)
             await mark_failed(conn, notice.id, error=error, due_at=due_at, now=now, give_up=give_up)
 

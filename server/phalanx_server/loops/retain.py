@@ -10,10 +10,13 @@ import asyncio
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from phalanx_server.actions.expect_lease import LeaseLost, leading
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.store.leases import Lease
 from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, job_directory
 from phalanx_server.store.retention import (
     delete_old,
@@ -23,6 +26,8 @@ from phalanx_server.store.retention import (
     drop_rollups,
     ensure_partitions,
 )
+
+log = structlog.get_logger()
 
 INTERVAL_S = 600.0
 # While there is more to forget than one round does.
@@ -56,19 +61,29 @@ class Retain:
         """How long until the next round: a moment, while there is more than a round does."""
 
     async def tick(self, now: datetime) -> None:
-        if self._leader.lease is None:
+        self.pause_s = INTERVAL_S
+        lease = self._leader.lease
+        if lease is None:
             return
-        keep = self._keep
-        async with self._engine.begin() as conn:
-            await ensure_partitions(conn, now=now, ahead=AHEAD)
-        async with self._engine.begin() as conn:
-            await drop_metrics(conn, before=now - keep.metrics)
-            await drop_rollups(conn, before=now - keep.events)
-        more = await self._delete_rows(now)
-        more |= await self._forget_logs(now - keep.logs)
+        try:
+            more = await self._round(lease, now)
+        except LeaseLost as lost:
+            log.warning("nothing more is forgotten", why=str(lost))
+            return
         self.pause_s = BUSY_INTERVAL_S if more else INTERVAL_S
 
-    async def _delete_rows(self, now: datetime) -> bool:
+    async def _round(self, lease: Lease, now: datetime) -> bool:
+        """Whether there may be more to forget."""
+        keep = self._keep
+        async with leading(self._engine, lease) as conn:
+            await ensure_partitions(conn, now=now, ahead=AHEAD)
+        async with leading(self._engine, lease) as conn:
+            await drop_metrics(conn, before=now - keep.metrics)
+            await drop_rollups(conn, before=now - keep.events)
+        more = await self._delete_rows(lease, now)
+        return await self._forget_logs(lease, now - keep.logs) or more
+
+    async def _delete_rows(self, lease: Lease, now: datetime) -> bool:
         """Delete at most a batch of each table; whether there may be more."""
         keep = self._keep
         ages = {
@@ -79,21 +94,21 @@ class Retain:
             "leases": keep.leases,
             "tokens": keep.tokens,
         }
-        async with self._engine.begin() as conn:
+        async with leading(self._engine, lease) as conn:
             more = await delete_old_events(conn, before=now - keep.events)
             await delete_stray_holds(conn)
         for table, age in ages.items():
-            async with self._engine.begin() as conn:
+            async with leading(self._engine, lease) as conn:
                 more |= await delete_old(conn, table, before=now - age)
         return more
 
-    async def _forget_logs(self, before: datetime) -> bool:
+    async def _forget_logs(self, lease: Lease, before: datetime) -> bool:
         """Delete the logs of at most LOG_JOBS jobs; whether there may be more."""
         async with self._engine.connect() as conn:
             jobs = await expired_log_jobs(conn, before=before, limit=LOG_JOBS)
         if jobs:
             await self._files.delete([job_directory(job) for job in jobs])
-            async with self._engine.begin() as conn:
+            async with leading(self._engine, lease) as conn:
                 await forget_logs(conn, jobs)
         return len(jobs) == LOG_JOBS
 

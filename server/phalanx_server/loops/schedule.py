@@ -76,6 +76,7 @@ class ScheduleLoop:
 
     async def tick(self, now: datetime) -> Pass | None:
         """Load → plan → commit. None while another process leads."""
+        self.pause_s = INTERVAL_S
         lease = self._leader.lease
         if lease is None:
             self._memory = None
@@ -112,7 +113,6 @@ class ScheduleLoop:
 
     async def _commit(self, memory: Memory, plan: Plan, now: datetime) -> Committed | None:
         news = self._holds.news(plan)
-        self.pause_s = INTERVAL_S
         if not plan.starts and not news:
             return Committed({}, {})
         try:

@@ -24,9 +24,9 @@ import structlog
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from phalanx_server.actions.expect_lease import LeaseLost
+from phalanx_server.actions.expect_lease import LeaseLost, leading
 from phalanx_server.actions.lose_node import Judged, lose_node
-from phalanx_server.actions.recover_nodes import recover_nodes
+from phalanx_server.actions.recover_nodes import recover
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import tick_forever
 from phalanx_server.store.leases import Lease
@@ -80,7 +80,7 @@ class WatchNodes:
             rows = await load_watched(conn)
         self._listen(rows, now)
         lost = await self._give_up([(row, why) for row in rows if (why := self.verdict(row, now))], lease, now)
-        await recover_nodes(self._engine, now=now)
+        await self._take_back(lease, now)
         return lost
 
     async def _give_up(self, silent: Sequence[tuple[Row[Any], str]], lease: Lease, now: datetime) -> list[UUID]:
@@ -92,6 +92,13 @@ class WatchNodes:
                 log.warning("node not given up", node=row.name, why=str(error))
                 break
         return lost
+
+    async def _take_back(self, lease: Lease, now: datetime) -> None:
+        try:
+            async with leading(self._engine, lease) as conn:
+                await recover(conn, now=now)
+        except LeaseLost as error:
+            log.warning("no node taken back", why=str(error))
 
     def verdict(self, row: Row[Any], now: datetime) -> str | None:
         """Why a node (of `load_watched`) is given up; None if it is not."""

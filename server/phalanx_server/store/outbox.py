@@ -33,7 +33,7 @@ _FAILED = text(
     """
     UPDATE outbox SET tries = tries + 1, due_at = :due_at, last_error = :error,
                       delivered_at = CASE WHEN :give_up THEN CAST(:now AS timestamptz) END
-    WHERE id = :id
+    WHERE id = :id AND delivered_at IS NULL
     """
 )
 _SKIP_ALL = text("UPDATE outbox SET delivered_at = :now WHERE delivered_at IS NULL AND due_at <= :now")
@@ -58,7 +58,8 @@ async def mark_delivered(conn: AsyncConnection, ids: Sequence[int], *, now: date
 async def mark_failed(
     conn: AsyncConnection, notice_id: int, *, error: str, due_at: datetime, now: datetime, give_up: bool
 ) -> None:
-    """Note why it failed, and try again at `due_at`, unless nobody shall any more."""
+    """Note why it failed, and try again at `due_at`, unless nobody shall any more. One that was delivered meanwhile
+    stays delivered."""
     values = {"id": notice_id, "error": error, "due_at": due_at, "now": now, "give_up": give_up}
     await conn.execute(_FAILED, values)
 
