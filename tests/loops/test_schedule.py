@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
 from control_plane import START, ControlPlane
 from phalanx_server.actions.hold_job import hold_job, release_job
 from phalanx_server.domain.access import SYSTEM
+from phalanx_server.domain.reason import NotBefore
 from phalanx_server.loops.schedule import INTERVAL_S, ScheduleLoop
 from phalanx_server.scheduling.planner import Planner
 from phalanx_server.scheduling.snapshot import Policy, Snapshot
-from phalanx_server.store.schema import attempts, holds, leases
+from phalanx_server.store.schema import attempts, holds, jobs, leases
 from phalanx_server.store.snapshots import load_snapshot, reading
 from phalanx_server.store.wakeups import Wakeups, notify
 from sqlalchemy import func, select, update
+from structlog.testing import capture_logs
 
 
 async def expire(plane: ControlPlane) -> None:
@@ -249,27 +251,68 @@ async def test_a_transaction_that_was_open_at_the_last_pass_is_not_missed(plane:
 
 
 async def test_it_is_woken_by_a_notice(plane: ControlPlane, database: str) -> None:
+    """And by nothing else within this test: its own pause is far longer."""
     await plane.add_nodes(1)
     async with Wakeups(database) as wakeups:
         await wakeups.wait_listening(20)
         loop = ScheduleLoop(plane.engine, plane.leader, policy=Policy(), wakeups=wakeups)
-        woken = asyncio.Event()
-        ticks = 0
-
-        async def count(now: object) -> None:
-            nonlocal ticks
-            ticks += 1
-            if ticks > 1:
-                woken.set()
-
-        loop.tick = count  # type: ignore[method-assign,assignment]
+        loop.pause_s = 600
+        ticks: asyncio.Queue[object] = asyncio.Queue()
+        loop.tick = ticks.put  # type: ignore[method-assign,assignment]
         task = asyncio.create_task(loop.run_forever())
-        async with plane.engine.begin() as conn:
-            await notify(conn, "queue")
         async with asyncio.timeout(20):
-            await woken.wait()
+            await ticks.get()
+            async with plane.engine.begin() as conn:
+                await notify(conn, "queue")
+            await ticks.get()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_who_leads_no_longer_takes_its_time(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deposed while more was waiting than one commit takes."""
+    monkeypatch.setattr("phalanx_server.loops.schedule.STARTS_MAX", 1)
+    await plane.add_nodes(1)
+    for _ in range(3):
+        await plane.submit()
+    await plane.tick()
+    assert plane.scheduler.pause_s == 0
+    await plane.leader.resign()
+    assert await plane.tick() is None
+    assert plane.scheduler.pause_s == INTERVAL_S
+
+
+@pytest.mark.parametrize("at", [datetime.max.replace(tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)])
+async def test_a_time_at_the_end_of_all_dates_stops_no_pass(plane: ControlPlane, at: datetime) -> None:
+    """It is refused today; a job that was accepted before waits, and nobody waits with it."""
+    await plane.add_nodes(1)
+    late, other = await plane.submit(), await plane.submit()
+    async with plane.engine.begin() as conn:
+        await conn.execute(update(jobs).where(jobs.c.id == late).values(not_before=at))
+    for _ in range(2):
+        await plane.tick()
+    assert await plane.state(other) == "starting"
+    told = await hold_of(plane, late)
+    assert told is not None and told[0] == "not_before" and "9999-12-31" in told[1]
+
+
+async def test_a_hold_without_words_costs_nobody_a_pass(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    await plane.add_nodes(1)
+    late = await plane.submit(not_before=(START + timedelta(seconds=30)).isoformat())
+    other = await plane.submit()
+
+    def fails(why: NotBefore) -> str:
+        raise ValueError("no words")
+
+    monkeypatch.setattr(NotBefore, "message", fails)
+    with capture_logs() as logged:
+        await plane.tick()
+        await plane.tick()
+    assert await plane.state(other) == "starting"
+    told = await hold_of(plane, late)
+    assert told is not None and told[0] == "not_before" and "could not be put into words" in told[1]
+    (error,) = [line for line in logged if line["log_level"] == "error"]
+    assert (error["reason"], error["job"]) == ("not_before", late.hex)
 
 
 async def test_the_planner_of_the_loop_is_the_pass_itself(plane: ControlPlane) -> None:

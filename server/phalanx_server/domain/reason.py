@@ -299,5 +299,16 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+# What a date can say, with room for rounding.
+_EARLIEST_S = datetime(1, 1, 2, tzinfo=UTC).timestamp()
+_LATEST_S = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+
+
+def date_of(at: float) -> datetime:
+    """A time in Unix seconds as a date. Any float has one: beyond what a date can say, and for NaN, the last or first
+    that there is."""
+    return datetime.fromtimestamp(max(_EARLIEST_S, min(_LATEST_S, at)), UTC)
+
+
 def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return date_of(at).strftime("%Y-%m-%dT%H:%M:%SZ")

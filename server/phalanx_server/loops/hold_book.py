@@ -1,19 +1,26 @@
 """Which holds are news: what the last passes said of each waiting job, and what of it is stored.
 
-Owns the comparison. A job whose reason changed comes first; then, oldest news first, those whose words changed. At most
-`limit` holds per commit are news, so that a plan about a hundred thousand jobs costs the database little at a time.
+Owns the comparison. A job whose reason changed comes first, then those whose words changed. At most `limit` holds per
+commit are news, so that a plan about a hundred thousand jobs costs the database little at a time; each time it is the
+turn of those behind the last that had one, so that words which change in every pass keep nobody from theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from itertools import count
+from math import isfinite
 from typing import Any
 from uuid import UUID
 
+import structlog
+
+from phalanx_server.domain.reason import date_of
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.store.holds import HoldRow
+
+log = structlog.get_logger()
 
 LIMIT = 2_000
 WORDS_MAX = 10_000
@@ -31,6 +38,39 @@ class Words:
     estimate: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """A hold that is not stored yet; `place` is the job's among all that wait, in queue order."""
+
+    place: int
+    job: str
+    group: HoldGroup
+    words: Words
+
+
+class Rota:
+    """Takes a bounded number of what is offered in queue order, and goes on next time behind the last that it took."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._last = -1
+        self._behind: list[News] = []
+        self._before: list[News] = []
+
+    def offer(self, news: News) -> None:
+        wanted = self._behind if news.place > self._last else self._before
+        if len(wanted) < self._limit:
+            wanted.append(news)
+
+    def take(self, most: int) -> list[News]:
+        """At most so many of what was offered since the last time."""
+        taken = (self._behind + self._before)[:most]
+        self._behind, self._before = [], []
+        if taken:
+            self._last = taken[-1].place
+        return taken
+
+
 class HoldBook:
     """Knows what is stored of every queued job. Loaded on election, told of every commit."""
 
@@ -38,6 +78,7 @@ class HoldBook:
         self._limit = limit
         self._stored: dict[str, Words] = {}
         self._interned: dict[Words, Words] = {}
+        self._reasons, self._others = Rota(limit), Rota(limit)
 
     def load(self, rows: Iterable[Any]) -> None:
         """Start from the stored holds (`store.holds.load_holds`)."""
@@ -49,18 +90,17 @@ class HoldBook:
 
     def news(self, plan: Plan) -> list[tuple[HoldRow, Words]]:
         """The holds to store, at most `limit`; call `stored` with them once they are."""
-        reasons: list[tuple[HoldRow, Words]] = []
-        others: list[tuple[HoldRow, Words]] = []
+        places = count()
         for group in plan.hold_groups:
             words = self._words(group)
-            for job in group.jobs:
+            for job, place in zip(group.jobs, places, strict=False):
                 known = self._stored.get(job)
                 if known is words:
                     continue
-                wanted = reasons if known is None or known.reason != words.reason else others
-                if len(wanted) < self._limit:
-                    wanted.append((_row(job, group, words), words))
-        return (reasons + others)[: self._limit]
+                rota = self._reasons if known is None or known.reason != words.reason else self._others
+                rota.offer(News(place, job, group, words))
+        first = self._reasons.take(self._limit)
+        return [(_row(news), news.words) for news in first + self._others.take(self._limit - len(first))]
 
     def stored(self, news: Sequence[tuple[HoldRow, Words]], *, over: Iterable[str]) -> None:
         """These were stored; those that are `over` (started, cancelled) have no hold any more."""
@@ -77,18 +117,28 @@ class HoldBook:
             self._interned = {words: words for words in self._stored.values()}
 
     def _words(self, group: HoldGroup) -> Words:
+        """What is said of a group. A cause that cannot be put into words costs its own jobs their words, not a pass."""
         why = group.explanation
-        return self._intern(Words(why.reason.value, why.message(), why.unblocks(), _steps(group.estimated_start)))
+        try:
+            return self._intern(Words(why.reason.value, why.message(), why.unblocks(), _steps(group.estimated_start)))
+        except Exception:
+            words = Words(
+                why.reason.value, f"waits ({why.reason.value}); the details could not be put into words", (), None
+            )
+            if words not in self._interned:
+                log.exception("hold without words", reason=why.reason.value, job=group.jobs[0])
+            return self._intern(words)
 
     def _intern(self, words: Words) -> Words:
         return self._interned.setdefault(words, words)
 
 
-def _row(job: str, group: HoldGroup, words: Words) -> HoldRow:
-    start = group.estimated_start
-    estimated = None if start is None else datetime.fromtimestamp(start, UTC)
-    return HoldRow(UUID(hex=job), words.reason, words.message, words.unblocks, estimated)
+def _row(news: News) -> HoldRow:
+    words, start = news.words, news.group.estimated_start
+    known = words.estimate is not None and start is not None
+    return HoldRow(UUID(hex=news.job), words.reason, words.message, words.unblocks, date_of(start) if known else None)
 
 
 def _steps(at_s: float | None) -> int | None:
-    return None if at_s is None else round(at_s / ESTIMATE_STEP_S)
+    """None, too, for a time that never comes."""
+    return round(at_s / ESTIMATE_STEP_S) if at_s is not None and isfinite(at_s) else None
