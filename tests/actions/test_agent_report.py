@@ -96,12 +96,14 @@ async def test_a_start_that_fails_is_tried_elsewhere(plane: ControlPlane) -> Non
     assert job.avoid_nodes == [(await plane.node(node)).id]
 
 
-async def test_an_end_that_nobody_saw_uses_up_no_retry(plane: ControlPlane) -> None:
-    await plane.add_nodes(1)
-    job_id, attempt = await plane.run()
-    await plane.report(plane.fact(attempt, "ended", exits=[RankExit(rank=0)]))
+async def test_an_end_that_nobody_saw_uses_up_no_retry_but_waits_and_goes_elsewhere(plane: ControlPlane) -> None:
+    await plane.add_nodes(2)
+    job_id, attempt = await plane.run(replicas=2, gpus=4, retries={"max": 0, "backoff": 40})
+    await plane.report(plane.fact(attempt, "ended", exits=[RankExit(rank=rank, exit_code=1) for rank in range(4)]))
     job = await plane.job(job_id)
     assert (job.state, job.failures, job.reason) == ("queued", 0, "node_lost")
+    assert job.backoff_until == plane.now + timedelta(seconds=40)
+    assert job.avoid_nodes == [(await plane.placements(job_id))[1].node_id], "of rank 4"
 
 
 async def test_a_rank_that_the_agent_does_not_list_is_not_taken_for_a_success(plane: ControlPlane) -> None:

@@ -83,12 +83,25 @@ def test_a_job_that_said_it_was_finished_has_succeeded(cause):
     assert decide_end(EndFacts(cause=cause, exits=[KILLED], finished_called=True)).job_state is JobState.SUCCEEDED
 
 
-def test_only_failures_use_up_retries_and_avoid_the_node():
+def test_only_failures_use_up_retries_and_only_bad_ends_avoid_the_node():
     for cause, exits in itertools.product([None, *StopCause], ([OK], [CRASH], [OOM], [UNSEEN], [])):
         end = decide_end(EndFacts(cause=cause, exits=exits, max_retries=5))
-        is_failure = cause is None and exits in ([CRASH], [OOM])
-        assert end.counts_as_failure == end.avoid_node == is_failure, (cause, exits)
+        assert end.counts_as_failure == (cause is None and exits in ([CRASH], [OOM])), (cause, exits)
+        assert end.avoid_node == (cause is None and exits != [OK]), (cause, exits)
         assert end.message
+
+
+def test_an_end_that_nobody_saw_waits_the_plain_backoff_and_avoids_the_first_node_that_was_not_seen():
+    """However often: a job that takes its runner with it each time must not start over in a hot loop."""
+    exits = [KILLED, CRASH, RankEnd(rank=5), UNSEEN]
+    end = decide_end(EndFacts(exits=exits, first_failed_rank=1, backoff_s=40, failures=7, max_retries=0))
+    assert (end.job_state, end.counts_as_failure, end.backoff_s) == (JobState.QUEUED, False, 40)
+    assert (end.avoid_node, end.failed_rank) == (True, 3)
+
+
+def test_a_node_that_is_lost_keeps_its_own_rule():
+    end = decide_end(EndFacts(cause=StopCause.NODE_LOST, exits=[UNSEEN]))
+    assert (end.backoff_s, end.avoid_node, end.failed_rank) == (0, False, None)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ class Verdict(StrEnum):
     FAIL = "fail"
     CANCEL = "cancel"
     QUEUE = "queue"  # again, and no retry is used up
+    PAUSE = "pause"  # again after the backoff and away from the node, and no retry is used up
     RETRY = "retry"  # again if a retry is left, else failed
 
 
@@ -166,7 +167,7 @@ TABLE_OF_ENDS: tuple[EndRow, ...] = (
     *(_row(cause, None, Outcome.SUCCEEDED, Verdict.SUCCEED, finished=True) for cause in _GIVES_WAY),
     *(_row(cause, None, outcome, Verdict.QUEUE) for cause, outcome in _GIVES_WAY.items()),
     _row(None, Exit.CLEAN, Outcome.SUCCEEDED, Verdict.SUCCEED),
-    _row(None, Exit.UNSEEN, Outcome.NODE_LOST, Verdict.QUEUE),
+    _row(None, Exit.UNSEEN, Outcome.NODE_LOST, Verdict.PAUSE),
     _row(None, Exit.NEVER_RAN, Outcome.START_FAILED, Verdict.RETRY),
     _row(None, Exit.OOM, Outcome.OOM, Verdict.RETRY),
     _row(None, Exit.FAILED, Outcome.FAILED, Verdict.RETRY),
@@ -180,6 +181,7 @@ _JOB_STATES = {
     Verdict.FAIL: JobState.FAILED,
     Verdict.CANCEL: JobState.CANCELLED,
     Verdict.QUEUE: JobState.QUEUED,
+    Verdict.PAUSE: JobState.QUEUED,
 }
 
 
@@ -188,6 +190,8 @@ def decide_end(facts: EndFacts) -> End:
     exit = _exit_of(facts)
     row = _find(facts, exit)
     message = _message(facts, row.outcome)
+    if row.verdict is Verdict.PAUSE:
+        return _pause(facts, row.outcome, message)
     if row.verdict is not Verdict.RETRY:
         return End(outcome=row.outcome, job_state=_JOB_STATES[row.verdict], message=message)
     allowed = max(facts.max_retries, START_RETRIES) if exit is Exit.NEVER_RAN else facts.max_retries
@@ -200,6 +204,18 @@ def decide_end(facts: EndFacts) -> End:
         backoff_s=retry.delay_s,
         avoid_node=True,
         failed_rank=_blamed(facts),
+    )
+
+
+def _pause(facts: EndFacts, outcome: Outcome, message: str) -> End:
+    """Nobody saw it fail, so it is no failure; but a job that takes its runner with it must not do so again at once."""
+    return End(
+        outcome=outcome,
+        job_state=_JOB_STATES[Verdict.PAUSE],
+        message=message,
+        backoff_s=facts.backoff_s,
+        avoid_node=True,
+        failed_rank=min((each.rank for each in facts.exits if each.unseen), default=None),
     )
 
 
