@@ -3,11 +3,13 @@
 Exits non-zero if the job did not succeed or its loss did not fall.
 """
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import phalanx
+from phalanx.models import Point
 
 JOB = Path(__file__).parent / "lm" / "job.yaml"
 
@@ -18,9 +20,9 @@ def main() -> int:
         return submitted.returncode
     with phalanx.Client() as client:
         job = next(iter(client.jobs(name="byte-lm")))
-        (loss,) = client.metrics(job.id, names=["loss"])
-    first, last = loss.points[0].mean, loss.points[-1].mean
-    if job.state != "succeeded" or not last < first:
+        losses = [mean_of(point) for one in client.metrics(job.id, names=["loss"]) for point in one.points]
+    first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
+    if job.state != "succeeded" or not (last < first and math.isfinite(first - last)):
         print(f"the demo failed: {job.id} {job.state}, loss {first:.3f} -> {last:.3f}", file=sys.stderr)
         return 1
     print("\nPhalanx stops now. To look further, bring it back with all that it holds, and sign in as it says:")
@@ -28,5 +30,13 @@ def main() -> int:
     return 0
 
 
+def mean_of(point: Point) -> float:
+    """One that is not finite comes as text or as null."""
+    return math.nan if point.mean is None else float(point.mean)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # a terminal sends it to `phalanx submit` and `phalanx up` too, and they say what they do
+        sys.exit(130)

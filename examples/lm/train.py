@@ -181,15 +181,20 @@ def stop_everywhere(device: torch.device) -> bool:
     return bool(wish.item())
 
 
+def own_device() -> torch.device:
+    """The GPU of this rank where every rank of the node has one, else (as on emulated nodes) the CPU. All ranks must
+    come to the same, as it decides the backend: nodes of one job are alike."""
+    if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
 def main() -> None:
     args = arguments()
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl")
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
+    device = own_device()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         train(args, device)
     finally:

@@ -19,6 +19,7 @@ import pytest
 from fake_server import AT, JOB_ID, job
 
 DEADLINE_S = 20.0
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 PROGRESS = {"step": 42, "total_steps": 100, "values": {"loss": 2.5}, "at": AT}
 
 
@@ -33,6 +34,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith(f"/v1/jobs/{JOB_ID}/events"):
             return self._answer({"title": "no stream here", "code": "not_found"}, 404)
         self._answer(job(self.server.state, progress=PROGRESS))
+
+    def do_HEAD(self) -> None:
+        """It has every bundle."""
+        self.send_response(200)
+        self.end_headers()
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -66,20 +72,25 @@ def running() -> Iterator[RunningJob]:
     server.server_close()
 
 
+def environment(server: RunningJob) -> dict[str, str]:
+    url = f"http://127.0.0.1:{server.server_port}"
+    return {**os.environ, "PHALANX_URL": url, "PHALANX_TOKEN": "t", "TERM": "xterm"}
+
+
 def follow(server: RunningJob, directory: Path, **streams: int) -> subprocess.Popen[bytes]:
     (directory / "job.yaml").write_text("name: lm\n")
-    env = {**os.environ, "PHALANX_URL": f"http://127.0.0.1:{server.server_port}", "PHALANX_TOKEN": "t", "TERM": "xterm"}
     words = [sys.executable, "-m", "phalanx", "submit", str(directory / "job.yaml"), "--follow"]
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, **streams)
+    return subprocess.Popen(words, env=environment(server), stdout=subprocess.PIPE, **streams)
 
 
 def read_until(descriptor: int, wanted: bytes) -> bytes:
     """Read until `wanted` has come; fails after DEADLINE_S."""
     seen, deadline = b"", time.monotonic() + DEADLINE_S
     while wanted not in seen:
-        ready, _, _ = select.select([descriptor], [], [], deadline - time.monotonic())
-        assert ready, f"{wanted!r} did not come: {seen!r}"
-        seen += os.read(descriptor, 4096)
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        piece = os.read(descriptor, 4096) if ready else b""
+        assert piece, f"{wanted!r} did not come: {seen!r}"
+        seen += piece
     return seen
 
 
@@ -93,6 +104,18 @@ def test_ctrl_c_stops_following_and_says_how_to_go_on(running: RunningJob, tmp_p
     assert stderr.decode().endswith(
         f"stopped following; lm goes on. See it with: phalanx show {JOB_ID}; end it with: phalanx cancel {JOB_ID}\n"
     )
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback(running: RunningJob) -> None:
+    process = subprocess.Popen(
+        [sys.executable, DEMO], env=environment(running), stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stderr is not None
+    read_until(process.stderr.fileno(), b"running\n")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all that run in it
+    _, stderr = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130
+    assert stderr.count(b"\n") == 1 and b"stopped following; lm goes on" in stderr
 
 
 def test_on_a_terminal_the_display_is_live_and_the_summary_stays(running: RunningJob, tmp_path: Path) -> None:
