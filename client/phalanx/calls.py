@@ -78,8 +78,15 @@ class Work(Generic[T]):
     run: Callable[[], T]
 
 
+@dataclass(frozen=True)
+class Now:
+    """A step whose result is the time, in seconds of a clock that only goes forward."""
+
+
+Step: TypeAlias = Call[Any] | Pause | Work[Any] | Now
+
 # Several exchanges that make one operation: a generator that yields steps, is sent their results, and returns.
-Steps: TypeAlias = Generator[Call[Any] | Pause | Work[Any], Any, T]
+Steps: TypeAlias = Generator[Step, Any, T]
 
 
 @dataclass(frozen=True)

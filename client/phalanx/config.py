@@ -45,15 +45,30 @@ def resolve(url: str | None = None, token: str | None = None) -> Login:
         raise ConfigError(f"no server is configured: {HOW_TO}")
     chosen = checked_url(chosen)
     own = stored.token if stored and stored.url == chosen else None
-    return Login(chosen, token or os.environ.get("PHALANX_TOKEN") or own)
+    return Login(chosen, checked_token(token or os.environ.get("PHALANX_TOKEN") or own))
 
 
 def checked_url(url: str) -> str:
     """The URL without a trailing slash; ConfigError unless it is http or https with a host."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # half an IPv6 address, or a port that is no number
+        fits = False
+    if not fits:
         raise ConfigError(f"{url!r} is no server address: expected something like http://127.0.0.1:8321")
     return url.rstrip("/")
+
+
+def checked_token(token: str | None) -> str | None:
+    """The token without white space around it; ConfigError, which never quotes it, where no header can carry it."""
+    text = str(token or "").strip()
+    if not all("!" <= character <= "~" for character in text):
+        raise ConfigError(
+            "the token has characters that no token has: give the text that starts with phx_, and no more"
+        )
+    return text or None
 
 
 def is_local(url: str) -> bool:
@@ -75,9 +90,15 @@ def load() -> Login | None:
 
 
 def save(login: Login) -> Path:
-    """Store a login for later; nobody else can read it."""
+    """Store a login for later; nobody else can read it. ConfigError where it cannot be written."""
     path = config_path()
-    write_private(path, json.dumps({"url": login.url, "token": login.token}, indent=2) + "\n")
+    try:
+        write_private(path, json.dumps({"url": login.url, "token": login.token}, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}): set XDG_CONFIG_HOME to another directory, "
+            "or PHALANX_URL and PHALANX_TOKEN in its place"
+        ) from None
     return path
 
 

@@ -18,9 +18,10 @@ from urllib.parse import quote as quoted
 from phalanx import bundle as bundles
 from phalanx import models
 from phalanx.answers import create, items, one, paged
-from phalanx.calls import Answer, Call, Message, Page, Pages, Pause, Steps, Stream, Work, clean
-from phalanx.errors import ProtocolError, WaitTimeout
+from phalanx.calls import Answer, Call, Message, Now, Page, Pages, Pause, Steps, Stream, Work, clean
+from phalanx.errors import ConnectionFailed, ProtocolError, Unavailable, WaitTimeout
 from phalanx.models import Model
+from phalanx.retry import OUTAGE_TOLERANCE_S
 
 M = TypeVar("M", bound=Model)
 JobFile = Mapping[str, Any]  # the job file as a document
@@ -142,16 +143,24 @@ def release(job_id: str) -> Call[models.Job]:
 
 
 def wait(job_id: str, *, timeout_s: float | None = None) -> Steps[models.Job]:
-    """Wait until a job has ended, and answer it. WaitTimeout after `timeout_s` seconds of waiting."""
-    waited_s, pause_s = 0.0, FIRST_POLL_S
+    """Wait until a job has ended, and answer it. WaitTimeout after `timeout_s` seconds. A server that is away is waited
+    for too, OUTAGE_TOLERANCE_S at most: the job goes on without it."""
+    pause_s = FIRST_POLL_S
+    began_s = heard_s = yield Now()
     while True:
-        found: models.Job = yield job(job_id)
-        if found.ended:
-            return found
-        if timeout_s is not None and waited_s >= timeout_s:
-            raise WaitTimeout(f"job {job_id} is still {found.state} after {timeout_s:g} s")
+        try:
+            found: models.Job = yield job(job_id)
+            if found.ended:
+                return found
+            said, heard_s = found.state, (yield Now())
+        except (ConnectionFailed, Unavailable):
+            if (yield Now()) - heard_s > OUTAGE_TOLERANCE_S:
+                raise
+            said = "out of reach, with its server,"
+        if timeout_s is not None and (yield Now()) - began_s >= timeout_s:
+            raise WaitTimeout(f"job {job_id} is still {said} after {timeout_s:g} s")
         yield Pause(pause_s)
-        waited_s, pause_s = waited_s + pause_s, min(LAST_POLL_S, pause_s * 1.5)
+        pause_s = min(LAST_POLL_S, pause_s * 1.5)
 
 
 def attempts(job_id: str) -> Call[list[models.Attempt]]:

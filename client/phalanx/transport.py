@@ -20,17 +20,18 @@ import httpx
 import httpx_sse
 
 from phalanx import config
-from phalanx.calls import Answer, Call, Message, Pages, Pause, Steps, Stream, Work
-from phalanx.errors import ConnectionFailed, ProtocolError, from_problem
-from phalanx.retry import RETRIED_STATUSES, RetryPolicy, retry_after_s
+from phalanx.calls import Answer, Call, Message, Now, Pages, Pause, Step, Steps, Stream, Work
+from phalanx.errors import ConfigError, ConnectionFailed, ProtocolError, from_problem
+from phalanx.retry import OUTAGE_TOLERANCE_S, RETRIED_STATUSES, RetryPolicy, retry_after_s
 
 T = TypeVar("T")
+Clock = Callable[[], float]  # seconds, only forward
 
 CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 5.0
 STREAM_SILENCE_S = 60.0  # the server sends a comment at least every 15 s
 STREAM_HELD_S = 10.0
-STREAM_RETRY = RetryPolicy(attempts=60, base_s=0.2, cap_s=5.0)  # failures in a row, some four minutes
+STREAM_RETRY = RetryPolicy(attempts=None, base_s=0.2, cap_s=5.0, longest_outage_s=OUTAGE_TOLERANCE_S)
 
 
 class _Failed(Exception):
@@ -48,7 +49,14 @@ def options(url: str, token: str | None) -> dict[str, Any]:
         headers["Authorization"] = f"Bearer {token}"
     timeout = httpx.Timeout(30.0, connect=CONNECT_TIMEOUT_S)
     # A proxy of the environment is not meant for a server on this machine.
-    return {"base_url": url, "headers": headers, "timeout": timeout, "trust_env": not config.is_local(url)}
+    return {"base_url": _base_url(url), "headers": headers, "timeout": timeout, "trust_env": not config.is_local(url)}
+
+
+def _base_url(url: str) -> httpx.URL:
+    try:
+        return httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{url!r} is no server address: {error}") from None
 
 
 def _request(call: Call[Any], content: Any) -> dict[str, Any]:
@@ -93,14 +101,21 @@ def _body(response: httpx.Response) -> Any:
         raise ProtocolError(f"{response.url} answered something that is not JSON") from None
 
 
-def _unreachable(url: httpx.URL, error: httpx.TransportError) -> _Failed:
+def _unsent(url: httpx.URL, error: httpx.TransportError) -> Exception:
+    """What a request has become that got no answer."""
+    if isinstance(error, httpx.LocalProtocolError):  # never repeated, in either sense: it may quote a header, the token
+        return ProtocolError("the request is not valid HTTP: is there a line break in one of its headers?")
     what = "did not answer in time" if isinstance(error, httpx.TimeoutException) else f"cannot be reached ({error})"
     return _Failed(ConnectionFailed(f"the server at {str(url).rstrip('/')} {what}"))
 
 
-def _next_delay_s(policy: RetryPolicy, failed: _Failed, *, tried: int, repeatable: bool) -> float:
+def _next_delay_s(
+    policy: RetryPolicy, failed: _Failed, *, tried: int, failing_s: float = 0.0, repeatable: bool = True
+) -> float:
     """Seconds until the next try; raises the failure's own error where there is none."""
-    delay_s = policy.delay_s(tried=tried, jitter=random.random(), retry_after_s=failed.retry_after_s)
+    delay_s = policy.delay_s(
+        tried=tried, jitter=random.random(), retry_after_s=failed.retry_after_s, failing_s=failing_s
+    )
     if delay_s is None or not repeatable:
         raise failed.error from None
     return delay_s
@@ -109,11 +124,11 @@ def _next_delay_s(policy: RetryPolicy, failed: _Failed, *, tried: int, repeatabl
 class _Resumed:
     """Where a stream is: the last id seen, and failures in a row since something came."""
 
-    def __init__(self, stream: Stream[Any]) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream[Any], clock: Clock) -> None:
+        self.stream, self._clock = stream, clock
         self.last_event_id = stream.last_event_id
-        self.tried = 0
-        self.opened_at: float | None = None
+        self.tried, self.failing_since_s = 0, 0.0
+        self.opened_at_s: float | None = None
         self.ended = False
 
     def request(self) -> dict[str, Any]:
@@ -145,16 +160,19 @@ class _Resumed:
         return self.stream.read(Message(sse.event, sse.id, data))
 
     def opened(self) -> None:
-        self.opened_at = time.monotonic()
+        self.opened_at_s = self._clock()
 
     def broken(self) -> _Failed:
         return _Failed(ConnectionFailed(f"the stream {self.stream.path} broke off again and again"))
 
     def failed(self, failed: _Failed) -> float:
         """Note a failure; seconds until the next try. A connection that held, though silent, was none in a row."""
-        held = self.opened_at is not None and time.monotonic() - self.opened_at > STREAM_HELD_S
-        self.tried, self.opened_at = 1 if held else self.tried + 1, None
-        return _next_delay_s(STREAM_RETRY, failed, tried=self.tried, repeatable=True)
+        now_s = self._clock()
+        held = self.opened_at_s is not None and now_s - self.opened_at_s > STREAM_HELD_S
+        self.tried, self.opened_at_s = 1 if held else self.tried + 1, None
+        if self.tried == 1:
+            self.failing_since_s = now_s
+        return _next_delay_s(STREAM_RETRY, failed, tried=self.tried, failing_s=now_s - self.failing_since_s)
 
 
 # ------------------------------------------------------------------ sync
@@ -171,9 +189,10 @@ class SyncTransport:
         retry: RetryPolicy,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._http = httpx.Client(**options(url, token), transport=transport)
-        self._retry, self._sleep = retry, sleep
+        self._retry, self._sleep, self._clock = retry, sleep, clock
 
     def close(self) -> None:
         self._http.close()
@@ -192,7 +211,7 @@ class SyncTransport:
         try:
             return _conclude(call, self._http.request(**_request(call, content)))
         except httpx.TransportError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise _unsent(self._http.base_url, error) from None
 
     def run(self, steps: Steps[T]) -> T:
         with closing(steps):
@@ -207,9 +226,11 @@ class SyncTransport:
                 except Exception as error:
                     proceed = partial(steps.throw, error)
 
-    def _step(self, step: Call[Any] | Pause | Work[Any]) -> Any:
+    def _step(self, step: Step) -> Any:
         if isinstance(step, Pause):
             return self._sleep(step.seconds)
+        if isinstance(step, Now):
+            return self._clock()
         return step.run() if isinstance(step, Work) else self.send(step)
 
     def iterate(self, pages: Pages[T]) -> Iterator[T]:
@@ -222,7 +243,7 @@ class SyncTransport:
                 return
 
     def stream(self, stream: Stream[T]) -> Iterator[T]:
-        where = _Resumed(stream)
+        where = _Resumed(stream, self._clock)
         while not where.ended:
             try:
                 yield from self._listen(where)
@@ -242,7 +263,7 @@ class SyncTransport:
                     if where.ended:
                         return
         except httpx.TransportError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise _unsent(self._http.base_url, error) from None
         raise where.broken()
 
 
@@ -266,9 +287,10 @@ class AsyncTransport:
         retry: RetryPolicy,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Any] = asyncio.sleep,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._http = httpx.AsyncClient(**options(url, token), transport=transport)
-        self._retry, self._sleep = retry, sleep
+        self._retry, self._sleep, self._clock = retry, sleep, clock
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -287,7 +309,7 @@ class AsyncTransport:
         try:
             return _conclude(call, await self._http.request(**_request(call, content)))
         except httpx.TransportError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise _unsent(self._http.base_url, error) from None
 
     async def run(self, steps: Steps[T]) -> T:
         with closing(steps):
@@ -302,9 +324,11 @@ class AsyncTransport:
                 except Exception as error:
                     proceed = partial(steps.throw, error)
 
-    async def _step(self, step: Call[Any] | Pause | Work[Any]) -> Any:
+    async def _step(self, step: Step) -> Any:
         if isinstance(step, Pause):
             return await self._sleep(step.seconds)
+        if isinstance(step, Now):
+            return self._clock()
         return await asyncio.to_thread(step.run) if isinstance(step, Work) else await self.send(step)
 
     async def iterate(self, pages: Pages[T]) -> AsyncIterator[T]:
@@ -318,7 +342,7 @@ class AsyncTransport:
                 return
 
     async def stream(self, stream: Stream[T]) -> AsyncIterator[T]:
-        where = _Resumed(stream)
+        where = _Resumed(stream, self._clock)
         while not where.ended:
             try:
                 async with aclosing(self._listen(where)) as said:
@@ -341,7 +365,7 @@ class AsyncTransport:
                         if where.ended:
                             return
         except httpx.TransportError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise _unsent(self._http.base_url, error) from None
         raise where.broken()
 
 

@@ -34,13 +34,15 @@ def server() -> FakeServer:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(URL, TOKEN, transport=httpx.MockTransport(server.handle), sleep=server.nap) as client:
+    transport = httpx.MockTransport(server.handle)
+    with Client(URL, TOKEN, transport=transport, sleep=server.nap, clock=server.clock) as client:
         yield client
 
 
 @pytest.fixture
 async def async_client(server: FakeServer) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(URL, TOKEN, transport=httpx.MockTransport(server.ahandle), sleep=server.anap) as client:
+    transport = httpx.MockTransport(server.ahandle)
+    async with AsyncClient(URL, TOKEN, transport=transport, sleep=server.anap, clock=server.clock) as client:
         yield client
 
 
@@ -50,10 +52,11 @@ def wired(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
     def make(url: str | None = None, token: str | None = None) -> Client:
         transport = httpx.MockTransport(server.handle)
-        return Client(url or URL, token or TOKEN, transport=transport, sleep=server.nap)
+        return Client(url or URL, token or TOKEN, transport=transport, sleep=server.nap, clock=server.clock)
 
     def make_async() -> AsyncClient:
-        return AsyncClient(URL, TOKEN, transport=httpx.MockTransport(server.ahandle), sleep=server.anap)
+        transport = httpx.MockTransport(server.ahandle)
+        return AsyncClient(URL, TOKEN, transport=transport, sleep=server.anap, clock=server.clock)
 
     monkeypatch.setattr(session, "make_client", make)
     monkeypatch.setattr(session, "make_async_client", make_async)

@@ -106,5 +106,9 @@ class FakeServer:
     def nap(self, seconds: float) -> None:
         self.naps_s.append(seconds)
 
+    def clock(self) -> float:
+        """Time passes in naps only."""
+        return sum(self.naps_s)
+
     async def anap(self, seconds: float) -> None:
         self.naps_s.append(seconds)

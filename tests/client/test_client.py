@@ -8,7 +8,9 @@ import inspect
 import io
 import json
 import tarfile
+import traceback
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +19,7 @@ from phalanx import errors
 from phalanx.client import AsyncClient, Client
 from phalanx.errors import ProtocolError
 from phalanx.models import Job, Tenant
+from phalanx.retry import OUTAGE_TOLERANCE_S, RetryPolicy
 
 JOB_FILE = {"name": "lm", "resources": {"gpus": 2}, "run": {"command": "python train.py"}}
 
@@ -142,6 +145,16 @@ def test_waiting_for_an_hour_is_not_done_in_silence(server: FakeServer, client: 
     assert server.naps_s == []
 
 
+@pytest.mark.parametrize("text", ["Illegal header value b'Bearer phx_secret\\n'", "Too little data"])
+def test_a_request_that_is_no_http_is_neither_sent_again_nor_quoted(
+    server: FakeServer, client: Client, text: str
+) -> None:
+    server.on("GET /v1/whoami", httpx.LocalProtocolError(text))
+    with pytest.raises(ProtocolError, match="the request is not valid HTTP") as raised:
+        client.whoami()
+    assert len(server.requests) == 1 and "phx_secret" not in "".join(traceback.format_exception(raised.value))
+
+
 # ------------------------------------------------------------------ errors
 
 
@@ -226,6 +239,37 @@ def test_wait_gives_up_after_its_timeout(server: FakeServer, client: Client) -> 
         client.wait(JOB_ID, timeout_s=5)
 
 
+def test_wait_outlasts_a_server_that_is_away_for_minutes(server: FakeServer, client: Client) -> None:
+    def away(_: httpx.Request) -> httpx.Response:
+        if server.clock() < OUTAGE_TOLERANCE_S - 60:
+            raise httpx.ConnectError("refused")
+        return answer(job("succeeded"))
+
+    server.on(f"GET /v1/jobs/{JOB_ID}", answer(job("running")), away)
+    assert client.wait(JOB_ID).state == "succeeded"
+
+
+@pytest.mark.parametrize("failure", [httpx.ConnectError("refused"), problem(503, "unavailable")])
+def test_wait_gives_up_on_a_server_that_stays_away(server: FakeServer, client: Client, failure: Any) -> None:
+    server.on(f"GET /v1/jobs/{JOB_ID}", failure)
+    with pytest.raises((errors.ConnectionFailed, errors.Unavailable)):
+        client.wait(JOB_ID)
+    assert OUTAGE_TOLERANCE_S < server.clock() < OUTAGE_TOLERANCE_S + 60
+
+
+def test_an_outage_does_not_prolong_a_wait(server: FakeServer, client: Client) -> None:
+    server.on(f"GET /v1/jobs/{JOB_ID}", httpx.ConnectError("refused"))
+    with pytest.raises(errors.WaitTimeout, match="is still out of reach, with its server, after 30 s"):
+        client.wait(JOB_ID, timeout_s=30)
+    assert server.clock() < 60
+
+
+async def test_the_async_wait_outlasts_an_outage_too(server: FakeServer, async_client: AsyncClient) -> None:
+    away = [httpx.ConnectError("refused")] * 7  # one more than a request is tried
+    server.on(f"GET /v1/jobs/{JOB_ID}", *away, answer(job("succeeded")))
+    assert (await async_client.wait(JOB_ID)).state == "succeeded"
+
+
 def test_quota_set_keeps_what_it_does_not_change_and_starts_over_on_a_conflict(
     server: FakeServer, client: Client
 ) -> None:
@@ -277,7 +321,26 @@ def test_a_stream_that_never_comes_back_gives_up(server: FakeServer, client: Cli
     server.on(f"GET /v1/jobs/{JOB_ID}/logs", httpx.ConnectError("refused"))
     with pytest.raises(errors.ConnectionFailed):
         list(client.follow_logs(JOB_ID))
-    assert len(server.requests) == 60
+    assert OUTAGE_TOLERANCE_S < server.clock() < OUTAGE_TOLERANCE_S + 60
+
+
+def test_a_stream_outlasts_a_server_that_is_away_for_minutes(server: FakeServer, client: Client) -> None:
+    def away(_: httpx.Request) -> httpx.Response:
+        if server.clock() < OUTAGE_TOLERANCE_S - 60:
+            raise httpx.ConnectError("refused")
+        return stream(event(1, "started"), END)
+
+    server.on(f"GET /v1/jobs/{JOB_ID}/events", away)
+    assert [one.kind for one in client.follow(JOB_ID)] == ["started"]
+
+
+def test_failures_that_are_not_in_a_row_are_no_outage(server: FakeServer, client: Client) -> None:
+    breaks = [stream(event(id, "started"), broken=True) for id in range(1, 400)]
+    server.on(
+        f"GET /v1/jobs/{JOB_ID}/events", *(one for each in breaks for one in (each, problem(503, "x"))), stream(END)
+    )
+    assert len(list(client.follow(JOB_ID))) == 399
+    assert RetryPolicy(attempts=None).delay_s(tried=10_000, jitter=0.5) == 2.5
 
 
 # ------------------------------------------------------------------ async

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from phalanx import config
 from phalanx.config import Login, resolve
@@ -41,10 +43,30 @@ def test_a_broken_file_says_what_to_do(text: str) -> None:
         resolve()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "ftp://a", "http://", "https:///x"])
+@pytest.mark.parametrize("url", ["nonsense", "ftp://a", "http://", "https:///x", "http://h:abc", "http://[::1"])
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(ConfigError, match="is no server address"):
         resolve(url)
+
+
+@pytest.mark.parametrize("text", ["phx_x\n", " phx_x ", "\tphx_x\r\n"])
+def test_white_space_around_a_token_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("PHALANX_TOKEN", text)
+    assert resolve("http://a.test") == resolve("http://a.test", text) == Login("http://a.test", "phx_x")
+    assert resolve("http://a.test\n", "phx_x").url == "http://a.test"
+
+
+@pytest.mark.parametrize("text", ["phx_seçret", "phx_secret\nX-Admin: 1", "phx secret", "phx_secret\x00"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_quoted(text: str) -> None:
+    with pytest.raises(ConfigError, match="characters that no token has") as raised:
+        resolve("http://a.test", text)
+    assert "cret" not in str(raised.value)
+
+
+def test_a_directory_that_cannot_be_written_says_what_to_do(own_home: Path) -> None:
+    (own_home / "config").write_text("a file where a directory should be")
+    with pytest.raises(ConfigError, match=r"config.json cannot be written \(Not a directory\): set XDG_CONFIG_HOME"):
+        config.save(STORED)
 
 
 def test_the_last_job_is_kept_by_server() -> None:

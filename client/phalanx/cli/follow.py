@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from phalanx.errors import ConnectionFailed, PhalanxError, Unavailable
 from phalanx.models import Job
+from phalanx.retry import OUTAGE_TOLERANCE_S
 
 if TYPE_CHECKING:
     from phalanx.client import AsyncClient
 
 POLL_S = 0.5
-OUTAGE_TOLERANCE_S = 600.0
 
 
 class Board(Protocol):
