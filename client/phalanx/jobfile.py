@@ -21,6 +21,8 @@ from phalanx.errors import JobFileError
 
 MAX_FILE_BYTES = 1 << 20
 MAX_PLACES = 20_000
+MAX_DEPTH = 64
+TOO_DEEP = f"is nested more than {MAX_DEPTH} deep"
 Place = tuple[int, int]  # line and column, from 1
 
 
@@ -50,7 +52,10 @@ class JobFile:
         if not isinstance(given, str):
             raise JobFileError(f"run.workdir is {given!r}: expected a path", path=self.place("run.workdir"))
         base = self.path.parent if self.path else Path()
-        return base / Path(given).expanduser()
+        try:
+            return base / Path(given).expanduser()
+        except RuntimeError as error:
+            raise JobFileError(f"run.workdir is {given!r}: {error}", path=self.place("run.workdir")) from None
 
 
 def read(path: Path) -> JobFile:
@@ -67,7 +72,7 @@ def read(path: Path) -> JobFile:
         line = raw.count(b"\n", 0, error.start) + 1
         raise JobFileError("is not UTF-8 text", path=str(path), line=line, column=1) from None
     document, places = _parse_json(text, path) if path.suffix == ".json" else _parse_yaml(text, path)
-    _check_finite(document, str(path))
+    _check_plain(document, str(path))
     if not isinstance(document, dict):
         kind = "empty" if document is None else f"a {type(document).__name__}"
         raise JobFileError(f"is {kind}: expected keys like name, resources and run", path=str(path), line=1, column=1)
@@ -81,7 +86,8 @@ def override(document: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
         dotted, equals, text = setting.partition("=")
         if not equals or not all(dotted.split(".")):
             raise JobFileError(f"{setting!r} is no setting: expected something like resources.replicas=4")
-        put(changed, dotted.split("."), _scalar(text, setting))
+        put(changed, dotted.split("."), _scalar(text, f"{setting:.80}"))
+    _check_depth(changed, "--set")
     return changed
 
 
@@ -100,17 +106,29 @@ def put(document: dict[str, Any], path: Sequence[str], value: Any) -> None:
 def _scalar(text: str, setting: str) -> Any:
     try:
         value = yaml.load(text, _CoreLoader)
-    except yaml.YAMLError:
+    except RecursionError:
+        raise JobFileError(TOO_DEEP, path=setting) from None
+    except (yaml.YAMLError, ValueError):  # a number of thousands of digits is no number to Python
         raise JobFileError(f"{setting!r}: the value is not valid YAML; quote it") from None
-    _check_finite(value, setting)
+    _check_plain(value, setting)
     return value
 
 
-def _check_finite(document: Any, where: str) -> None:
+def _check_plain(document: Any, where: str) -> None:
+    _check_depth(document, where)
     try:
         json.dumps(document, allow_nan=False)
     except ValueError:
         raise JobFileError("holds a number that is not finite, or a loop", path=where) from None
+
+
+def _check_depth(document: Any, where: str, *, left: int = MAX_DEPTH) -> None:
+    """What is within bounds here is so for every encoder on its way."""
+    if isinstance(document, dict | list):
+        if left == 0:
+            raise JobFileError(TOO_DEEP, path=where)
+        for inner in document.values() if isinstance(document, dict) else document:
+            _check_depth(inner, where, left=left - 1)
 
 
 # ------------------------------------------------------------------ JSON
@@ -131,7 +149,9 @@ def _parse_json(text: str, path: Path) -> tuple[Any, dict[str, Place]]:
             f"not valid JSON: {error.msg}", path=str(path), line=error.lineno, column=error.colno
         ) from None
     except RecursionError:
-        raise JobFileError("is nested too deeply", path=str(path)) from None
+        raise JobFileError(TOO_DEEP, path=str(path)) from None
+    except ValueError:
+        raise JobFileError("holds a number that is too long", path=str(path)) from None
 
 
 # ------------------------------------------------------------------ YAML
@@ -185,7 +205,9 @@ def _parse_yaml(text: str, path: Path) -> tuple[Any, dict[str, Place]]:
         return (loader.construct_document(node) if node is not None else None), places
     except yaml.YAMLError as error:
         raise _syntax_error(error, path) from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise JobFileError(TOO_DEEP, path=str(path)) from None
+    except ValueError as error:
         raise JobFileError(f"not valid YAML: {error}", path=str(path)) from None
     finally:
         loader.dispose()

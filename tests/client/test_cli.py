@@ -375,6 +375,33 @@ def test_without_a_server_it_says_how_to_get_one() -> None:
     assert result.stderr == said
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PHALANX_URL": "http://h:abc"}, "'http://h:abc' is no server address"),
+        ({"PHALANX_URL": "http://[::1"}, "'http://[::1' is no server address"),
+        ({"PHALANX_URL": "http://h\x7f"}, "is no server address"),
+        ({"PHALANX_URL": "http://h", "PHALANX_TOKEN": "phx_é"}, "the token has characters that no token has"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_one_line(variables: dict[str, str], said: str) -> None:
+    result = CliRunner().invoke(app, ["jobs"], env=variables)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert len(result.stderr.splitlines()) == 1 and said in result.stderr
+
+
+def test_login_says_where_it_cannot_store(wired: FakeServer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(config, "write_private", refuse)
+    wired.on("GET /v1/whoami", answer({"role": "admin", "user": "ada"}))
+    assert "config.json cannot be written" in run("login", "http://phalanx.test", "--token", "phx_x", code=2).stderr
+    assert (
+        "cannot read the token from ~nosuch/x" in run("login", "http://a", "--token-file", "~nosuch/x", code=2).stderr
+    )
+
+
 def test_login_stores_nothing_that_the_server_refuses(wired: FakeServer, run: Run) -> None:
     wired.on("GET /v1/whoami", problem(401, "unauthorized", "This token is not known."))
     run("login", "http://phalanx.test", "--token", "phx_wrong", code=3)

@@ -80,6 +80,9 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         (b"a: \xff\n", r"job.yaml:1:1: is not UTF-8"),
         (b"\n\na: \xff", r"job.yaml:3:1: is not UTF-8"),
         (b"b: 1\na: \x00", r"job.yaml:2: not valid YAML: it has the control character #x00"),
+        ("a: " + "[" * 40 + "]" * 40 + "\nb: " + "[" * 900 + "]" * 900, r"job.yaml: is nested more than 64 deep"),
+        ("a: " + "[" * 80 + "]" * 80, r"job.yaml: is nested more than 64 deep"),
+        ("a: " + "1" * 5000, r"job.yaml: not valid YAML: Exceeds the limit"),
         ("x" * (2 << 20), r"job.yaml: is 2097152 bytes; a job file has at most 1048576"),
     ],
 )
@@ -103,7 +106,9 @@ def test_a_billion_laughs_are_cut_short(tmp_path: Path) -> None:
         ('{"a": 1, "a": 2}', r"job.json: 'a' is given twice"),
         ('{"a": NaN}', r"job.json: holds a number that is not finite"),
         ("[1]", r"job.json:1:1: is a list"),
-        ("[" * 100_000, r"job.json: is nested too deeply"),
+        ("[" * 100_000, r"job.json: is nested more than 64 deep"),
+        ('{"a":' * 900 + "1" + "}" * 900, r"job.json: is nested more than 64 deep"),
+        ('{"a": ' + "1" * 5000 + "}", r"job.json: holds a number that is too long"),
     ],
 )
 def test_malformed_json_says_where(tmp_path: Path, text: str, said: str) -> None:
@@ -131,6 +136,8 @@ def test_the_directory_counts_from_the_file(tmp_path: Path) -> None:
     assert read(written(tmp_path, "run: {command: x}")).workdir() is None
     with pytest.raises(JobFileError, match=r"job.yaml:1:7: run.workdir is 7: expected a path"):
         read(written(tmp_path, "run: {workdir: 7}")).workdir()
+    with pytest.raises(JobFileError, match=r"job.yaml:1:7: run.workdir is '~nosuch/x': Could not determine home"):
+        read(written(tmp_path, "run: {workdir: ~nosuch/x}")).workdir()
 
 
 def test_overrides_set_fields_and_leave_the_rest() -> None:
@@ -153,6 +160,10 @@ def test_overrides_set_fields_and_leave_the_rest() -> None:
         ("name.x=1", "name.x cannot be set: name is 'lm', not a group of fields"),
         ("a=[", "the value is not valid YAML; quote it"),
         ("a=1e999", "not finite"),
+        ("a=" + "1" * 5000, r"'a=1{78}': the value is not valid YAML; quote it"),
+        ("a=" + "[" * 900 + "]" * 900, r"a=\[{78}: is nested more than 64 deep"),
+        ("a=" + "[" * 80 + "]" * 80, r"a=\[{78}: is nested more than 64 deep"),
+        (".".join("a" * 900) + "=1", r"--set: is nested more than 64 deep"),
     ],
 )
 def test_bad_overrides(setting: str, said: str) -> None:

@@ -61,7 +61,7 @@ def login(
 def _read_token(path: Path) -> str:
     try:
         return sys.stdin.readline() if str(path) == "-" else path.expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: the home of nobody
         raise CommandError(f"cannot read the token from {path}: {error}", exit_code=INVALID) from None
 
 
