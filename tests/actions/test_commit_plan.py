@@ -20,6 +20,7 @@ from phalanx_server.scheduling.snapshot import PlacementItem
 from phalanx_server.store.holds import HoldRow
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.schema import attempts, checkpoints, holds, leases, placements
+from phalanx_server.store.snapshots import AGENT_SILENT_S
 from sqlalchemy import update
 from sqlalchemy.exc import DBAPIError
 
@@ -68,6 +69,18 @@ async def test_gpus_that_are_taken_are_not_given_again(plane: ControlPlane) -> N
     assert list(done.started) == [jobs[0].hex]
     assert done.dropped == {jobs[1].hex: "GPUs of node-0 are no longer free"}
     assert await plane.state(jobs[1]) == "queued"
+
+
+async def test_nothing_is_placed_where_the_agent_is_silent(plane: ControlPlane) -> None:
+    """The pass was made before it was."""
+    await plane.add_nodes(1)
+    job_id = await plane.submit()
+    decision = await start(plane, job_id, {"node-0": 1})
+    plane.later(AGENT_SILENT_S + 1)
+    done = await commit(plane, decision)
+    assert done.dropped == {job_id.hex: "the agent of node-0 is silent"}
+    await plane.send_inventory()
+    assert list((await commit(plane, decision)).started) == [job_id.hex]
 
 
 async def test_a_gang_is_all_or_nothing(plane: ControlPlane) -> None:

@@ -14,10 +14,10 @@ from phalanx_server.domain.reason import NotBefore
 from phalanx_server.loops.schedule import INTERVAL_S, ScheduleLoop
 from phalanx_server.scheduling.planner import Planner
 from phalanx_server.scheduling.snapshot import Policy, Snapshot
-from phalanx_server.store.schema import attempts, holds, jobs, leases
-from phalanx_server.store.snapshots import load_snapshot, reading
+from phalanx_server.store.schema import attempts, holds, jobs, leases, quotas
+from phalanx_server.store.snapshots import AGENT_SILENT_S, load_snapshot, reading
 from phalanx_server.store.wakeups import Wakeups, notify
-from sqlalchemy import func, select, update
+from sqlalchemy import func, insert, select, update
 from structlog.testing import capture_logs
 
 
@@ -214,6 +214,60 @@ async def test_a_node_that_is_not_alive_takes_nothing_new(plane: ControlPlane) -
     assert await plane.state(job_id) == "starting"
 
 
+async def known_and_fresh_agree(plane: ControlPlane) -> bool:
+    memory = plane.scheduler._memory
+    assert memory is not None
+    return same(memory.planner.snapshot(), await fresh(plane))
+
+
+async def test_a_cluster_whose_agent_is_silent_takes_nothing_new_until_it_is_heard(plane: ControlPlane) -> None:
+    """No row of a node changes: only time passes."""
+    await plane.add_nodes(1)
+    running, _ = await plane.run()
+    plane.silent = True
+    plane.later(AGENT_SILENT_S)
+    early = await plane.submit()
+    await plane.tick()
+    assert await plane.state(early) == "starting", "not silent for long enough"
+    plane.later(1)
+    job_id = await plane.submit(gpus=2)
+    assert (await plane.tick()).plan.starts == ()
+    told = await hold_of(plane, job_id)
+    assert told is not None and told[0] == "capacity"
+    assert (await plane.node("node-0")).state == "ready"
+    assert await plane.state(running) == "running"
+    assert await known_and_fresh_agree(plane)
+    await plane.send_inventory()
+    await plane.tick()
+    assert await plane.state(job_id) == "starting"
+    await plane.tick()
+    assert await known_and_fresh_agree(plane)
+
+
+async def test_what_is_charged_on_a_lost_node_stays_in_the_quota(plane: ControlPlane) -> None:
+    """Its ranks may still run there: who has 8 GPUs does not get 8 others until they are known to be gone."""
+    await plane.add_nodes(2, gpus=8)
+    async with plane.engine.begin() as conn:
+        quota = {"tenant_id": plane.tenant_id, "resource": "h100", "nominal": 8, "borrowing_limit": 0}
+        await conn.execute(insert(quotas).values(quota))
+    lost, attempt = await plane.run(gpus=8, restart="eager")
+    (place,) = await plane.placements(lost)
+    await plane.lose(place.node)
+    other = await plane.submit(gpus=8)
+    for load in ("changes", "everything"):
+        assert (await plane.tick()).plan.starts == (), load
+        assert await known_and_fresh_agree(plane)
+        plane.scheduler._memory = None
+    for job_id in (lost, other):
+        told = await hold_of(plane, job_id)
+        assert told == ("quota", "needs 8 h100, and the quota of default leaves 0")
+    await plane.report(plane.fact(attempt, "gone", node=place.node))
+    await plane.tick()
+    assert (await plane.state(lost), await plane.state(other)) == ("starting", "queued")
+    await plane.tick()
+    assert await known_and_fresh_agree(plane)
+
+
 async def test_changes_lead_to_what_a_fresh_load_says(plane: ControlPlane) -> None:
     await plane.add_nodes(3)
     gang, attempt = await plane.run(replicas=2, gpus=4)
@@ -225,7 +279,7 @@ async def test_changes_lead_to_what_a_fresh_load_says(plane: ControlPlane) -> No
     await plane.tick()
     assert same(plane.scheduler._memory.planner.snapshot(), await fresh(plane))  # type: ignore[union-attr]
     leftover = next(job for job in (await fresh(plane)).jobs if job.id == attempt.id.hex)
-    assert (leftover.state, [item.replicas for item in leftover.placement]) == ("stopping", [1])
+    assert (leftover.state, [item.replicas for item in leftover.placement]) == ("stopping", [1, 1])
     await plane.report(plane.fact(attempt, "gone", node="node-0"), plane.fact(attempt, "gone", node="node-1"))
     await plane.tick()
     await plane.tick()

@@ -61,6 +61,7 @@ class World:
     async def step(self) -> None:
         deeds = [self.submit, self.submit, self.facts, self.facts, self.facts, self.resend, self.meddle, self.node]
         self.plane.later(self.dice.choice([0.5, 5, 40]))
+        self.plane.silent = self.dice.random() < 0.2
         await self.dice.choice(deeds)()
         await self.plane.tick()
         await self.check()
@@ -163,6 +164,7 @@ async def test_a_world_left_alone_finishes_its_work(plane: ControlPlane) -> None
     world = World(plane, 4)
     for _ in range(30):
         await world.step()
+    plane.silent = False
     for row in await world.of("jobs"):
         if row.state == "queued" and row.held:
             await release_job(plane.engine, row.id, actor=SYSTEM, now=plane.now)

@@ -26,7 +26,7 @@ from phalanx_server.store import ids
 from phalanx_server.store.jobs import JobRow, insert_jobs
 from phalanx_server.store.logs import LogFiles
 from phalanx_server.store.schema import attempts, clusters, events, jobs, nodes, placements, tenants
-from sqlalchemy import Row, Table, insert, select
+from sqlalchemy import Row, Table, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
@@ -45,6 +45,7 @@ class ControlPlane:
     tenant_id: UUID = field(default_factory=ids.new_id)
     cluster_id: UUID = field(default_factory=ids.new_id)
     instance: str = "agent-1"
+    silent: bool = False  # the agent: it is not heard while time passes
     facts: dict[str, m.NodeFacts] = field(default_factory=dict)
     seqs: dict[str, int] = field(default_factory=dict)
     leader: Leader = field(init=False)
@@ -108,12 +109,13 @@ class ControlPlane:
 
     async def submit(self, *, replicas: int = 1, gpus: int = 1, **fields: Any) -> UUID:
         resources = {"replicas": replicas, "gpus_per_replica": gpus} | fields.pop("resources", {})
+        tenant_id = fields.pop("tenant_id", self.tenant_id)
         document = {"name": "job", "tenant": "default", "resources": resources, "run": {"command": "python t.py"}}
         spec = parse_job(document | fields)
         job_id = ids.new_id()
         row = JobRow(
             id=job_id,
-            tenant_id=self.tenant_id,
+            tenant_id=tenant_id,
             name=spec.name,
             priority=spec.priority_value,
             spec=spec.dump(),
@@ -163,7 +165,16 @@ class ControlPlane:
     # ------------------------------------------------------------------ the scheduler, the agent, the runners
 
     async def tick(self) -> Any:
+        """A pass. Before it the agent was heard, unless it is `silent`."""
+        if not self.silent:
+            await self._hear_agent()
         return await self.scheduler.tick(self.now)
+
+    async def _hear_agent(self) -> None:
+        async with self.engine.begin() as conn:
+            await conn.execute(
+                update(clusters).where(clusters.c.agent_instance.isnot(None)).values(agent_seen_at=self.now)
+            )
 
     async def desired(self) -> m.Desired:
         async with self.engine.connect() as conn:

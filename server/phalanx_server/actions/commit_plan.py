@@ -2,8 +2,8 @@
 
 Owns the last word on a decision. The plan was made on a snapshot; here, under the scheduler's lease and with nodes and
 jobs locked, each start is checked against the ledger again: the job is queued at the version that the pass saw, its
-nodes take work, the GPUs are free. A start that no longer holds is dropped, and a gang is all or nothing. Commits are
-serial, because each locks the lease.
+nodes take work, their agent is heard, the GPUs are free. A start that no longer holds is dropped, and a gang is all or
+nothing. Commits are serial, because each locks the lease.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.nodes import lock_nodes_for_placing
+from phalanx_server.store.snapshots import silent_clusters
 from phalanx_server.store.wakeups import notify
 
 
@@ -73,7 +74,7 @@ async def _start(
     node_ids = {UUID(hex=item.node) for start in starts for item in start.placement}
     nodes = await lock_nodes_for_placing(conn, list(node_ids))
     jobs = {row.id: row for row in await lock_queued_jobs(conn, [UUID(hex=start.job) for start in starts])}
-    ledger = Ledger.of(nodes, await charges(conn, node_ids))
+    ledger = Ledger.of(nodes, await charges(conn, node_ids), silent=await silent_clusters(conn, now=now))
     resume = await last_checkpoints(conn, [row.id for row in jobs.values() if row.attempts])
     launches: list[Launch] = []
     dropped: dict[str, str] = {}
@@ -121,14 +122,16 @@ class Free:
 
 @dataclass
 class Ledger:
-    """Free resources of the locked nodes, and what each start of this commit takes of them."""
+    """Free resources of the locked nodes, and what each start of this commit takes of them; and the clusters that are
+    silent."""
 
     nodes: Mapping[UUID, Row[Any]]
+    silent: frozenset[UUID]
     free: dict[UUID, Free] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, nodes: Mapping[UUID, Row[Any]], charged: Mapping[UUID, Charge]) -> Ledger:
-        ledger = cls(nodes)
+    def of(cls, nodes: Mapping[UUID, Row[Any]], charged: Mapping[UUID, Charge], *, silent: frozenset[UUID]) -> Ledger:
+        ledger = cls(nodes, silent)
         for node_id, node in nodes.items():
             charge = charged.get(node_id, Charge())
             indices = [index for index in range(node.gpus) if index not in charge.gpu_indices]
@@ -166,6 +169,8 @@ class Ledger:
         node, free = self.nodes.get(node_id), self.free.get(node_id)
         if node is None or free is None or node.state != NodeState.READY or not node.alive:
             return "a node does not take work"
+        if node.cluster_id in self.silent:
+            return f"the agent of {node.name} is silent"
         if replicas * resources["gpus_per_replica"] > len(free.gpu_indices):
             return f"GPUs of {node.name} are no longer free"
         if replicas * resources["cpus_per_replica"] > free.cpus:

@@ -4,11 +4,12 @@ Owns the mapping from rows to the snapshot's values. Names there: a job is its u
 its uuid in hex, a cluster its name. Refuses to decide anything.
 
 * `starting` and `running` jobs are `running`, charged on every placement that is not released.
-* A `lost` attempt whose ranks are not yet confirmed gone on a node that takes work is charged there by a `stopping` job
-  of its own, named by the attempt's uuid; its job is queued beside it. What it holds on lost nodes needs no charge: a
-  lost node takes nothing, and becomes ready again only when all of it is released.
+* What a `lost` attempt holds where its ranks are not yet confirmed gone, on lost nodes too, is charged by a `stopping`
+  job of its own, named by the attempt's uuid; its job is queued beside it.
+* A node takes nothing new (`cordoned`) while its agent says that it is gone, and while the agent itself is silent.
 * The cursor is a transaction id (docs/decisions/0001): rows changed at or above it are read again. It also carries the
-  version of every queued job that the pass was told of, for `commit_plan` to compare.
+  version of every queued job that the pass was told of, for `commit_plan` to compare; and whose agents were silent,
+  because that comes with time and changes no row: where it is different now, the nodes are read again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
@@ -43,14 +44,18 @@ from phalanx_server.scheduling.snapshot import (
 
 GIB = 1 << 30
 PIECE_ROWS = 2_000
+# Agents are heard every 2 s. What is placed on the cluster of one that is not may wait there for nobody knows how long.
+AGENT_SILENT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where the next `load_changes` goes on, and the version of each queued job as the pass knows it, by name."""
+    """Where the next `load_changes` goes on, the version of each queued job as the pass knows it, by name, and the
+    clusters that were silent."""
 
     xid: int
     versions: Mapping[str, int]
+    silent: frozenset[UUID] = frozenset()
 
 
 @asynccontextmanager
@@ -73,32 +78,35 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
         jobs += map(_job, rows)
         versions |= {_name(row): row.version for row in rows}
     charged = await conn.execute(_CHARGED_LOST, {"job_ids": None})
+    silent = await silent_clusters(conn, now=now)
     snapshot = Snapshot(
         now=now.timestamp(),
         policy=policy,
         tenants=await _load_tenants(conn),
-        nodes=tuple(_node(row) for row in await conn.execute(_NODES, {"since": "0"})),
+        nodes=tuple(_node(row, silent) for row in await conn.execute(_NODES, {"since": "0", "clusters": []})),
         jobs=(*jobs, *map(_leftover, charged)),
     )
-    return snapshot, Cursor(xid, versions)
+    return snapshot, Cursor(xid, versions, silent)
 
 
 async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
     """What may have changed since `cursor`. `conn` must see one moment throughout: see `reading`."""
     xid, tenants_changed, nodes_changed = await _horizon(conn, since=cursor.xid)
     since = {"since": str(cursor.xid)}
-    node_rows = list(await conn.execute(_NODES, since)) if nodes_changed else []
+    silent = await silent_clusters(conn, now=now)
+    turned = list(silent ^ cursor.silent)
+    node_rows = await conn.execute(_NODES, since | {"clusters": turned}) if nodes_changed or turned else ()
     rows = [row async for piece in _in_pieces(conn, _JOBS_CHANGED, since) for row in piece]
     over = list((await conn.execute(_JOBS_OVER, since)).scalars())
-    leftovers, gone = await _leftovers(conn, rows, over, [row.id for row in node_rows])
+    leftovers, gone = await _leftovers(conn, rows, over)
     changes = Changes(
         now=now.timestamp(),
         jobs=tuple(_job(row) for row in rows) + leftovers,
         removed_jobs=tuple(job_id.hex for job_id in over) + gone,
-        nodes=tuple(_node(row) for row in node_rows),
+        nodes=tuple(_node(row, silent) for row in node_rows),
         tenants=await _load_tenants(conn) if tenants_changed else None,
     )
-    return changes, Cursor(xid, _versions(cursor.versions, rows, over))
+    return changes, Cursor(xid, _versions(cursor.versions, rows, over), silent)
 
 
 async def _in_pieces(
@@ -280,23 +288,16 @@ _CHARGED_LOST = text(
            array_agg(p.node_id ORDER BY p.group_rank) AS nodes, array_agg(p.replicas ORDER BY p.group_rank) AS replicas
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
     JOIN placements p ON p.attempt_id = a.id AND p.released_at IS NULL
-    JOIN nodes n ON n.id = p.node_id AND n.state <> 'lost'
     WHERE a.state = 'lost' AND a.released_at IS NULL
       AND (CAST(:job_ids AS uuid[]) IS NULL OR a.job_id = ANY(CAST(:job_ids AS uuid[])))
     GROUP BY a.id, t.path, j.id
     """
 )
 _LOST = text("SELECT id FROM attempts WHERE state = 'lost' AND job_id = ANY(CAST(:job_ids AS uuid[]))")
-_LOST_ON = text(
-    """
-    SELECT DISTINCT a.job_id FROM placements p JOIN attempts a ON a.id = p.attempt_id
-    WHERE p.node_id = ANY(CAST(:node_ids AS uuid[])) AND p.released_at IS NULL AND a.state = 'lost'
-    """
-)
 
 
 def _leftover(row: Row[Any]) -> Job:
-    """What a lost attempt holds on nodes that are not lost: a job that is stopping."""
+    """What a lost attempt still holds: a job that is stopping."""
     ask = _ask(row.resources)
     return Job(
         id=_name(row),
@@ -315,13 +316,11 @@ def _leftover(row: Row[Any]) -> Job:
 
 
 async def _leftovers(
-    conn: AsyncConnection, rows: Sequence[Row[Any]], over: Sequence[UUID], node_ids: Sequence[UUID]
+    conn: AsyncConnection, rows: Sequence[Row[Any]], over: Sequence[UUID]
 ) -> tuple[tuple[Job, ...], tuple[str, ...]]:
-    """What lost attempts of the changed jobs, and on the changed nodes, still hold; and the names of those that hold
-    nothing any more."""
+    """What lost attempts of the changed jobs still hold, and the names of those that hold nothing any more. A release
+    shows as a change of the job (a trigger)."""
     job_ids = {row.id for row in rows} | set(over)
-    if node_ids:
-        job_ids.update((await conn.execute(_LOST_ON, {"node_ids": list(node_ids)})).scalars())
     if not job_ids:
         return (), ()
     lost = list((await conn.execute(_LOST, {"job_ids": list(job_ids)})).scalars())
@@ -336,11 +335,12 @@ async def _leftovers(
 
 _NODES = text(
     """
-    SELECT n.id, c.name AS cluster, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.labels, n.state, n.alive
+    SELECT n.id, n.cluster_id, c.name AS cluster, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.labels, n.state, n.alive
     FROM nodes n JOIN clusters c ON c.id = n.cluster_id
-    WHERE n.changed_xid >= CAST(CAST(:since AS text) AS xid8)
+    WHERE n.changed_xid >= CAST(CAST(:since AS text) AS xid8) OR n.cluster_id = ANY(CAST(:clusters AS uuid[]))
     """
 )
+_SILENT = text("SELECT id FROM clusters WHERE agent_seen_at < :heard_before")
 _TENANTS = text(
     """
     SELECT t.path, parent.path AS parent, t.weight, t.preemption,
@@ -352,8 +352,15 @@ _TENANTS = text(
 )
 
 
-def _node(row: Row[Any]) -> Node:
-    """A node that its agent says is gone, and that is not given up yet, takes nothing new."""
+async def silent_clusters(conn: AsyncConnection, *, now: datetime) -> frozenset[UUID]:
+    """The clusters whose agent was not heard for AGENT_SILENT_S. One that never had an agent has no nodes."""
+    rows = await conn.execute(_SILENT, {"heard_before": now - timedelta(seconds=AGENT_SILENT_S)})
+    return frozenset(rows.scalars())
+
+
+def _node(row: Row[Any], silent: frozenset[UUID]) -> Node:
+    """A node that its agent says is gone, or of which nothing is heard, and that is not given up, takes nothing new."""
+    heard = row.alive and row.cluster_id not in silent
     return Node(
         name=_hex(row.id),
         gpu_type=row.gpu_type,
@@ -362,7 +369,7 @@ def _node(row: Row[Any]) -> Node:
         cpus=row.cpus,
         memory_gib=row.memory_bytes // GIB,
         labels=row.labels,
-        state=row.state if row.alive or row.state == "lost" else "cordoned",
+        state=row.state if heard or row.state == "lost" else "cordoned",
     )
 
 
