@@ -16,6 +16,7 @@ import stat
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def checkpoint(path_or_url: str | os.PathLike[str], *, step: int | None = None, 
     """Register a checkpoint as complete: the next attempt finds it in `PHALANX_RESUME_FROM`.
 
     A relative path is taken inside `PHALANX_CHECKPOINT_DIR`. Call it on one rank, after every rank has written.
-    `data` is stored with it and must be JSON.
+    `data` is stored with it: JSON, or numbers as for `report`; what is neither is dropped and counted.
     """
     link = _link()
     if link is not None:
-        link.mark("checkpoint", {**data, "url": _resolve(str(path_or_url)), "step": _whole(step)})
+        link.mark("checkpoint", {"url": _resolve(str(path_or_url)), "step": _whole(step)}, extra=data)
 
 
 def should_stop() -> bool:
@@ -87,7 +88,7 @@ class _Link:
         total = _whole(total_steps)
         if total is not None and total != self._total_steps:
             self._total_steps = total
-            self.mark("progress", {"total_steps": total})
+            self.mark("progress", {"total_steps": total}, wait_s=0.0)
         numbers = {name: number for name, value in values.items() if (number := _number(value)) is not None}
         self._dropped += len(values) - len(numbers)
         message = _datagram({"t": "metrics", "at": at, "step": _whole(step), "values": numbers})
@@ -96,13 +97,21 @@ class _Link:
         elif not (self._flush() and self._send(message)):
             self._dropped += max(1, len(numbers))
 
-    def mark(self, kind: str, data: dict[str, Any]) -> None:
-        message = _datagram({"t": "mark", "kind": kind, "at": time.time(), "data": data})
+    def mark(
+        self, kind: str, data: dict[str, Any], *, extra: Mapping[str, Any] | None = None, wait_s: float = MARK_WAIT_S
+    ) -> None:
+        """`extra` goes with it as far as it can be sent; the mark itself is not lost for it."""
+        envelope = {"t": "mark", "kind": kind, "at": time.time()}
+        sendable = _sendable(extra or {})
+        message = _datagram({**envelope, "data": {**sendable, **data}})
+        if message is None:
+            sendable, message = {}, _datagram({**envelope, "data": data})
+        self._dropped += len(extra or {}) - len(sendable)
         if message is None:
             self._dropped += 1
             return
         self._pending.append(message)
-        deadline = time.monotonic() + MARK_WAIT_S
+        deadline = time.monotonic() + wait_s
         while not self._flush() and time.monotonic() < deadline:
             time.sleep(0.005)
 
@@ -187,6 +196,12 @@ def _datagram(message: dict[str, Any]) -> bytes | None:
     except (TypeError, ValueError, RecursionError):
         return None
     return encoded if len(encoded) <= MAX_MESSAGE_BYTES else None
+
+
+def _sendable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can carry of the values: as they are, else as numbers."""
+    plain = {name: value if _datagram({name: value}) else _number(value) for name, value in values.items()}
+    return {name: value for name, value in plain.items() if value is not None or values[name] is None}
 
 
 def _number(value: Any) -> float | int | str | None:

@@ -94,11 +94,21 @@ def test_report_says_total_steps_once(received: Receive) -> None:
     assert [message["t"] for message in received()] == ["mark", "metrics", "metrics", "metrics"]
 
 
+def test_a_new_total_does_not_wait_for_room(received: Receive, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job.time, "sleep", lambda _: pytest.fail("it waited"))
+    for step in range(5000):
+        phalanx.report(step=step, loss=1.0)
+    phalanx.report(step=5000, total_steps=100, loss=1.0)
+    received()
+    phalanx.report(step=5001, total_steps=100, loss=1.0)
+    assert {"total_steps": 100} in [message.get("data") for message in received()]
+
+
 def test_report_never_blocks_and_marks_wait_their_turn(received: Receive) -> None:
     started = time.monotonic()
     for step in range(5000):
         phalanx.report(step=step, loss=1.0)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60, "if each waited as a mark does, it would take a quarter of an hour"
     phalanx.finished()  # no room: waits a moment, then stays behind
     taken = received()
     assert len(taken) < 5000
@@ -155,6 +165,21 @@ def test_checkpoint_resolves_relative_paths(
     assert (message["kind"], message["data"]) == ("checkpoint", {"url": url, "step": 3, "loss": 0.5})
 
 
+def test_a_checkpoint_is_registered_whatever_is_said_with_it(received: Receive) -> None:
+    import torch
+
+    said = {"loss": float("nan"), "norm": torch.tensor(1.5), "note": None, "tags": ["a"], "model": object(), "url": "x"}
+    phalanx.checkpoint("/c/1", step=1, **said)
+    phalanx.checkpoint("/c/2", step=2, history="x" * job.MAX_MESSAGE_BYTES)
+    phalanx.checkpoint("/c/3", step=3, **{f"part{i}": "x" * 2000 for i in range(20)})
+    phalanx.report(step=4)
+    first, second, third, dropped, _ = received()
+    sent = {"url": "/c/1", "step": 1, "loss": "nan", "norm": 1.5, "note": None, "tags": ["a"]}
+    assert (first["kind"], first["data"]) == ("checkpoint", sent)
+    assert second["data"] == {"url": "/c/2", "step": 2} and third["data"] == {"url": "/c/3", "step": 3}
+    assert dropped["data"]["count"] == 1 + 1 + 20
+
+
 @pytest.mark.parametrize("value", ["", "nonsense", "1", "9999"], ids=["empty", "no number", "no socket", "closed"])
 def test_outside_a_job_everything_does_nothing(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PHALANX_REPORT_FD", value)
@@ -168,10 +193,11 @@ def test_outside_a_job_everything_does_nothing(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_import_is_light() -> None:
+    """Counted in modules, not in seconds, which depend on what else the machine does; the budget is 0.1 s."""
     probe = (
-        "import sys, time; start = time.perf_counter(); import phalanx; phalanx.report(step=1); "
-        "print(time.perf_counter() - start, *{'torch', 'ray', 'pydantic', 'httpx', 'numpy'} & set(sys.modules))"
+        "import sys; before = set(sys.modules); import phalanx; phalanx.report(step=1); "
+        "print(*set(sys.modules) - before)"
     )
-    results = [subprocess.check_output([sys.executable, "-c", probe], text=True).split() for _ in range(3)]
-    assert all(len(result) == 1 for result in results), results
-    assert min(float(result[0]) for result in results) < 0.1
+    imported = subprocess.check_output([sys.executable, "-c", probe], text=True).split()
+    assert {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"phalanx"}
+    assert len(imported) < 100, imported
