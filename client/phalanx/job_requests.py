@@ -225,10 +225,15 @@ def _log_piece(start_bytes: int, answer: Answer) -> Page[str]:
 
 
 def follow_logs(
-    job_id: str, *, rank: int | None = None, stream: str | None = None, tail_lines: int | None = None
+    job_id: str,
+    *,
+    rank: int | None = None,
+    stream: str | None = None,
+    attempt: int | None = None,
+    tail_lines: int | None = None,
 ) -> Stream[models.LogLine]:
-    """Output of a job as it comes, until it has ended."""
-    params = clean({"follow": True, "rank": rank, "stream": stream, "tail_lines": tail_lines})
+    """Output of a job as it comes, until it has ended: of all its attempts unless `attempt` says which."""
+    params = clean({"follow": True, "rank": rank, "stream": stream, "attempt": attempt, "tail_lines": tail_lines})
     return Stream(_job_path(job_id, "logs"), _message(models.LogLine), params)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,6 +315,28 @@ def test_following_logs_of_several_ranks_prints_whole_lines_with_their_rank(wire
     assert run("logs", "-f", JOB_ID).stdout == "[1] b\n[0] ac\n[0] d\n"
 
 
+def test_following_logs_of_one_attempt(wired: FakeServer, run: Run) -> None:
+    wired.on(f"GET /v1/jobs/{JOB_ID}/logs", stream(("end", "", {}))).on(f"GET /v1/jobs/{JOB_ID}", answer(job()))
+    run("logs", "-f", "--attempt", "2", JOB_ID)
+    assert wired.seen(f"GET /v1/jobs/{JOB_ID}/logs")[0].url.params["attempt"] == "2"
+
+
+@pytest.mark.parametrize("command", ["logs", "metrics", "events"])
+def test_following_as_yaml_prints_documents(wired: FakeServer, run: Run, command: str) -> None:
+    own = {"logs": {"attempt": 1, "rank": 0, "stream": "stdout"}, "metrics": {"values": {}}}.get(command, {"kind": "x"})
+    records = [{"id": n, "at": AT, "text": f"a: {n}\n---\n", "message": "", **own} for n in range(2)]
+    sent = [("any", str(n), one) for n, one in enumerate(records)]
+    wired.on(f"GET /v1/jobs/{JOB_ID}/{command}", stream(*sent, ("end", "", {})))
+    wired.on(f"GET /v1/jobs/{JOB_ID}", answer(job()))
+    assert list(yaml.safe_load_all(run(command, "-f", "-o", "yaml", JOB_ID).stdout)) == records
+
+
+def test_following_has_no_window(run: Run) -> None:
+    said = "--from and --to say what to show of the past: leave out --follow"
+    assert said in run("metrics", "-f", "--from", "2026-11-21", JOB_ID, code=2).stderr
+    assert said in run("metrics", "-f", "--to", "2026-11-21", JOB_ID, code=2).stderr
+
+
 def test_metrics_as_sparklines_and_as_a_chart(wired: FakeServer, run: Run) -> None:
     points = [{"at": AT, "step": i, "min": 9.0 - i, "max": 9.0 - i, "mean": 9.0 - i, "count": 2} for i in range(9)]
     wired.on(f"GET /v1/jobs/{JOB_ID}/metrics", answer({"series": [{"name": "loss", "points": points}]}))
@@ -417,11 +438,10 @@ def test_a_token_is_printed_alone(wired: FakeServer, run: Run) -> None:
 # ------------------------------------------------------------------ the program
 
 
-def test_version_is_quick_and_imports_little() -> None:
+def test_version_imports_little() -> None:
+    """That is what makes it quick; the budget is 0.25 s."""
     code = "import sys; from phalanx.cli import main\ntry: main()\nfinally: print(*sys.modules)"
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 3.0, "the budget is 0.25 s; this only catches an import gone astray"
     version, modules = done.stdout.splitlines()
     assert version.startswith("phalanx 0.")
     assert not {"httpx", "phalanx_server", "phalanx_worker", "ray", "torch"} & set(modules.split())

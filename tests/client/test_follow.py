@@ -109,6 +109,12 @@ def test_the_phases_that_are_shown_add_up(following) -> None:
     assert len(milliseconds) == 6 and sum(milliseconds.values()) == pytest.approx(total)
 
 
+def test_phases_count_from_what_came_before_the_attempt(following) -> None:
+    assert "submit → first step" in following(ended("succeeded"), code=0).stdout
+    later = following(ended("succeeded", attempts=2, phases={**PHASES, "accepted_s": None}), code=0).stdout
+    assert "return to the queue → first step" in later and "submit →" not in later
+
+
 def test_away_from_a_terminal_there_is_a_line_for_each_state(following) -> None:
     result = following(job(hold=HOLD), running(1), running(2), ended("succeeded"), code=0)
     assert result.stderr.splitlines() == [

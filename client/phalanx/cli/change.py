@@ -40,8 +40,7 @@ def release(job: JobArgument, output_as: output.Output = output.Format.TABLE) ->
 def _print(job: Job, said: str, output_as: output.Format) -> None:
     if output_as is not output.Format.TABLE:
         return output.data(job.raw, output_as)
-    state = f"it had already {job.state}" if job.ended and job.state != "cancelled" else said
-    typer.echo(f"{job.name} {job.id} {state}")
+    typer.echo(f"{job.name} {job.id} {said}")
 
 
 def register(app: typer.Typer) -> None:

@@ -112,9 +112,13 @@ def phases(found: Phases | None) -> str | None:
     parts = [f"{name} {output.duration(seconds)}" for name, seconds in reached(found)]
     if not parts or found is None:
         return None
-    start = "submit" if found.accepted_s is not None else "it was queued again"  # only a first attempt was accepted
-    total = f"{output.duration(found.total_s)} after {start} = " if found.total_s is not None else ""
+    total = f"{output.duration(found.total_s)} after {start_of(found)} = " if found.total_s is not None else ""
     return total + " + ".join(parts)
+
+
+def start_of(found: Phases) -> str:
+    """What the phases count from: only a first attempt was accepted."""
+    return "submit" if found.accepted_s is not None else "return to the queue"
 
 
 def exits(found: Attempt | None) -> list[str]:

@@ -142,7 +142,7 @@ def events(
 
 def _print_event(event: Event, output_as: output.Format) -> None:
     if output_as is not output.Format.TABLE:
-        return output.data_line(event.raw)
+        return output.record(event.raw, output_as)
     where = f" [{event.node}]" if event.node else ""
     print(f"{output.local(event.at)}  {event.kind:<16}{where} {event.message}", flush=True)
 

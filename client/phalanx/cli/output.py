@@ -76,9 +76,14 @@ def data(value: Any, format: Format) -> None:
     sys.stdout.write(text)
 
 
-def data_line(value: Any) -> None:
-    """Print one record of a stream: JSON on a line of its own, at once."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+def record(value: Any, format: Format) -> None:
+    """Print one record of a stream at once: JSON on a line of its own, or a YAML document."""
+    if format is Format.YAML:
+        print("---")
+        data(value, format)
+        sys.stdout.flush()
+    else:
+        print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def items(found: Iterable[Any], columns: Sequence[Column], format: Format, *, empty: str) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from phalanx.cli import chart, describe, output
+from phalanx.cli.failures import INVALID, CommandError
 from phalanx.cli.output import Column
 from phalanx.cli.session import JobArgument, connected, job_id
 from phalanx.models import LogLine, Point, Progress, Series
@@ -33,7 +34,7 @@ def logs(
         found = job_id(client, job)
         if follow:
             named = rank is None and client.job(found).ranks > 1
-            lines = client.follow_logs(found, rank=rank, stream=stream, tail_lines=tail)
+            lines = client.follow_logs(found, rank=rank, stream=stream, attempt=attempt, tail_lines=tail)
             return _follow_logs(lines, output_as, named=named)
         if tail is None:
             pieces = client.iter_logs(found, rank=rank, stream=stream, attempt=attempt)
@@ -48,7 +49,7 @@ def logs(
 def _follow_logs(lines: Iterable[LogLine], output_as: output.Format, *, named: bool) -> None:
     if output_as is not output.Format.TABLE:
         for line in lines:
-            output.data_line(line.raw)
+            output.record(line.raw, output_as)
         return
     printer = LogPrinter(lambda text: print(text, flush=True), named=named)
     for line in lines:
@@ -91,6 +92,8 @@ def metrics(
     output_as: output.Output = output.Format.TABLE,
 ) -> None:
     """Show what a job measured: a line for each metric, or a chart of those named."""
+    if follow and (since or until):
+        raise CommandError("--from and --to say what to show of the past: leave out --follow", exit_code=INVALID)
     with connected() as client:
         found = job_id(client, job)
         if follow:
@@ -148,7 +151,7 @@ def _print_chart(series: Series) -> None:
 
 def _print_report(report: Progress, output_as: output.Format) -> None:
     if output_as is not output.Format.TABLE:
-        return output.data_line(report.raw)
+        return output.record(report.raw, output_as)
     said = "  ".join(f"{name} {output.number(value)}" for name, value in report.values.items() if name != "step")
     print(f"step {describe.step(report) or '–'}  {said}", flush=True)
 

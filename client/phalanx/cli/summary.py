@@ -43,14 +43,15 @@ def _headline(job: Job) -> Any:
 
 
 def _phases(job: Job) -> Any:
-    """Submit to first step, phase by phase: milliseconds, and a bar of each one's share."""
+    """The way to the first step, phase by phase: milliseconds, and a bar of each one's share."""
     from rich.table import Table
 
     found = describe.reached(job.phases)
     if not found or job.phases is None:
         return None
     total_s = sum(seconds for _, seconds in found)
-    table = Table(title="submit → first step", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    title = f"{describe.start_of(job.phases)} → first step"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.show_header = False
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
