@@ -74,6 +74,7 @@ def _loops(
         startup_grace_s=settings.startup_grace_s,
         fence_s=settings.fence_s,
         loss_grace_s=settings.loss_grace_s,
+        outage_tolerance_s=settings.outage_tolerance_s,
     )
     keep = Keep(
         metrics=timedelta(days=settings.retain_metrics_days),

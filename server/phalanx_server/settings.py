@@ -56,6 +56,8 @@ class Settings(BaseSettings):
     startup_grace_s: Seconds = 15
     fence_s: Seconds = 60
     loss_grace_s: Seconds = 5
+    outage_tolerance_s: Seconds = 3_600
+    """A cluster that is cut off from the server for so long ends its ranks; only then are its nodes given up."""
     heartbeat_s: Seconds = 2
     lease_ttl_s: Seconds = 4
     lease_renew_s: Seconds = 1

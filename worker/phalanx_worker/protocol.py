@@ -174,6 +174,7 @@ class InventoryAnswer:
     node_tokens: dict[str, str]  # node name -> token
     fence_s: float
     heartbeat_s: float
+    outage_tolerance_s: float = 3_600.0  # a runner that reaches no server for so long ends its ranks
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,8 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """`POST /v1/node/reports`, at most 4 MiB as JSON. Batches of one `boot` are numbered from 1; the server takes each
-    number once and answers the highest it has (`ReportAnswer` plus `accepted_seq`)."""
+    """`POST /v1/node/reports`, at most 4 MiB as JSON. The numbers of one `boot` only grow, with gaps; the server takes
+    each number once and answers the highest it has (`ReportAnswer` plus `accepted_seq`)."""
 
     boot: str  # random per runner process
     seq: int

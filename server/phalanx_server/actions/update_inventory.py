@@ -47,6 +47,7 @@ async def update_inventory(
     now: datetime,
     fence_s: float,
     heartbeat_s: float,
+    outage_tolerance_s: float = 3_600.0,
 ) -> InventoryAnswer:
     """Raises Superseded for an agent that was replaced, Invalid if two nodes have one name."""
     facts = {node.name: node for node in inventory.nodes}
@@ -72,6 +73,7 @@ async def update_inventory(
         node_tokens=tokens,
         fence_s=fence_s,
         heartbeat_s=heartbeat_s,
+        outage_tolerance_s=outage_tolerance_s,
     )
 
 

@@ -46,6 +46,7 @@ async def put_inventory(
             now=now(),
             fence_s=settings.fence_s,
             heartbeat_s=settings.heartbeat_s,
+            outage_tolerance_s=settings.outage_tolerance_s,
         )
     )
 

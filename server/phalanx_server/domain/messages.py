@@ -163,6 +163,7 @@ class InventoryAnswer(Message):
     node_tokens: dict[str, str]
     fence_s: float
     heartbeat_s: float
+    outage_tolerance_s: float = 3_600.0
 
 
 class Refused(Message):

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from phalanx_worker.node import logs
+from phalanx_worker.node import spool as spool_module
 from phalanx_worker.node.link import Link
 from phalanx_worker.node.logs import LogBudget, LogStream
-from phalanx_worker.node.outbox import Batch, Outbox, shrink, to_item
+from phalanx_worker.node.outbox import MAX_BATCH_BYTES, Batch, Outbox, shrink, to_item
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.reports import ReportSocket
 from phalanx_worker.node.spool import Spool
@@ -95,19 +96,102 @@ async def test_refused_attempt_is_not_sent_again(
     assert not [report for report in server.reports[seen + 1 :] if report["logs"]]
 
 
-async def test_report_that_the_server_never_takes_is_given_up(
+async def test_a_server_that_rejects_even_a_heartbeat_costs_nothing(
     light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
 ) -> None:
     runner = await light_runner(server, heartbeat_s=0.1)
     server.status = 422
-    again = tmp_path / "again"
-    command = f"echo lost; while [ ! -e {again} ]; do sleep 0.05; done; echo found"
-    attempt = await make_workbench([runner], server, tmp_path).attempt(command).start()
+    attempt = await make_workbench([runner], server, tmp_path).attempt("echo kept").start()
     await server.until(lambda: any(report["logs"] for report in server.rejected))
     server.status = 200
-    again.touch()
-    await server.until(lambda: "Zm91bmQK" in json.dumps(server.items("logs", attempt.id)))
-    await server.until(lambda: bool(server.marks(attempt.id, "dropped")))
+    await server.until(lambda: server.text(attempt.id, rank=0) == "kept\n")
+    assert not server.marks(attempt.id, "dropped")
+
+
+class Picky:
+    """A server that answers `status` to any report with an item that says "bad"."""
+
+    def __init__(self, server: Any, status: int):
+        self.server, self.status, self.bad = server, status, 0
+        self._answer = server._answer
+        server._answer = self.answer
+
+    def answer(self, target: str, body: bytes) -> tuple[int, bytes]:
+        if b"bad" not in body:
+            return self._answer(target, body)
+        self.bad += 1
+        return self.status, b"{}"
+
+
+def link_to(server: Any, tmp_path: Path) -> tuple[Link, Outbox]:
+    outbox = Outbox("boot")
+    return Link(outbox, Spool(tmp_path), lambda: Heartbeat([], NodeStats(0.0, 0), warm_ready=True)), outbox
+
+
+async def test_only_the_item_that_the_server_rejects_is_lost(server: Any, tmp_path: Path) -> None:
+    Picky(server, 422)
+    link, outbox = link_to(server, tmp_path)
+    await link.configure(server_url=server.url, token="token", heartbeat_s=1.0)
+    for number in range(50):
+        outbox.put(replace(chunk("bad" if number == 17 else "good"), offset=number, rank=3))
+    outbox.put(Mark("att_b", 1, rank=0, kind="finished", at=1.0))
+    while outbox.size_bytes or len(link._spool):
+        await link.deliver()
+    await link.close()
+    assert [item["offset"] for item in server.items("logs", "att_a")] == [each for each in range(50) if each != 17]
+    assert len(server.marks("att_b", "finished")) == 1 and not server.marks("att_b", "dropped")
+    (dropped,) = server.marks("att_a", "dropped")
+    assert (dropped["rank"], dropped["data"]["what"], dropped["data"]["count"]) == (3, "logs", 1)
+    numbers = [report["seq"] for report in server.reports]
+    assert numbers == sorted(set(numbers))
+
+
+async def test_a_report_over_which_the_server_fails_lets_heartbeats_and_others_pass(
+    server: Any, tmp_path: Path
+) -> None:
+    picky = Picky(server, 500)
+    link, outbox = link_to(server, tmp_path)
+    await link.configure(server_url=server.url, token="token", heartbeat_s=1.0)
+    outbox.put(chunk("bad"))
+    outbox.put(chunk("good"))
+    sent = 0
+    while outbox.size_bytes or len(link._spool):
+        await link.deliver()
+        if sent < 30:
+            outbox.put(replace(chunk("other", "att_b"), offset=sent))
+            sent += 1
+    await link.deliver()
+    await link.close()
+    assert [item["offset"] for item in server.items("logs", "att_b")] == list(range(30))
+    assert [item["data"] for item in server.items("logs", "att_a")] == ["good"]
+    assert [mark["data"]["count"] for mark in server.marks("att_a", "dropped")] == [1]
+    assert picky.bad < 20
+
+
+async def test_logs_wait_while_the_server_can_store_none(server: Any, tmp_path: Path) -> None:
+    picky = Picky(server, 503)
+    link, outbox = link_to(server, tmp_path)
+    await link.configure(server_url=server.url, token="token", heartbeat_s=1.0)
+    for number in range(20):
+        outbox.put(replace(chunk("bad"), offset=number))
+        outbox.put(point(number))
+        await link.deliver()
+    assert server.reports and all(report["heartbeat"] for report in server.reports)  # the node is not given up
+    server._answer = picky._answer
+    while outbox.size_bytes or len(link._spool):
+        await link.deliver()
+    await link.close()
+    assert sorted(item["offset"] for item in server.items("logs", "att_a")) == list(range(20))
+
+
+async def test_an_item_over_the_size_of_a_batch_is_sent_alone(server: Any, tmp_path: Path) -> None:
+    link, outbox = link_to(server, tmp_path)
+    await link.configure(server_url=server.url, token="token", heartbeat_s=1.0)
+    outbox.put(chunk("x" * (MAX_BATCH_BYTES + 1)))
+    outbox.put(chunk("next"))
+    assert [len(outbox.next_batch().items) for _ in range(3)] == [1, 1, 0]
+    assert not outbox.filled.is_set()
+    await link.close()
 
 
 async def test_logs_over_the_limit_are_dropped_and_said(workbench: Any) -> None:
@@ -214,6 +298,42 @@ async def test_marks_of_a_rank_that_ended_without_reading_its_stop_are_not_lost(
     assert [mark.kind for mark in marks] == ["checkpoint", "finished"]
 
 
+async def test_text_that_cannot_be_sent_is_replaced_and_deep_nesting_refused() -> None:
+    ours, theirs = channel.pair()
+    points: list[MetricPoint | Mark] = []
+    reports = ReportSocket(ours, ("att_a", 1), 0, points.append, lambda _: None)
+    deep = b"[" * 150 + b"]" * 150
+    theirs.send(b'{"t":"metrics","values":{"lo\\ud800ss":1}}')
+    theirs.send(b'{"t":"mark","kind":"note","data":{"message":["\\udfff",{"k\\ud800":1}]}}')
+    theirs.send(b'{"t":"mark","kind":"note","data":{"a":' + deep + b"}}")
+    theirs.send(b'{"t":"mark","kind":"finished","data":' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}")
+    theirs.close()
+    reports.close()
+    point, note, dropped = points
+    assert isinstance(point, MetricPoint) and point.values == {"lo?ss": 1}
+    assert isinstance(note, Mark) and note.data == {"message": ["?", {"k?": 1}]}
+    assert isinstance(dropped, Mark) and dropped.data["count"] == 2
+    for message in points:
+        to_item(message).text.encode("ascii")
+
+
+async def test_a_datagram_that_breaks_the_reader_costs_only_itself() -> None:
+    ours, theirs = channel.pair()
+    marks: list[Any] = []
+
+    def put(message: MetricPoint | Mark) -> None:
+        if isinstance(message, MetricPoint):
+            raise RecursionError
+        marks.append(message)
+
+    reports = ReportSocket(ours, ("att_a", 1), 0, put, lambda _: None)
+    theirs.send(b'{"t":"metrics","values":{"a":1}}')
+    theirs.send(b'{"t":"mark","kind":"finished","data":{}}')
+    theirs.close()
+    reports.close()
+    assert [mark.kind for mark in marks] == ["finished", "dropped"]
+
+
 async def test_word_of_a_guardian_that_ended_without_reading_its_stop_is_not_lost() -> None:
     group = object.__new__(Group)
     group._connection, guardian = channel.pair()
@@ -309,15 +429,47 @@ async def test_spool_keeps_order_over_restarts_and_sets_damage_aside(tmp_path: P
 
 async def test_spool_over_its_bound_loses_oldest_metrics_then_oldest_logs(tmp_path: Path) -> None:
     spool = Spool(tmp_path, limit_bytes=12_000)
-    for seq in range(1, 9):
-        spool.append(Batch("one", seq, [to_item(chunk("x" * 1000)), *(to_item(point(number)) for number in range(8))]))
+    for seq in range(1, 10):
+        points = [to_item(replace(point(number), rank=5)) for number in range(8)]
+        spool.append(Batch("one", seq, [to_item(chunk("x" * 1000)), *points]))
     assert spool.size_bytes <= 12_000
+    batches = drain(spool)
+    points = [item for batch in batches for item in batch.items if item.kind == "metrics"]
+    logs = [batch.seq for batch in batches if any(item.kind == "logs" for item in batch.items)]
+    told = [json.loads(item.text) for batch in batches for item in batch.items if item.kind == "marks"]
+    assert logs == list(range(10 - len(logs), 10)) and 1 < len(logs) < 9
+    assert sum(mark["data"]["count"] for mark in told if mark["data"]["what"] == "metrics") + len(points) == 72
+    assert sum(mark["data"]["count"] for mark in told if mark["data"]["what"] == "logs") + len(logs) == 9
+    assert {(mark["rank"], mark["data"]["what"]) for mark in told} == {(5, "metrics"), (0, "logs")}
+
+
+def drain(spool: Spool) -> list[Batch]:
     batches = []
     while stored := spool.oldest():
         batches.append(stored[1])
         spool.remove(stored[0])
-    assert [batch.seq for batch in batches] == list(range(1, 9))
-    assert not [item for item in batches[0].items if item.kind == "metrics"]
-    dropped = [json.loads(item.text)["data"] for item in batches[0].items if item.kind == "marks"]
-    assert {name: dropped[0][name] for name in ("what", "count")} == {"what": "metrics", "count": 8}
-    assert [item for item in batches[-1].items if item.kind == "logs"]
+    return batches
+
+
+async def test_spool_over_its_bound_makes_room_for_many_batches_and_reads_none_that_it_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, read = Spool(tmp_path, limit_bytes=1 << 20), []
+    original = spool_module._read
+    monkeypatch.setattr(spool_module, "_read", lambda path: (read.append(path), original(path))[1])
+    for seq in range(1, 400):
+        spool.append(Batch("one", seq, [to_item(chunk("x" * 10_000))]))
+    assert len(read) < 20
+    batches = drain(spool)
+    kept = sum(item.kind == "logs" for batch in batches for item in batch.items)
+    told = sum(json.loads(i.text)["data"]["count"] for batch in batches for i in batch.items if i.kind == "marks")
+    assert kept + told == 399 and len(batches) < 110
+
+
+async def test_spool_reads_what_an_earlier_runner_wrote(tmp_path: Path) -> None:
+    earlier = to_item(chunk("x" * 1000))
+    (tmp_path / "000000000001-old-7.batch").write_text(f'{{"boot": "old", "seq": 7}}\nlogs ["att_a", 1] {earlier.text}')
+    spool = Spool(tmp_path, limit_bytes=2_500)
+    spool.append(Batch("new", 1, [to_item(chunk("y" * 1000))]))
+    spool.append(Batch("new", 2, [to_item(chunk("z" * 1000))]))
+    assert [batch.seq for batch in drain(spool)] == [2]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from phalanx_worker.node import fence as fence_module
 from phalanx_worker.node import users
-from phalanx_worker.node.fence import Fence
+from phalanx_worker.node.fence import Fence, OutageFence
 from phalanx_worker.node.service import StartFailed
 from phalanx_worker.runtime import linux
 
@@ -163,6 +163,35 @@ async def test_cut_off_node_ends_its_ranks(light_runner: Any, server: Any, make_
     await server.until(lambda: bool(server.marks(attempt.id, "note")))
     assert "cut off" in server.marks(attempt.id, "note")[0]["data"]["message"]
     assert (await attempt.exits())[0]["signal"] == signal.SIGKILL
+
+
+async def test_a_node_without_its_server_for_long_ends_its_ranks(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    async def gcs_answers() -> bool:
+        return True
+
+    runner = await light_runner(server, outage_tolerance_s=1.0, heartbeat_s=0.1, gcs_alive=gcs_answers)
+    attempt = await make_workbench([runner], server, tmp_path).attempt("echo up; sleep 60").start()
+    await attempt.printed("up")
+    await server.stop()
+    assert (await attempt.exits())[0]["signal"] == signal.SIGKILL
+    await server.start()
+    await server.until(lambda: bool(server.marks(attempt.id, "note")))
+    assert "cut off from the server for" in server.marks(attempt.id, "note")[0]["data"]["message"]
+
+
+async def test_an_outage_is_not_believed_by_a_runner_that_has_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(fence_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    outage = OutageFence(tolerance_s=3_600.0)
+    outage.in_vain(10.0)
+    now_s = 5_000.0  # it was stopped meanwhile
+    assert not outage.is_over
+    outage.in_vain(4_999.0)
+    assert outage.is_over and outage.silent_s == 5_000.0
+    outage.answered(4_999.5)
+    assert not outage.is_over
 
 
 async def test_fence_holds_while_gcs_answers_though_the_agent_is_silent() -> None:

@@ -9,8 +9,10 @@ import pytest
 from phalanx_worker.node import environment
 from phalanx_worker.node.command import plan_launch
 from phalanx_worker.node.devices import Devices
+from phalanx_worker.node.halves import Halves
 from phalanx_worker.node.orders import GroupOrder, Settings, StartFailed
-from phalanx_worker.node.reports import Merger
+from phalanx_worker.node.outbox import Batch, Item
+from phalanx_worker.node.reports import MAX_VALUES, Merger
 
 PYTHON = "/opt/venv/bin/python"
 
@@ -124,3 +126,39 @@ def test_merger_keeps_the_last_value_of_each_name_under_pressure() -> None:
     merger.flush()
     assert emitted[-1] == (999, {"loss": 999.0})
     assert len(emitted) + merger.dropped >= 1000 and len(emitted) < 320
+
+
+def test_merger_bounds_the_names_of_one_point_and_counts_the_rest() -> None:
+    emitted: list[dict[str, float | str]] = []
+    merger = Merger(lambda at, step, values: emitted.append(values))
+    for number in range(200):
+        merger.add(1.0, None, {f"name-{number}-{index}": 1.0 for index in range(100)})
+    merger.flush()
+    assert max(map(len, emitted)) <= MAX_VALUES
+    assert sum(map(len, emitted)) + merger.dropped == 200 * 100
+
+
+def test_halves_find_every_item_that_is_not_taken_and_use_no_number_twice() -> None:
+    bad = {3, 700, 701}
+    items = [Item("logs", ("att_a", 1), str(number)) for number in range(1000)]
+    halves, taken, numbers = Halves(Batch("boot", 10, items)), [], [10]
+    halves.rejected()
+    while part := halves.next():
+        numbers.append(part.seq)
+        found = [int(item.text) for item in part.items]
+        if bad & set(found):
+            halves.rejected()
+        else:
+            taken += found
+            halves.taken()
+    assert taken == [number for number in range(1000) if number not in bad]
+    assert [int(item.text) for item in halves.lost] == sorted(bad)
+    assert numbers == sorted(set(numbers)) and len(numbers) < 80
+
+
+def test_halves_give_up_looking_where_all_is_rejected() -> None:
+    halves = Halves(Batch("boot", 1, [Item("logs", ("att_a", 1), str(number)) for number in range(20_000)]))
+    halves.rejected()
+    while halves.next():
+        halves.rejected()
+    assert len(halves.lost) == 20_000 and halves.rest().seq < 200

@@ -146,6 +146,7 @@ class Agent:
             "node_name": name,
             "fence_s": answer.fence_s,
             "heartbeat_s": answer.heartbeat_s,
+            "outage_tolerance_s": answer.outage_tolerance_s,
             "data_dir": f"{self.settings.data_dir}/{name}",
             "checkpoint_root": self.settings.checkpoint_root,
             "own_users": self.settings.own_users,

@@ -82,7 +82,8 @@ class Duties:
         duties.tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(watch.run()),
-            asyncio.create_task(fence.run(lambda silent_s: _cut_off(hooks.groups(), silent_s))),
+            asyncio.create_task(fence.run(lambda silent_s: _cut_off(hooks.groups(), "its cluster", silent_s))),
+            asyncio.create_task(link.outage.run(lambda silent_s: _cut_off(hooks.groups(), "the server", silent_s))),
         ]
         return duties
 
@@ -115,8 +116,8 @@ def _heartbeat(hooks: Hooks, watch: Watch, warm: WarmProcess) -> Heartbeat:
     )
 
 
-def _cut_off(groups: list[Group], silent_s: float) -> None:
+def _cut_off(groups: list[Group], whom: str, silent_s: float) -> None:
     for group in groups:
         if group.state != "ended":
-            group.note("note", {"message": f"the node was cut off from its cluster for {silent_s:.0f} s: ranks ended"})
+            group.note("note", {"message": f"the node was cut off from {whom} for {silent_s:.0f} s: ranks ended"})
             group.kill()

@@ -1,6 +1,7 @@
-"""The node's own lease: without word from the agent and from Ray's GCS for `fence_s`, its ranks must end.
+"""The node's own leases: without word from the agent and from Ray's GCS for `fence_s`, or without an answer from the
+server for `outage_tolerance_s`, its ranks must end.
 
-Owns the clock of that silence (design: a partitioned node keeps running what the server may give to others, so it has
+Owns the clocks of that silence (design: a partitioned node keeps running what the server may give to others, so it has
 to stop by itself). Knows no rank: the consequence is passed in.
 """
 
@@ -12,6 +13,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 CheckGcs = Callable[[], Awaitable[bool]]
+
+_RECENT_S = 30.0  # longer than a report takes to fail and the next to be tried
 
 
 class Fence:
@@ -59,3 +62,37 @@ class Fence:
         with contextlib.suppress(Exception):  # whatever the client raises, it did not answer
             return await asyncio.wait_for(self._gcs_alive(), timeout_s)
         return False
+
+
+class OutageFence:
+    """The lease of a whole cluster that is cut off from its server.
+
+    Of each report it is told when it was sent, and whether it was answered. As in `Fence`, a runner that was stopped
+    itself has asked nobody, so the silence alone is not believed: a report must have been in vain lately.
+    """
+
+    def __init__(self, *, tolerance_s: float):
+        self.tolerance_s = tolerance_s
+        self._answered_at = time.monotonic()
+        self._in_vain_at = float("-inf")
+
+    def answered(self, sent_at: float) -> None:
+        self._answered_at = max(self._answered_at, sent_at)
+
+    def in_vain(self, sent_at: float) -> None:
+        self._in_vain_at = max(self._in_vain_at, sent_at)
+
+    @property
+    def silent_s(self) -> float:
+        return time.monotonic() - self._answered_at
+
+    @property
+    def is_over(self) -> bool:
+        return self.silent_s >= self.tolerance_s and time.monotonic() - self._in_vain_at < _RECENT_S
+
+    async def run(self, on_cut_off: Callable[[float], None]) -> None:
+        """Call `on_cut_off(seconds of silence)` from the end of the lease on, again and again until an answer."""
+        while True:
+            await asyncio.sleep(min(1.0, self.tolerance_s / 8))
+            if self.is_over:
+                on_cut_off(self.silent_s)

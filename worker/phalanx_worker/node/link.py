@@ -1,7 +1,9 @@
 """The runner's line to the server: reports go up in order, heartbeats with them; bundles come down.
 
 Owns delivery: one report in flight, again until it is answered, from disk first and then from memory; backoff while the
-server is away; whatever the server refuses is dropped for that attempt. Knows neither ranks nor logs.
+server is away; whatever the server refuses is dropped for that attempt. A report that the server rejects is taken apart
+until the item is found that it does not take; one over which it fails again and again lets the others pass, so that no
+rank's text costs the node its heartbeat or another attempt its logs. Knows neither ranks nor logs.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 
 import httpx
 from phalanx import config
 
 from phalanx_worker import protocol
+from phalanx_worker.node.fence import OutageFence
+from phalanx_worker.node.halves import Halves
 from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.outbox import Batch, Item, Outbox, dropped_marks
 from phalanx_worker.node.spool import Spool
@@ -34,13 +39,16 @@ _SPILL_BYTES = 4 << 20
 _REQUEST_TIMEOUT_S = 10.0
 _BUNDLE_TIMEOUT_S = 60.0
 _RETRY_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
+_FAULTS_BORNE = 3  # in a row, before the heartbeat is tried alone
+_POSTPONED_AT_MOST = 2  # after that a report over which the server fails is taken apart like a rejected one
 
 
 class Delivery(Enum):
-    """What became of one report. REJECTED: the server will never take it."""
+    """What became of one report. FAULT: the server failed, perhaps over it; REJECTED: it will never take it."""
 
     TAKEN = "taken"
     AWAY = "away"
+    FAULT = "fault"
     REJECTED = "rejected"
 
 
@@ -57,13 +65,17 @@ class Link:
         self._heartbeat_due = 0.0  # monotonic, as the next
         self._sent_at = 0.0
         self._failures = 0
-        self._owed: list[
-            Item
-        ] = []  # `dropped` marks for reports that are lost, kept until the server takes something again
+        self.outage = OutageFence(tolerance_s=3_600.0)
+        self._faults = 0  # reports in a row over which the server failed
+        self._kinds_taken: set[str] = set()  # since a report was last postponed
+        # `dropped` marks for reports that are lost, kept until the server takes something again
+        self._owed: list[Item] = []
         self._flushes: list[asyncio.Event] = []
         self._urgent = asyncio.Event()
 
-    async def configure(self, *, server_url: str, token: str, heartbeat_s: float) -> None:
+    async def configure(
+        self, *, server_url: str, token: str, heartbeat_s: float, outage_tolerance_s: float = 3_600.0
+    ) -> None:
         """Use this server and token from now on. A new token alone disturbs no request that is under way."""
         old = self._client
         if old is None or self._server_url != server_url:
@@ -79,6 +91,7 @@ class Link:
         assert self._client is not None
         self._client.headers["Authorization"] = f"Bearer {token}"
         self._heartbeat_s = heartbeat_s
+        self.outage.tolerance_s = outage_tolerance_s
         self._failures = 0
         self._urgent.set()
 
@@ -86,10 +99,12 @@ class Link:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._something_to_send(), max(0.0, self._heartbeat_due - time.monotonic()))
+            began_at = time.monotonic()
             try:
                 await self.deliver()
             except Exception:  # a disk that fails, say: a link that ended would make the node look lost
                 log.exception("delivering reports failed")
+                self.outage.in_vain(began_at)
                 self._failures += 1
             if self._failures:
                 await self._pause()
@@ -145,7 +160,7 @@ class Link:
     # -------------------------------------------------------------- one report
 
     async def _deliver_one(self, client: httpx.AsyncClient) -> bool:
-        """Send the oldest report; True if the next may follow at once.
+        """Send the oldest report, in parts if need be; True if the next may follow at once.
 
         What comes faster than it can be sent waits on disk, where there is more room than in memory. Only here: while
         no report is under way, what is saved is in order.
@@ -161,25 +176,84 @@ class Link:
             if path is None:
                 self._save(batch)  # perhaps taken, perhaps not: its number lets it be sent again
             raise
-        if outcome is Delivery.AWAY:
-            self._failures += 1
-            if path is None:
-                self._save(batch)
-            if self._outbox.size_bytes:
-                self._save_waiting()
-            return False
+        if outcome is Delivery.TAKEN:
+            self._take(path, batch)
+            return True
+        path = path or self._save(batch)
+        if path is not None and outcome is not Delivery.AWAY and await self._get_past(client, path, batch, outcome):
+            self._pay()
+            return True
+        self._failures += 1
+        if self._outbox.size_bytes:
+            self._save_waiting()
+        return False
+
+    def _take(self, path: Path | None, batch: Batch) -> None:
+        """The server has it."""
         self._failures = 0
         if path is not None:
             self._spool.remove(path)
+        if batch.items:
+            self._faults = 0
+            self._kinds_taken |= batch.kinds
+        self._pay()
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, []
+        for mark in owed:
+            self._outbox.put_item(mark)
+
+    async def _get_past(self, client: httpx.AsyncClient, path: Path, batch: Batch, outcome: Delivery) -> bool:
+        """The server rejected a stored report or failed over it. Only where it takes a heartbeat alone is the report to
+        blame. True when the report is dealt with and the next may follow."""
+        self._faults += outcome is Delivery.FAULT
+        if outcome is Delivery.FAULT and self._faults < _FAULTS_BORNE:
+            return False
+        halves = Halves(batch)
+        alone = halves.nothing()
+        self._spool.replace(path, halves.rest())
+        if await self._send(client, alone) is not Delivery.TAKEN:
+            return False
         if outcome is Delivery.REJECTED:
-            self._owed += dropped_marks(batch.items)
-        else:
-            owed, self._owed = self._owed, []
-            for mark in owed:
-                self._outbox.put_item(mark)
-        return True
+            return await self._send_apart(client, path, halves, {Delivery.REJECTED})
+        if batch.postponed >= _POSTPONED_AT_MOST:
+            return await self._send_apart(client, path, halves, {Delivery.REJECTED, Delivery.FAULT})
+        self._postpone(path, batch)
+        return False
+
+    def _postpone(self, path: Path, batch: Batch) -> None:
+        """Let all others pass. It counts only if the like of it was taken meanwhile: perhaps no logs can be stored."""
+        others_pass = batch.kinds <= self._kinds_taken
+        self._kinds_taken = set()
+        self._spool.remove(path)
+        self._save(self._outbox.number(batch.items, postponed=batch.postponed + others_pass))
+
+    async def _send_apart(self, client: httpx.AsyncClient, path: Path, halves: Halves, refusals: set[Delivery]) -> bool:
+        """Send a report once more, then in ever smaller parts if the server does not take it; False if it went away."""
+        try:
+            while (part := halves.next()) is not None:
+                outcome = await self._send(client, part)
+                if outcome is Delivery.FAULT and await self._send(client, halves.nothing()) is not Delivery.TAKEN:
+                    return False
+                if outcome is Delivery.TAKEN:
+                    halves.taken()
+                elif outcome in refusals:
+                    halves.rejected()
+                else:
+                    return False
+            return True
+        finally:
+            self._owed += dropped_marks(halves.lost)
+            rest = halves.rest()
+            self._spool.replace(path, rest) if rest.items else self._spool.remove(path)
 
     async def _send(self, client: httpx.AsyncClient, batch: Batch) -> Delivery:
+        delivery = await self._post(client, batch)
+        told = self.outage.answered if delivery is Delivery.TAKEN else self.outage.in_vain
+        told(self._sent_at)
+        return delivery
+
+    async def _post(self, client: httpx.AsyncClient, batch: Batch) -> Delivery:
         heartbeat = replace(self._heartbeat(), spool_bytes=self._spool.size_bytes)
         body = batch.body(heartbeat)
         self._sent_at = time.monotonic()
@@ -194,7 +268,7 @@ class Link:
             return Delivery.TAKEN
         if answer.status_code >= 500 or answer.status_code in _RETRY_STATUSES:
             log.warning("report %d answered %d", batch.seq, answer.status_code)
-            return Delivery.AWAY
+            return Delivery.FAULT if answer.status_code >= 500 else Delivery.AWAY
         log.error("report %d rejected: %d %s", batch.seq, answer.status_code, answer.text[:500])
         return Delivery.REJECTED
 
@@ -210,7 +284,7 @@ class Link:
     def _without_refused(self, batch: Batch) -> Batch:
         if not any(self._outbox.is_refused(attempt) for attempt in batch.attempts):
             return batch
-        return Batch(batch.boot, batch.seq, [item for item in batch.items if not self._outbox.is_refused(item.attempt)])
+        return replace(batch, items=[item for item in batch.items if not self._outbox.is_refused(item.attempt)])
 
     # -------------------------------------------------------------- waiting
 
@@ -241,11 +315,13 @@ class Link:
         while self._outbox.filled.is_set():
             self._save(self._outbox.next_batch())
 
-    def _save(self, batch: Batch) -> None:
+    def _save(self, batch: Batch) -> Path | None:
+        """Where it is now; None if nothing was in it, or the disk refused."""
         if not batch.items:
-            return
+            return None
         try:
-            self._spool.append(batch)
+            return self._spool.append(batch)
         except OSError as error:
             log.error("reports are lost, the spool cannot be written: %s", error)
             self._owed += dropped_marks(batch.items)
+            return None

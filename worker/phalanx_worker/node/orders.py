@@ -28,6 +28,7 @@ class Settings:
     checkpoint_root: str | None = None
     fence_s: float = 60.0
     heartbeat_s: float = 2.0
+    outage_tolerance_s: float = 3_600.0
     own_users: bool = False
 
     @classmethod

@@ -19,6 +19,7 @@ from phalanx_worker.protocol import LogChunk, Mark, MetricPoint
 
 MAX_BATCH_BYTES = 2 << 20  # well below the 4 MiB that the server takes
 MAX_WAITING_BYTES = 16 << 20
+SEQ_STEP = 1 << 16  # between the numbers of batches: room for the parts of one that must be taken apart
 KINDS = ("logs", "metrics", "marks")
 GIVEN_UP_IN_ORDER = ("metrics", "logs", "marks")
 
@@ -32,15 +33,20 @@ class Item:
     kind: str
     attempt: AttemptKey
     text: str
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A numbered set of items; the server takes each number of a boot once, so a batch may be sent again."""
+    """A numbered set of items; the server takes each number of a boot once, so a batch may be sent again.
+
+    `postponed`: how often others were let go before it, because the server failed over it.
+    """
 
     boot: str
     seq: int
     items: list[Item] = field(default_factory=list)
+    postponed: int = 0
 
     def body(self, heartbeat: protocol.Heartbeat | None) -> bytes:
         """The JSON of the NodeReport. The items are JSON already: a batch of 10,000 points is joined, not encoded."""
@@ -54,27 +60,59 @@ class Batch:
         return {item.attempt for item in self.items}
 
     @property
-    def size_bytes(self) -> int:
-        return sum(len(item.text) for item in self.items)
+    def kinds(self) -> set[str]:
+        return {item.kind for item in self.items}
 
 
 def to_item(message: LogChunk | MetricPoint | Mark) -> Item:
     kind = "logs" if isinstance(message, LogChunk) else "metrics" if isinstance(message, MetricPoint) else "marks"
     # These messages are flat, so their fields are their JSON; protocol.encode would copy each of them deeply.
-    return Item(kind, (message.attempt_id, message.epoch), json.dumps(vars(message)))
+    return Item(kind, (message.attempt_id, message.epoch), json.dumps(vars(message)), message.rank)
 
 
 def dropped_marks(items: Iterable[Item]) -> list[Item]:
-    """One `dropped` mark for each attempt and kind among items that are given up."""
-    counts: Counter[tuple[AttemptKey, str]] = Counter()
-    sizes: Counter[tuple[AttemptKey, str]] = Counter()
-    for item in items:
-        counts[item.attempt, item.kind] += 1
-        sizes[item.attempt, item.kind] += len(item.text)
-    return [dropped_mark(key[0], what=key[1], count=count, size_bytes=sizes[key]) for key, count in counts.items()]
+    """What `Losses` says of items that are given up."""
+    losses = Losses()
+    losses.add(items)
+    return losses.marks()
 
 
-def dropped_mark(attempt: AttemptKey, *, what: str, count: int, size_bytes: int, rank: int = 0) -> Item:
+class Losses:
+    """Items given up, counted by attempt, rank and kind; a `dropped` mark among them counts as what it says."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[AttemptKey, int, str]] = Counter()
+        self._sizes: Counter[tuple[AttemptKey, int, str]] = Counter()
+
+    def add(self, items: Iterable[Item]) -> None:
+        for item in items:
+            told = _told(item) if item.kind == "marks" and _IS_DROPPED in item.text else None
+            what, count, size_bytes = told or (item.kind, 1, len(item.text))
+            self._counts[item.attempt, item.rank, what] += count
+            self._sizes[item.attempt, item.rank, what] += size_bytes
+
+    def update(self, others: Losses) -> None:
+        self._counts.update(others._counts)
+        self._sizes.update(others._sizes)
+
+    def marks(self) -> list[Item]:
+        """One `dropped` mark for each attempt, rank and kind."""
+        return [_dropped_mark(*key, count=count, size_bytes=self._sizes[key]) for key, count in self._counts.items()]
+
+
+_IS_DROPPED = '"kind": "dropped"'
+
+
+def _told(item: Item) -> tuple[str, int, int] | None:
+    """What a `dropped` mark tells; None for another mark, or one that a rank made up."""
+    mark = json.loads(item.text)
+    what, count, size_bytes = (mark["data"].get(name) for name in ("what", "count", "bytes"))
+    if mark["kind"] != "dropped" or what not in KINDS or not isinstance(count, int):
+        return None
+    return what, count, size_bytes if isinstance(size_bytes, int) else 0
+
+
+def _dropped_mark(attempt: AttemptKey, rank: int, what: str, *, count: int, size_bytes: int) -> Item:
     data: dict[str, Any] = {"what": what, "count": count, "bytes": size_bytes}
     return to_item(Mark(attempt[0], attempt[1], rank=rank, kind="dropped", at=time.time(), data=data))
 
@@ -108,18 +146,22 @@ class Outbox:
             self._shrink()
 
     def next_batch(self) -> Batch:
-        """The oldest items, as many as one report takes; may be empty, for a heartbeat alone."""
+        """The oldest items, as many as one report takes, at least one. Empty if none waits, for a heartbeat alone."""
         items: list[Item] = []
         size = 0
-        while self._items and size + len(self._items[0].text) <= MAX_BATCH_BYTES:
+        while self._items and (not items or size + len(self._items[0].text) <= MAX_BATCH_BYTES):
             item = self._items.popleft()
             items.append(item)
             size += len(item.text)
         self._size_bytes -= size
         if not self._items:
             self.filled.clear()
-        self._last_seq += 1
-        return Batch(self._boot, self._last_seq, items)
+        return self.number(items)
+
+    def number(self, items: list[Item], *, postponed: int = 0) -> Batch:
+        """A batch after all that were numbered before."""
+        self._last_seq += SEQ_STEP
+        return Batch(self._boot, self._last_seq, items, postponed)
 
     def refuse(self, attempt: AttemptKey) -> None:
         """Forget what waits of an attempt that the server does not take, and take no more of it."""

@@ -1,7 +1,8 @@
 """One rank's report socket, seen from the runner: metrics and marks come in, "stop" goes out.
 
 Owns the reading of the rank's datagrams, which are not trusted (a rank may send anything), and the bound on how many
-points one rank may make: past it, points of the same 100 ms are merged, last value wins, and the loss is counted.
+points one rank may make: past it, points of the same 100 ms are merged, last value wins, and the loss is counted. What
+leaves here can be sent: text that UTF-8 has no form for is replaced, and nothing nests deeply.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -17,9 +19,12 @@ from typing import Any
 from phalanx_worker.protocol import Mark, MetricPoint
 from phalanx_worker.runtime import channel
 
+log = logging.getLogger("phalanx.node.reports")
+
 MAX_MESSAGE_BYTES = 32 * 1024
 MAX_NAME_LENGTH = 128
-MAX_VALUES = 256
+MAX_VALUES = 256  # of one point, merged or not
+MAX_DEPTH = 20  # of what a mark carries; the server reads no more than some 190
 MARK_KINDS = frozenset({"rendezvous", "first_step", "finished", "checkpoint", "progress", "dropped", "note"})
 
 _POINTS_PER_S = 100  # of one rank; what comes faster is merged
@@ -105,8 +110,15 @@ class ReportSocket:
             if not data:
                 self._ended = True
                 return count > 0
-            self._accept(data)
+            self._try(data)
         return True
+
+    def _try(self, data: bytes) -> None:
+        try:
+            self._accept(data)
+        except Exception:  # one datagram, whatever it is, must not cost those that follow
+            log.exception("a datagram of rank %d of %s cannot be taken", self._rank, self._attempt[0])
+            self._merged.dropped += 1
 
     def _accept(self, data: bytes) -> None:
         try:
@@ -123,7 +135,7 @@ class ReportSocket:
     def _accept_metrics(self, message: dict[str, Any]) -> None:
         given = message.get("values")
         given = given if isinstance(given, dict) else {}
-        values = {name: value for name, value in given.items() if _is_value(name, value)}
+        values = {_sendable(name): value for name, value in given.items() if _is_value(name, value)}
         values = dict(list(values.items())[:MAX_VALUES])
         self._merged.dropped += len(given) - len(values)
         step = _step(message.get("step"))
@@ -132,10 +144,11 @@ class ReportSocket:
 
     def _accept_mark(self, message: dict[str, Any]) -> None:
         kind, data = message.get("kind"), message.get("data")
-        if kind not in MARK_KINDS or not isinstance(data, dict) or not self._may_mark():
+        if kind not in MARK_KINDS or not isinstance(data, dict) or not _is_flat(data) or not self._may_mark():
             self._merged.dropped += 1
             return
-        mark = Mark(*self._attempt, rank=self._rank, kind=kind, at=_moment(message.get("at")), data=data)
+        at = _moment(message.get("at"))
+        mark = Mark(*self._attempt, rank=self._rank, kind=kind, at=at, data=_sendable(data))
         self._on_mark(mark)
         self._put(mark)
 
@@ -183,11 +196,15 @@ class Merger:
         if self._passed <= _POINTS_PER_S and self._bucket is None:
             self._emit(at, step, values)
             return
-        self.dropped += len(self._values.keys() & values.keys())
+        known = self._values.keys() & values.keys()
+        self.dropped += len(known)
         self._bucket = now if self._bucket is None else self._bucket
         self._step = step if step is not None else self._step
-        self._values |= values
         self._at = at
+        room = MAX_VALUES - len(self._values)
+        new = [name for name in values if name not in known]
+        self.dropped += len(new[room:])
+        self._values |= {name: values[name] for name in [*known, *new[:room]]}
 
     def flush_due(self, now: float) -> None:
         if self._bucket is not None and now - self._bucket >= _BUCKET_S:
@@ -197,6 +214,20 @@ class Merger:
         if self._bucket is not None:
             self._emit(self._at, self._step, self._values)
             self._bucket, self._step, self._values = None, None, {}
+
+
+def _sendable(data: Any) -> Any:
+    """The same without lone surrogates, which JSON can spell and UTF-8 cannot; `data` must be flat enough."""
+    if isinstance(data, str):
+        return data.encode(errors="replace").decode()
+    if isinstance(data, dict):
+        return {_sendable(key): _sendable(value) for key, value in data.items()}
+    return [_sendable(value) for value in data] if isinstance(data, list) else data
+
+
+def _is_flat(data: Any, depth: int = MAX_DEPTH) -> bool:
+    inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return all(depth > 1 and _is_flat(value, depth - 1) for value in inner if isinstance(value, dict | list))
 
 
 def _is_value(name: Any, value: Any) -> bool:

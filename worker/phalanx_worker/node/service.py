@@ -67,7 +67,10 @@ class Runner:
             self._duties.fence.fence_s = read.fence_s
             self._duties.fence.touch()
             await self._duties.link.configure(
-                server_url=read.server_url, token=read.node_token, heartbeat_s=read.heartbeat_s
+                server_url=read.server_url,
+                token=read.node_token,
+                heartbeat_s=read.heartbeat_s,
+                outage_tolerance_s=read.outage_tolerance_s,
             )
         return self.capabilities()
 
