@@ -23,8 +23,11 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from phalanx_server.actions.bootstrap import bootstrap
+from phalanx_server.actions.bootstrap import CLUSTER, bootstrap
+from phalanx_server.actions.create_token import NewToken, create_token
+from phalanx_server.domain.access import SYSTEM
 from phalanx_server.store.embedded import EmbeddedPostgres, PostgresFailed
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.migrate import upgrade
@@ -34,6 +37,12 @@ DEFAULT_DATA = Path("~/.phalanx").expanduser()
 DEFAULT_PORT = 8321
 START_TIMEOUT_S = 120.0
 COMMAND_GRACE_S = 5.0
+INVALID = 2  # exit code for a mistake in the command line
+
+REPLACEMENTS = {  # the tokens that an `up` needs, should their files get lost
+    "admin-token": NewToken(name="made by phalanx up", role="admin", user="admin"),
+    "cluster-token": NewToken(name="made by phalanx up", role="cluster", cluster=CLUSTER),
+}
 
 console = Console(stderr=True, highlight=False)
 
@@ -115,12 +124,16 @@ def free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def secret_file(path: Path, text: str | None) -> str:
-    """Keep `text` in a file that only its owner reads, or read back what an earlier start kept there."""
-    if text is not None:
-        path.touch(mode=0o600)
-        path.write_text(text + "\n")
-    return path.read_text().strip()
+def keep_secret(path: Path, text: str) -> str:
+    """Write `text` to a file that only its owner reads."""
+    path.touch(mode=0o600)
+    path.write_text(text + "\n")
+    return text
+
+
+def kept_secret(path: Path) -> str:
+    """What an earlier start kept there; empty where nothing is left of it."""
+    return path.read_text().strip() if path.exists() else ""
 
 
 async def prepare_database(url: str) -> Any:
@@ -129,6 +142,16 @@ async def prepare_database(url: str) -> Any:
     engine = create_engine(url)
     try:
         return await bootstrap(engine)
+    finally:
+        await engine.dispose()
+
+
+async def mint(url: str, wanted: NewToken) -> str:
+    """Make a token in the database, past the server."""
+    engine = create_engine(url)
+    try:
+        async with engine.begin() as conn:
+            return (await create_token(conn, wanted, actor=SYSTEM, now=datetime.now(UTC))).text
     finally:
         await engine.dispose()
 
@@ -194,13 +217,26 @@ class Up:
         self.stop_request.check()
         created = asyncio.run(prepare_database(url))
         self.first_run = created is not None
-        self.admin_token = secret_file(self.machine.path("admin-token"), created and created.admin_token)
-        secret_file(self.machine.path("cluster-token"), created and created.cluster_token)
+        self.admin_token = self._token(url, "admin-token", created and created.admin_token)
+        self._token(url, "cluster-token", created and created.cluster_token)
         return {
             "PHALANX_DATABASE_URL": url,
             "PHALANX_DATA_DIR": str(self.machine.data),
             "PHALANX_STORAGE_URL": self.machine.path("storage").as_uri(),
         }
+
+    def _token(self, url: str, name: str, new: str | None) -> str:
+        """The token in the file `name`: a new one, the one that is kept there, or one in its place."""
+        path = self.machine.path(name)
+        if new is None and (kept := kept_secret(path)):
+            return kept
+        if new is None:
+            new = asyncio.run(mint(url, REPLACEMENTS[name]))
+            console.print(
+                f"{path} was missing: a new token is in it; the old one still works (see `phalanx tokens`)",
+                soft_wrap=True,
+            )
+        return keep_secret(path, new)
 
     def _ready(self, server: Child) -> bool:
         server.expect_alive()
@@ -294,6 +330,19 @@ def announce(up: Up) -> None:
     console.print(sign_in, soft_wrap=True)  # to be copied: no line break of ours
 
 
+def data_directory(path: Path) -> Path:
+    """The directory, made if it is not there; SystemExit where it cannot be."""
+    try:
+        directory = path.expanduser().resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        why = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
+        said = f"phalanx up: --data {path} cannot be used ({why}); choose another directory"
+        console.print(said, soft_wrap=True, markup=False)
+        raise SystemExit(INVALID) from None
+    return directory
+
+
 def bring_up(machine: Machine, command: list[str]) -> int:
     for name in ("nodes", "checkpoints"):  # ranks run under their tenants' users and reach their own parts of these
         machine.path(name).mkdir(parents=True, exist_ok=True)
@@ -312,10 +361,10 @@ def bring_up(machine: Machine, command: list[str]) -> int:
                 return up.run(command)
             up.stay()
             return 0
-        except Stopped:
-            return 130 if command else 0
-        except (ChildFailed, PostgresFailed, TimeoutError) as error:
-            console.print(f"[red]phalanx up:[/] {error}")
+        except (Stopped, ChildFailed, PostgresFailed, TimeoutError) as error:
+            if stop_request.made:  # what fails then, fails for that
+                return 130 if command else 0
+            console.print(f"[red]phalanx up:[/] {escape(str(error))}")  # it may quote a log, with any brackets
             return 1
         finally:
             with console.status("Stopping"):
@@ -325,7 +374,7 @@ def bring_up(machine: Machine, command: list[str]) -> int:
 def up(
     data: Annotated[Path, typer.Option(help="Directory for everything that it keeps.")] = DEFAULT_DATA,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = DEFAULT_PORT,
     nodes: Annotated[int, typer.Option(min=1, max=64, help="Emulated nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, max=64, help="GPUs of each emulated node.")] = 2,
     gpu_type: Annotated[str, typer.Option(help="What the emulated GPUs are called.")] = "emulated",
@@ -334,11 +383,9 @@ def up(
     ] = None,
 ) -> None:
     """Run all of Phalanx on this machine: PostgreSQL, server, scheduler, Ray and its agent."""
-    data = data.expanduser().resolve()
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"phalanx up: {command[0]}: command not found")
-    data.mkdir(parents=True, exist_ok=True)
-    machine = Machine(data, host, port, nodes, gpus_per_node, gpu_type)
+    machine = Machine(data_directory(data), host, port, nodes, gpus_per_node, gpu_type)
     raise SystemExit(bring_up(machine, command or []))
 
 

@@ -8,7 +8,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +37,12 @@ class Up:
         if command:
             argv += ["--", *command]
         self.process = subprocess.Popen(
-            argv, env={**os.environ, COOKIE: self.cookie}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            argv,
+            env={**os.environ, COOKIE: self.cookie},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         return self
 
@@ -76,9 +82,9 @@ class Up:
         )
 
     def stop(self, number: int = signal.SIGINT) -> tuple[int, str]:
-        """Send it `number` as a Ctrl-C would; its exit code and output."""
+        """Send it `number` as a terminal does a Ctrl-C, to its whole process group; its exit code and output."""
         assert self.process is not None
-        self.process.send_signal(number)
+        os.killpg(self.process.pid, number)
         output, _ = self.process.communicate(timeout=STOP_TIMEOUT_S)
         return self.process.returncode, output
 
@@ -119,9 +125,9 @@ def second(machine: Up) -> Up:
     return Up(machine.data, nodes=1)
 
 
-@pytest.fixture(scope="session")
-def up() -> Iterator[Up]:
-    """A running Phalanx of 2 nodes × 2 GPUs for the session; its end is checked too."""
+@contextmanager
+def whole_phalanx() -> Iterator[Up]:
+    """A running Phalanx of 2 nodes × 2 GPUs; its end is checked too."""
     machine = Up(new_directory()).start()
     try:
         machine.wait_up()
@@ -129,6 +135,19 @@ def up() -> Iterator[Up]:
     finally:
         machine.stop()
     assert machine.left_over() == []
+    shutil.rmtree(machine.data, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def make_up() -> Callable[[], AbstractContextManager[Up]]:
+    return whole_phalanx
+
+
+@pytest.fixture(scope="module")
+def up(make_up: Callable[[], AbstractContextManager[Up]]) -> Iterator[Up]:
+    """A running Phalanx for the tests of one module: it would get in the way of the tests after them."""
+    with make_up() as machine:
+        yield machine
 
 
 @pytest.fixture

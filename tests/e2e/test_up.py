@@ -52,10 +52,22 @@ def test_the_exit_code_of_its_command_is_its_own_and_nothing_is_left(machine):
 @pytest.mark.parametrize("name", ["postgres", "ray", "logs/scheduler.log", "logs/agent.log"])
 def test_ctrl_c_while_it_starts_leaves_nothing(machine, name):
     machine.start()
+    deadline = time.monotonic() + 60
     while not (machine.data / name).exists():
-        assert machine.process.poll() is None
-    machine.stop()
-    assert machine.left_over() == []
+        assert machine.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    code, output = machine.stop()
+    assert (code, machine.left_over()) == (0, [])
+    assert "Traceback" not in output and "phalanx up:" not in output, output
+
+
+def test_ctrl_c_ends_its_command_as_interrupted(machine):
+    machine.start(sys.executable, "-c", "import time; print('it runs', flush=True); time.sleep(600)")
+    for line in machine.process.stdout:
+        if "it runs" in line:
+            break
+    code, _ = machine.stop()
+    assert (code, machine.left_over()) == (130, [])
 
 
 def test_a_second_up_on_the_same_data_is_refused(machine, second):

@@ -5,7 +5,10 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import asyncpg
@@ -57,6 +60,25 @@ async def test_data_survives_stop_kill_and_restart(server):
     assert await query(server.start(), "SELECT n FROM kept") == 42
     assert await query(url, "SHOW synchronous_commit") == "on"
     assert await query(url, "SHOW fsync") == "on"
+
+
+def test_a_ctrl_c_in_the_terminal_does_not_reach_its_programs(server, home):
+    """It reaches every process of the terminal's group: initdb would end with half a database."""
+    script = f"""
+import signal
+from pathlib import Path
+from phalanx_server.store.embedded import EmbeddedPostgres
+signal.signal(signal.SIGINT, lambda *_: print("noted"))
+EmbeddedPostgres(Path({str(home / "data")!r}), settings={SMALL!r}).start()
+"""
+    terminal = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (home / "data" / "base").exists():  # initdb is at work
+        assert terminal.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(terminal.pid, signal.SIGINT)
+    assert terminal.wait(60) == 0
+    assert asyncio.run(query(server.start(), "SELECT 1")) == 1
 
 
 def test_nobody_else_gets_in(server, home):

@@ -207,7 +207,10 @@ class EmbeddedPostgres:
         self._run("pg_ctl", "-w", "-D", str(self.data_dir), *arguments, verb, timeout_s=timeout_s)
 
     def _run(self, program: str, *arguments: str, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Run a program of the wheel. Its output goes to a file: the server inherits it, a pipe would never end."""
+        """Run a program of the wheel. Its output goes to a file: the server inherits it, a pipe would never end.
+
+        In a session of its own: a Ctrl-C in the terminal is for us, and we end when this is done.
+        """
         as_user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
         with tempfile.TemporaryFile("w+") as output:
             try:
@@ -220,6 +223,7 @@ class EmbeddedPostgres:
                     check=True,
                     cwd="/",
                     env=_environment(),
+                    start_new_session=True,
                     **as_user,
                 )
             except (subprocess.SubprocessError, OSError) as error:

@@ -1,0 +1,100 @@
+"""`phalanx up` as far as it goes without Ray: its tokens, its command line, and a stop that comes in the middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from phalanx.cli.app import app
+from phalanx_server import up_command
+from phalanx_server.store.credentials import load_credential
+from phalanx_server.store.embedded import PostgresFailed
+from phalanx_server.store.tokens import given
+from phalanx_server.up_command import Machine, StopRequest, Up
+from sqlalchemy.ext.asyncio import AsyncEngine
+from typer.testing import CliRunner
+
+
+class RunningPostgres:
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def start(self) -> str:
+        return self.url
+
+
+def machine_at(data: Path) -> Machine:
+    return Machine(data, "127.0.0.1", 0, nodes=1, gpus_per_node=2, gpu_type="emulated")
+
+
+def started(data: Path, database: str) -> Up:
+    """An `up` whose database has come up."""
+    up = Up(machine_at(data), StopRequest())
+    up.postgres = RunningPostgres(database)  # type: ignore[assignment]
+    up._start_database()
+    return up
+
+
+def test_tokens_whose_files_are_lost_are_replaced(
+    tmp_path: Path, database: str, engine: AsyncEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = started(tmp_path, database)
+    assert started(tmp_path, database).admin_token == first.admin_token
+    assert capsys.readouterr().err == ""
+
+    (tmp_path / "admin-token").unlink()
+    (tmp_path / "cluster-token").write_text("")  # as an `up` leaves it that is killed in that moment
+    second = started(tmp_path, database)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("was missing: a new token is in it" in line for line in said)
+    assert second.admin_token != first.admin_token and not second.first_run
+
+
+async def test_the_tokens_in_their_place_are_good(tmp_path: Path, database: str, engine: AsyncEngine) -> None:
+    await up_command.prepare_database(database)
+    async with engine.connect() as conn:
+        for name, wanted in up_command.REPLACEMENTS.items():
+            made = given(await up_command.mint(database, wanted))
+            found = await load_credential(conn, made.id)
+            assert found is not None and name == f"{found.role}-token"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "{here}/file"], "file cannot be used (it is a file); choose another directory"),
+        (["--data", "{here}/file/below"], "below cannot be used (Not a directory); choose another directory"),
+        (["--data", "~nosuch/x"], "x cannot be used (Could not determine home directory.); choose another"),
+        (["--port", "99999"], "Invalid value for '--port'"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["up", *(word.format(here=tmp_path) for word in words)])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert len(result.stderr.splitlines()) == 1 and said in result.stderr
+
+
+def test_a_failure_is_said_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_: Up) -> None:
+        raise PostgresFailed("its log says [/tmp] and [red]")
+
+    monkeypatch.setattr(Up, "start", failing)
+    monkeypatch.setattr(Up, "stop", lambda _: None)
+    assert up_command.bring_up(machine_at(tmp_path), []) == 1
+    assert "phalanx up: its log says [/tmp] and [red]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "code"), [([], 0), (["true"], 130)])
+def test_what_fails_after_a_ctrl_c_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], code: int
+) -> None:
+    def interrupted(up: Up) -> None:
+        up.stop_request.made = True
+        raise PostgresFailed("initdb: it was interrupted")
+
+    monkeypatch.setattr(Up, "start", interrupted)
+    monkeypatch.setattr(Up, "stop", lambda _: None)
+    assert up_command.bring_up(machine_at(tmp_path), command) == code
