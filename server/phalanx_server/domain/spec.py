@@ -33,6 +33,8 @@ GPUS_PER_REPLICA_MAX = 1_024
 COMMAND_MAX_BYTES = 64 << 10
 ENV_MAX_BYTES = 64 << 10
 LABELS_MAX = 64
+# Far from the last date that there is, whose arithmetic ends in errors.
+NOT_BEFORE_YEAR_MAX = 9_000
 DURATION_MAX_S = 10 * 365 * 86400.0
 MEMORY_MAX_BYTES = 1 << 50
 
@@ -286,9 +288,12 @@ class JobSpec(_Part):
         if at is not None and at.tzinfo is None:
             raise ValueError("has no time zone: end it with Z or an offset like +01:00")
         try:
-            return at if at is None else at.astimezone(UTC)
+            at = at if at is None else at.astimezone(UTC)
         except OverflowError:
-            raise ValueError("is not within the years 1 to 9999 in UTC") from None
+            at = datetime.max
+        if at is not None and at.year > NOT_BEFORE_YEAR_MAX:
+            raise ValueError(f"is not within the years 1 to {NOT_BEFORE_YEAR_MAX} in UTC")
+        return at
 
     @field_validator("labels")
     @classmethod
