@@ -21,7 +21,7 @@ from phalanx_server.store.holds import HoldRow
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.schema import attempts, checkpoints, holds, leases, placements
 from phalanx_server.store.snapshots import AGENT_SILENT_S
-from sqlalchemy import update
+from sqlalchemy import func, update
 from sqlalchemy.exc import DBAPIError
 
 
@@ -138,7 +138,7 @@ async def test_an_old_lease_commits_nothing(plane: ControlPlane) -> None:
     old = plane.leader.lease
     assert old is not None
     async with plane.engine.begin() as conn:
-        await conn.execute(update(leases).values(expires_at=plane.now - timedelta(days=9)))
+        await conn.execute(update(leases).values(expires_at=func.now() - timedelta(seconds=1)))
     other = plane.new_leader("scheduler-2")
     lease = await other.tick(plane.now)
     assert lease is not None and lease.epoch == old.epoch + 1

@@ -21,7 +21,7 @@ from phalanx_server.store.schema import audit, clusters, events, idempotency_key
 from phalanx_server.store.wakeups import Wakeups
 from sqlalchemy import event, func, insert, select
 
-RECEIVED = datetime(2026, 11, 21, tzinfo=UTC)
+RECEIVED = datetime(2020, 1, 1, tzinfo=UTC)  # the past, whatever day it is: jobs are submitted by the real clock
 MEMBER = Actor("ann", "member", tenant="research/nlp")
 
 
@@ -309,6 +309,6 @@ async def test_a_submitter_that_is_closed_or_full_says_so(ready, submitter, monk
 
 
 async def test_a_request_time_from_a_clock_ahead_never_makes_a_job_older_than_it_is(ready, submitter):
-    ahead = datetime(2040, 1, 1, tzinfo=UTC)
+    ahead = datetime(2940, 1, 1, tzinfo=UTC)
     (made,) = (await submitter.submit(replace(submission(), received_at=ahead))).jobs
     assert made.submitted_at == ahead
