@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.phalanx-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format lock bench clean
+.PHONY: help setup demo test test-slow worlds check format lock bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test: setup  ## all tests but the slow ones
 
 test-slow: setup  ## the slow tests
 	@$(BIN)/pytest -m slow
+
+worlds: setup  ## many seeded worlds: WORLDS=5000 FIRST_SEED=1
+	@$(BIN)/pytest tests/worlds -m slow -x
 
 check: setup  ## ruff, pyright, import-linter
 	@$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -71,13 +72,26 @@ async def empty_database(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     await run_sql(postgres, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture
-async def database(postgres: EmbeddedPostgres, template: str) -> AsyncIterator[str]:
-    """The URL of a fresh database at the newest revision."""
+@asynccontextmanager
+async def clone(postgres: EmbeddedPostgres, template: str) -> AsyncIterator[str]:
     name = f"test_{next(_numbers)}"
     await run_sql(postgres, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     yield postgres.url(name)
     await run_sql(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def database(postgres: EmbeddedPostgres, template: str) -> AsyncIterator[str]:
+    """The URL of a fresh database at the newest revision."""
+    async with clone(postgres, template) as url:
+        yield url
+
+
+@pytest.fixture
+async def other_database(postgres: EmbeddedPostgres, template: str) -> AsyncIterator[str]:
+    """The URL of another one."""
+    async with clone(postgres, template) as url:
+        yield url
 
 
 @pytest.fixture

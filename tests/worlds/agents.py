@@ -1,0 +1,373 @@
+"""A fake agent of a fake cluster: the real rules (`desired.reconcile`), carried out on machines that are not there.
+
+Owns what one agent process remembers; a crash loses it. What its steps do is what `agent/launch.py` does with Ray, one
+piece per tick, so that a crash finds it anywhere in between.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from machines import KILLED, LONGEST_STEP_S, SEEN_DEAD_AFTER_S, TERMINATED, Machine
+from network import Away, Network
+from phalanx_server.domain import messages as m
+from phalanx_server.domain.errors import Superseded
+from phalanx_worker import protocol
+from phalanx_worker.agent.desired import (
+    Abort,
+    Adopt,
+    Clear,
+    Close,
+    Forget,
+    Gang,
+    Group,
+    GroupState,
+    Phase,
+    Refuse,
+    Start,
+    Step,
+    Stop,
+    World,
+    all_exits,
+    first_failed_rank,
+    reconcile,
+)
+from phalanx_worker.agent.hosts import Host
+from phalanx_worker.agent.service import adopt, look_at
+
+Work = Iterator[None]  # one step under way; every `next` is a tick later
+
+
+@dataclass
+class Server:
+    """The three calls of the agent link, as the world answers them."""
+
+    put_nodes: Callable[[m.Inventory], object]
+    desired: Callable[[str], object]
+    report: Callable[[m.AgentReport], object]
+
+
+@dataclass
+class Cluster:
+    """What outlives an agent: the machines and Ray's placement groups, by attempt."""
+
+    machines: dict[str, Machine]
+    placement_groups: dict[str, dict[str, int]] = field(default_factory=dict)  # attempt -> node -> GPUs
+
+    def fits(self, attempt: protocol.DesiredAttempt) -> bool:
+        """Whether Ray counts enough free GPUs."""
+        for group in attempt.groups:
+            taken = sum(gang.get(group.node, 0) for gang in self.placement_groups.values())
+            if taken + len(group.gpu_indices) > self.machines[group.node].gpus:
+                return False
+        return True
+
+
+@dataclass
+class FakeAgent:
+    instance: str
+    cluster: Cluster
+    network: Network
+    dice: random.Random
+    gangs: dict[str, Gang] = field(default_factory=dict)
+    desired: dict[str, protocol.DesiredAttempt] | None = None
+    desired_since_s: dict[str, float] = field(default_factory=dict)
+    hosts: dict[str, Host] = field(default_factory=dict)
+    facts: list[tuple[protocol.AttemptFact, dict[str, bool]]] = field(default_factory=list)  # with what the server said
+    work: list[Work] = field(default_factory=list)
+    superseded: bool = False
+    server_since_s: float | None = None
+    now_s: float = 0.0
+
+    async def tick(self, now_s: float, server: Server) -> None:
+        """Tell and ask the server what is due, look at the machines, take every step a piece further."""
+        self.now_s = now_s
+        try:
+            self._observe()
+            await self._talk(server)
+        except Superseded:
+            self.superseded = True
+            return
+        if self.desired is not None:
+            self._reconcile(self.desired)
+        self.work = [work for work in self.work if next(work, self) is not self]
+
+    # ------------------------------------------------------------------ the server
+
+    async def _talk(self, server: Server) -> None:
+        try:
+            nodes = [m.NodeFacts.model_validate(protocol.encode(host.facts)) for host in self.hosts.values()]
+            inventory = m.Inventory(instance=self.instance, sent_at=self.now_s, nodes=nodes)
+            await self.network.call(self.now_s, lambda: server.put_nodes(inventory))
+            self.server_since_s = self.server_since_s or self.now_s
+            found = await self.network.call(self.now_s, lambda: server.desired(self.instance))
+            answer = protocol.decode(protocol.Desired, found.encode())
+            self.desired = {attempt.attempt_id: attempt for attempt in answer.attempts}
+            since = self.desired_since_s
+            self.desired_since_s = {attempt_id: since.get(attempt_id, self.now_s) for attempt_id in self.desired}
+        except Away:
+            self.server_since_s = None
+        await self._report(server)
+
+    async def _report(self, server: Server) -> None:
+        batch = self.facts[:20]
+        if not batch:
+            return
+        facts = [m.AttemptFact.model_validate(protocol.encode(fact)) for fact, _ in batch]
+        report = m.AgentReport(instance=self.instance, sent_at=self.now_s, facts=facts)
+        try:
+            answer = await self.network.call(self.now_s, lambda: server.report(report))
+        except Away:
+            return
+        refused = {(refusal.attempt_id, refusal.epoch) for refusal in answer.refused}
+        for fact, outcome in batch:
+            outcome["taken"] = (fact.attempt_id, fact.epoch) not in refused
+        self.facts = self.facts[len(batch) :]
+
+    def _tell(self, gang: Gang, kind: str, **values: object) -> dict[str, bool]:
+        fact = protocol.AttemptFact(gang.attempt_id, gang.epoch, kind, self.now_s, **values)  # type: ignore[arg-type]
+        outcome: dict[str, bool] = {}
+        self.facts.append((fact, outcome))
+        return outcome
+
+    def is_desired(self, gang: Gang) -> bool:
+        attempt = (self.desired or {}).get(gang.attempt_id)
+        return attempt is not None and attempt.epoch == gang.epoch
+
+    # ------------------------------------------------------------------ the machines
+
+    def _alive(self, machine: Machine) -> bool:
+        """As Ray says: a node that is cut off is called dead only after a while."""
+        silent_s = self.now_s - machine.runner.contact_s if machine.runner else float("inf")
+        return machine.ray_id is not None and silent_s < SEEN_DEAD_AFTER_S + LONGEST_STEP_S
+
+    def _reached(self, node: str) -> Machine | None:
+        machine = self.cluster.machines[node]
+        return machine if machine.runner is not None and not machine.is_cut(self.now_s) else None
+
+    def _observe(self) -> None:
+        """As `agent/hosts.py`: follow the runners of living nodes, count their lives, keep what they show."""
+        for name, machine in self.cluster.machines.items():
+            host = self.hosts.get(name)
+            if host is None:
+                if not self._alive(machine):
+                    continue
+                host = self.hosts[name] = Host(self._facts(machine))
+            if not self._alive(machine):
+                host.facts, host.table, host.runner = replace(host.facts, alive=False), None, None
+                continue
+            if host.runner is not machine.runner:  # another than before: a later life
+                host.runner, host.table = machine.runner, None  # type: ignore[assignment]
+                host.generation += 1
+            host.facts = self._facts(machine)
+            if self._reached(name) is not None and machine.runner is not None:
+                host.table = machine.runner.shown()
+
+    def _facts(self, machine: Machine) -> protocol.NodeFacts:
+        assert machine.ray_id is not None
+        return protocol.NodeFacts(
+            machine.name, machine.ray_id, "h100", machine.gpus, cpus=16, memory_bytes=64 << 30, address="10.0.0.1"
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def _reconcile(self, desired: dict[str, protocol.DesiredAttempt]) -> None:
+        for gang in self.gangs.values():
+            if gang.phase is Phase.RUNNING:
+                for node in gang.groups:
+                    look_at(gang, node, self.hosts.get(node))
+                if gang.over and gang.over_since_s is None:
+                    gang.over_since_s = self.now_s
+        living = {name: host for name, host in self.hosts.items() if host.alive}
+        world = World(
+            now_s=self.now_s,
+            desired=desired,
+            desired_since_s=self.desired_since_s,
+            gangs=self.gangs,
+            living=frozenset(living),
+            tables={name: host.table for name, host in living.items() if host.table is not None},
+            placement_groups=frozenset(self.cluster.placement_groups),
+            server_since_s=self.server_since_s,
+        )
+        for step in reconcile(world):
+            self._begin(step)
+
+    def _begin(self, step: Step) -> None:
+        match step:
+            case Start(attempt, _):
+                self.work.append(self._start(self._hold(attempt, Phase.STARTING), attempt))
+            case Adopt(attempt, groups):
+                gang = self._hold(attempt, Phase.RUNNING)
+                adopt(gang, attempt, groups, self.hosts)  # type: ignore[arg-type]  # it only asks `get`
+                if len(groups) == len(attempt.groups):
+                    self._tell(gang, "started", ranks_started=_starts(attempt, self.now_s))
+            case Refuse(attempt, message, node):
+                gang = self._hold(attempt, Phase.CLOSING)
+                nodes = [group.node for group in attempt.groups]
+                self.work.append(self._finish(gang, nodes, "start_failed", message=message, node=node))
+            case Stop(attempt_id, grace_s):
+                gang = self.gangs[attempt_id]
+                gang.stopping, gang.first_failed_rank = True, first_failed_rank(gang.groups)
+                self.work.append(self._stop(gang, grace_s))
+            case Abort(attempt_id):
+                self.gangs[attempt_id].aborting = True
+            case Close(attempt_id):
+                gang = self.gangs[attempt_id]
+                gang.phase = Phase.CLOSING
+                self.work.append(self._close(gang))
+            case Clear(attempt_id, epoch, nodes):
+                gang = self.gangs.setdefault(attempt_id, Gang(attempt_id, epoch, Phase.CLEARING))
+                gang.phase = Phase.CLEARING
+                self.work.append(self._clear(gang, sorted(nodes)))
+            case Forget(attempt_id):
+                del self.gangs[attempt_id]
+
+    def _hold(self, attempt: protocol.DesiredAttempt, phase: Phase) -> Gang:
+        gang = self.gangs[attempt.attempt_id] = Gang(attempt.attempt_id, attempt.epoch, phase, attempt)
+        return gang
+
+    def _start(self, gang: Gang, attempt: protocol.DesiredAttempt) -> Work:
+        """Group by group, a tick apart at times, so that a crash or a lost node finds the gang half started."""
+        nodes = [group.node for group in attempt.groups]
+        self.cluster.placement_groups.pop(gang.attempt_id, None)
+        for node in nodes:  # what an earlier agent may have begun
+            machine = self._reached(node)
+            if machine is not None and machine.runner is not None:
+                self._kill(gang.attempt_id, node)
+                machine.runner.table.pop(gang.attempt_id, None)
+        began_s = self.now_s
+        while not self.cluster.fits(attempt) and self.now_s < began_s + 30 and not gang.aborting:
+            yield
+        problem = self._problem(gang, attempt)
+        if problem is None:
+            self.cluster.placement_groups[gang.attempt_id] = {g.node: len(g.gpu_indices) for g in attempt.groups}
+            self._tell(gang, "gang_ready")
+            for group in attempt.groups:
+                if self.dice.random() < 0.2:
+                    yield
+                problem = problem or self._problem(gang, attempt)
+                host, machine = self.hosts[group.node], self._reached(group.node)
+                if problem is None and machine is not None:
+                    gang.generations[group.node] = host.generation
+                    machine.fork(attempt, group, self.now_s)
+        if problem is not None:
+            yield from self._give_up(gang, attempt, *problem)
+            return
+        gang.groups = {node: Group(gang.epoch, GroupState.RUNNING) for node in nodes}
+        self._tell(gang, "started", ranks_started=_starts(attempt, self.now_s))
+        gang.phase = Phase.RUNNING
+
+    def _problem(self, gang: Gang, attempt: protocol.DesiredAttempt) -> tuple[str, str | None] | None:
+        """Why the gang cannot be started (any further), and the node to blame."""
+        if gang.aborting:
+            return "stopped before it started", None
+        if not self.cluster.fits(attempt) and gang.attempt_id not in self.cluster.placement_groups:
+            return "Ray shows too few free GPUs", attempt.groups[0].node
+        for group in attempt.groups:
+            host = self.hosts.get(group.node)
+            moved = group.node in gang.generations and host and host.generation != gang.generations[group.node]
+            if host is None or not host.alive or self._reached(group.node) is None or moved:
+                return f"node {group.node} is not alive", group.node
+        if self.dice.random() < 0.03:
+            return "no luck", attempt.groups[0].node
+        return None
+
+    def _give_up(self, gang: Gang, attempt: protocol.DesiredAttempt, message: str, node: str | None) -> Work:
+        self.cluster.placement_groups.pop(gang.attempt_id, None)
+        cleared = {name: self._is_clear(gang.attempt_id, name) for name in gang.generations}
+        while None in cleared.values():
+            yield
+            cleared = {name: self._is_clear(gang.attempt_id, name) for name in gang.generations}
+        if all(cleared.values()):
+            gang.phase = Phase.CLOSING
+            nodes = [group.node for group in attempt.groups]
+            yield from self._finish(gang, nodes, "start_failed", message=message, node=node)
+            return
+        for name, is_clear in cleared.items():
+            gang.groups[name] = Group(gang.epoch, GroupState.ENDED if is_clear else GroupState.LOST)
+        gang.stopping, gang.phase = True, Phase.RUNNING
+
+    def _is_clear(self, attempt_id: str, node: str) -> bool | None:
+        """Kill and look; False where the node is dead and nobody can tell, None where it must be asked again."""
+        host = self.hosts.get(node)
+        if host is None or not host.alive:
+            return False
+        if self._reached(node) is None:
+            return None
+        self._kill(attempt_id, node)
+        return True
+
+    def _kill(self, attempt_id: str, node: str) -> None:
+        machine = self.cluster.machines[node]
+        if machine.runner is not None and attempt_id in machine.runner.table:
+            machine.runner.table[attempt_id].end(self.now_s, signal=KILLED)
+
+    def _stop(self, gang: Gang, grace_s: float) -> Work:
+        """Ranks take their time within the grace, some save and exit with 0; asked again where nobody answers."""
+        told: dict[str, float] = {}
+        while gang.phase is Phase.RUNNING and not all(group.over for group in gang.groups.values()):
+            for node in gang.groups:
+                machine = self._reached(node)
+                ranks = machine.runner.table.get(gang.attempt_id) if machine and machine.runner else None
+                if ranks is None:
+                    continue
+                until_s = told.setdefault(node, self.now_s + self.dice.choice([0.0, 1.0, grace_s]))
+                if self.now_s >= until_s:
+                    clean = self.dice.random() < 0.5
+                    ranks.end(self.now_s, code=0 if clean else None, signal=None if clean else TERMINATED)
+            yield
+
+    def _close(self, gang: Gang) -> Work:
+        assert gang.attempt is not None
+        self.cluster.placement_groups.pop(gang.attempt_id, None)
+        vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
+        failed = gang.first_failed_rank
+        yield from self._finish(
+            gang,
+            list(gang.groups),
+            "ended",
+            node=vanished[0] if vanished else None,
+            first_failed_rank=first_failed_rank(gang.groups) if failed is None else failed,
+            exits=all_exits(gang.attempt, gang.groups),
+        )
+
+    def _finish(self, gang: Gang, nodes: list[str], kind: str, **values: object) -> Work:
+        outcome = self._tell(gang, kind, **values)
+        while not outcome:
+            yield
+        if not outcome["taken"] or not self.is_desired(gang):
+            gone = [self._tell(gang, "gone", node=node) for node in nodes]
+            while not all(gone):
+                yield
+        self._forget(gang, nodes)
+        gang.phase = Phase.DONE
+
+    def _clear(self, gang: Gang, nodes: list[str]) -> Work:
+        self.cluster.placement_groups.pop(gang.attempt_id, None)
+        for node in nodes:
+            while not self._is_clear(gang.attempt_id, node):
+                yield
+            outcome = self._tell(gang, "gone", node=node)
+            while not outcome:
+                yield
+            self._forget(gang, [node])
+        gang.phase = Phase.DONE
+
+    def _forget(self, gang: Gang, nodes: list[str]) -> None:
+        for node in nodes:
+            machine = self._reached(node)
+            if machine is not None and machine.runner is not None:
+                machine.runner.table.pop(gang.attempt_id, None)
+                host = self.hosts[node]
+                if host.table is not None:
+                    host.table.pop(gang.attempt_id, None)
+
+
+def _starts(attempt: protocol.DesiredAttempt, now_s: float) -> list[protocol.RankStart]:
+    return [
+        protocol.RankStart(rank=rank, node=group.node, pid=100 + rank, started_at=now_s, warm=True)
+        for group in attempt.groups
+        for rank in range(group.first_rank, group.first_rank + group.ranks)
+    ]

@@ -1,0 +1,47 @@
+"""Whatever happens, what must hold does; and when the faults end, every job ends. A seed reproduces its world.
+
+`make test` lives a few worlds, `make test-slow` a hundred, `make worlds` as many as one likes:
+
+    WORLDS=5000 FIRST_SEED=1 make worlds
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from control_plane import ControlPlane
+from phalanx_server.store.schema import events
+from world import World, seeded_ids
+
+STEPS = 60
+FIRST, COUNT = int(os.environ.get("FIRST_SEED", "1000")), int(os.environ.get("WORLDS", "100"))
+
+
+async def live(plane: ControlPlane, seed: int) -> World:
+    with seeded_ids(plane, seed):
+        world = await World(plane, seed).open()
+        await world.run(STEPS)
+    return world
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_a_world(plane: ControlPlane, seed: int) -> None:
+    await live(plane, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+async def test_one_of_many_worlds(plane: ControlPlane, seed: int) -> None:
+    await live(plane, seed)
+
+
+async def history(plane: ControlPlane, seed: int) -> list[tuple[object, ...]]:
+    await live(plane, seed)
+    return [
+        (row.at, row.kind, row.job_id, row.attempt_id, row.message) for row in await plane.rows(events, events.c.id)
+    ]
+
+
+async def test_a_seed_reproduces_its_world(plane: ControlPlane, other_plane: ControlPlane) -> None:
+    assert await history(plane, 4) == await history(other_plane, 4)
