@@ -288,6 +288,7 @@ class Up:
                     time.sleep(0.1)
             finally:
                 end(process)
+        self.stop_request.check()  # a Ctrl-C has ended the command too, in one way or another
         return process.returncode
 
     def stay(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from phalanx_server import up_command
 from phalanx_server.store.credentials import load_credential
 from phalanx_server.store.embedded import PostgresFailed
 from phalanx_server.store.tokens import given
-from phalanx_server.up_command import Machine, StopRequest, Up
+from phalanx_server.up_command import Machine, Stopped, StopRequest, Up
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typer.testing import CliRunner
 
@@ -85,6 +86,20 @@ def test_a_failure_is_said_as_it_is(
     monkeypatch.setattr(Up, "stop", lambda _: None)
     assert up_command.bring_up(machine_at(tmp_path), []) == 1
     assert "phalanx up: its log says [/tmp] and [red]" in capsys.readouterr().err
+
+
+def test_a_command_that_ends_by_the_same_ctrl_c_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: float) -> None:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # the command has ended
+        up.stop_request.made = True
+
+    up = Up(machine_at(tmp_path), StopRequest())
+    assert up.run(["sh", "-c", "exit 5"]) == 5
+    monkeypatch.setattr(up.family, "tick", interrupted)
+    with pytest.raises(Stopped):
+        up.run(["sh", "-c", "sleep 1; kill -INT $$"])
 
 
 @pytest.mark.parametrize(("command", "code"), [([], 0), (["true"], 130)])
