@@ -55,6 +55,17 @@ def agent(
             help="Run the ranks of each tenant under their own Unix user, on nodes where the runner is root.",
         ),
     ] = True,
+    require_own_users: Annotated[
+        bool,
+        typer.Option(
+            "--require-own-users",
+            envvar="PHALANX_REQUIRE_OWN_USERS",
+            help="Start nothing on a node that cannot do that, instead of running ranks as the runner's user.",
+        ),
+    ] = False,
+    runner_silent_s: Annotated[
+        float, typer.Option(hidden=True, min=1, help="A runner that answers nothing for so long is killed.")
+    ] = 60.0,
 ) -> None:
     """Run the agent of one Ray cluster: it starts and watches what the server wants there."""
     from phalanx_worker.agent.ray_environment import prepare, read_ray_file
@@ -68,9 +79,11 @@ def agent(
         raise _usage(f"{token_file}: no such file")
     if (ray_address is None) == (ray_file is None):
         raise _usage("give either --ray-address or --ray-file")
+    if require_own_users and not own_users:
+        raise _usage("--require-own-users and --no-own-users exclude each other")
     try:
         address = ray_address or read_ray_file(ray_file or Path())
-    except TimeoutError as error:
+    except (TimeoutError, PermissionError) as error:
         raise _usage(str(error)) from None
     prepare(address)
     from phalanx_worker.agent.main import AgentSettings, file_token, leave, run
@@ -78,7 +91,11 @@ def agent(
     from phalanx_worker.agent.service import RunnerSettings
 
     runner = RunnerSettings(
-        server_url=server, data_dir=str(data.absolute()), checkpoint_root=checkpoint_root, own_users=own_users
+        server_url=server,
+        data_dir=str(data.absolute()),
+        checkpoint_root=checkpoint_root,
+        own_users=own_users,
+        require_own_users=require_own_users,
     )
     nodes = NodeSettings(gpu_type=gpu_type, shared_checkpoints=shared_checkpoints)
     settings = AgentSettings(
@@ -87,6 +104,7 @@ def agent(
         ray_address=address,
         runner=runner,
         nodes=nodes,
+        runner_silent_s=runner_silent_s,
     )
     leave(run(settings))
 

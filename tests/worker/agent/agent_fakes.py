@@ -9,7 +9,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from phalanx_worker.agent.hosts import RunnerGone, RunnerRefused
+from phalanx_worker.agent.hosts import RunnerGone, RunnerRefused, RunnerUnavailable
 from phalanx_worker.agent.launch import StartFailed
 from phalanx_worker.agent.link import ServerAway, Superseded
 from phalanx_worker.protocol import (
@@ -33,7 +33,11 @@ class FakeRunner:
     configured: list[dict[str, Any]] = field(default_factory=list)
     start_error: str = ""
     ignore_sigterm: bool = False
+    own_users: bool = False
+    delivers: bool = True  # what its ranks left behind reaches the server
     dead: bool = False
+    killed: bool = False
+    hung: set[str] = field(default_factory=set)  # methods that are not answered; "*": none is
     seq: int = field(default_factory=lambda: next(_numbers) * 1000)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     start_gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -43,15 +47,33 @@ class FakeRunner:
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         await asyncio.sleep(0)
-        if self.dead:
-            raise RunnerGone("the actor died")
+        await self._hang(method, timeout_s)
         if method != "next_facts":
             self.calls.append((method, *args))
-        return await getattr(self, method)(*args)
+        answer = await getattr(self, method)(*args)
+        await self._hang(method, timeout_s)
+        return answer
+
+    async def _hang(self, method: str, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.dead and self.hung & {method, "*"}:
+                    await self.changed.wait()
+        except TimeoutError as error:
+            raise RunnerUnavailable("not answered") from error
+        if self.dead:
+            raise RunnerGone("the actor died")
+
+    async def kill(self) -> None:
+        self.killed = True
+        self.die()
 
     async def configure(self, settings: dict[str, Any]) -> dict[str, Any]:
         self.configured.append(settings)
-        return {"own_users": False, "own_users_problem": "not root"}
+        return {"own_users": self.own_users, "own_users_problem": "" if self.own_users else "not root"}
+
+    async def capabilities(self) -> dict[str, Any]:
+        return {}
 
     async def reserve_rendezvous(self, attempt_id: str) -> dict[str, Any]:
         return {"host": "127.0.0.1", "port": 29500}
@@ -91,17 +113,25 @@ class FakeRunner:
         if self.seq == after:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), wait_s)
-        if self.dead:
-            raise RunnerGone("the actor died")
-        return {"seq": self.seq, "groups": [self._row(name) for name in self.groups], "warm_ready": True}
+        return {"seq": self.seq, "groups": [self._row(name) for name in self.groups]}
 
     def bump(self) -> None:
         self.seq += 1
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def hang(self, *methods: str) -> None:
+        """Answer these methods no more, or answer everything again."""
+        self.hung = set(methods)
+        self.bump()
+
+    def deliver(self) -> None:
+        self.delivers = True
+        self.bump()
+
     def die(self) -> None:
         self.dead = True
+        self.start_gate.set()
         self.bump()
 
     def end(self, attempt_id: str, *, rank: int | None = None, at: float = 0.0, **how: Any) -> None:
@@ -118,12 +148,14 @@ class FakeRunner:
     def _row(self, attempt_id: str) -> dict[str, Any]:
         group = self.groups[attempt_id]
         state = "failing" if group["failed"] is not None else "running"
+        ended = len(group["exits"]) == len(group["ranks"])
         return {
             "attempt_id": attempt_id,
             "epoch": group["epoch"],
-            "state": "ended" if len(group["exits"]) == len(group["ranks"]) else state,
+            "state": "ended" if ended else state,
             "exits": list(group["exits"]),
             "first_failed_rank": group["failed"],
+            "delivered": ended and self.delivers,
         }
 
 

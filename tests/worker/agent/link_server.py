@@ -139,7 +139,8 @@ class FakeServer:
         if self.away:
             return JSONResponse({"code": "unavailable"}, 503)
         if instance in self.superseded:
-            return JSONResponse({"code": "superseded", "detail": "another agent reports for this cluster"}, 409)
+            document = {"code": "superseded", "detail": "another agent reports for this cluster"}
+            return JSONResponse(document, 409, media_type="application/problem+json")
         return None
 
     async def _put_nodes(self, request: Request) -> JSONResponse:

@@ -21,7 +21,12 @@ def server_link(answer: Answer, token: Callable[[], str] = lambda: "secret") -> 
 
 
 def problem(status: int, code: str) -> httpx.Response:
-    return httpx.Response(status, json={"code": code, "detail": "why"})
+    headers = {"Content-Type": "application/problem+json"}
+    return httpx.Response(status, json={"code": code, "detail": "why"}, headers=headers)
+
+
+PROXY_404 = httpx.Response(404, text="<html>no such backend</html>")
+PROXY_413 = httpx.Response(413, text="<html>too large</html>")
 
 
 def fact(kind: str, attempt_id: str = "att_1") -> AttemptFact:
@@ -88,7 +93,14 @@ async def test_calls_carry_the_token_and_the_instance() -> None:
         (problem(401, "unauthorized"), ServerAway),
         (problem(422, "invalid_request"), ServerRefused),
         (problem(409, "conflict"), ServerRefused),
+        (problem(404, "not_found"), ServerRefused),
         (httpx.Response(502, text="<html>bad gateway</html>"), ServerAway),
+        (PROXY_404, ServerAway),
+        (httpx.Response(301, headers={"Location": "https://login.example"}), ServerAway),
+        (httpx.Response(405, text="POST is not allowed here"), ServerAway),
+        (httpx.Response(404, json={"code": "no_such_route", "detail": "a gateway's own JSON"}), ServerAway),
+        (httpx.Response(409, json={"code": "superseded"}), ServerAway),
+        (httpx.Response(400, text="[]", headers={"Content-Type": "application/problem+json"}), ServerAway),
         (httpx.Response(200, text="<html>a captive portal</html>"), ServerAway),
         (httpx.Response(200, json={"version": 7}), ServerAway),
     ],
@@ -136,6 +148,18 @@ async def test_facts_are_sent_again_until_they_are_acknowledged() -> None:
     hearing = Hearing(httpx.ConnectError("no"), problem(503, "unavailable"))
     assert await delivered(hearing, (fact("started"), True), (fact("ended"), True)) == [True, True]
     assert hearing.reports == [["att_1 started", "att_1 ended"]] * 3
+
+
+async def test_a_proxy_that_lost_its_server_loses_no_fact() -> None:
+    hearing = Hearing(PROXY_404, PROXY_404)
+    assert await delivered(hearing, (fact("ended"), True)) == [True]
+
+
+async def test_facts_that_are_too_many_for_a_proxy_go_in_smaller_reports() -> None:
+    hearing = Hearing(PROXY_413, PROXY_413)
+    facts = [(fact("ended", f"att_{number}"), True) for number in range(link.FACTS_PER_REPORT)]
+    assert await delivered(hearing, *facts) == [True] * link.FACTS_PER_REPORT
+    assert [len(report) for report in hearing.reports] == [200, 100, 50, 100, 50]
 
 
 async def test_a_refused_fact_is_told_from_one_that_was_taken() -> None:

@@ -12,7 +12,7 @@ from link_server import attempt_of
 from phalanx_worker.agent import gang
 from phalanx_worker.agent.gang import Bundle, PlacementGroups, bundles_of, shortage
 from phalanx_worker.agent.launch import StartFailed
-from phalanx_worker.agent.nodes import NodeSettings, inventory
+from phalanx_worker.agent.nodes import SUCCESSION_S, NodeSettings, Successions, inventory
 
 
 def row(node_id: str = "ab" * 28, *, alive: bool = True, labels: dict[str, str] | None = None, **more: Any) -> dict:
@@ -20,7 +20,7 @@ def row(node_id: str = "ab" * 28, *, alive: bool = True, labels: dict[str, str] 
         "NodeID": node_id,
         "Alive": alive,
         "NodeManagerAddress": more.pop("address", "10.0.0.1"),
-        "NodeManagerHostname": "gpu-host",
+        "NodeManagerHostname": more.pop("hostname", "gpu-host"),
         "Resources": more.pop("resources", {"GPU": 8.0, "CPU": 64.0, "memory": 1e12, "accelerator_type:H100": 1.0}),
         "Labels": labels or {},
     }
@@ -28,7 +28,7 @@ def row(node_id: str = "ab" * 28, *, alive: bool = True, labels: dict[str, str] 
 
 def test_a_node_of_a_real_cluster() -> None:
     (facts,) = inventory([row(labels={"ray.io/node-id": "x", "rack": "r1"})], NodeSettings())
-    assert (facts.name, facts.gpu_type, facts.gpus, facts.cpus) == ("gpu-host-abababab", "h100", 8, 64)
+    assert (facts.name, facts.gpu_type, facts.gpus, facts.cpus) == ("gpu-host", "h100", 8, 64)
     assert (facts.memory_bytes, facts.address, facts.labels["rack"]) == (10**12, "10.0.0.1", "r1")
 
 
@@ -58,6 +58,43 @@ def test_of_two_nodes_with_one_name_the_first_stays() -> None:
     named = {"phalanx.io/node-name": "n1"}
     rows = [row("bb" * 28, labels=named), row("aa" * 28, labels=named)]
     assert [(facts.name, facts.ray_node_id[:2]) for facts in inventory(rows, NodeSettings())] == [("n1", "aa")]
+
+
+def names(rows: list) -> list[str]:
+    return [facts.name for facts in inventory(rows, NodeSettings())]
+
+
+def test_only_nodes_that_share_a_hosts_name_get_their_id_added() -> None:
+    rows = [row("bb" * 28), row("aa" * 28), row("cc" * 28, hostname="other"), row("dd" * 28, alive=False)]
+    assert names(rows) == ["gpu-host-aaaaaaaa", "gpu-host-bbbbbbbb", "other"]
+
+
+def test_a_label_that_is_another_nodes_hostname_leaves_both_a_name() -> None:
+    assert names([row("bb" * 28), row("aa" * 28, labels={"phalanx.io/node-name": "gpu-host"})]) == [
+        "gpu-host",
+        "gpu-host-bbbbbbbb",
+    ]
+
+
+def test_a_raylet_that_is_started_again_keeps_its_nodes_name() -> None:
+    """Its id is another, and at first Ray takes the one before it for alive."""
+    old, new, successions = row("aa" * 28), row("bb" * 28), Successions()
+    assert names(successions.without_heirs([old], 0.0)) == ["gpu-host"]
+    both = successions.without_heirs([old, new], 10.0)
+    assert [each["NodeID"] for each in both] == [old["NodeID"]]
+    after = successions.without_heirs([old | {"Alive": False}, new], 24.0)
+    assert [(facts.name, facts.ray_node_id) for facts in inventory(after, NodeSettings())] == [
+        ("gpu-host", new["NodeID"])
+    ]
+
+
+def test_two_nodes_that_share_a_host_for_good_are_both_listed() -> None:
+    rows, successions = [row("aa" * 28), row("bb" * 28)], Successions()
+    assert len(successions.without_heirs(rows, 0.0)) == 2, "nobody had the name before"
+    successions.without_heirs(rows[:1], 1.0)
+    assert len(successions.without_heirs(rows, 2.0)) == 1
+    for now_s in (2.0 + SUCCESSION_S, 500.0):
+        assert names(successions.without_heirs(rows, now_s)) == ["gpu-host-aaaaaaaa", "gpu-host-bbbbbbbb"]
 
 
 @pytest.mark.parametrize(

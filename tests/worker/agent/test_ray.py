@@ -79,11 +79,12 @@ class Site:
         (directory / "token").write_text("the-cluster-token\n")
         self.agent = self.start_agent()
 
-    def start_agent(self) -> subprocess.Popen[bytes]:
+    def start_agent(self, *more: str) -> subprocess.Popen[bytes]:
         self.agent = phalanx(
             *("agent", "--server", self.server.url, "--token-file", str(self.directory / "token")),
             *("--ray-file", str(self.ray_dir / "ray.json"), "--no-own-users"),
             *("--data", str(self.ray_dir / "nodes"), "--checkpoint-root", str(self.directory / "checkpoints")),
+            *more,
             log=self.directory / "agent.log",
         )
         return self.agent
@@ -202,12 +203,25 @@ def test_what_the_server_no_longer_wants_is_removed_by_the_next_agent(site: Site
 
 
 def test_a_dead_runner_ends_its_ranks_and_is_replaced(site: Site) -> None:
-    pids = [start.pid for start in _started(site, "att_runner")]
-    runner = next(parent for parent in psutil.Process(pids[2]).parents() if "NodeRunner" in " ".join(parent.cmdline()))
-    runner.kill()
+    _runner(_started(site, "att_runner")[2].pid).kill()
     ended = site.server.fact("att_runner", "ended", 30)
     assert [(end.exit_code, end.signal) for end in ended.exits][2:] == [(None, None), (None, None)]
     assert ended.node == "node-1"
+    site.all_gpus_are_free()
+
+
+def test_a_hung_runner_is_killed_and_replaced(site: Site) -> None:
+    starts = _started(site, "att_hung")
+    site.kill_agent()
+    site.start_agent("--runner-silent-s", "5")
+    site.server.wait_for(lambda: len(site.server.seen("att_hung", "started")) == 2, 30)
+    runner = _runner(starts[2].pid)
+    runner.suspend()
+    ended = site.server.fact("att_hung", "ended", 60)
+    assert [(end.exit_code, end.signal) for end in ended.exits][2:] == [(None, None), (None, None)]
+    assert ended.node == "node-1"
+    assert not [start.pid for start in starts if psutil.pid_exists(start.pid)]
+    wait_until(lambda: not runner.is_running(), 20)  # Ray asks it first, for 5 s
     site.all_gpus_are_free()
 
 
@@ -263,6 +277,11 @@ def _ends_when_told(site: Site, name: str, starts: list) -> None:
 def _started(site: Site, name: str) -> list:
     site.sleeping(name)
     return site.server.fact(name, "started").ranks_started
+
+
+def _runner(pid: int) -> psutil.Process:
+    """The runner of this rank."""
+    return next(parent for parent in psutil.Process(pid).parents() if "NodeRunner" in " ".join(parent.cmdline()))
 
 
 def _children(ray_dir: Path) -> list[psutil.Process]:

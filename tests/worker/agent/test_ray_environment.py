@@ -34,6 +34,19 @@ def test_the_file_of_a_cluster_that_was_killed_does_not_count(tmp_path: Path) ->
         read_ray_file(tmp_path / "ray.json", timeout_s=0.1)
 
 
+def test_the_file_of_another_users_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("not yours")
+
+    write(tmp_path / "ray.json", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", refuse)
+        assert read_ray_file(tmp_path / "ray.json") == "127.0.0.1:4711", "its process may be there all the same"
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(PermissionError, match="not yours"):
+            read_ray_file(tmp_path / "ray.json")
+
+
 def test_only_a_cluster_on_loopback_gets_its_settings() -> None:
     before = dict(os.environ)
     prepare("10.0.0.1:6379")

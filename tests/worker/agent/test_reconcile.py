@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from link_server import attempt_of
 from phalanx_worker.agent.desired import (
+    DELIVERY_WAIT_S,
     READY_DEADLINE_S,
     Abort,
     Adopt,
@@ -34,6 +35,7 @@ STOP = replace(RUN, action="stop", grace_s=42.0)
 UP = Group(epoch=3, state=GroupState.RUNNING)
 FAILING = Group(epoch=3, state=GroupState.FAILING, exits=(RankExit(2, exit_code=1, ended_at=9.0),), first_failed_rank=2)
 OK = Group(epoch=3, state=GroupState.ENDED, exits=(RankExit(0, exit_code=0), RankExit(1, exit_code=0)))
+UNTOLD = replace(OK, delivered=False)
 VANISHED = replace(UP, state=GroupState.VANISHED)
 LOST = replace(UP, state=GroupState.LOST)
 OLD = replace(UP, epoch=2)
@@ -52,6 +54,7 @@ def world(
     living: frozenset[str] = BOTH,
     placed: frozenset[str] = frozenset(),
     waited_s: float = 0.0,
+    server_since_s: float | None = 0.0,
 ) -> World:
     """`shown` None: both nodes show what is held."""
     if shown is None:
@@ -64,6 +67,7 @@ def world(
         living=living,
         tables=shown,
         placement_groups=placed,
+        server_since_s=server_since_s,
     )
 
 
@@ -126,6 +130,30 @@ TABLE: dict[str, tuple[World, list[Step]]] = {
     "and not repeated": (world(STOP, gang(stopping=True)), []),
     "a gang that is over is closed": (world(RUN, gang(a=OK, b=OK)), [Close("att_1")]),
     "also one that vanished in part": (world(RUN, gang(a=OK, b=VANISHED, stopping=True)), [Close("att_1")]),
+    "its end waits for what it left behind": (
+        world(RUN, gang(a=OK, b=UNTOLD, over_since_s=100.0), waited_s=DELIVERY_WAIT_S - 1),
+        [],
+    ),
+    "but that wait ends": (
+        world(RUN, gang(a=OK, b=UNTOLD, over_since_s=100.0), waited_s=DELIVERY_WAIT_S + 1),
+        [Close("att_1")],
+    ),
+    "and not in vain: only while the server is there": (
+        world(RUN, gang(a=OK, b=UNTOLD, over_since_s=100.0), waited_s=DELIVERY_WAIT_S + 1, server_since_s=None),
+        [],
+    ),
+    "and has had its time since it is back": (
+        world(RUN, gang(a=OK, b=UNTOLD, over_since_s=100.0), waited_s=DELIVERY_WAIT_S + 1, server_since_s=102.0),
+        [],
+    ),
+    "a failed gang that is over is not stopped meanwhile": (
+        world(RUN, gang(a=OK, b=replace(FAILING, state=GroupState.ENDED, delivered=False))),
+        [],
+    ),
+    "what it left behind is not waited for when it is no longer desired": (
+        world(None, gang(a=OK, b=UNTOLD, over_since_s=100.0)),
+        [Clear("att_1", 3, BOTH)],
+    ),
     "a gang no longer desired is cleared": (world(None, gang()), [Clear("att_1", 3, BOTH)]),
     "a gang of another epoch is cleared": (world(replace(RUN, epoch=4), gang()), [Clear("att_1", 3, BOTH)]),
     "clearing is not repeated": (world(None, gang(Phase.CLEARING)), []),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from agent_fakes import FakeCluster, FakeLink, FakePlacements
 from link_server import attempt_of
-from phalanx_worker.agent import backoff, launch, service
-from phalanx_worker.agent.desired import Phase
+from phalanx_worker.agent import backoff, desired, hosts, launch, service
+from phalanx_worker.agent.desired import GroupState, Phase
 from phalanx_worker.agent.link import Superseded
 from phalanx_worker.agent.service import Agent, RunnerSettings
 from phalanx_worker.protocol import encode
@@ -40,9 +40,9 @@ class Scene:
         self.a, self.b = self.cluster.add("a"), self.cluster.add("b")
         self.agent = self.new_agent()
 
-    def new_agent(self) -> Agent:
+    def new_agent(self, settings: RunnerSettings = SETTINGS, **more: Any) -> Agent:
         link: Any = self.link
-        self.agent = Agent(link=link, cluster=self.cluster, placements=self.placements, settings=SETTINGS)
+        self.agent = Agent(link=link, cluster=self.cluster, placements=self.placements, settings=settings, **more)
         return self.agent
 
     async def until(self, what: Callable[[], object]) -> None:
@@ -278,6 +278,138 @@ async def test_a_dead_runner_ends_the_gang_with_exits_that_nobody_saw(scene: Sce
     ended = scene.link.facts[-1]
     assert [(end.exit_code, end.signal) for end in ended.exits] == [(None, 15), (None, 15), (None, None), (None, None)]
     assert (ended.node, ended.message) == ("b", "the runner of b died")
+
+
+async def test_a_runner_that_answers_nothing_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "PROBE_TIMEOUT_S", 0.05)
+    scene = Scene()
+    async with running(scene.new_agent(runner_silent_s=0.2)):
+        await scene.started()
+        scene.b.hang("*")
+        await scene.reported("ended")
+        assert scene.b.killed
+        assert not scene.a.killed
+        assert (scene.link.facts[-1].node, scene.link.facts[-1].message) == ("b", "the runner of b died")
+        await scene.until(lambda: scene.cluster.runners["b"].configured)
+
+
+async def test_a_runner_that_hangs_during_a_start_ends_that_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "PROBE_TIMEOUT_S", 0.05)
+    scene = Scene()
+    async with running(scene.new_agent(runner_silent_s=0.2)):
+        scene.b.start_gate.clear()
+        scene.link.want(GANG)
+        await scene.until(lambda: any(call[0] == "start_group" for call in scene.b.calls))
+        scene.b.hang("*")
+        await scene.reported("start_failed")
+        assert scene.link.facts[-1].node == "b"
+        await scene.until(lambda: not scene.placements.placed)
+
+
+async def test_a_runner_that_answers_anything_at_all_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is busy; or it was this agent that was stopped for a while."""
+    monkeypatch.setattr(hosts, "PROBE_TIMEOUT_S", 0.05)
+    scene = Scene()
+    async with running(scene.new_agent(runner_silent_s=0.1)):
+        await scene.started()
+        scene.b.hang("next_facts")
+        await scene.until(lambda: sum(call[0] == "capabilities" for call in scene.b.calls) > 2)
+        assert not scene.b.killed
+        scene.b.hang()
+        scene.a.end("att_1", exit_code=0)
+        scene.b.end("att_1", exit_code=0)
+        await scene.reported("ended")
+
+
+async def test_a_runner_that_never_answered_gets_twice_as_long_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node so slow that its runner needs longer to start must get one in the end."""
+    monkeypatch.setattr(hosts, "PROBE_TIMEOUT_S", 0.01)
+    scene = Scene()
+    scene.b.hang("*")
+    async with running(scene.new_agent(runner_silent_s=0.05)):
+        await scene.until(lambda: scene.agent.hosts.by_name.get("b") and scene.agent.hosts.by_name["b"].patience_s)
+        await scene.until(lambda: scene.b.killed)
+        assert scene.agent.hosts.by_name["b"].patience_s == 0.1
+        await scene.until(lambda: scene.cluster.runners["b"].configured)
+        await scene.until(lambda: scene.agent.hosts.by_name["b"].patience_s == 0.05)
+
+
+async def test_a_group_that_a_new_runner_does_not_have_is_gone_though_no_runner_was_seen_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Agent and runner died together, and the new runner was slow: the gang was lost for good."""
+    monkeypatch.setattr(desired, "READY_DEADLINE_S", 0.05)
+    scene = Scene()
+    async with running(scene.agent):
+        await scene.started()
+    scene.b.die()
+    scene.b = await scene.cluster.runner(scene.cluster.ray_ids["b"])
+    scene.b.hang("*")
+    async with running(scene.new_agent()):
+        await scene.until(lambda: scene.agent.gangs)
+        assert scene.agent.gangs["att_1"].groups["b"].state is GroupState.LOST
+        scene.b.hang()
+        await scene.reported("ended")
+        assert (scene.link.facts[-1].node, scene.link.facts[-1].message) == ("b", "the runner of b died")
+
+
+async def test_an_end_waits_for_what_the_ranks_left_behind(scene: Scene) -> None:
+    await scene.started()
+    scene.b.delivers = False
+    scene.a.end("att_1", exit_code=0)
+    scene.b.end("att_1", exit_code=0)
+    await scene.until(lambda: scene.agent.gangs["att_1"].groups["b"].over)
+    await asyncio.sleep(0.05)
+    assert "ended" not in scene.link.kinds("att_1")
+    scene.b.deliver()
+    await scene.reported("ended")
+    await scene.forgotten()
+
+
+async def test_what_is_left_behind_outlasts_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for it is counted from when the server is back: before that nothing could be delivered."""
+    monkeypatch.setattr(desired, "DELIVERY_WAIT_S", 0.2)
+    scene = Scene()
+    async with running(scene.agent):
+        await scene.started()
+        scene.link.away = True
+        await scene.until(lambda: scene.agent.server_since_s is None)
+        scene.a.delivers = scene.b.delivers = False
+        scene.a.end("att_1", exit_code=0)
+        scene.b.end("att_1", exit_code=0)
+        await asyncio.sleep(0.3)
+        assert scene.agent.gangs["att_1"].phase is Phase.RUNNING
+        scene.link.away = False
+        await scene.until(lambda: scene.agent.server_since_s is not None)
+        assert scene.agent.gangs["att_1"].phase is Phase.RUNNING
+        scene.a.deliver()
+        scene.b.deliver()
+        await scene.reported("ended")
+
+
+async def test_an_end_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desired, "DELIVERY_WAIT_S", 0.05)
+    monkeypatch.setattr(service, "RECONCILE_AT_LEAST_EVERY_S", 0.02)
+    scene = Scene()
+    async with running(scene.agent):
+        await scene.started()
+        scene.b.delivers = False
+        scene.a.end("att_1", exit_code=0)
+        scene.b.end("att_1", exit_code=0)
+        await scene.reported("ended")
+
+
+async def test_where_own_users_are_required_a_node_without_them_starts_nothing() -> None:
+    scene = Scene()
+    scene.new_agent(replace(SETTINGS, require_own_users=True))
+    scene.a.own_users = True
+    async with running(scene.agent):
+        scene.link.want(GANG)
+        await scene.reported("start_failed")
+        assert scene.link.facts[-1].node == "b"
+        assert "node b cannot run ranks under their tenant's own user (not root)" in scene.link.facts[-1].message
+        assert not scene.placements.placed
+        await scene.forgotten()
 
 
 async def test_a_dead_node_is_reported_and_its_gang_waits_for_the_server(scene: Scene) -> None:

@@ -14,6 +14,7 @@ from phalanx_worker.protocol import DesiredAttempt, RankExit
 
 FAILURE_GRACE_S = 5.0  # for the rest of a gang when one of its ranks has failed
 READY_DEADLINE_S = 30.0  # for the runners of a new attempt's nodes to show up
+DELIVERY_WAIT_S = 30.0  # for what ended ranks left behind to reach a server that is there
 
 
 class GroupState(StrEnum):
@@ -34,6 +35,7 @@ class Group:
     state: GroupState
     exits: tuple[RankExit, ...] = ()
     first_failed_rank: int | None = None
+    delivered: bool = True  # once over: its logs and marks have reached the server, as far as its runner has them
 
     @property
     def over(self) -> bool:
@@ -69,6 +71,11 @@ class Gang:
     stopping: bool = False  # SIGTERM is on its way to every group
     aborting: bool = False  # its start is being given up
     first_failed_rank: int | None = None  # as seen when it failed: later every rank has ended somehow
+    over_since_s: float | None = None  # when every group was first seen to be over
+
+    @property
+    def over(self) -> bool:
+        return all(group.over for group in self.groups.values())
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class World:
     living: frozenset[str]  # nodes
     tables: Mapping[str, Mapping[str, Group]]  # node -> attempt -> group, of every node whose runner has answered
     placement_groups: frozenset[str]  # attempts that have one in Ray
+    server_since_s: float | None  # since when the server has answered every time; None while it does not
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def reconcile(world: World) -> list[Step]:
     """The steps that bring the cluster closer to what is desired; none for what is already under way."""
     steps: list[Step] = []
     for gang in world.gangs.values():
-        steps += _held(gang, _wanted(gang, world.desired))
+        steps += _held(gang, _wanted(gang, world.desired), world)
     for attempt_id, attempt in world.desired.items():
         if attempt_id not in world.gangs:
             steps += _new(attempt, world)
@@ -155,7 +163,7 @@ def _wanted(gang: Gang, desired: Mapping[str, DesiredAttempt]) -> DesiredAttempt
     return attempt if attempt is not None and attempt.epoch == gang.epoch else None
 
 
-def _held(gang: Gang, wanted: DesiredAttempt | None) -> Iterator[Step]:
+def _held(gang: Gang, wanted: DesiredAttempt | None, world: World) -> Iterator[Step]:
     if gang.phase is Phase.STARTING:
         if (wanted is None or wanted.action == "stop") and not gang.aborting:
             yield Abort(gang.attempt_id)
@@ -163,20 +171,33 @@ def _held(gang: Gang, wanted: DesiredAttempt | None) -> Iterator[Step]:
         if wanted is None:
             yield Forget(gang.attempt_id)
     elif gang.phase is Phase.RUNNING:
-        yield from _running(gang, wanted)
+        yield from _running(gang, wanted, world)
 
 
-def _running(gang: Gang, wanted: DesiredAttempt | None) -> Iterator[Step]:
-    if all(group.over for group in gang.groups.values()) and wanted is not None:
-        yield Close(gang.attempt_id)
-    elif wanted is None:
+def _running(gang: Gang, wanted: DesiredAttempt | None, world: World) -> Iterator[Step]:
+    if wanted is None:
         yield Clear(gang.attempt_id, gang.epoch, frozenset(gang.groups))
+    elif gang.over:
+        if _is_told(gang, world):
+            yield Close(gang.attempt_id)
     elif gang.stopping:
         return
     elif any(group.failed for group in gang.groups.values()):
         yield Stop(gang.attempt_id, FAILURE_GRACE_S)
     elif wanted.action == "stop":
         yield Stop(gang.attempt_id, wanted.grace_s)
+
+
+def _is_told(gang: Gang, world: World) -> bool:
+    """Whether the server knows what the ranks left behind, or has had its time to hear it.
+
+    The end must not come before the last checkpoint: the next attempt would start from an older one.
+    """
+    if all(group.delivered for group in gang.groups.values()):
+        return True
+    if world.server_since_s is None or gang.over_since_s is None:
+        return False
+    return world.now_s - max(world.server_since_s, gang.over_since_s) > DELIVERY_WAIT_S
 
 
 def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:

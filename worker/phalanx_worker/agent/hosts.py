@@ -1,13 +1,16 @@
 """The nodes as the agent deals with them: each with its runner, its token and the last table of its groups.
 
-Owns the life of the runners: one for each living node, configured, followed by one long-poll, replaced when it dies.
+Owns the life of the runners: one for each living node, configured, followed by one long-poll, replaced when it dies or
+has answered nothing for too long.
 Knows no Ray (that is `nodes.py`) and does not judge what the tables say (that is `desired.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -21,6 +24,9 @@ log = logging.getLogger("phalanx.agent")
 POLL_WAIT_S = 20.0
 CALL_TIMEOUT_S = 15.0
 CONFIGURE_TIMEOUT_S = 60.0
+PROBE_TIMEOUT_S = 10.0
+RUNNER_SILENT_S = 60.0  # as the fence: who could not reach anybody for so long has ended its ranks
+MOST_PATIENCE_S = 960.0
 
 
 class RunnerError(Exception):
@@ -44,6 +50,10 @@ class Runner(Protocol):
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any: ...
 
+    async def kill(self) -> None:
+        """End its process; all that runs for it ends with it."""
+        ...
+
 
 class RunnerSource(Protocol):
     async def runner(self, ray_node_id: str) -> Runner:
@@ -53,14 +63,19 @@ class RunnerSource(Protocol):
 
 @dataclass
 class Host:
-    """One node. `table` is None until its present runner has answered; `generation` counts its runners."""
+    """One node. `table` is None until its present runner has answered; `generation` counts its runners.
+
+    `heard_s` is when that runner last answered anything, or was first asked; `patience_s` how long it may be silent.
+    """
 
     facts: NodeFacts
     generation: int = 0
     runner: Runner | None = None
     table: dict[str, Group] | None = None
-    warm_ready: bool = False
+    heard_s: float = 0.0  # monotonic
+    patience_s: float = 0.0
     own_users: bool = False  # as its runner says: ranks run under their tenant's own Unix user
+    own_users_problem: str = ""
     settings: dict[str, Any] | None = None
     given: asyncio.Event = field(default_factory=asyncio.Event)  # there are settings
     configured: dict[str, Any] | None = None  # what the present runner was last given
@@ -77,7 +92,17 @@ class Host:
     async def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         if self.runner is None:
             raise RunnerUnavailable(f"node {self.name} has no runner yet")
-        return await self.runner.call(method, *args, timeout_s=timeout_s)
+        try:
+            answer = await self.runner.call(method, *args, timeout_s=timeout_s)
+        except RunnerRefused:
+            self.heard_s = time.monotonic()
+            raise
+        self.heard_s = time.monotonic()
+        return answer
+
+    @property
+    def is_silent(self) -> bool:
+        return time.monotonic() - self.heard_s > self.patience_s
 
 
 @dataclass
@@ -86,6 +111,7 @@ class Hosts:
 
     source: RunnerSource
     changed: Callable[[], None]
+    silent_s: float = RUNNER_SILENT_S  # then a runner on a living node is killed
     by_name: dict[str, Host] = field(default_factory=dict)
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -145,7 +171,7 @@ class Hosts:
         self._forget_runner(host)
 
     def _forget_runner(self, host: Host) -> None:
-        host.runner, host.table, host.configured, host.warm_ready = None, None, None, False
+        host.runner, host.table, host.configured = None, None, None
         self.changed()
 
     def _spawn(self, work: Awaitable[None]) -> None:
@@ -156,6 +182,7 @@ class Hosts:
     async def _follow_runners(self, host: Host) -> None:
         """Follow the node's runner, and the next one when it has died, for as long as the node lives."""
         backoff = Backoff(f"the runner of node {host.name}")
+        host.patience_s = self.silent_s
         while True:
             try:
                 host.runner = await self.source.runner(host.facts.ray_node_id)
@@ -170,31 +197,57 @@ class Hosts:
     async def _follow_tables(self, host: Host) -> None:
         """One long-poll after another, once the runner has its settings; returns only by raising RunnerGone."""
         await host.given.wait()
+        host.heard_s = time.monotonic()  # nobody has asked it anything before
         seq = -1
         backoff = Backoff(f"following the runner of node {host.name}")
         while True:
             try:
                 await self._configure(host)
-                wait_s = 0.0 if seq < 0 else POLL_WAIT_S
-                facts = await host.call("next_facts", seq, wait_s, timeout_s=wait_s + CALL_TIMEOUT_S)
+                wait_s = 0.0 if seq < 0 else min(POLL_WAIT_S, self.silent_s / 3)
+                facts = await host.call("next_facts", seq, wait_s, timeout_s=wait_s + self._timeout_s(CALL_TIMEOUT_S))
             except (RunnerUnavailable, RunnerRefused) as error:
+                if host.is_silent:
+                    await self._end_silent(host)
                 await backoff.failed(error)
                 continue
             backoff.succeeded()
+            host.patience_s = self.silent_s
             seq = int(facts["seq"])
             host.table = read_table(facts)
-            host.warm_ready = bool(facts.get("warm_ready"))
             self.changed()
+
+    def _timeout_s(self, longest_s: float) -> float:
+        """Of a call whose failure tells that the runner is silent: not much later than it is."""
+        return min(longest_s, self.silent_s)
+
+    async def _end_silent(self, host: Host) -> None:
+        """Kill a runner that answers nothing, and raise RunnerGone: hung, it would hold its node's gangs for ever.
+
+        It is asked once more first: it may be this process that was stopped. And the next one may be silent for twice
+        as long, until one has answered: a node may be too slow to start a runner in time.
+        """
+        with contextlib.suppress(RunnerUnavailable, RunnerRefused):
+            await host.call("capabilities", timeout_s=self._timeout_s(PROBE_TIMEOUT_S))
+        if not host.is_silent or host.runner is None:
+            return
+        log.error("the runner of node %s has answered nothing for %.0f s: it is killed", host.name, host.patience_s)
+        try:
+            await host.runner.kill()
+        except RunnerError as error:
+            return log.warning("the runner of node %s cannot be killed yet: %s", host.name, error)
+        host.patience_s = min(2 * host.patience_s, MOST_PATIENCE_S)
+        raise RunnerGone("it answered nothing and was killed")
 
     async def _configure(self, host: Host) -> None:
         settings = host.settings
         if settings is None or host.runner is None or host.configured == settings:
             return
-        answer = await host.call("configure", settings, timeout_s=CONFIGURE_TIMEOUT_S)
+        answer = await host.call("configure", settings, timeout_s=self._timeout_s(CONFIGURE_TIMEOUT_S))
         host.configured = settings
         host.own_users = bool(answer.get("own_users"))
+        host.own_users_problem = str(answer.get("own_users_problem") or "it has no users of their own for ranks")
         if settings.get("own_users") and not host.own_users:
-            log.warning("node %s: %s", host.name, answer.get("own_users_problem") or "no users of their own for ranks")
+            log.warning("node %s: %s", host.name, host.own_users_problem)
         self.changed()
 
     async def _configure_again(self, host: Host) -> None:
@@ -212,6 +265,7 @@ def read_table(facts: dict[str, Any]) -> dict[str, Group]:
             state=GroupState(row["state"]),
             exits=tuple(decode(RankExit, end) for end in row.get("exits", [])),
             first_failed_rank=row.get("first_failed_rank"),
+            delivered=bool(row.get("delivered", True)),
         )
         for row in facts["groups"]
     }

@@ -68,6 +68,7 @@ class Launcher:
     placements: Placements
     deliver: Deliver
     is_desired: Callable[[str, int], bool]
+    require_own_users: bool = False
     aborts: dict[str, asyncio.Event] = field(default_factory=dict)
 
     # ---------------------------------------------------------------- start
@@ -78,6 +79,7 @@ class Launcher:
         try:
             if remains:
                 await self._clear_remains(gang, [group.node for group in attempt.groups])
+            self._expect_own_users(attempt)
             master = await _unless(abort, self._assemble(attempt))
             self._report(gang, "gang_ready", urgent=False)
             starts = await self._start_groups(gang, attempt, master, abort)
@@ -105,6 +107,16 @@ class Launcher:
         if unknown:
             raise StartFailed(f"node {unknown[0]} is not alive", unknown[0])
         await asyncio.gather(*(self._forget_group(gang.attempt_id, node) for node in nodes))
+
+    def _expect_own_users(self, attempt: DesiredAttempt) -> None:
+        """Raises StartFailed where the operator requires them and a node does not give them."""
+        for host in (self._host(group.node) for group in attempt.groups):
+            if self.require_own_users and not host.own_users:
+                raise StartFailed(
+                    f"node {host.name} cannot run ranks under their tenant's own user ({host.own_users_problem}), and "
+                    "the agent was told to require it",
+                    host.name,
+                )
 
     async def _assemble(self, attempt: DesiredAttempt) -> dict[str, Any]:
         """The placement group, and beside it the rendezvous address of group 0."""

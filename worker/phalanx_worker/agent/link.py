@@ -36,6 +36,8 @@ CALL_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 5.0
 DESIRED_WAIT_S = 20.0
 FACTS_PER_REPORT = 200
+PROBLEM_TYPE = "application/problem+json"
+LATER_STATUSES = frozenset({401, 403, 408, 425, 429})
 COALESCE_S = 0.1  # how long a fact that nobody waits for may wait for another
 
 T = TypeVar("T")
@@ -50,7 +52,8 @@ class ServerAway(Exception):
 
 
 class ServerRefused(Exception):
-    """The server understood the request and will not take it."""
+    """The server understood the request and will not take it. Only a problem document of its own says so: what a proxy
+    answers, or something else that has the server's address for a while, is not the server's word."""
 
 
 class ServerLink:
@@ -99,17 +102,24 @@ class ServerLink:
 
     def _refusal(self, response: httpx.Response, what: str) -> Exception:
         status = response.status_code
-        try:
-            problem = response.json()
-            code, detail = str(problem.get("code", "")), str(problem.get("detail") or problem.get("title", ""))
-        except (ValueError, AttributeError):
-            code, detail = "", response.text[:200]
+        code, detail = _problem(response)
         if status == 409 and code == "superseded":
             return Superseded(detail)
         if status == 401:
             self._bearer = self._token()
-        later = status in (401, 403, 408, 425, 429) or status >= 500
+        later = not code or status in LATER_STATUSES or status >= 500
         return (ServerAway if later else ServerRefused)(f"{what}: {status} {detail}")
+
+
+def _problem(response: httpx.Response) -> tuple[str, str]:
+    """Code and detail of the server's problem document; of any other answer no code."""
+    if response.headers.get("Content-Type", "").partition(";")[0].strip() != PROBLEM_TYPE:
+        return "", response.text[:200]
+    try:
+        problem = response.json()
+        return str(problem.get("code") or ""), str(problem.get("detail") or problem.get("title", ""))
+    except (ValueError, AttributeError):
+        return "", response.text[:200]
 
 
 @dataclass
@@ -137,8 +147,12 @@ class FactOutbox:
         return waiting.taken
 
     async def run(self) -> None:
-        """Send for ever. Raises Superseded."""
+        """Send for ever. Raises Superseded.
+
+        Less at a time after a failure: a proxy may let no large report through.
+        """
         backoff = Backoff("reporting facts")
+        most = FACTS_PER_REPORT
         while True:
             await self._some.wait()
             if not self._urgent.is_set():
@@ -146,9 +160,11 @@ class FactOutbox:
                     async with asyncio.timeout(COALESCE_S):
                         await self._urgent.wait()
             try:
-                await self._send(self._waiting[:FACTS_PER_REPORT])
+                await self._send(self._waiting[:most])
                 backoff.succeeded()
+                most = min(2 * most, FACTS_PER_REPORT)
             except ServerAway as error:
+                most = max(1, most // 2)
                 await backoff.failed(error)
             if not self._waiting:
                 self._some.clear()

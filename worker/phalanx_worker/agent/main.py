@@ -32,6 +32,7 @@ class AgentSettings:
     ray_address: str
     runner: RunnerSettings
     nodes: NodeSettings
+    runner_silent_s: float
 
 
 def file_token(path: Path) -> Callable[[], str]:
@@ -63,7 +64,13 @@ async def _serve(settings: AgentSettings) -> int:
     placements = PlacementGroups(placement_threads)
     await placements.load()
     link = ServerLink(url=settings.server_url, token=settings.token, instance=instance)
-    agent = Agent(link=link, cluster=RayNodes(settings.nodes, threads), placements=placements, settings=settings.runner)
+    agent = Agent(
+        link=link,
+        cluster=RayNodes(settings.nodes, threads),
+        placements=placements,
+        settings=settings.runner,
+        runner_silent_s=settings.runner_silent_s,
+    )
     serving = asyncio.create_task(agent.run())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, serving.cancel)

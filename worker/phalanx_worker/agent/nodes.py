@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
@@ -27,8 +29,10 @@ ROLE_LABEL = "phalanx.io/role"
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 ACCELERATOR_RESOURCE = "accelerator_type:"
 RUNNER_CALLS = 1000  # that one runner answers at once
+SUCCESSION_S = 90.0  # Ray knows of a dead raylet after 14 s, of a hung one after 62
 
 T = TypeVar("T")
+Row = Mapping[str, Any]  # of `ray.nodes()`
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,20 @@ class RayNodes:
     def __init__(self, settings: NodeSettings, threads: ThreadPoolExecutor) -> None:
         self._settings = settings
         self._threads = threads
+        self._successions = Successions()
 
     async def list(self) -> list[NodeFacts]:
         """The living training nodes. Raises ConnectionError when the cluster is gone."""
         try:
-            return inventory(await self._in_thread(ray.nodes), self._settings)
+            rows = await self._in_thread(ray.nodes)
         except (RayError, RuntimeError) as error:
             raise ConnectionError(f"the Ray cluster does not answer: {_one_line(error)}") from error
+        return inventory(self._successions.without_heirs(rows, time.monotonic()), self._settings)
 
     async def runner(self, ray_node_id: str) -> RayRunner:
         """The runner of that node, created if there is none. Raises RunnerGone or RunnerUnavailable."""
         try:
-            return RayRunner(await self._in_thread(lambda: _get_or_create(ray_node_id)))
+            return RayRunner(await self._in_thread(lambda: _get_or_create(ray_node_id)), self._threads)
         except (RayError, ValueError) as error:
             raise RunnerUnavailable(_one_line(error)) from error
 
@@ -78,8 +84,9 @@ class RayNodes:
 class RayRunner:
     """One runner actor."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, threads: ThreadPoolExecutor) -> None:
         self._actor = actor
+        self._threads = threads
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method of the runner. Raises RunnerError."""
@@ -94,6 +101,15 @@ class RayRunner:
             raise RunnerUnavailable(_one_line(error)) from error
         except RayTaskError as error:
             raise RunnerRefused(_one_line(error.cause)) from error
+        except RayError as error:
+            raise RunnerUnavailable(_one_line(error)) from error
+
+    async def kill(self) -> None:
+        """Have Ray end the process, by SIGKILL when it has not ended after 5 s. Raises RunnerUnavailable."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(
+                self._threads, lambda: ray.kill(self._actor, no_restart=True)
+            )
         except RayError as error:
             raise RunnerUnavailable(_one_line(error)) from error
 
@@ -120,7 +136,37 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def inventory(rows: list[dict[str, Any]], settings: NodeSettings) -> list[NodeFacts]:
+@dataclass
+class Successions:
+    """Which Ray node goes by its host's name alone.
+
+    A raylet that is started again is there before Ray knows that the one before it is dead. For so long it is not
+    listed: then it has the name of the one before it, and what that left on the host is found again.
+    """
+
+    _holders: dict[str, str] = field(default_factory=dict)  # by hostname: the Ray node that had it alone
+    _shared_since_s: dict[str, float] = field(default_factory=dict)
+
+    def without_heirs(self, rows: list[Row], now_s: float) -> list[Row]:
+        sharing: dict[str, set[str]] = {}
+        for row in rows:
+            if is_training_node(row) and not _label(row):
+                sharing.setdefault(row["NodeManagerHostname"], set()).add(row["NodeID"])
+        heirs = {heir for hostname, ids in sharing.items() for heir in self._heirs(hostname, ids, now_s)}
+        return [row for row in rows if row["NodeID"] not in heirs]
+
+    def _heirs(self, hostname: str, ids: set[str], now_s: float) -> set[str]:
+        if len(ids) == 1:
+            self._shared_since_s.pop(hostname, None)
+            self._holders[hostname] = next(iter(ids))
+        elif self._holders.get(hostname) in ids:
+            if now_s - self._shared_since_s.setdefault(hostname, now_s) < SUCCESSION_S:
+                return ids - {self._holders[hostname]}
+            del self._holders[hostname]  # so these are two nodes
+        return set()
+
+
+def inventory(rows: list[Row], settings: NodeSettings) -> list[NodeFacts]:
     """The living training nodes of `ray.nodes()`, sorted by name. Of a dead node Ray keeps too little to say more.
 
     Skips the head where it is labelled so or has nothing to train with. Checkpoints count as shared on a cluster of one
@@ -131,8 +177,7 @@ def inventory(rows: list[dict[str, Any]], settings: NodeSettings) -> list[NodeFa
     if shared is None:
         shared = len({row["NodeManagerAddress"] for row in rows}) <= 1
     chosen: dict[str, NodeFacts] = {}
-    for row in rows:
-        name = node_name(row)
+    for name, row in _named(rows):
         if name in chosen:
             log.error("two living nodes are called %s; give each its own %s label", name, NAME_LABEL)
         else:
@@ -140,17 +185,25 @@ def inventory(rows: list[dict[str, Any]], settings: NodeSettings) -> list[NodeFa
     return sorted(chosen.values(), key=lambda facts: facts.name)
 
 
-def is_training_node(row: Mapping[str, Any]) -> bool:
+def is_training_node(row: Row) -> bool:
     labels, resources = row.get("Labels") or {}, row.get("Resources") or {}
     return bool(row["Alive"] and labels.get(ROLE_LABEL) != "head" and (resources.get("GPU") or resources.get("CPU")))
 
 
-def node_name(row: Mapping[str, Any]) -> str:
-    labels = row.get("Labels") or {}
-    return labels.get(NAME_LABEL) or f"{row['NodeManagerHostname']}-{row['NodeID'][:8]}"
+def _named(rows: list[Row]) -> Iterator[tuple[str, Row]]:
+    """Each row with its node's name: the label, else the host's; where several share that, with the id, which is
+    another after each start of the raylet."""
+    names = Counter(_label(row) or row["NodeManagerHostname"] for row in rows)
+    for row in rows:
+        hostname = row["NodeManagerHostname"]
+        yield _label(row) or (hostname if names[hostname] == 1 else f"{hostname}-{row['NodeID'][:8]}"), row
 
 
-def gpu_type(row: Mapping[str, Any], settings: NodeSettings) -> str:
+def _label(row: Row) -> str:
+    return (row.get("Labels") or {}).get(NAME_LABEL) or ""
+
+
+def gpu_type(row: Row, settings: NodeSettings) -> str:
     """The node's own label, else what the operator said, else what Ray found; "" where there is no GPU."""
     labels, resources = row.get("Labels") or {}, row.get("Resources") or {}
     if not resources.get("GPU"):
@@ -160,7 +213,7 @@ def gpu_type(row: Mapping[str, Any], settings: NodeSettings) -> str:
     return named.lower()
 
 
-def _facts(name: str, row: Mapping[str, Any], settings: NodeSettings, *, shared_checkpoints: bool) -> NodeFacts:
+def _facts(name: str, row: Row, settings: NodeSettings, *, shared_checkpoints: bool) -> NodeFacts:
     resources = row.get("Resources") or {}
     return NodeFacts(
         name=name,

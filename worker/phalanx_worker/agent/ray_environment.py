@@ -23,7 +23,7 @@ LOOPBACK_SETTINGS = {
 def read_ray_file(path: Path, timeout_s: float = RAY_FILE_TIMEOUT_S) -> str:
     """The address in the `ray.json` of a running `phalanx local-ray`, waiting for it; sets Ray's token for us.
 
-    Raises TimeoutError.
+    Raises TimeoutError, and PermissionError where the file is another user's.
     """
     deadline_s = time.monotonic() + timeout_s
     while (facts := _running(path)) is None:
@@ -38,12 +38,19 @@ def _running(path: Path) -> dict[str, Any] | None:
     """What the file says, unless it is missing or was left behind by a cluster that was killed."""
     try:
         facts = json.loads(path.read_text())
-        os.kill(facts["pid"], 0)
-    except (FileNotFoundError, ProcessLookupError):
+    except FileNotFoundError:
         return None
+    return facts if _exists(facts["pid"]) else None
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
     except PermissionError:
         pass  # it runs, under another user
-    return facts
+    return True
 
 
 def prepare(address: str) -> None:

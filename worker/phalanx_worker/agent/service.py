@@ -32,7 +32,7 @@ from phalanx_worker.agent.desired import (
     first_failed_rank,
     reconcile,
 )
-from phalanx_worker.agent.hosts import Host, Hosts, RunnerSource
+from phalanx_worker.agent.hosts import RUNNER_SILENT_S, Host, Hosts, RunnerSource
 from phalanx_worker.agent.launch import NO_GENERATION, Launcher, Placements
 from phalanx_worker.agent.link import Backoff, FactOutbox, ServerAway, ServerLink, ServerRefused
 from phalanx_worker.protocol import DesiredAttempt, InventoryAnswer, NodeFacts
@@ -51,12 +51,16 @@ class Cluster(RunnerSource, Protocol):
 
 @dataclass(frozen=True)
 class RunnerSettings:
-    """What every runner is told beside its token. Paths are of the nodes; each node gets its own part of `data_dir`."""
+    """What every runner is told beside its token. Paths are of the nodes; each node gets its own part of `data_dir`.
+
+    `require_own_users` is not told: nothing is started on a node that cannot give ranks their tenant's user.
+    """
 
     server_url: str
     data_dir: str
     checkpoint_root: str
     own_users: bool
+    require_own_users: bool = False
 
 
 @dataclass
@@ -72,16 +76,19 @@ class Agent:
     desired_since_s: dict[str, float] = field(default_factory=dict)
     node_tokens: dict[tuple[str, str], str] = field(default_factory=dict)  # by node name and Ray node
     heartbeat_s: float = 2.0
+    runner_silent_s: float = RUNNER_SILENT_S
+    server_since_s: float | None = None  # since when the server has answered every time
 
     def __post_init__(self) -> None:
         self.wake = asyncio.Event()
         self.outbox = FactOutbox(self.link)
-        self.hosts = Hosts(source=self.cluster, changed=self.wake.set)
+        self.hosts = Hosts(source=self.cluster, changed=self.wake.set, silent_s=self.runner_silent_s)
         self.launcher = Launcher(
             hosts=self.hosts,
             placements=self.placements,
             deliver=self.outbox.deliver,
             is_desired=self.is_desired,
+            require_own_users=self.settings.require_own_users,
         )
         self._steps: set[asyncio.Task[None]] = set()
 
@@ -119,10 +126,12 @@ class Agent:
                 try:
                     self._take_answer(nodes, await self.link.put_nodes(nodes, self._without_token(nodes)))
                 except (ServerAway, ServerRefused) as error:
+                    self.server_since_s = None
                     await backoff.failed(error)
                     continue
                 backoff.succeeded()
                 told, told_s = nodes, time.monotonic()
+                self.server_since_s = self.server_since_s or told_s
             await asyncio.sleep(INVENTORY_POLL_S)
 
     def _without_token(self, nodes: list[NodeFacts]) -> list[str]:
@@ -191,6 +200,8 @@ class Agent:
             if gang.phase is Phase.RUNNING:
                 for node in gang.groups:
                     look_at(gang, node, self.hosts.get(node))
+                if gang.over and gang.over_since_s is None:
+                    gang.over_since_s = now_s
         world = World(
             now_s=now_s,
             desired=self.desired,
@@ -199,6 +210,7 @@ class Agent:
             living=self.hosts.living(),
             tables=self.hosts.tables(),
             placement_groups=self.placements.attempts(),
+            server_since_s=self.server_since_s,
         )
         for step in reconcile(world):
             self._begin(step)
@@ -254,14 +266,19 @@ class Agent:
 
 
 def adopt(gang: Gang, attempt: DesiredAttempt, groups: Any, hosts: Hosts) -> None:
-    """Take over what an earlier agent started. A group that its node does not show is gone, one on a dead node lost."""
+    """Take over what an earlier agent started. A group that its node does not show is gone.
+
+    On a dead node it is lost, and where the runner has not answered yet: that may be the one that had the group, or
+    already the next.
+    """
     log.info("attempt %s is adopted", attempt.attempt_id)
     for placement in attempt.groups:
         host = hosts.get(placement.node)
         shown = groups.get(placement.node)
-        state = GroupState.VANISHED if host is not None and host.table is not None else GroupState.LOST
+        answered = host if host is not None and host.table is not None else None
+        state = GroupState.VANISHED if answered is not None else GroupState.LOST
         gang.groups[placement.node] = shown or Group(attempt.epoch, state)
-        gang.generations[placement.node] = host.generation if host is not None else NO_GENERATION
+        gang.generations[placement.node] = answered.generation if answered is not None else NO_GENERATION
 
 
 def look_at(gang: Gang, node: str, host: Host | None) -> None:
@@ -271,13 +288,20 @@ def look_at(gang: Gang, node: str, host: Host | None) -> None:
     runner has taken the place of the one that had it.
     """
     group = gang.groups[node]
+    shown = _shown(gang, host)
     if group.over:
-        return
-    if host is None or not host.alive:
+        if shown is not None:
+            gang.groups[node] = replace(group, delivered=shown.delivered)
+    elif host is None or not host.alive:
         gang.groups[node] = replace(group, state=GroupState.LOST)
-    elif host.table is not None:
-        shown = host.table.get(gang.attempt_id)
-        if shown is not None and shown.epoch == gang.epoch:
-            gang.groups[node] = shown
-        elif host.generation != gang.generations.get(node, NO_GENERATION):
-            gang.groups[node] = replace(group, state=GroupState.VANISHED)
+    elif shown is not None:
+        gang.groups[node] = shown
+    elif host.table is not None and host.generation != gang.generations.get(node, NO_GENERATION):
+        # What its runner had not sent is lost with it, or on disk, where nobody knows whose it is: not waited for.
+        gang.groups[node] = replace(group, state=GroupState.VANISHED, delivered=True)
+
+
+def _shown(gang: Gang, host: Host | None) -> Group | None:
+    """The group as its node shows it now."""
+    group = host.table.get(gang.attempt_id) if host is not None and host.alive and host.table is not None else None
+    return group if group is not None and group.epoch == gang.epoch else None
