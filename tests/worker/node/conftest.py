@@ -37,6 +37,7 @@ class FakeServer:
         self.bundles: dict[str, bytes] = {}
         self.refused: list[dict[str, Any]] = []
         self.status = 200
+        self.answers_as_a_proxy = False
         self.port = 0
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.StreamWriter] = set()
@@ -88,10 +89,15 @@ class FakeServer:
                     (int(line[15:]) for line in head.lower().split("\r\n") if line[:15] == "content-length:"), 0
                 )
                 status, body = self._answer(head.split(" ")[1], await reader.readexactly(length))
-                writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+                writer.write(self._head(status, body) + body)
                 await writer.drain()
         self._clients.discard(writer)
         writer.close()
+
+    def _head(self, status: int, body: bytes) -> bytes:
+        kind = "application/json" if status == 200 else "application/problem+json"
+        kind = "text/html" if self.answers_as_a_proxy else kind
+        return f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
 
     def _answer(self, target: str, body: bytes) -> tuple[int, bytes]:
         if target.startswith("/v1/node/bundles/"):
@@ -102,7 +108,7 @@ class FakeServer:
         self._changed.set()
         self._changed = asyncio.Event()
         if self.status != 200:
-            return self.status, b"{}"
+            return self.status, b'{"code": "a_code"}'
         protocol.decode(protocol.NodeReport, report)
         answer = {"server_time": 0.0, "accepted_seq": report["seq"], "refused": self.refused}
         return 200, json.dumps(answer).encode()

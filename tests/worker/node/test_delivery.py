@@ -120,7 +120,7 @@ class Picky:
         if b"bad" not in body:
             return self._answer(target, body)
         self.bad += 1
-        return self.status, b"{}"
+        return self.status, b'{"code": "a_code"}'
 
 
 def link_to(server: Any, tmp_path: Path) -> tuple[Link, Outbox]:

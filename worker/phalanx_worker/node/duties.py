@@ -32,6 +32,7 @@ class Hooks:
 
     groups: Callable[[], list[Group]]
     changed: Callable[[], None]
+    taken: Callable[[], object]  # called after each report that the server has taken
     gcs_alive: CheckGcs | None
 
 
@@ -67,7 +68,7 @@ class Duties:
         problem = await users.own_users_problem(python, data_dir) if settings.own_users else "not asked for"
         outbox = Outbox(boot)
         watch = Watch(Devices(), hooks.groups)
-        link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, watch, warm))
+        link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, watch, warm), hooks.taken)
         launcher = Launcher(
             workspace=workspace,
             bundles=Bundles(data_dir / "bundles", link.fetch_bundle),

@@ -25,7 +25,7 @@ from phalanx_worker import protocol
 from phalanx_worker.node.fence import OutageFence
 from phalanx_worker.node.halves import Halves
 from phalanx_worker.node.orders import StartFailed
-from phalanx_worker.node.outbox import Batch, Item, Outbox, dropped_marks
+from phalanx_worker.node.outbox import AttemptKey, Batch, Item, Outbox, dropped_marks
 from phalanx_worker.node.spool import Spool
 from phalanx_worker.protocol import Heartbeat, NodeAnswer
 
@@ -38,6 +38,7 @@ _MOST_DOUBLINGS = 8
 _SPILL_BYTES = 4 << 20
 _REQUEST_TIMEOUT_S = 10.0
 _BUNDLE_TIMEOUT_S = 60.0
+_PROBLEM_TYPE = "application/problem+json"
 _RETRY_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
 _FAULTS_BORNE = 3  # in a row, before the heartbeat is tried alone
 _POSTPONED_AT_MOST = 2  # after that a report over which the server fails is taken apart like a rejected one
@@ -53,12 +54,23 @@ class Delivery(Enum):
 
 
 class Link:
-    """`heartbeat` is asked for each time one is due. `run` delivers until cancelled."""
+    """`heartbeat` is asked for each time one is due, `taken` told of each report that is done with.
 
-    def __init__(self, outbox: Outbox, spool: Spool, heartbeat: Callable[[], Heartbeat]):
+    `run` delivers until cancelled.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        spool: Spool,
+        heartbeat: Callable[[], Heartbeat],
+        taken: Callable[[], object] = lambda: None,
+    ):
         self._outbox = outbox
         self._spool = spool
         self._heartbeat = heartbeat
+        self._taken = taken
+        self._under_way: set[AttemptKey] = set()  # who is in the report that is neither in memory nor on disk
         self._client: httpx.AsyncClient | None = None
         self._server_url = ""
         self._heartbeat_s = 2.0
@@ -129,6 +141,10 @@ class Link:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(done.wait(), timeout_s)
 
+    def holds(self, attempt: AttemptKey) -> bool:
+        """Whether anything of an attempt of this runner has not reached the server yet."""
+        return attempt in self._under_way or self._outbox.holds(attempt) or self._spool.holds(attempt)
+
     async def close(self) -> None:
         """One last try, then to disk."""
         await self.deliver()
@@ -170,18 +186,23 @@ class Link:
         stored = self._spool.oldest()
         path, batch = stored if stored else (None, self._outbox.next_batch())
         batch = self._without_refused(batch)
+        self._under_way = batch.attempts
         try:
             outcome = await self._send(client, batch)
         except asyncio.CancelledError:
             if path is None:
                 self._save(batch)  # perhaps taken, perhaps not: its number lets it be sent again
             raise
+        finally:
+            self._under_way = set()
         if outcome is Delivery.TAKEN:
             self._take(path, batch)
+            self._taken()
             return True
         path = path or self._save(batch)
         if path is not None and outcome is not Delivery.AWAY and await self._get_past(client, path, batch, outcome):
             self._pay()
+            self._taken()
             return True
         self._failures += 1
         if self._outbox.size_bytes:
@@ -264,22 +285,23 @@ class Link:
             log.debug("server away: %r", error)
             return Delivery.AWAY
         if answer.status_code == 200:
-            self._take_answer(answer)
-            return Delivery.TAKEN
-        if answer.status_code >= 500 or answer.status_code in _RETRY_STATUSES:
+            return Delivery.TAKEN if self._take_answer(answer) else Delivery.AWAY
+        if answer.status_code >= 500 or not _is_final(answer):
             log.warning("report %d answered %d", batch.seq, answer.status_code)
             return Delivery.FAULT if answer.status_code >= 500 else Delivery.AWAY
         log.error("report %d rejected: %d %s", batch.seq, answer.status_code, answer.text[:500])
         return Delivery.REJECTED
 
-    def _take_answer(self, answer: httpx.Response) -> None:
+    def _take_answer(self, answer: httpx.Response) -> bool:
+        """False for an answer that is not the server's: a captive portal says 200 to everything."""
         try:
             decoded = protocol.decode(NodeAnswer, answer.json())
         except ValueError as error:
             log.warning("the server's answer cannot be read: %s", error)
-            return
+            return False
         for refused in decoded.refused:
             self._outbox.refuse((refused.attempt_id, refused.epoch))
+        return True
 
     def _without_refused(self, batch: Batch) -> Batch:
         if not any(self._outbox.is_refused(attempt) for attempt in batch.attempts):
@@ -325,3 +347,17 @@ class Link:
             log.error("reports are lost, the spool cannot be written: %s", error)
             self._owed += dropped_marks(batch.items)
             return None
+
+
+def _is_final(answer: httpx.Response) -> bool:
+    """Whether the report is refused: in the server's own words, or by whoever finds it too large. Whatever else a proxy
+    says is about the way to the server."""
+    if answer.status_code == 413:
+        return True
+    media_type = answer.headers.get("Content-Type", "").partition(";")[0].strip()
+    if media_type != _PROBLEM_TYPE or answer.status_code in _RETRY_STATUSES:
+        return False
+    try:
+        return bool(answer.json().get("code"))
+    except (ValueError, AttributeError):
+        return False

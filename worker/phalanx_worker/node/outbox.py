@@ -145,6 +145,9 @@ class Outbox:
         if self._size_bytes > self._limit_bytes:
             self._shrink()
 
+    def holds(self, attempt: AttemptKey) -> bool:
+        return any(item.attempt == attempt for item in self._items)
+
     def next_batch(self) -> Batch:
         """The oldest items, as many as one report takes, at least one. Empty if none waits, for a heartbeat alone."""
         items: list[Item] = []

@@ -70,6 +70,7 @@ class Group:
         self.starts: list[RankStart] = []
         self.guardian_pid = 0
         self.oom = False
+        self.delivered = False  # it has ended, and all that it left behind has reached the server
         self.ended = asyncio.Event()
         self._launch = launch
         self._events = events

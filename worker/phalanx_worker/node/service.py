@@ -155,6 +155,7 @@ class Runner:
         if self._seq == after:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait_s)
+        self._look_for_delivered()
         groups = [_facts(group) for group in self._groups()]
         return {"seq": self._seq, "groups": groups, "warm_ready": self._open_duties().is_warm}
 
@@ -216,6 +217,18 @@ class Runner:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def _look_for_delivered(self) -> bool:
+        """Whether the server has got, since the last look, all that an ended group left behind."""
+        link = self._open_duties().link
+        waiting = [group for group in self._groups() if group.state == "ended" and not group.delivered]
+        for group in waiting:
+            group.delivered = not link.holds(group.key)
+        return any(group.delivered for group in waiting)
+
+    def _note_delivered(self) -> None:
+        if self._duties is not None and self._look_for_delivered():
+            self._note_change()
+
     async def _flush(self) -> None:
         if self._duties is not None:
             await self._duties.link.flush(_FLUSH_S)
@@ -223,7 +236,9 @@ class Runner:
     # -------------------------------------------------------------- duties
 
     async def _open(self, settings: Settings) -> Duties:
-        hooks = Hooks(groups=self._groups, changed=self._note_change, gcs_alive=self._gcs_alive)
+        hooks = Hooks(
+            groups=self._groups, changed=self._note_change, taken=self._note_delivered, gcs_alive=self._gcs_alive
+        )
         return await Duties.open(
             settings, hooks, boot=self.boot, python=self._python, environ=self._environ, warm_env=self._warm_env
         )
@@ -241,6 +256,7 @@ def _facts(group: Group) -> dict[str, Any]:
         "state": group.state,
         "exits": [protocol.encode(end) for end in group.exits],
         "first_failed_rank": group.first_failed_rank,
+        "delivered": group.delivered,
     }
 
 

@@ -18,12 +18,14 @@ from phalanx_worker.node.outbox import GIVEN_UP_IN_ORDER, KINDS, AttemptKey, Bat
 
 @dataclass
 class Contents:
-    """What one file holds, by kind: bytes, and what to tell should they be given up."""
+    """What one file holds: of whom, and by kind the bytes and what to tell should they be given up."""
 
+    attempts: set[AttemptKey] = field(default_factory=set)
     bytes_by_kind: Counter[str] = field(default_factory=Counter)
     losses: dict[str, Losses] = field(default_factory=lambda: {kind: Losses() for kind in KINDS})
 
     def add(self, item: Item, size_bytes: int) -> None:
+        self.attempts.add(item.attempt)
         self.bytes_by_kind[item.kind] += size_bytes
         self.losses[item.kind].add([item])
 
@@ -46,6 +48,10 @@ class Spool:
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def holds(self, attempt: AttemptKey) -> bool:
+        """Of an attempt of this runner: it knows its own files by heart."""
+        return any(attempt in contents.attempts for contents in self._contents.values())
 
     def append(self, batch: Batch) -> Path:
         """Keep a batch behind all others. Raises OSError when the disk refuses."""
