@@ -328,6 +328,7 @@ class Node(Model):
     labels: dict[str, str] = field(default_factory=dict)
     alive: bool = True
     warm_ready: bool = False
+    own_users: bool = False
     last_seen_at: datetime | None = None
     clock_skew_s: float | None = None
     stats: dict[str, Any] | None = None

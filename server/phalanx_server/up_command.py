@@ -252,17 +252,20 @@ class Up:
 
     def warm_nodes(self) -> int:
         """How many nodes have a process with torch imported, ready to fork."""
+        return sum(1 for node in self.nodes() if self._is_warm(node))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """As the server lists them; none while it does not answer."""
         headers = {"Authorization": f"Bearer {self.admin_token}"}
         try:
             answer = httpx.get(f"{self.machine.url}/v1/nodes", headers=headers, timeout=5)
         except httpx.TransportError:
-            return 0
+            return []
         if answer.status_code == 401:
             raise ChildFailed(
                 f"the server does not know the token in {self.machine.path('admin-token')}: put a valid one there"
             )
-        nodes = answer.json()["items"] if answer.is_success else []
-        return sum(1 for node in nodes if self._is_warm(node))
+        return answer.json()["items"] if answer.is_success else []
 
     def _is_warm(self, node: dict[str, Any]) -> bool:
         """As it has said since this start; what it said before an earlier end is in the database too."""
@@ -329,6 +332,17 @@ def announce(up: Up) -> None:
         )
     sign_in = f"Sign in with: phalanx login --url {machine.url} --token-file {machine.path('admin-token')}"
     console.print(sign_in, soft_wrap=True)  # to be copied: no line break of ours
+    if os.geteuid() == 0 and (warning := root_warning(up.nodes(), machine.path("logs") / "agent.log")):
+        console.print(f"[bold red]{warning}[/]", soft_wrap=True)
+
+
+def root_warning(nodes: list[dict[str, Any]], log: Path) -> str:
+    """What to say on a machine whose runners are root, of nodes where ranks of all tenants are root as well."""
+    names = ", ".join(node["name"] for node in nodes if node["alive"] and not node["own_users"])
+    if not names:
+        return ""
+    reach = "nothing holds them off each other or this machine"
+    return f"Jobs of every tenant run as root on {names}: {reach} ({log} says why)"
 
 
 def data_directory(path: Path) -> Path:

@@ -64,6 +64,14 @@ async def test_a_message_that_does_not_fit_names_the_field(agent: httpx.AsyncCli
     assert newer.status_code == 200, "what a newer agent adds is ignored"
 
 
+async def test_whether_ranks_have_users_of_their_own_is_shown(
+    agent: httpx.AsyncClient, admin: httpx.AsyncClient
+) -> None:
+    for own_users in (True, False):
+        await agent.put("/v1/agent/nodes", json=inventory("a1", NODE | {"own_users": own_users}))
+        assert (await admin.get("/v1/nodes/n0")).json()["own_users"] is own_users
+
+
 async def test_a_fact_about_an_unknown_attempt_is_refused_alone(agent: httpx.AsyncClient) -> None:
     fact = {"attempt_id": ids.encode("attempt", ids.new_id()), "epoch": 1, "kind": "started", "at": time.time()}
     body = {"instance": "a1", "sent_at": time.time(), "facts": [fact]}

@@ -291,6 +291,14 @@ def test_queue_and_nodes_and_tenants(wired: FakeServer, run: Run) -> None:
     assert "h100 8/8" in run("tenants").stdout
 
 
+def test_a_node_says_whose_users_run_its_ranks(wired: FakeServer, run: Run) -> None:
+    node = {"id": "node_1", "name": "node-0", "state": "ready", "gpus": 8}
+    wired.on("GET /v1/nodes/node-0", answer(node | {"own_users": True}))
+    assert "one for each tenant" in run("nodes", "show", "node-0").stdout
+    wired.on("GET /v1/nodes/node-0", answer(node | {"own_users": False}))
+    assert "the runner's own, for every tenant" in run("nodes", "show", "node-0").stdout
+
+
 def test_explain_is_the_server_s_sentence(wired: FakeServer, run: Run) -> None:
     wired.on(f"GET /v1/jobs/{JOB_ID}/explain", answer({"job_id": JOB_ID, "text": "It waits for 4 more GPUs."}))
     assert run("explain", JOB_ID).stdout == "It waits for 4 more GPUs.\n"

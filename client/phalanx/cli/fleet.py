@@ -60,7 +60,8 @@ def show_node(node: NodeArgument, output_as: output.Output = output.Format.TABLE
     labels = " ".join(f"{key}={value}" for key, value in sorted(found.labels.items()))
     skew = f"{found.clock_skew_s * 1e3:.0f} ms" if found.clock_skew_s is not None else None
     shown = [(column.title.lower(), column.show(found)) for column in NODE_COLUMNS]
-    output.fields([("id", found.id), *shown, ("labels", labels), ("clock skew", skew)])
+    users = "one for each tenant" if found.own_users else "the runner's own, for every tenant"
+    output.fields([("id", found.id), *shown, ("users of ranks", users), ("labels", labels), ("clock skew", skew)])
 
 
 @nodes.command()

@@ -37,6 +37,9 @@ class Node(BaseModel):
     labels: dict[str, str]
     alive: bool
     warm_ready: bool = Field(description="A process with torch imported waits there to be forked.")
+    own_users: bool = Field(
+        description="Ranks of each tenant run there under their own Unix user; else they run as the node's runner does."
+    )
     last_seen_at: datetime | None
     clock_skew_s: float | None
     stats: dict[str, Any] | None = Field(description="Latest use of CPU, memory and GPUs; for operators.")

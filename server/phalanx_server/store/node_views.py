@@ -14,6 +14,7 @@ from phalanx_server.store.job_views import SUBTREE
 _NODES = """
 SELECT n.id, n.name, c.name AS cluster, n.state, n.wanted_state, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.address,
        n.labels, n.alive, n.stats, n.stats_at, n.runner_seen_at, n.clock_skew_s, n.version,
+       coalesce(n.facts->>'own_users' = 'true', false) AS own_users,
        coalesce(u.gpus_used, 0) AS gpus_used, coalesce(u.jobs, '{{}}') AS jobs
 FROM nodes n
 JOIN clusters c ON c.id = n.cluster_id
