@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
+import string
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from control_plane import ControlPlane
+from phalanx_server.actions import record_node_report
+from phalanx_server.actions.record_marks import URL_MAX_BYTES
 from phalanx_server.domain import messages as m
 from phalanx_server.domain.metric import NAMES_PER_JOB
+from phalanx_server.store.attempts import LAST_WORDS_S
 from phalanx_server.store.logs import read_pieces
+from phalanx_server.store.metric_views import Window, list_extents, load_series
 from phalanx_server.store.schema import checkpoints, events, jobs, logs, metric_rollups, metrics, progress
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 
 async def notes(plane: ControlPlane) -> list[str]:
@@ -119,6 +126,53 @@ async def test_values_that_are_not_finite_are_refused_one_by_one_and_told_once(p
     told = await notes(plane)
     assert len(told) == 4
     assert any("grad_norm was NaN" in message for message in told)
+
+
+async def test_values_whose_sum_could_not_be_stored_are_refused(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run()
+    for step in (1, 2):
+        values = {"huge": 1.7e308, "minus": -1.7e308, "large": 1e100, "small": 5e-324, "loss": 1.0}
+        await plane.node_report("node-0", metrics=[plane.metric(attempt, step, **values)])
+    assert {row.name: row.value for row in await plane.rows(metrics)} == {"large": 1e100, "small": 0.0, "loss": 1.0}
+    assert [message for message in await notes(plane) if "huge" in message] == [
+        "The metric huge was 1.7e+308; values beyond 1e+100 are dropped."
+    ]
+    window = Window(None, None)
+    async with plane.engine.connect() as conn:
+        await conn.execute(delete(metrics).where(metrics.c.name == "small"))  # so that its roll-ups are read
+        extents = await list_extents(conn, job_id, names=None, window=window)
+        series = [await load_series(conn, job_id, extent, window=window, max_points=10) for extent in extents]
+    assert {each.name: each.points[-1].mean for each in series} == {"large": 1e100, "small": 0.0, "loss": 1.0}
+
+
+async def test_what_cannot_be_stored_costs_neither_the_heartbeat_nor_the_others(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await plane.add_nodes(1)
+    (_, bad), (_, good) = await plane.run(), await plane.run()
+    taken = record_node_report.record_metrics
+
+    async def unstorable(conn: Any, fence: Any, *rest: Any) -> None:
+        await taken(conn, fence, *rest)
+        if fence.id == bad.id:
+            await conn.exec_driver_sql("SELECT 1e308::float8 + 1e308::float8 * 1.7")
+
+    monkeypatch.setattr(record_node_report, "record_metrics", unstorable)
+    plane.later(5)
+    for step in (1, 2):
+        parts = {
+            "metrics": [plane.metric(bad, step, loss=1.0), plane.metric(good, step, loss=2.0)],
+            "logs": [plane.log(bad, "x", offset=step), plane.log(good, "x", offset=step)],
+            "marks": [plane.mark(good, "first_step")],
+        }
+        answer = await plane.heartbeat("node-0", bad, good, **parts)
+        assert (answer.accepted_seq, answer.refused) == (plane.seqs["node-0"], [])
+    assert (await plane.node("node-0")).runner_seen_at == plane.now
+    assert [row.value for row in await plane.rows(metrics)] == [2.0, 2.0]
+    assert {row.attempt_id for row in await plane.rows(logs)} == {good.id}
+    assert (await plane.attempt(good.job_id)).first_step_at == plane.now
+    assert len([message for message in await notes(plane) if "cannot be stored" in message]) == 1, "told once"
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129, "x" * 10_000_000, "a\nb", "ä", "\0", "'; DROP TABLE jobs"])
@@ -232,6 +286,7 @@ async def test_a_checkpoint_is_registered_and_told_once(plane: ControlPlane) -> 
     job_id, attempt = await plane.run()
     good = {"url": "s3://b/5", "step": 5, "note": "a\0b", "loss": math.nan}
     bad: list[dict] = [{"step": 5}, {"url": "", "step": 5}, {"url": "u", "step": "5"}, {"url": "u", "step": 1 << 70}]
+    bad += [{"url": "s3://b/" + "🐘" * 1000, "step": 5}, {"url": "x" * 2049, "step": 5}]
     marks = [plane.mark(attempt, "checkpoint", rank=rank, **good) for rank in (0, 0)]
     await plane.node_report("node-0", marks=[*marks, *(plane.mark(attempt, "checkpoint", **data) for data in bad)])
     (row,) = await plane.rows(checkpoints)
@@ -277,6 +332,31 @@ async def test_last_words_are_taken_until_the_job_starts_again(plane: ControlPla
     late = await plane.node_report("node-0", **parts)
     assert [refused.reason for refused in late.refused] == ["stale_epoch"]
     assert len(await plane.rows(logs)) == len(await plane.rows(metrics)) == len(await plane.rows(checkpoints)) == 1
+
+
+async def test_the_longest_url_of_a_checkpoint_can_be_stored(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    _, attempt = await plane.run()
+    noise = random.Random(1).choices(string.ascii_letters, k=URL_MAX_BYTES)  # an index compresses what repeats
+    await plane.node_report("node-0", marks=[plane.mark(attempt, "checkpoint", url="".join(noise), step=1)])
+    assert len((await plane.rows(checkpoints))[0].url) == URL_MAX_BYTES
+
+
+@pytest.mark.parametrize("retries", [0, 1], ids=["over", "queued again"])
+async def test_last_words_are_taken_for_an_hour_after_the_server_learned_of_the_end(
+    plane: ControlPlane, retries: int
+) -> None:
+    await plane.add_nodes(1)
+    _, attempt = await plane.run(retries={"max": retries, "backoff": 0})
+    ended_at = plane.now.timestamp()
+    plane.later(5 * 3600)  # the agent could not reach the server
+    await plane.report(plane.ended(attempt, 1, at=ended_at))
+    plane.later(LAST_WORDS_S)
+    last = await plane.node_report("node-0", metrics=[plane.metric(attempt, loss=1.0)])
+    plane.later(1)
+    late = await plane.node_report("node-0", metrics=[plane.metric(attempt, loss=2.0)])
+    assert [[refused.reason for refused in answer.refused] for answer in (last, late)] == [[], ["too_late"]]
+    assert [row.value for row in await plane.rows(metrics)] == [1.0]
 
 
 async def test_a_lost_attempt_says_nothing_any_more(plane: ControlPlane) -> None:

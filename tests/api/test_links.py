@@ -90,6 +90,54 @@ async def test_a_node_report_is_taken_once(calls: Any, admin: httpx.AsyncClient)
     assert node["clock_skew_s"] == pytest.approx(60, abs=5), "the clocks' difference is shown"
 
 
+@pytest.mark.parametrize(
+    ("kind", "bad"),
+    [
+        ("metrics", '{PART, "step": 1, "values": {"\\ud800": 1.0}}'),
+        ("metrics", '{PART, "step": 1}'),
+        ("metrics", "7"),
+        ("marks", '{PART, "kind": "note", "data": {"message": "\\udfff"}}'),
+        (
+            "marks",
+            f'{{PART, "kind": "note", "data": {"[" * 5000}{"]" * 5000}}}'.replace('"data": ', '"data": {"a": ') + "}",
+        ),
+        ("logs", '{PART, "stream": "stdout", "offset": "0", "data": ""}'),
+    ],
+    ids=["half a name", "no values", "no object", "half a character", "deep", "another type"],
+)
+async def test_a_part_that_does_not_read_costs_only_itself(
+    calls: Any, admin: httpx.AsyncClient, kind: str, bad: str
+) -> None:
+    name = ids.encode("attempt", ids.new_id())
+    part = f'"attempt_id": "{name}", "epoch": 1, "rank": 0, "at": {time.time()}'
+    beat = '{"attempts": [], "stats": {"cpu_utilization": 0.5, "memory_bytes": 1}, "warm_ready": true}'
+    good = {"metrics": '{PART, "step": 1, "values": {}}', "marks": '{PART, "kind": "x"}'}
+    parts = {"metrics": [good["metrics"]], "marks": [good["marks"]], "logs": []}
+    parts[kind] = [bad, *parts[kind]]
+    lists = ", ".join(f'"{each}": [{", ".join(given)}]' for each, given in parts.items()).replace("PART", part)
+    body = f'{{"boot": "b1", "seq": 1, "sent_at": {time.time()}, "heartbeat": {beat}, {lists}}}'
+    answer = await calls("n0").post("/v1/node/reports", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["refused"] == [{"attempt_id": name, "epoch": 1, "reason": "unknown_attempt"}], "it was read"
+    assert (await admin.get("/v1/nodes/n0")).json()["warm_ready"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ('{"boot": "b1", "seq": 1, "sent_at": 1, "metrics": [', 400),
+        ("[]", 422),
+        ('{"boot": "b1", "seq": 1, "sent_at": 1, "metrics": 5}', 422),
+        ('{"boot": "b1", "seq": 0, "sent_at": 1, "metrics": [5]}', 422),
+        ('{"boot": "b1", "sent_at": 1}', 422),
+    ],
+    ids=["cut off", "a list", "no list", "no such number", "no number"],
+)
+async def test_a_report_whose_frame_does_not_read_is_refused(calls: Any, body: str, status: int) -> None:
+    answer = await calls("n0").post("/v1/node/reports", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text
+
+
 async def test_a_report_of_more_than_4_mib_is_refused(calls: Any) -> None:
     report = {"boot": "b1", "seq": 1, "sent_at": time.time(), "logs": [], "x": "x" * (4 << 20)}
     answer = await calls("n0").post("/v1/node/reports", json=report)

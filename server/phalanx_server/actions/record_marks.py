@@ -18,7 +18,8 @@ from phalanx_server.store.attempts import Checkpoint, Fence, Milestones, reach_m
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.metrics import Progress, upsert_progress
 
-URL_MAX_CHARS = 2048
+# It is part of a key, and an entry of an index holds no more than 2,704 bytes.
+URL_MAX_BYTES = 2048
 NOTE_MAX_CHARS = 500
 NOTES_PER_REPORT = 20
 
@@ -60,7 +61,7 @@ async def _checkpoint(conn: AsyncConnection, fence: Fence, mark: Mark, clock: Cl
     """Register a checkpoint as complete; one without a usable url and step is passed over."""
     data = plain(mark.data)
     url, step = data.pop("url", None), data.pop("step", None)
-    if not isinstance(url, str) or not 0 < len(url) <= URL_MAX_CHARS:
+    if not isinstance(url, str) or not 0 < len(url.encode()) <= URL_MAX_BYTES:
         return
     if not isinstance(step, int) or isinstance(step, bool) or clean_step(step) is None:
         return

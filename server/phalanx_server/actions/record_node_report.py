@@ -1,7 +1,8 @@
 """Take what a node runner reports: heartbeat, logs, metrics and marks of the attempts on its node.
 
 Owns the fencing (a report number is taken once; only attempts placed on this node, under their epoch), the shift of a
-clock that is off, and the order of things: bytes of logs go to storage first, then one transaction takes the rest.
+clock that is off, and the order of things: bytes of logs go to storage first, then one transaction takes the rest. What
+of an attempt the database cannot hold is dropped and told; the heartbeat and the other attempts are taken all the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from datetime import datetime, timedelta
 from typing import Protocol, TypeVar
 from uuid import UUID
 
+import structlog
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.actions.clock import Clock
@@ -21,12 +24,17 @@ from phalanx_server.actions.record_agent_report import attempt_id_of, release_lo
 from phalanx_server.actions.record_marks import record_marks
 from phalanx_server.actions.record_metrics import record_metrics
 from phalanx_server.actions.recover_nodes import recover_nodes
-from phalanx_server.domain.messages import LogChunk, NodeAnswer, NodeReport, Refused
+from phalanx_server.domain.event import EventKind
+from phalanx_server.domain.messages import LogChunk, Mark, MetricPoint, NodeAnswer, NodeReport, Refused
 from phalanx_server.domain.metric import RANK_MAX
 from phalanx_server.store.attempts import Fence, load_fences, lock_attempts
+from phalanx_server.store.engine import is_of_the_data
+from phalanx_server.store.events import Event, record_once
 from phalanx_server.store.logs import LogBatch, LogFiles, LogPiece, index_logs, job_directory
 from phalanx_server.store.nodes import Heard, last_report, lost_attempts_without_ranks, take_report
 from phalanx_server.store.wakeups import notify
+
+log = structlog.get_logger("phalanx.reports")
 
 OFFSET_MAX = 1 << 62
 # From so long after a loss on a heartbeat proves that nothing of the attempt is left: a start may have been under way.
@@ -50,13 +58,14 @@ class Gate:
     """Lets through what the fences allow, and remembers what it refused."""
 
     fences: Mapping[UUID, Fence]
+    now: datetime
     refused: dict[tuple[str, int], Refused] = field(default_factory=dict)
 
     def fence(self, part: Addressed) -> Fence | None:
         """The attempt that the part is about; None if the part is refused."""
         attempt_id = attempt_id_of(part.attempt_id)
         fence = self.fences.get(attempt_id) if attempt_id else None
-        reason = fence.refusal(part.epoch) if fence else "unknown_attempt"
+        reason = fence.refusal(part.epoch, now=self.now) if fence else "unknown_attempt"
         if reason is None:
             return fence
         refusal = Refused(attempt_id=part.attempt_id, epoch=part.epoch, reason=reason)
@@ -77,6 +86,8 @@ async def record_node_report(
     engine: AsyncEngine, files: LogFiles, report: NodeReport, *, node_id: UUID, now: datetime
 ) -> NodeAnswer:
     """A report whose number was taken before changes nothing. What is refused is named in the answer."""
+    if report.left_out:
+        log.warning("parts of a report cannot be read", node_id=node_id.hex, seq=report.seq, parts=report.left_out)
     clock = Clock(now=now, sent_at=report.sent_at)
     attempt_ids = {attempt_id for part in _parts(report) if (attempt_id := attempt_id_of(part.attempt_id)) is not None}
     async with engine.connect() as conn:
@@ -84,14 +95,14 @@ async def record_node_report(
         fences = await load_fences(conn, attempt_ids, node_id=node_id) if report.logs else {}
     if last.runner_boot == report.boot and last.runner_seq >= report.seq:
         return NodeAnswer(server_time=now.timestamp(), accepted_seq=last.runner_seq)
-    batches = log_batches(report, Gate(fences), clock, node_id)
+    batches = log_batches(report, Gate(fences, now), clock, node_id)
     for batch in batches:
         await files.write(batch.path, batch.content())
     async with engine.begin() as conn:
         if not await take_report(conn, _heard(report, node_id, clock)):
             last = await last_report(conn, node_id)
             return NodeAnswer(server_time=now.timestamp(), accepted_seq=last.runner_seq)
-        gate = Gate(await load_fences(conn, attempt_ids, node_id=node_id, lock=bool(report.marks)))
+        gate = Gate(await load_fences(conn, attempt_ids, node_id=node_id, lock=bool(report.marks)), now)
         await _record(conn, report, gate, clock, batches)
         left = await _left_behind(conn, report, node_id, now)
     if left:
@@ -99,23 +110,71 @@ async def record_node_report(
     return NodeAnswer(server_time=now.timestamp(), accepted_seq=report.seq, refused=list(gate.refused.values()))
 
 
+@dataclass(frozen=True)
+class Content:
+    """What was let through of a report, by attempt."""
+
+    logs: Mapping[UUID, LogBatch]
+    metrics: Mapping[UUID, Sequence[MetricPoint]]
+    marks: Mapping[UUID, Sequence[Mark]]
+
+    @property
+    def attempts(self) -> list[UUID]:
+        """Sorted: two nodes that share jobs lock their rows in one order."""
+        return sorted(self.logs.keys() | self.metrics.keys() | self.marks.keys())
+
+    def kinds(self) -> tuple[tuple[str, Mapping[UUID, object]], ...]:
+        return ("logs", self.logs), ("metrics", self.metrics), ("job", self.marks)
+
+
 async def _record(
     conn: AsyncConnection, report: NodeReport, gate: Gate, clock: Clock, batches: Sequence[LogBatch]
 ) -> None:
-    logs, metrics, marks = gate.sort(report.logs), gate.sort(report.metrics), gate.sort(report.marks)
-    for batch in batches:
-        if batch.attempt_id in logs:
-            await index_logs(conn, batch)
-    for attempt_id in sorted(metrics.keys() | marks.keys()):  # two nodes that share jobs lock their rows in one order
-        fence = gate.fences[attempt_id]
-        await record_metrics(conn, fence, metrics.get(attempt_id, ()), clock)
-        await record_marks(conn, fence, marks.get(attempt_id, ()), clock)
-    jobs = {kind: {gate.fences[a].job_id.hex for a in parts} for kind, parts in _kinds(logs, metrics, marks)}
+    taken = gate.sort(report.logs)
+    logs = {batch.attempt_id: batch for batch in batches if batch.attempt_id in taken}
+    content = Content(logs, gate.sort(report.metrics), gate.sort(report.marks))
+    if not await _stored(conn, content, [gate.fences[each] for each in content.attempts], clock):
+        await _store_each(conn, content, [gate.fences[each] for each in content.attempts], clock)
+    jobs = {kind: {gate.fences[a].job_id.hex for a in parts} for kind, parts in content.kinds()}
     await notify(conn, *(f"{kind}:{job}" for kind, names in jobs.items() for job in names))
 
 
-def _kinds(logs: Mapping, metrics: Mapping, marks: Mapping) -> tuple[tuple[str, Mapping], ...]:
-    return ("logs", logs), ("metrics", metrics), ("job", marks)
+async def _store_each(conn: AsyncConnection, content: Content, fences: Sequence[Fence], clock: Clock) -> None:
+    """Attempt by attempt; one whose content cannot be stored is told so, once."""
+    for fence in fences:
+        if not await _stored(conn, content, [fence], clock):
+            message = "Part of its output, metrics or marks was dropped: it held a value that cannot be stored."
+            note = Event(
+                at=clock.now,
+                kind=EventKind.NOTE.value,
+                message=message,
+                job_id=fence.job_id,
+                attempt_id=fence.id,
+                data={"unstored": True},
+            )
+            await record_once(conn, note, topic="unstored", at_most=1)
+
+
+async def _stored(conn: AsyncConnection, content: Content, fences: Sequence[Fence], clock: Clock) -> bool:
+    """Store what these attempts reported, all or nothing; False if the database cannot hold it."""
+    try:
+        async with conn.begin_nested():
+            for fence in fences:
+                await _store(conn, content, fence, clock)
+        return True
+    except DBAPIError as error:
+        if not is_of_the_data(error):
+            raise
+        names = [fence.id.hex for fence in fences]
+        log.warning("what was reported cannot be stored", attempts=names, error=str(error.orig)[:500])
+        return False
+
+
+async def _store(conn: AsyncConnection, content: Content, fence: Fence, clock: Clock) -> None:
+    if fence.id in content.logs:
+        await index_logs(conn, content.logs[fence.id])
+    await record_metrics(conn, fence, content.metrics.get(fence.id, ()), clock)
+    await record_marks(conn, fence, content.marks.get(fence.id, ()), clock)
 
 
 def _parts(report: NodeReport) -> Iterable[Addressed]:

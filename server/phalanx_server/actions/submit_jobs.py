@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.actions.check_jobs import Hardware, Request, check_jobs
@@ -26,6 +26,7 @@ from phalanx_server.domain.job import JobState
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.store import ids
 from phalanx_server.store.audit import AuditEntry, record_audits
+from phalanx_server.store.engine import is_of_the_data
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.idempotency import Kept, KeyRow, read_keys, take_keys
 from phalanx_server.store.jobs import JobRow, insert_jobs
@@ -287,24 +288,17 @@ async def _carry_out(conn: AsyncConnection, good: Sequence[_Pending]) -> None:
         async with conn.begin_nested():
             await _write(conn, good)
         return
-    except (IntegrityError, DataError):
-        pass
     except DBAPIError as error:
-        if not _is_of_the_data(error):
+        if not is_of_the_data(error):
             raise
     for pending in good:
         try:
             async with conn.begin_nested():
                 await _write(conn, [pending])
         except DBAPIError as error:
-            if not _is_of_the_data(error):
+            if not is_of_the_data(error):
                 raise
             pending.result = Invalid.field("", "the database cannot hold this job; check it for unusual characters")
-
-
-def _is_of_the_data(error: DBAPIError) -> bool:
-    """SQLSTATE classes 22 (data exception) and 23 (integrity constraint violation): what was sent is to blame."""
-    return (getattr(error.orig, "sqlstate", None) or "")[:2] in ("22", "23")
 
 
 async def _write(conn: AsyncConnection, good: Sequence[_Pending]) -> None:

@@ -2,16 +2,21 @@
 
 The other side has its types in `phalanx_worker/protocol.py`, where each message is described; `tests/contract/` passes
 golden files through both. This module owns shapes only: keys that a newer peer adds are ignored, a missing key or a
-value of another type is an error that names it. Ranges (a step, a time, a metric's name) are the business of the
+value of another type is an error that names it; only what a node's runner passes on from its ranks is read part by
+part, because no rank may cost the node its heartbeat. Ranges (a step, a time, a metric's name) are the business of the
 actions, which refuse one value and keep the rest of the batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Annotated, Any, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from phalanx_server.domain.json_parts import members_of, parts_of
 
 
 def without_nul(text: str) -> str:
@@ -242,6 +247,45 @@ class NodeReport(Message):
     logs: list[LogChunk] = []
     metrics: list[MetricPoint] = []
     marks: list[Mark] = []
+    _left_out: int = PrivateAttr(0)
+
+    @property
+    def left_out(self) -> int:
+        """How many logs, metrics and marks could not be read."""
+        return self._left_out
+
+    @classmethod
+    def read(cls, body: bytes | str) -> Self:
+        """Leaves out the logs, metrics and marks that do not fit. Raises pydantic.ValidationError for the rest."""
+        try:
+            return super().read(body)
+        except ValidationError as error:
+            return cls._read_apart(body.encode() if isinstance(body, str) else body, error)
+
+    @classmethod
+    def _read_apart(cls, body: bytes, error: ValidationError) -> Self:
+        kinds = {b'"logs"': LogChunk, b'"metrics"': MetricPoint, b'"marks"': Mark}
+        try:
+            members = members_of(body)
+            parts = {key: parts_of(members.pop(key)) for key in kinds if key in members}
+        except ValueError:
+            raise error from None
+        head = b",".join(b":".join(member) for member in members.items())
+        readable = {key.decode().strip('"'): _readable(kinds[key], each) for key, each in parts.items()}
+        report = super().read(b"{%b}" % head).model_copy(update=readable)
+        report._left_out = sum(map(len, parts.values())) - sum(map(len, readable.values()))
+        return report
+
+
+G = TypeVar("G", bound=Message)
+
+
+def _readable(kind: type[G], parts: Sequence[bytes]) -> list[G]:
+    found: list[G] = []
+    for part in parts:
+        with contextlib.suppress(ValidationError):
+            found.append(kind.read(part))
+    return found
 
 
 class NodeAnswer(Message):

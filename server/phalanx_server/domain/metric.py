@@ -15,6 +15,9 @@ NAMES_PER_POINT = 100
 NAMES_PER_JOB = 2_000
 STEP_MAX = (1 << 63) - 1
 RANK_MAX = 1 << 20
+# Sums of values up to here, and means of values from there on, stay within a float8, in which PostgreSQL computes them.
+VALUE_MAX = 1e100
+VALUE_MIN = 1e-300
 
 _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_./:@%+()\[\] -]{{0,{NAME_MAX_CHARS - 1}}}")
 _SHOWN_CHARS = 60
@@ -29,7 +32,8 @@ class Checked:
 
 
 def check_values(values: Mapping[str, float | str]) -> Checked:
-    """Sort out what one rank reported together. Names that are refused are shortened to what can be shown."""
+    """Sort out what one rank reported together: a value too small for a float8's means is zero. Names that are refused
+    are shortened to what can be shown."""
     out = Checked()
     for number, (name, value) in enumerate(values.items()):
         if number >= NAMES_PER_POINT:
@@ -47,8 +51,10 @@ def check_values(values: Mapping[str, float | str]) -> Checked:
             out.refused[shown] = (
                 f"The metric {shown} was {_as_text(value)}; values that are not finite numbers are dropped."
             )
+        elif abs(value) > VALUE_MAX:
+            out.refused[shown] = f"The metric {shown} was {value:.3g}; values beyond {VALUE_MAX:g} are dropped."
         else:
-            out.values[name] = value
+            out.values[name] = value if abs(value) >= VALUE_MIN else 0.0
     return out
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +20,7 @@ from phalanx_server.store.engine import dump_json
 from phalanx_server.store.schema import attempts, jobs, placements
 
 LIVE = ("starting", "running", "stopping")
+LAST_WORDS_S = 3600.0
 
 
 # ------------------------------------------------------------------ locked for a change
@@ -245,20 +246,26 @@ class Fence:
     job_epoch: int
     state: str
     created_at: datetime
+    closed_at: datetime | None  # when the server learned of its end
     placed: bool
 
-    def refusal(self, epoch: int) -> str | None:
+    def refusal(self, epoch: int, *, now: datetime) -> str | None:
         """Why a report under `epoch` is refused; None if it is taken. An attempt that ended may still say its last
-        words, until its job is started again."""
+        words, for LAST_WORDS_S, and not once its job is started again."""
         if not self.placed:
             return "wrong_node"
         if epoch != self.epoch or self.epoch != self.job_epoch or self.state == "lost":
             return "stale_epoch"
+        if self.closed_at is not None and now - self.closed_at > timedelta(seconds=LAST_WORDS_S):
+            return "too_late"
         return None
 
 
+# `closed_at` is by the server's clock: a node may report the end, at its own time, only hours later.
 _FENCES = """
-SELECT a.id, a.job_id, a.epoch, j.epoch AS job_epoch, a.state, a.created_at, p.node_id IS NOT NULL AS placed
+SELECT a.id, a.job_id, a.epoch, j.epoch AS job_epoch, a.state, a.created_at,
+       CASE WHEN a.state = 'ended' THEN coalesce(j.finished_at, j.queued_at) END AS closed_at,
+       p.node_id IS NOT NULL AS placed
 FROM attempts a JOIN jobs j ON j.id = a.job_id
 LEFT JOIN placements p ON p.attempt_id = a.id AND p.node_id = :node_id
 WHERE a.id = ANY(CAST(:ids AS uuid[])) ORDER BY a.job_id, a.id

@@ -1,12 +1,13 @@
 """The database engine: the one place that says how a process connects to PostgreSQL.
 
-Owns pool sizes, session settings and JSON encoding. Knows no table.
+Owns pool sizes, session settings, JSON encoding, and what an error says of who is to blame. Knows no table.
 """
 
 import json
 from typing import Any
 
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 CONNECT_TIMEOUT_S = 10
@@ -49,3 +50,9 @@ def driver_dsn(url: str) -> str:
 def dump_json(value: Any) -> str:
     """Compact JSON; NaN and infinities are refused, because PostgreSQL's jsonb cannot hold them."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def is_of_the_data(error: DBAPIError) -> bool:
+    """SQLSTATE classes 22 (data exception) and 23 (integrity constraint violation): what was sent is to blame."""
+    state = getattr(error.orig, "sqlstate", None) or ""
+    return isinstance(error, IntegrityError | DataError) or state[:2] in ("22", "23")
