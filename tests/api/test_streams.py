@@ -269,6 +269,21 @@ async def test_a_shutdown_ends_streams_and_polls(real: Any, server: Server, worl
                 await anext(events)
 
 
+@pytest.mark.parametrize("path", ["events", "logs", "metrics"])
+@pytest.mark.parametrize("column", ["revoked_at", "expires_at"])
+async def test_a_stream_ends_with_its_token(real: Any, world: Any, job_file: Any, path: str, column: str) -> None:
+    alice = real("alice")
+    job = await submit(alice, job_file)
+    async with following(alice, f"/v1/jobs/{job}/{path}?follow=true") as events:
+        if path == "events":
+            await anext(events)
+        async with world.engine.begin() as conn:
+            change = text(f"UPDATE tokens SET {column} = now() WHERE id = :id")
+            await conn.execute(change, {"id": world.token_ids["alice"]})
+        assert await rest(events) == [], "the job is not over: there is no `end`"
+    assert (await alice.get(f"/v1/jobs/{job}/{path}?follow=true")).status_code == 401
+
+
 async def test_a_client_that_leaves_is_forgotten(real: Any, server: Server, job_file: Any) -> None:
     alice = real("alice")
     job = await submit(alice, job_file)

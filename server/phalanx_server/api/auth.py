@@ -98,6 +98,14 @@ class Authenticator:
             raise _refused("token_expired", f"The token expired at {expires_at.isoformat(timespec='seconds')}.")
         return credential
 
+    async def still_valid(self, credential: Credential) -> bool:
+        """Whether a verified token works even now: for what outlives its request. Asks the database."""
+        async with self._engine.connect() as conn:
+            found = await load_credential(conn, credential.id)
+        if found is None or found.revoked_at is not None:
+            return False
+        return found.expires_at is None or found.expires_at > datetime.now(UTC)
+
     async def _verify(self, text: str) -> Credential:
         token_id, secret = _split(text)
         async with self._engine.connect() as conn:

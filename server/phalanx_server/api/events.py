@@ -8,6 +8,7 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response
 
+from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Looking, Services, Serving, topic, visible_job
 from phalanx_server.api.job_documents import Event, event_document
 from phalanx_server.api.pages import Limit, Page
@@ -44,14 +45,14 @@ async def list_job_events(
     id = await visible_job(services, principal, job_id)
     if wants_stream(accept, follow):
         start = resume_after(last_event_id, otherwise=after) or 0
-        return _follow(services, id, start)
+        return _follow(services, principal, id, start)
     async with services.reads.connect() as conn:
         rows = await list_events(conn, id, after=after or 0, limit=limit + 1)
     items = [event_document(row) for row in rows[:limit]]
     return Page(items=items, next_cursor=str(items[-1].id) if len(rows) > limit else None)
 
 
-def _follow(services: Services, job_id: UUID, start: int) -> Response:
+def _follow(services: Services, principal: Principal, job_id: UUID, start: int) -> Response:
     async def fetch(after: int) -> Batch:
         async with services.reads.connect() as conn:
             end = await job_end(conn, job_id)  # first: every event of an end seen here is seen below
@@ -61,4 +62,4 @@ def _follow(services: Services, job_id: UUID, start: int) -> Response:
         over = not rows and end.finished_at is not None
         return Batch(events, settled[-1].id if settled else after, over, {"state": end.state}, soon=bool(rows))
 
-    return stream(services, fetch, topics=[topic("job", job_id)], cursor=start)
+    return stream(services, principal, fetch, topics=[topic("job", job_id)], cursor=start)

@@ -17,8 +17,10 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel
 from sqlalchemy import RowMapping
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sse_starlette import ServerSentEvent
 
+from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Looking, Services, Serving, now, topic, visible_job
 from phalanx_server.api.events import LastEventId
 from phalanx_server.api.sse import Batch, event, resume_after, stream
@@ -91,26 +93,25 @@ async def read_job_logs(
     """Output as text, in the order in which it arrived. With `follow=true`: server-sent events `log`, whose ids can be
     resumed from, until the job is over; then comes `end`."""
     id = await visible_job(services, principal, job_id)
-    files = services.log_files
     if wanted.follow:
         after = resume_after(last_event_id, otherwise=None)
-        return await _follow(services, files, id, wanted, after)
-    return await _read(services, files, id, wanted)
+        return await _follow(services, principal, id, wanted, after)
+    return await _read(services, id, wanted)
 
 
 # ------------------------------------------------------------------ a stretch
 
 
-async def _read(services: Services, files: LogFiles, job_id: UUID, wanted: LogQuery) -> Response:
+async def _read(services: Services, job_id: UUID, wanted: LogQuery) -> Response:
     async with services.reads.connect() as conn:
         selected = wanted.of(job_id, attempt=(await job_end(conn, job_id)).attempts)
         size = await log_views.size_of_log(conn, selected)
         if wanted.tail_lines is not None:
-            rows = await _tail_rows(services, selected, wanted.tail_lines)
+            rows = await _tail_rows(conn, selected, wanted.tail_lines)
         else:
             end = wanted.start_bytes + wanted.limit_bytes
             rows = await log_views.pieces_between(conn, selected, start_bytes=wanted.start_bytes, end_bytes=end)
-    content = await read_pieces(files, rows)
+    content = await read_pieces(services.log_files, rows)
     if wanted.tail_lines is not None:
         body = b"".join(_last_lines(content, wanted.tail_lines))
     else:
@@ -118,11 +119,10 @@ async def _read(services: Services, files: LogFiles, job_id: UUID, wanted: LogQu
     return PlainTextResponse(body.decode(errors="replace"), headers={"X-Log-Size-Bytes": str(size)})
 
 
-async def _tail_rows(services: Services, selected: LogFilter, lines: int) -> list[RowMapping]:
+async def _tail_rows(conn: AsyncConnection, selected: LogFilter, lines: int) -> list[RowMapping]:
     if lines == 0:
         return []
-    async with services.reads.connect() as conn:
-        return await log_views.last_pieces(conn, selected, limit=TAIL_PIECES, limit_bytes=TAIL_BYTES)
+    return await log_views.last_pieces(conn, selected, limit=TAIL_PIECES, limit_bytes=TAIL_BYTES)
 
 
 def _cut(rows: Sequence[RowMapping], content: Sequence[bytes], *, start: int, end: int) -> bytes:
@@ -163,7 +163,10 @@ class _Decoders:
         return self.open[key].decode(data)
 
 
-async def _follow(services: Services, files: LogFiles, job_id: UUID, wanted: LogQuery, after: int | None) -> Response:
+async def _follow(
+    services: Services, principal: Principal, job_id: UUID, wanted: LogQuery, after: int | None
+) -> Response:
+    files = services.log_files
     selected = wanted.of(job_id, attempt=None)
     first = (
         None
@@ -187,7 +190,7 @@ async def _follow(services: Services, files: LogFiles, job_id: UUID, wanted: Log
         soon = bool(rows) or end.finished_at is not None
         return Batch(events, settled[-1]["id"] if settled else cursor, over, {"state": end.state}, soon)
 
-    return stream(services, fetch, topics=[topic("logs", job_id), topic("job", job_id)], cursor=after)
+    return stream(services, principal, fetch, topics=[topic("logs", job_id), topic("job", job_id)], cursor=after)
 
 
 def _within_batch(rows: Sequence[RowMapping]) -> list[RowMapping]:
@@ -200,7 +203,8 @@ async def _tail(
     services: Services, files: LogFiles, selected: LogFilter, lines: int
 ) -> tuple[list[RowMapping], list[bytes]]:
     """The newest pieces, cut to the last lines. With 0 lines: where the output stands now, emptied."""
-    rows = await _tail_rows(services, selected, max(lines, 1))
+    async with services.reads.connect() as conn:
+        rows = await _tail_rows(conn, selected, max(lines, 1))
     return rows, _last_lines(await read_pieces(files, rows), lines) if lines else [b""] * len(rows)
 
 

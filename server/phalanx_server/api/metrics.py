@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 from sqlalchemy import Row
 from sse_starlette import ServerSentEvent
 
+from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Looking, Services, Serving, now, topic, visible_job
 from phalanx_server.api.events import LastEventId
 from phalanx_server.api.job_documents import Progress
@@ -70,7 +71,7 @@ async def read_job_metrics(
     over; then comes `end`."""
     id = await visible_job(services, principal, job_id)
     if follow:
-        return _follow(services, id, names=name, after=resume_after(last_event_id, otherwise=None))
+        return _follow(services, principal, id, names=name, after=resume_after(last_event_id, otherwise=None))
     if start is not None and end is not None and end <= start:
         raise Invalid.field("to", "must be after `from`")
     return await _read(services, id, names=name, window=Window(start, end), max_points=max_points)
@@ -98,7 +99,9 @@ def _point(row: Row[Any]) -> MetricBucket:
 # ------------------------------------------------------------------ live
 
 
-def _follow(services: Services, job_id: UUID, *, names: list[str] | None, after: int | None) -> Response:
+def _follow(
+    services: Services, principal: Principal, job_id: UUID, *, names: list[str] | None, after: int | None
+) -> Response:
     async def fetch(cursor: int | None) -> Batch:
         async with services.reads.connect() as conn:
             end = await job_end(conn, job_id)
@@ -109,7 +112,7 @@ def _follow(services: Services, job_id: UUID, *, names: list[str] | None, after:
         over = end.finished_at is not None and (now() - end.finished_at).total_seconds() > DRAIN_S
         return Batch([], cursor, over, {"state": end.state}, soon=end.finished_at is not None)
 
-    return stream(services, fetch, topics=[topic("metrics", job_id), topic("job", job_id)], cursor=after)
+    return stream(services, principal, fetch, topics=[topic("metrics", job_id), topic("job", job_id)], cursor=after)
 
 
 def _event(row: Row[Any], version: int, names: list[str] | None) -> ServerSentEvent:

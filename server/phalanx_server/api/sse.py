@@ -1,11 +1,13 @@
 """Server-sent events: following something in the database until it is over.
 
-Owns the frame of a stream: resume by Last-Event-ID, heartbeats, the closing `end` event, clean-up when the client goes.
-It pulls: rows are read in bounded batches and only as fast as the client takes them, so a slow client costs no memory.
+Owns the frame of a stream: resume by Last-Event-ID, heartbeats, the closing `end` event, clean-up when the client goes,
+and that no stream outlives its token: it ends without `end`, and the client is told why when it comes again. It
+pulls: rows are read in bounded batches and only as fast as the client takes them, so a slow client costs no memory.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pydantic_core
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Services
 from phalanx_server.domain.errors import Invalid
 
@@ -52,20 +55,26 @@ def event(kind: str, data: Any, *, id: int | str | None = None) -> ServerSentEve
     )
 
 
-def stream(services: Services, fetch: Fetch, *, topics: Sequence[str], cursor: Any) -> EventSourceResponse:
+def stream(
+    services: Services, principal: Principal, fetch: Fetch, *, topics: Sequence[str], cursor: Any
+) -> EventSourceResponse:
     """Answer with everything that `fetch` finds from `cursor` on, woken by `topics`, until it says that it is over."""
-    return EventSourceResponse(
-        _follow(services, fetch, topics=topics, cursor=cursor), ping=HEARTBEAT_S, sep="\n", send_timeout=SEND_TIMEOUT_S
-    )
+    events = _follow(services, principal, fetch, topics=topics, cursor=cursor)
+    return EventSourceResponse(events, ping=HEARTBEAT_S, sep="\n", send_timeout=SEND_TIMEOUT_S)
 
 
 async def _follow(
-    services: Services, fetch: Fetch, *, topics: Sequence[str], cursor: Any
+    services: Services, principal: Principal, fetch: Fetch, *, topics: Sequence[str], cursor: Any
 ) -> AsyncIterator[ServerSentEvent]:
     services.measures.stream_opened()
+    trusted_until = time.monotonic() + services.settings.token_cache_s
     try:
         async with services.wakeups.subscribe(*topics) as subscription:
             while True:
+                if time.monotonic() >= trusted_until:
+                    if not await services.authenticator.still_valid(principal.credential):
+                        return
+                    trusted_until = time.monotonic() + services.settings.token_cache_s
                 batch = await fetch(cursor)
                 for item in batch.events:
                     yield item
