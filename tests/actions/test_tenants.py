@@ -33,11 +33,10 @@ async def load(engine, path):
 
 async def test_a_tenant_is_made_below_its_parent(ready):
     await create(ready, "research")
-    await create(ready, "research/nlp", weight=2.0, preemption={"reclaim": "never"}, quotas={"h100": QuotaLimits(8, 0)})
+    await create(ready, "research/nlp", weight=2.0, preemption={"reclaim": "never"})
     tenant = await load(ready, "research/nlp")
     assert (tenant.parent, tenant.weight, tenant.version) == ("research", 2.0, 1)
     assert tenant.preemption == {"reclaim": "never"}
-    assert tenant.quotas == {"h100": {"nominal": 8, "borrowing_limit": 0, "lending_limit": None}}
 
 
 async def test_each_tenant_has_a_unix_user_of_its_own(ready):
@@ -59,6 +58,31 @@ async def test_a_tenant_that_exists_is_a_conflict(ready):
         await create(ready, "default")
 
 
+async def somebody_waits(engine):
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with engine.connect() as conn:
+        return (await conn.exec_driver_sql(query)).scalar_one() > 0
+
+
+async def test_of_two_that_make_one_tenant_at_once_one_is_told_of_the_conflict(ready):
+    async with asyncio.timeout(20), ready.begin() as first:
+        await create_tenant(first, NewTenant("research"), actor=SYSTEM)
+        second = asyncio.create_task(create(ready, "research"))
+        while not await somebody_waits(ready):  # noqa: ASYNC110 - the database has no event for it
+            await asyncio.sleep(0.01)
+    with pytest.raises(Conflict, match="exists already"):
+        await second
+
+
+@pytest.mark.parametrize(
+    "limits", [{"h100": QuotaLimits(-1)}, {"h 100": QuotaLimits(1)}, {"h": QuotaLimits(1, 1 << 60)}]
+)
+async def test_quotas_that_cannot_be_are_refused(ready, limits):
+    with pytest.raises(Invalid):
+        await set_quotas(ready, "default", limits, if_version=1, actor=SYSTEM)
+    assert (await load(ready, "default")).quotas == {}
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
@@ -71,9 +95,6 @@ async def test_a_tenant_that_exists_is_a_conflict(ready):
         ("ok", {"weight": float("nan")}),
         ("ok", {"preemption": {"reclaim": "sometimes"}}),
         ("ok", {"preemption": {"reklaim": "any"}}),
-        ("ok", {"quotas": {"h100": QuotaLimits(-1)}}),
-        ("ok", {"quotas": {"h 100": QuotaLimits(1)}}),
-        ("ok", {"quotas": {"h100": QuotaLimits(1, 1 << 60)}}),
     ],
 )
 async def test_what_cannot_be_is_refused(ready, path, fields):

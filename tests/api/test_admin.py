@@ -29,6 +29,7 @@ async def test_a_tenant_is_created_once(admin: httpx.AsyncClient) -> None:
         ({"path": "No Spaces"}, "path"),
         ({"path": "nowhere/x"}, "path"),
         ({"path": "x", "weight": -1}, "weight"),
+        ({"path": "x", "weight": 2e6}, "weight"),
         ({"path": "x", "preemption": {"reclaim": "all"}}, "preemption.reclaim"),
         ({"path": "x", "preemption": {"reclaims": "any"}}, "preemption.reclaims"),
         ({"path": "x", "quotas": {"h100": {"nominal": -1}}}, "quotas.h100.nominal"),

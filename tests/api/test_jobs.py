@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -9,10 +10,14 @@ from uuid import UUID
 import httpx
 import pytest
 from phalanx_server.store import ids
+from phalanx_server.store.attempts import last_checkpoints
+from phalanx_server.store.engine import POOL_WAIT_S
 from phalanx_server.store.logs import LogBatch, LogFiles, LogPiece, index_logs
 from phalanx_server.store.metrics import Point, Progress, insert_points, upsert_progress
 from phalanx_server.store.schema import attempts, checkpoints, events, holds, jobs, placements
 from sqlalchemy import insert, update
+
+GIB = 1 << 30
 
 
 async def submit(client: httpx.AsyncClient, *documents: dict[str, Any]) -> list[str]:
@@ -184,6 +189,37 @@ async def test_a_running_job_shows_attempt_placement_and_phases(
     assert nodes["n0"]["gpus_used"] == 4 and nodes["n0"]["jobs"] == [job] and nodes["n0"]["stats"] is None
 
 
+async def test_the_checkpoint_that_is_shown_is_the_one_that_a_resume_would_take(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    """An attempt that went back to step 5 saves step 6 after the step 9 of the one before."""
+    (job,) = await submit(alice, job_file())
+    job_id, attempt_id = await run(world, job)
+    async with world.engine.begin() as conn:
+        for minute, step in enumerate((5, 9, 6)):
+            at = datetime.now(UTC) + timedelta(minutes=minute)
+            point = {"job_id": job_id, "attempt_id": attempt_id, "step": step, "url": f"/c/{step}", "registered_at": at}
+            await conn.execute(insert(checkpoints).values(point))
+        resumed = await last_checkpoints(conn, [job_id])
+    assert (await alice.get(f"/v1/jobs/{job}")).json()["checkpoint"]["url"] == resumed[job_id] == "/c/6"
+
+
+async def test_a_tenant_sees_what_it_uses_of_every_resource(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    (job,) = await submit(alice, job_file())
+    _, attempt_id = await run(world, job)
+    use = {"cpus": 12, "memory_bytes": 3 * GIB, "replicas": 2}  # 1.5 GiB per replica count as 2, as in a pass
+    async with world.engine.begin() as conn:
+        await conn.execute(update(placements).where(placements.c.attempt_id == attempt_id).values(use))
+    usage = (await alice.get("/v1/tenants/research/nlp")).json()["usage"]
+    assert usage == {"h100": 8, "cpu": 24, "memory_gib": 8}
+    assert (await alice.get("/v1/quotas/research/nlp")).json()["usage"] == usage
+    async with world.engine.begin() as conn:
+        await conn.execute(update(placements).values(released_at=datetime.now(UTC)))
+    assert (await alice.get("/v1/tenants/research/nlp")).json()["usage"] == {}
+
+
 async def test_nodes_show_no_other_tenants_jobs(
     alice: httpx.AsyncClient, bob: httpx.AsyncClient, world: Any, job_file: Any
 ) -> None:
@@ -210,6 +246,17 @@ async def write_logs(world: Any, settings: Any, job_id: UUID, attempt_id: UUID, 
     await LogFiles(settings.storage_root).write(batch.path, batch.content())
     async with world.engine.begin() as conn:
         await index_logs(conn, batch)
+
+
+async def test_the_ends_of_many_logs_are_read_at_once(
+    settings: Any, alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    (job,) = await submit(alice, job_file())
+    await write_logs(world, settings, *await run(world, job), (0, b"one\ntwo\n"))
+    reads = (alice.get(f"/v1/jobs/{job}/logs?tail_lines=1") for _ in range(3 * settings.database_pool))
+    async with asyncio.timeout(POOL_WAIT_S):
+        answers = await asyncio.gather(*reads)
+    assert {(answer.status_code, answer.text) for answer in answers} == {(200, "two\n")}
 
 
 async def test_logs(alice: httpx.AsyncClient, world: Any, settings: Any, job_file: Any) -> None:

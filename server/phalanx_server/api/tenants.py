@@ -20,13 +20,16 @@ from phalanx_server.api.errors import Problem, not_found
 from phalanx_server.api.etags import IfMatch, etag, version_for
 from phalanx_server.api.idempotency import IdempotencyKey, idempotency_of, mark_replayed
 from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
-from phalanx_server.domain.tenant import PreemptionRules, QuotaLimits
+from phalanx_server.domain.tenant import WEIGHT_MAX, PreemptionRules, QuotaLimits
 from phalanx_server.store import ids
 from phalanx_server.store.tenant_views import list_tenants, load_tenant
 
 router = APIRouter(tags=["tenants"])
 
-Weight = Annotated[float, Field(ge=0, le=1e9, description="Share of what is borrowable; 0 = loses it to anybody.")]
+WEIGHT_DEFAULT = 1.0
+Weight = Annotated[
+    float, Field(ge=0, le=WEIGHT_MAX, description="Share of what is borrowable; 0 = loses it to anybody.")
+]
 
 
 class Quota(BaseModel):
@@ -52,7 +55,7 @@ class NewTenant(Given):
     """`path` names the tenant below its parent, which must exist: `research/nlp` below `research`."""
 
     path: Annotated[str, Field(min_length=1, max_length=256)]
-    weight: Weight = 1.0
+    weight: Weight = WEIGHT_DEFAULT
     preemption: PreemptionRules = PreemptionRules()
     quotas: dict[str, GivenQuota] = Field(default_factory=dict)
 
@@ -74,7 +77,9 @@ class Tenant(BaseModel):
     weight: float
     preemption: dict[str, Any]
     quotas: dict[str, Quota]
-    usage: dict[str, int] = Field(description="GPUs in use by type, by the tenant and everything below it.")
+    usage: dict[str, int] = Field(
+        description="What the tenant and all below it use: GPUs by type, `cpu`, `memory_gib`."
+    )
     version: int
 
 
@@ -100,7 +105,8 @@ async def create_tenant(
     given: Annotated[NewTenant, Depends(body_as(NewTenant))],
     idempotency_key: IdempotencyKey = None,
 ) -> Tenant:
-    """Create a tenant below one that exists, or as a new root. A manager may below their own, without quotas."""
+    """Create a tenant below one that exists, or as a new root. A manager may below their own, without
+    quotas and with the default weight and preemption rules."""
     _check_reach(principal, given)
 
     async def work(conn: AsyncConnection) -> dict[str, Any]:
@@ -121,8 +127,12 @@ def _check_reach(principal: Principal, given: NewTenant) -> None:
         raise Problem(
             "forbidden", f"{given.path} is not below {principal.tenant}, which is as far as the token reaches."
         )
-    if given.quotas and not principal.may("administer"):
-        raise Problem("forbidden", "Only an admin may give quotas.")
+    if principal.may("administer"):
+        return
+    usual = {"quotas": {}, "weight": WEIGHT_DEFAULT, "preemption": PreemptionRules()}
+    reserved = [name for name, value in usual.items() if getattr(given, name) != value]
+    if reserved:
+        raise Problem("forbidden", f"Only an admin may give {' and '.join(reserved)}: leave it out, or ask an admin.")
 
 
 @router.get("/v1/tenants/{path:path}", operation_id="get_tenant")

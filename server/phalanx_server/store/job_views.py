@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.engine import dump_json
 
+# The checkpoint is the one that a resume would take (`attempts.last_checkpoints`).
 # One attempt as JSON; `a` is attempts, `b` the attempt before it (its end is when the job was queued again).
 _ATTEMPT = """
     to_jsonb(a) || jsonb_build_object(
@@ -45,7 +46,7 @@ LEFT JOIN attempts a ON a.job_id = j.id AND a.number = j.attempts
 LEFT JOIN attempts b ON b.job_id = j.id AND b.number = j.attempts - 1
 LEFT JOIN progress g ON g.job_id = j.id
 LEFT JOIN LATERAL (
-    SELECT url, step, registered_at FROM checkpoints WHERE job_id = j.id ORDER BY step DESC, registered_at DESC LIMIT 1
+    SELECT url, step, registered_at FROM checkpoints WHERE job_id = j.id ORDER BY registered_at DESC, step DESC LIMIT 1
 ) c ON true
 ORDER BY j.id DESC
 """
@@ -103,7 +104,7 @@ async def tenant_of_job(conn: AsyncConnection, job_id: UUID) -> str | None:
 
 
 async def job_end(conn: AsyncConnection, job_id: UUID) -> JobEnd:
-    """Whether a job is over. A job that retention has deleted meanwhile is."""
+    """Whether a job is over. One that does not exist is."""
     row = (await conn.execute(_END_OF, {"id": job_id})).one_or_none()
     return JobEnd(*row) if row else JobEnd(None, datetime.min.replace(tzinfo=UTC), 0)
 

@@ -1,4 +1,4 @@
-"""Tenants as they are looked at: with quotas and what their subtree uses of each GPU type."""
+"""Tenants as they are looked at: with quotas and what their subtree uses of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.job_views import SUBTREE
 
-# `usage` counts GPUs that are charged to attempts of the tenant and of everything below it.
+# `usage` is what is charged to attempts of the tenant and of everything below it, counted as a pass counts it against
+# quotas: of memory, each replica takes whole GiB.
 _TENANTS = """
 SELECT t.id, t.path, (SELECT path FROM tenants p WHERE p.id = t.parent_id) AS parent, t.weight, t.preemption, t.version,
        coalesce((
@@ -17,12 +18,16 @@ SELECT t.id, t.path, (SELECT path FROM tenants p WHERE p.id = t.parent_id) AS pa
                'borrowing_limit', q.borrowing_limit, 'lending_limit', q.lending_limit))
            FROM quotas q WHERE q.tenant_id = t.id), '{{}}') AS quotas,
        coalesce((
-           SELECT jsonb_object_agg(used.gpu_type, used.gpus) FROM (
-               SELECT n.gpu_type, sum(cardinality(p.gpu_indices)) AS gpus
+           SELECT jsonb_object_agg(used.resource, used.amount) FROM (
+               SELECT taken.resource, sum(taken.amount)::bigint AS amount
                FROM placements p JOIN nodes n ON n.id = p.node_id JOIN attempts a ON a.id = p.attempt_id
                JOIN jobs j ON j.id = a.job_id JOIN tenants o ON o.id = j.tenant_id
+               CROSS JOIN LATERAL (VALUES
+                   (n.gpu_type, cardinality(p.gpu_indices)), ('cpu', ceil(p.cpus)),
+                   ('memory_gib', ceil(p.memory_bytes::float8 / p.replicas / 1073741824) * p.replicas)
+               ) AS taken (resource, amount)
                WHERE p.released_at IS NULL AND (o.path = t.path OR starts_with(o.path, t.path || '/'))
-               GROUP BY n.gpu_type HAVING sum(cardinality(p.gpu_indices)) > 0
+               GROUP BY taken.resource HAVING sum(taken.amount) > 0
            ) used), '{{}}') AS usage
 FROM (SELECT * FROM tenants WHERE {conditions} ORDER BY path LIMIT :limit) t ORDER BY t.path
 """

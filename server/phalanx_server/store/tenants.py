@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.tenant import QuotaLimits
@@ -47,9 +48,11 @@ async def insert_tenant(
     parent_id: UUID | None,
     weight: float,
     preemption: Mapping[str, Any],
-) -> None:
+) -> bool:
+    """Whether it was inserted: False where there is one by now, also one that another transaction just made."""
     row = {"id": tenant_id, "path": path, "parent_id": parent_id, "weight": weight, "preemption": dict(preemption)}
-    await conn.execute(insert(tenants).values(row))
+    statement = upsert(tenants).values(row).on_conflict_do_nothing(index_elements=[tenants.c.path])
+    return (await conn.execute(statement)).rowcount == 1
 
 
 async def change_tenant(conn: AsyncConnection, tenant_id: UUID, values: Mapping[str, Any]) -> int:
