@@ -30,6 +30,7 @@ from phalanx_server.loops.watch_nodes import Patience, WatchNodes
 from phalanx_server.main import configure_logging
 from phalanx_server.settings import Settings
 from phalanx_server.store import migrate
+from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.logs import LogFiles
@@ -80,13 +81,20 @@ def _loops(
         metrics=timedelta(days=settings.retain_metrics_days),
         events=timedelta(days=settings.retain_events_days),
         logs=timedelta(days=settings.retain_logs_days),
+        bundles=timedelta(days=settings.retain_bundles_days),
     )
     return [
         ScheduleLoop(engine, leader, policy=policy, wakeups=wakeups),
         WatchNodes(engine, leader, patience),
         Enforce(engine, leader),
         DeliverOutbox(engine, leader, webhook_url=settings.webhook_url, client=client),
-        Retain(engine, leader, keep=keep, files=LogFiles(settings.storage_root)),
+        Retain(
+            engine,
+            leader,
+            keep=keep,
+            files=LogFiles(settings.storage_root),
+            bundles=BundleFiles(settings.storage_root),
+        ),
     ]
 
 

@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     """Raw metric points; roll-ups are kept as long as events."""
     retain_events_days: Days = 90
     retain_logs_days: Days = 30
+    retain_bundles_days: Annotated[float, Field(ge=1)] = 30
+    """Code bundles, after their last upload or submit and after the end of every job that ran them."""
     webhook_url: str | None = None
 
     @property

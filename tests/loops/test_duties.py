@@ -18,6 +18,7 @@ from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.retain import AHEAD, BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
 from phalanx_server.loops.ticking import tick_forever
 from phalanx_server.store.attempts import overdue_attempts
+from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.outbox import mark_delivered, mark_failed
 from phalanx_server.store.schema import events, holds, idempotency_keys, leases, logs, metrics, outbox
 from sqlalchemy import insert, select, update
@@ -220,6 +221,11 @@ async def test_who_delivers_no_longer_takes_its_time(plane: ControlPlane, monkey
 KEEP = Keep(metrics=timedelta(days=7), events=timedelta(days=90), logs=timedelta(days=30))
 
 
+def retain_of(plane: ControlPlane) -> Retain:
+    bundles = BundleFiles(plane.storage.as_uri())
+    return Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files, bundles=bundles)
+
+
 async def partitions(plane: ControlPlane, table: str) -> set[str]:
     query = f"SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = '{table}'::regclass"
     async with plane.engine.connect() as conn:
@@ -228,7 +234,7 @@ async def partitions(plane: ControlPlane, table: str) -> set[str]:
 
 async def test_what_is_old_is_forgotten_and_what_comes_has_a_place(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
-    retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files)
+    retain = retain_of(plane)
     await retain.tick(plane.now)
     today, after, monday = (f"{START + timedelta(days=days):%Y%m%d}" for days in (0, AHEAD.days, -START.weekday()))
     assert {f"metrics_{today}", f"metrics_{after}"} <= await partitions(plane, "metrics")
@@ -263,7 +269,7 @@ async def test_a_hold_that_crossed_a_cancel_is_forgotten(plane: ControlPlane) ->
     async with plane.engine.begin() as conn:
         stray = {"job_id": cancelled, "reason": "capacity", "message": "m", "unblocks": [], "since": plane.now}
         await conn.execute(insert(holds).values(stray))
-    await Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files).tick(plane.now)
+    await retain_of(plane).tick(plane.now)
     assert [row.job_id for row in await plane.rows(holds)] == [waits]
 
 
@@ -274,7 +280,7 @@ async def test_a_deposed_leader_forgets_nothing(plane: ControlPlane) -> None:
     await plane.report(plane.ended(attempt, 0))
     before = await partitions(plane, "metrics")
     await depose(plane)
-    await Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files).tick(plane.later(400 * 86400))
+    await retain_of(plane).tick(plane.later(400 * 86400))
     assert await plane.kinds(job_id) != []
     assert len(await plane.rows(outbox)) == 2
     assert await partitions(plane, "metrics") == before
@@ -283,7 +289,7 @@ async def test_a_deposed_leader_forgets_nothing(plane: ControlPlane) -> None:
 async def test_who_leads_waits_for_no_lock_for_long(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup reads a table for an hour: the lease, which the round has locked, must still be renewed."""
     monkeypatch.setattr("phalanx_server.actions.expect_lease.LOCK_WAIT", "50ms")
-    retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files)
+    retain = retain_of(plane)
     async with plane.engine.connect() as backup:
         await backup.execute(select(metrics).limit(1))
         with pytest.raises(DBAPIError, match="lock timeout"):
@@ -295,7 +301,7 @@ async def test_a_round_is_bounded_and_the_next_comes_soon_while_there_is_more(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("phalanx_server.store.retention.BATCH_ROWS", 2)
-    retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files)
+    retain = retain_of(plane)
     async with plane.engine.begin() as conn:
         key = {"scope": "s", "body_hash": b"", "status": 201, "response": {}, "created_at": plane.now}
         await conn.execute(insert(idempotency_keys), [key | {"key": str(number)} for number in range(5)])
@@ -311,7 +317,7 @@ async def test_events_and_logs_of_a_live_job_are_never_forgotten(plane: ControlP
     await plane.add_nodes(1)
     job_id, attempt = await plane.run()
     await plane.node_report("node-0", logs=[plane.log(attempt, "x")])
-    await Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files).tick(plane.later(400 * 86400))
+    await retain_of(plane).tick(plane.later(400 * 86400))
     assert "running" in await plane.kinds(job_id)
     assert len(await plane.rows(logs)) == 1
 

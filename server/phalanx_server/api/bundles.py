@@ -73,7 +73,8 @@ async def put_bundle(
     with tempfile.NamedTemporaryFile(prefix="phalanx-bundle-") as file:
         size = await _receive(request, digest, file)
         await services.bundle_files.write(digest, FilePath(file.name))
-    fresh = await save_bundle(services.engine, owner, digest=digest, size_bytes=size, actor=principal.actor)
+        fresh = await save_bundle(services.engine, owner, digest=digest, size_bytes=size, actor=principal.actor)
+        await services.bundle_files.write(digest, FilePath(file.name))  # retention may just have taken it away
     response.status_code = 201 if fresh else 200
     return Bundle(sha256=digest, tenant=owner, bytes=size)
 

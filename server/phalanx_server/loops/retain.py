@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from phalanx_server.actions.expect_lease import LeaseLost, leading
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.store.bundles import BundleFiles, bundles_of_anybody, forget_bundles
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, job_directory
 from phalanx_server.store.retention import (
@@ -34,6 +35,7 @@ INTERVAL_S = 600.0
 BUSY_INTERVAL_S = 1.0
 AHEAD = timedelta(days=2)
 LOG_JOBS = 100
+BUNDLES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Keep:
     metrics: timedelta
     events: timedelta  # and roll-ups, and audit rows
     logs: timedelta  # after the end of their job
+    bundles: timedelta = timedelta(days=30)  # after the last use, and the end of every job that ran them
     idempotency_keys: timedelta = timedelta(days=1)
     outbox: timedelta = timedelta(days=7)
     leases: timedelta = timedelta(days=1)
@@ -52,11 +55,14 @@ class Keep:
 class Retain:
     """`tick` does one round; it does nothing while another process leads."""
 
-    def __init__(self, engine: AsyncEngine, leader: Leader, *, keep: Keep, files: LogFiles) -> None:
+    def __init__(
+        self, engine: AsyncEngine, leader: Leader, *, keep: Keep, files: LogFiles, bundles: BundleFiles
+    ) -> None:
         self._engine = engine
         self._leader = leader
         self._keep = keep
         self._files = files
+        self._bundles = bundles
         self.pause_s = INTERVAL_S
         """How long until the next round: a moment, while there is more than a round does."""
 
@@ -81,6 +87,7 @@ class Retain:
             await drop_metrics(conn, before=now - keep.metrics)
             await drop_rollups(conn, before=now - keep.events)
         more = await self._delete_rows(lease, now)
+        more |= await self._forget_bundles(lease, now - keep.bundles)
         return await self._forget_logs(lease, now - keep.logs) or more
 
     async def _delete_rows(self, lease: Lease, now: datetime) -> bool:
@@ -111,6 +118,27 @@ class Retain:
             async with leading(self._engine, lease) as conn:
                 await forget_logs(conn, jobs)
         return len(jobs) == LOG_JOBS
+
+    async def _forget_bundles(self, lease: Lease, before: datetime) -> bool:
+        """Forget at most BUNDLES bundles; whether there may be more. Rows go first, so that no submit counts on a file
+        that is about to go; a round that is interrupted leaves files behind."""
+        async with leading(self._engine, lease) as conn:
+            digests = await forget_bundles(conn, before=before, limit=BUNDLES)
+        if digests:
+            await self._delete_files(set(digests))
+        return len(digests) == BUNDLES
+
+    async def _delete_files(self, digests: set[str]) -> None:
+        """Those that no tenant has. Who uploads one at this moment looks for the file after writing the row; here it is
+        set aside before looking for a row: one of the two sees the other, and there is a file in the end."""
+        async with self._engine.connect() as conn:
+            digests = digests - await bundles_of_anybody(conn, list(digests))
+        for digest in digests:
+            await self._bundles.set_aside(digest)
+        async with self._engine.connect() as conn:
+            wanted = await bundles_of_anybody(conn, list(digests))
+        for digest in digests:
+            await (self._bundles.put_back(digest) if digest in wanted else self._bundles.delete_aside(digest))
 
     async def run_forever(self) -> None:
         """Partitions must exist before they are needed: the first round comes with the election."""

@@ -1,14 +1,15 @@
 """Code bundles: bytes under the storage root, named by their SHA-256; which tenant has which is in PostgreSQL.
 
-Owns the files and the read side. A file is written once and never changed, whoever uploads it; that a tenant may use it
-says its row (`jobs.insert_bundle`).
+Owns the files, reading and forgetting. A file is written once and never changed, whoever uploads it; that a tenant may
+use it says its row (`jobs.insert_bundle`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -36,6 +37,17 @@ class BundleFiles:
         """Store a local file, complete or not at all."""
         await asyncio.to_thread(self._write, self._path(digest), source)
 
+    async def set_aside(self, digest: str) -> None:
+        """Take a file away, in such a way that `put_back` can undo it; nothing where there is none."""
+        await asyncio.to_thread(self._move, self._path(digest), self._aside(digest))
+
+    async def put_back(self, digest: str) -> None:
+        await asyncio.to_thread(self._move, self._aside(digest), self._path(digest))
+
+    async def delete_aside(self, digest: str) -> None:
+        """Delete what was set aside."""
+        await asyncio.to_thread(self._delete, self._aside(digest))
+
     async def read(self, digest: str) -> AsyncIterator[bytes]:
         """The bytes, in pieces."""
         file = await asyncio.to_thread(self._fs.open, self._path(digest), "rb")
@@ -47,6 +59,9 @@ class BundleFiles:
 
     def _path(self, digest: str) -> str:
         return f"{self._base}/{digest[:2]}/{digest}.tar.gz"
+
+    def _aside(self, digest: str) -> str:
+        return f"{self._path(digest)}.aside"
 
     def _size(self, path: str) -> int | None:
         try:
@@ -61,6 +76,41 @@ class BundleFiles:
         partial = f"{path}.{uuid.uuid4().hex}"
         self._fs.put_file(str(source), partial)
         self._fs.mv(partial, path)
+
+    def _move(self, path: str, target: str) -> None:
+        if self._fs.exists(path):
+            self._fs.mv(path, target)
+
+    def _delete(self, path: str) -> None:
+        if self._fs.exists(path):
+            self._fs.rm(path)
+
+
+# Locked rows are in use, and passed over. One that a submit has marked as used meanwhile is looked at again and stays.
+_FORGET = text(
+    """
+    WITH unused AS MATERIALIZED (
+        SELECT b.tenant_id, b.hash FROM bundles b
+        WHERE b.used_at < :before AND NOT EXISTS (
+            SELECT FROM jobs j WHERE j.tenant_id = b.tenant_id AND j.bundle = b.hash
+              AND (j.finished_at IS NULL OR j.finished_at >= :before))
+        LIMIT :limit FOR UPDATE OF b SKIP LOCKED
+    )
+    DELETE FROM bundles b USING unused u WHERE b.tenant_id = u.tenant_id AND b.hash = u.hash RETURNING b.hash
+    """
+)
+_ANYBODYS = text("SELECT DISTINCT hash FROM bundles WHERE hash = ANY(CAST(:digests AS text[]))")
+
+
+async def forget_bundles(conn: AsyncConnection, *, before: datetime, limit: int) -> list[str]:
+    """Delete rows of bundles that no upload or submit has used since `before`, and no job that was not over by then;
+    the hash of each. `before` is well over an hour ago: so late `used_at` may be (`jobs.missing_bundles`)."""
+    return list((await conn.execute(_FORGET, {"before": before, "limit": limit})).scalars())
+
+
+async def bundles_of_anybody(conn: AsyncConnection, digests: Sequence[str]) -> set[str]:
+    """Those of `digests` that any tenant has."""
+    return set((await conn.execute(_ANYBODYS, {"digests": list(digests)})).scalars())
 
 
 _OF_TENANT = text(

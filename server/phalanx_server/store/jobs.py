@@ -88,18 +88,29 @@ async def change_job(conn: AsyncConnection, job_id: UUID, values: Mapping[str, A
 
 
 async def missing_bundles(conn: AsyncConnection, wanted: Iterable[tuple[UUID, str]]) -> set[tuple[UUID, str]]:
-    """Those of the (tenant, hash) pairs that were not uploaded. The others are marked as used, once an hour."""
+    """Those of the (tenant, hash) pairs that were not uploaded. The others are marked as used, once an hour, and none
+    is forgotten before the transaction ends."""
     pairs = set(wanted)
     if not pairs:
         return set()
     key = tuple_(bundles.c.tenant_id, bundles.c.hash)
     rows = await conn.execute(select(bundles.c.tenant_id, bundles.c.hash, _STALE).where(key.in_(pairs)))
     found = {(row.tenant_id, row.hash): row.stale for row in rows}
-    if any(found.values()):
-        idle = select(bundles.c.tenant_id, bundles.c.hash).where(key.in_(pairs), _STALE)
-        idle = idle.with_for_update(skip_locked=True)
-        await conn.execute(update(bundles).where(key.in_(idle)).values(used_at=func.now()))
-    return pairs - set(found)
+    idle = {pair for pair, stale in found.items() if stale}
+    return pairs - found.keys() | await _mark_used(conn, idle)
+
+
+async def _mark_used(conn: AsyncConnection, pairs: set[tuple[UUID, str]]) -> set[tuple[UUID, str]]:
+    """Those that are not there any more. Waits for whoever is forgetting one just now, in one order of locks."""
+    if not pairs:
+        return set()
+    key = tuple_(bundles.c.tenant_id, bundles.c.hash)
+    there = select(bundles.c.tenant_id, bundles.c.hash).where(key.in_(pairs)).order_by(*key)
+    rows = await conn.execute(there.with_for_update(key_share=True))
+    locked = {(row.tenant_id, row.hash) for row in rows}
+    if locked:
+        await conn.execute(update(bundles).where(key.in_(locked)).values(used_at=func.now()))
+    return pairs - locked
 
 
 _STALE = (bundles.c.used_at < func.now() - text("interval '1 hour'")).label("stale")
