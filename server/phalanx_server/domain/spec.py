@@ -230,7 +230,7 @@ class Checkpoint(_Part):
     """Where checkpoints go; without `url`, into the cluster's checkpoint root."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
-    keep_last: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
+    keep_last: Unsupported = None
 
     @field_validator("url")
     @classmethod
