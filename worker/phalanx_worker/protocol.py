@@ -261,7 +261,7 @@ class NodeStats:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    attempts: list[AttemptRef]  # with ranks on this node
+    attempts: list[AttemptRef]  # with ranks on this node, or whose start is under way
     stats: NodeStats
     warm_ready: bool
     spool_bytes: int = 0

@@ -3,7 +3,6 @@
 Two runners stand for two nodes and are shared by the whole session, because a warm process takes seconds to load.
 """
 
-# ruff: noqa: ASYNC240 - a test may look into /proc and its own small files
 from __future__ import annotations
 
 import asyncio
@@ -12,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import textwrap
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -25,7 +25,9 @@ from phalanx_worker.node.service import Runner
 from phalanx_worker.protocol import DesiredAttempt, GroupPlacement, Launch
 
 ENDED_WITHIN_S = 30.0
-_attempt_numbers = itertools.count(1)
+# The last digits of an attempt's id name its directory in /tmp, and runners clear up what bears their attempts' ids:
+# two suites on one host must not meet.
+_attempt_numbers = itertools.count(secrets.randbits(40) << 16)
 
 
 class FakeServer:
@@ -39,6 +41,7 @@ class FakeServer:
         self.status = 200
         self.answers_as_a_proxy = False
         self.port = 0
+        self.is_up = False
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.StreamWriter] = set()
         self._changed = asyncio.Event()
@@ -50,9 +53,11 @@ class FakeServer:
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=8 << 20)
         self.port = self._server.sockets[0].getsockname()[1]
+        self.is_up = True
 
     async def stop(self) -> None:
         assert self._server is not None
+        self.is_up = False
         self._server.close()
         for writer in list(self._clients):
             writer.close()
@@ -74,6 +79,9 @@ class FakeServer:
             assert chunk["offset"] <= len(data), "a gap in the log"
             data[chunk["offset"] :] = base64.b64decode(chunk["data"])
         return data.decode()
+
+    async def next_report(self) -> None:
+        await self._changed.wait()
 
     async def until(self, condition: Any, timeout_s: float = 10.0) -> None:
         async with asyncio.timeout(timeout_s):
@@ -157,8 +165,19 @@ class Attempt:
                         return group
 
     async def exits(self) -> list[dict[str, Any]]:
+        """How its ranks ended; what they said has reached the server then, if that answers."""
         groups = [await self.group(runner) for runner in self.runners]
+        if self.server.is_up and self.server.status == 200:
+            await self._delivered()
         return sorted((end for group in groups for end in group["exits"]), key=lambda end: end["rank"])
+
+    async def _delivered(self) -> None:
+        async with asyncio.timeout(ENDED_WITHIN_S):
+            for duties in filter(None, [runner._duties for runner in self.runners]):
+                await duties.link.flush(ENDED_WITHIN_S)
+                while duties.outbox.size_bytes or duties.link._spool.size_bytes:
+                    await self.server.next_report()
+                    await duties.link.flush(ENDED_WITHIN_S)
 
     async def run(self) -> list[dict[str, Any]]:
         await self.start()
@@ -195,6 +214,7 @@ class Workbench:
         env: dict[str, str] | None = None,
         memory_bytes: int = 0,
         uid: int = 70001,
+        cpus: float = 1.0,
         **launch: Any,
     ) -> Attempt:
         number = next(_attempt_numbers)
@@ -209,7 +229,7 @@ class Workbench:
             tenant="research/nlp",
             tenant_uid=uid,
             number=1,
-            epoch=number,
+            epoch=number & 0xFFFF,
             action="run",
             grace_s=5.0,
             groups=groups,
@@ -218,7 +238,7 @@ class Workbench:
                 env=env or {},
                 world_size=nodes * ranks,
                 bundle=launch.pop("bundle", None),
-                cpus_per_group=[1.0] * nodes,
+                cpus_per_group=[cpus] * nodes,
                 memory_bytes_per_group=[memory_bytes] * nodes,
                 **launch,
             ),
@@ -232,7 +252,6 @@ def settings(server: FakeServer, data_dir: Path, **more: Any) -> dict[str, Any]:
     return {
         "server_url": server.url,
         "node_token": "phx_token",
-        "node_id": data_dir.name,
         "data_dir": str(data_dir),
         "checkpoint_root": str(data_dir.parent / "checkpoints"),
         "heartbeat_s": 0.5,
@@ -285,15 +304,22 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 SOURCES = [str(Path(protocol.__file__).parents[1]), str(Path(protocol.__file__).parents[2] / "client")]
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def light_runner(tmp_path: Path) -> AsyncIterator[Any]:
-    """Makes runners whose warm process has no torch, so that it is there at once: for what needs its own runner."""
+@pytest.fixture
+def light_python() -> tuple[str, dict[str, str]]:
+    """An interpreter without torch, and the environment in which it finds what is ours."""
     if not Path(SYSTEM_PYTHON).exists():
         pytest.skip(f"no {SYSTEM_PYTHON} here")
+    return SYSTEM_PYTHON, {"PYTHONPATH": ":".join(SOURCES)}
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def light_runner(light_python: tuple[str, dict[str, str]], tmp_path: Path) -> AsyncIterator[Any]:
+    """Makes runners whose warm process has no torch, so that it is there at once: for what needs its own runner."""
+    python, warm_env = light_python
     made: list[Runner] = []
 
     async def make(server: FakeServer, *, name: str = "light", gcs_alive: Any = None, **more: Any) -> Runner:
-        runner = Runner(python=SYSTEM_PYTHON, warm_env={"PYTHONPATH": ":".join(SOURCES)}, gcs_alive=gcs_alive)
+        runner = Runner(python=python, warm_env=warm_env, gcs_alive=gcs_alive)
         made.append(runner)
         await runner.configure(settings(server, tmp_path / name, **more))
         return runner

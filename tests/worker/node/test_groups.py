@@ -7,10 +7,14 @@ import asyncio
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx_worker.node import bundles
+from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.service import StartFailed
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -84,6 +88,7 @@ async def test_environment_is_torchruns_and_phalanxs_and_no_more(workbench: Any)
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": attempt.id,
         "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         "CUDA_VISIBLE_DEVICES": "0,1",
         "MY_FLAG": "1",
         "PHALANX_JOB_ID": attempt.desired.job_id,
@@ -96,6 +101,13 @@ async def test_environment_is_torchruns_and_phalanxs_and_no_more(workbench: Any)
     assert Path(env["PHALANX_CHECKPOINT_DIR"]).is_dir() and Path(env["PHALANX_OUTPUT_DIR"]).is_dir()
     assert "s3cret" not in env.values() and not any(name.startswith(("RAY_", "AWS_")) for name in env)
     assert cwd != env["HOME"] != env["TMPDIR"]
+
+
+async def test_a_rank_alone_on_its_node_has_the_threads_of_its_cores_as_under_torchrun(workbench: Any) -> None:
+    script = workbench.script("import os, torch; print(os.environ.get('OMP_NUM_THREADS'), torch.get_num_threads())")
+    attempt = workbench.attempt(f"python {script}", cpus=3.5)
+    await attempt.run()
+    assert attempt.starts[0]["warm"] and workbench.server.text(attempt.id, rank=0) == "None 3\n"
 
 
 async def test_every_way_to_end_is_told_apart(workbench: Any) -> None:
@@ -289,6 +301,49 @@ def _read(path: Path) -> bytes:
         return b""
 
 
+async def test_a_rank_that_hangs_after_others_are_done_is_ended_as_a_straggler(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, straggler_s=1.0)
+    command = "[ $RANK = 0 ] || sleep 60"
+    attempt = make_workbench([runner], server, tmp_path).attempt(command, ranks=2)
+    done, straggler = await attempt.run()
+    assert (done["exit_code"], done["tail"]) == (0, "")
+    assert (straggler["signal"], straggler["tail"]) == (signal.SIGTERM, "phalanx: ended as a straggler\n")
+    assert "rank 1 was ended as a straggler" in server.marks(attempt.id, "note")[0]["data"]["message"]
+
+
+async def test_a_straggler_that_ignores_sigterm_is_killed_with_what_it_started(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server)
+    command = "trap '' TERM; [ $RANK = 0 ] || sleep 60"
+    env = {"PHALANX_STRAGGLER_S": "0.5"}
+    exits = await make_workbench([runner], server, tmp_path).attempt(command, ranks=2, env=env).run()
+    assert [(end["exit_code"], end["signal"]) for end in exits] == [(0, None), (None, signal.SIGKILL)]
+
+
+async def test_a_rank_that_works_on_after_others_are_done_is_no_straggler(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, straggler_s=0.5)
+    command = "[ $RANK = 0 ] || timeout 3 sh -c 'while :; do :; done' || echo saved"
+    attempt = make_workbench([runner], server, tmp_path).attempt(command, ranks=2)
+    assert [end["exit_code"] for end in await attempt.run()] == [0, 0]
+    assert server.text(attempt.id, rank=1) == "saved\n"
+
+
+async def test_a_group_whose_watching_fails_ends_all_the_same(workbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("of another version")
+
+    attempt = await workbench.attempt("[ $RANK = 0 ] || sleep 60.7", ranks=2).start()
+    monkeypatch.setattr(Group, "_take_exit", broken)
+    exits = await attempt.exits()
+    assert [(end["exit_code"], end["signal"]) for end in exits] == [(None, None)] * 2
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"60.7" in _read(path)]
+
+
 async def test_death_of_the_warm_process_ends_no_group(workbench: Any) -> None:
     runner = workbench.runners[1]
     workbench.runners = [runner]
@@ -334,4 +389,52 @@ async def test_stop_during_a_start_gives_it_up(workbench: Any, monkeypatch: pyte
     await entered.wait()
     await runner.kill_group(attempt.id)
     with pytest.raises(StartFailed, match="stopped"):
+        await start
+
+
+async def test_a_start_that_is_given_up_leaves_no_files_though_its_thread_still_writes(
+    workbench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, loop, entered = workbench.runners[0], asyncio.get_running_loop(), asyncio.Event()
+
+    def write_on(archive: Path, target: Path, uid: int | None, given_up: threading.Event) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        assert given_up.wait(10)
+        for number in range(50):
+            (target / f"late-{number}").mkdir(parents=True)
+            time.sleep(0.005)
+
+    monkeypatch.setattr(bundles, "_extract", write_on)
+    sha256 = "0" * 64
+    (Path(runner._settings.data_dir) / "bundles" / f"{sha256}.tar").touch()
+    attempt = workbench.attempt("true", bundle=sha256)
+    start = asyncio.create_task(attempt.start())
+    await entered.wait()
+    await runner.kill_group(attempt.id)
+    with pytest.raises(StartFailed, match="stopped"):
+        await start
+    assert not [path for path in _attempt_directories(workbench) if attempt.id in path.name]
+
+
+async def test_a_start_under_way_is_in_the_heartbeat_and_ends_where_the_node_is_cut_off(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gcs_is_gone() -> bool:
+        return False
+
+    runner = await light_runner(server, heartbeat_s=0.1, fence_s=0.5, gcs_alive=gcs_is_gone)
+    goes_on = asyncio.Event()
+
+    async def hang(*_: Any) -> None:
+        await goes_on.wait()
+
+    monkeypatch.setattr(runner._duties.launcher.bundles, "unpack", hang)
+    attempt = make_workbench([runner], server, tmp_path).attempt("true", bundle="0" * 64)
+    start = asyncio.create_task(attempt.start())
+    wanted = [{"attempt_id": attempt.id, "epoch": attempt.desired.epoch}]
+    await server.until(lambda: bool(server.reports) and server.reports[-1]["heartbeat"]["attempts"] == wanted)
+    await asyncio.sleep(runner._duties.fence.fence_s - runner._duties.fence.silent_s)
+    assert runner._duties.fence.is_over
+    goes_on.set()
+    with pytest.raises(StartFailed, match="cut off"):
         await start

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,9 @@ from phalanx_worker.node import fence as fence_module
 from phalanx_worker.node import users
 from phalanx_worker.node.fence import Fence, OutageFence
 from phalanx_worker.node.service import StartFailed
+from phalanx_worker.runtime import lease as lease_module
 from phalanx_worker.runtime import linux
+from phalanx_worker.runtime.lease import Lease
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -179,6 +182,38 @@ async def test_a_node_without_its_server_for_long_ends_its_ranks(
     await server.start()
     await server.until(lambda: bool(server.marks(attempt.id, "note")))
     assert "cut off from the server for" in server.marks(attempt.id, "note")[0]["data"]["message"]
+
+
+async def test_ranks_of_a_runner_that_hangs_end_by_themselves(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    async def gcs_answers() -> bool:
+        return True
+
+    runner = await light_runner(server, fence_s=1.0, gcs_alive=gcs_answers)
+    attempt = await make_workbench([runner], server, tmp_path).attempt("sleep 60").start()
+    await asyncio.sleep(0.2)
+    time.sleep(0.4)  # noqa: ASYNC251 - the runner, which lives in this very loop, is stopped for less than the lease
+    assert linux.stat_fields(attempt.starts[0]["pid"]) is not None
+    await asyncio.sleep(0.2)
+    time.sleep(2.0)  # noqa: ASYNC251 - and now for more
+    assert linux.stat_fields(attempt.starts[0]["pid"]) is None
+    assert (await attempt.exits())[0]["signal"] == signal.SIGKILL
+    assert (await attempt.group())["first_failed_rank"] is None
+    assert "the runner hung for 1 s" in server.marks(attempt.id, "note")[0]["data"]["message"]
+
+
+async def test_a_guardian_that_was_stopped_itself_gives_its_runner_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    lease = Lease(60.0)
+    now_s = 500.0
+    assert not lease.is_over(now_s)
+    assert lease.look_at <= 507.5
+    assert not lease.is_over(507.0)
+    assert lease.is_over(507.5)
+    lease.renew(60.0)
+    assert not lease.is_over(508.0)
 
 
 async def test_an_outage_is_not_believed_by_a_runner_that_has_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

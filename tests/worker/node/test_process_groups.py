@@ -28,9 +28,11 @@ SCRIPT = """
 """
 
 
-async def test_no_gloo_group_is_destroyed_before_the_rank_ends(workbench: Any) -> None:
-    attempt = workbench.attempt(f"python {workbench.script(SCRIPT)}", ranks=2)
+@pytest.mark.parametrize("env", [{}, {"PYTHONHASHSEED": "1"}], ids=["warm", "cold"])
+async def test_no_gloo_group_is_destroyed_before_the_rank_ends(workbench: Any, env: dict[str, str]) -> None:
+    attempt = workbench.attempt(f"python {workbench.script(SCRIPT)}", ranks=2, env=env)
     exits = await attempt.run()
+    assert {start["warm"] for start in attempt.starts} == {not env}
     assert [end["exit_code"] for end in exits] == [0, 0], exits
     for rank in range(2):
         assert workbench.server.text(attempt.id, rank=rank) == "destroyed while Python ran: 0\n"

@@ -13,6 +13,7 @@ from phalanx_worker.node.halves import Halves
 from phalanx_worker.node.orders import GroupOrder, Settings, StartFailed
 from phalanx_worker.node.outbox import Batch, Item
 from phalanx_worker.node.reports import MAX_VALUES, Merger
+from phalanx_worker.runtime.stragglers import Stragglers
 
 PYTHON = "/opt/venv/bin/python"
 
@@ -36,6 +37,8 @@ COMMANDS = {
     "a hash seed": ("python train.py", {"PYTHONHASHSEED": "0"}, None, "PYTHONHASHSEED is set"),
     "a torch log setting": ("python train.py", {"TORCH_LOGS": "dynamo"}, None, "TORCH_LOGS is set"),
     "a search path": ("python train.py", {"PATH": "/other"}, None, "PATH is set"),
+    "the version": ("python3.11 train.py", {}, ["train.py"], ""),
+    "another version": ("python3.9 train.py", {}, None, "python3.9 is not the node's Python 3.11"),
     "an odd thread count": ("python train.py", {"OMP_NUM_THREADS": "2,1"}, None, "not one number"),
     "another program": ("nvidia-smi -L", {}, None, "nvidia-smi is not Python"),
 }
@@ -43,7 +46,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("command", "env", "argv", "reason"), COMMANDS.values(), ids=COMMANDS.keys())
 def test_command_starts_warm_or_says_why_not(command: str, env: dict[str, str], argv: Any, reason: str) -> None:
-    launch = plan_launch(command, env, python=PYTHON, warm_unfit="")
+    launch = plan_launch(command, env, python=PYTHON, version="3.11", warm_unfit="")
     assert launch.warm == (argv is not None)
     assert reason in launch.cold_reason and bool(reason) == bool(launch.cold_reason)
     if argv is not None:
@@ -53,9 +56,34 @@ def test_command_starts_warm_or_says_why_not(command: str, env: dict[str, str], 
 
 
 def test_command_starts_cold_when_the_warm_process_is_unfit() -> None:
-    launch = plan_launch("python train.py", {}, python=PYTHON, warm_unfit="torch is not available here")
+    launch = plan_launch("python train.py", {}, python=PYTHON, version="3.11", warm_unfit="torch is not available here")
     assert (launch.program.kind, launch.cold_reason) == ("exec", "torch is not available here")
     assert launch.program.argv[0] == "python" and launch.program.argv[-2:] == ["script", "train.py"]
+
+
+@pytest.mark.parametrize(
+    ("command", "env"),
+    [("python train.py", {"PATH": "/other"}), ("python3.9 train.py", {}), ("/opt/venv/bin/python3.9 -m x", {})],
+)
+def test_a_python_that_may_be_another_is_executed_as_given(command: str, env: dict[str, str]) -> None:
+    """It need not have anything of ours installed."""
+    launch = plan_launch(command, env, python=PYTHON, version="3.11", warm_unfit="")
+    assert (launch.program.kind, launch.program.argv) == ("exec", command.split())
+
+
+def test_stragglers_are_ranks_that_do_nothing_after_another_was_done() -> None:
+    stragglers = Stragglers(300.0)
+    assert stragglers.look_at is None
+    stragglers.begin(0.0)
+    found = {at: stragglers.look(at, {1: 50, 2: int(at)}) for at in range(0, 361, 30)}
+    assert [at for at, pids in found.items() if pids] == [300, 330, 360]
+    assert found[300] == [1]
+
+
+def test_a_straggler_is_given_time_where_the_whole_node_was_stopped() -> None:
+    stragglers = Stragglers(300.0)
+    stragglers.begin(0.0)
+    assert [stragglers.look(at, {1: 50}) for at in (0.0, 30.0, 5_000.0, 5_030.0)] == [[]] * 4
 
 
 def test_node_environment_is_an_allow_list_with_our_python_first() -> None:
@@ -74,8 +102,8 @@ def test_node_environment_is_an_allow_list_with_our_python_first() -> None:
 
 
 def test_settings_name_what_is_missing_and_ignore_what_is_new() -> None:
-    with pytest.raises(ValueError, match="node_token, node_id"):
-        Settings.read({"server_url": "http://x", "data_dir": "/x", "invented": 1})
+    with pytest.raises(ValueError, match="lack node_token"):
+        Settings.read({"server_url": "http://x", "data_dir": "/x", "node_id": "of an older agent", "invented": 1})
 
 
 def test_order_that_makes_no_sense_is_a_failed_start() -> None:

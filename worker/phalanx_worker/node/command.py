@@ -43,10 +43,11 @@ class Launch:
         return self.program.kind != "exec"
 
 
-def plan_launch(command: str, env: Mapping[str, str], *, python: str, warm_unfit: str) -> Launch:
+def plan_launch(command: str, env: Mapping[str, str], *, python: str, version: str, warm_unfit: str) -> Launch:
     """Decide how `command` runs with the user's `env`.
 
-    `python` is the warm process's interpreter (an absolute path); `warm_unfit` says why it cannot serve, "" if it can.
+    `python` is the warm process's interpreter (an absolute path), `version` its version as "3.11"; `warm_unfit` says
+    why it cannot serve, "" if it can.
     Raises ValueError for a command that cannot be parsed or is empty.
     """
     if needs_shell(command):
@@ -60,6 +61,8 @@ def plan_launch(command: str, env: Mapping[str, str], *, python: str, warm_unfit
     as_given = Program("exec", argv, name=argv[0], shell=not is_python)
     if not is_python:
         return Launch(as_given, f"{os.path.basename(argv[0])} is not Python")  # noqa: PTH119 - text, not a path
+    if foreign := _foreign_reason(argv[0], env, version):
+        return Launch(as_given, foreign)
     program = _warm_program(argv)
     if program is None:
         return Launch(as_given, "only `python script.py` and `python -m module` start warm")
@@ -97,6 +100,14 @@ def _is_python(word: str, python: str) -> bool:
     return bool(_PYTHON.match(word))
 
 
+def _foreign_reason(word: str, env: Mapping[str, str], version: str) -> str:
+    """Why this may be a Python that has nothing of ours installed; "" if it is the node's."""
+    minor = _PYTHON.match(word.rpartition("/")[2])
+    if minor and minor[2] and f"3{minor[2]}" != version:
+        return f"{word} is not the node's Python {version}"
+    return "PATH is set, so `python` may be another one" if "PATH" in env and "/" not in word else ""
+
+
 def _warm_program(argv: list[str]) -> Program | None:
     rest = argv[1:]
     if rest[:1] == ["-u"]:  # output is passed on line by line in any case
@@ -114,8 +125,6 @@ def _cold(program: Program, argv: list[str]) -> Program:
 
 
 def _environment_reason(env: Mapping[str, str]) -> str:
-    if "PATH" in env:
-        return "PATH is set, so `python` may be another one"
     for name in sorted(env):
         if name.startswith(_IMPORT_TIME_PREFIXES) and not name.startswith(_READ_LATER):
             return f"{name} is set, which matters when Python starts"

@@ -27,9 +27,6 @@ class Devices:
     def gpus(self) -> int:
         return self._nvml.nvmlDeviceGetCount() if self._nvml else 0
 
-    def gpu_names(self) -> list[str]:
-        return [str(self._nvml.nvmlDeviceGetName(handle)) for handle in self._handles()]
-
     def read(self) -> NodeStats:
         return NodeStats(
             cpu_utilization=self._cpu_utilization(),

@@ -31,6 +31,7 @@ class Hooks:
     """What the duties need of the runner."""
 
     groups: Callable[[], list[Group]]
+    attempts: Callable[[], list[AttemptRef]]  # with ranks here, or about to have some
     changed: Callable[[], None]
     taken: Callable[[], object]  # called after each report that the server has taken
     gcs_alive: CheckGcs | None
@@ -67,6 +68,7 @@ class Duties:
         warm = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log")
         problem = await users.own_users_problem(python, data_dir) if settings.own_users else "not asked for"
         outbox = Outbox(boot)
+        fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
         watch = Watch(Devices(), hooks.groups)
         link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, watch, warm), hooks.taken)
         launcher = Launcher(
@@ -76,13 +78,16 @@ class Duties:
             node_env=environment.node_environment(environ, python=python),
             python=python,
             own_users=not problem,
+            fence=fence,
+            outage=link.outage,
+            straggler_s=settings.straggler_s,
         )
-        fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
         duties = cls(workspace, warm, outbox, link, launcher, fence, watch, problem)
         warm.start(on_ready=hooks.changed)  # last: what fails above is tried again, and must leave no process behind
         duties.tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(watch.run()),
+            asyncio.create_task(fence.keep_leases(lambda fence_s: _ping(hooks.groups(), fence_s))),
             asyncio.create_task(fence.run(lambda silent_s: _cut_off(hooks.groups(), "its cluster", silent_s))),
             asyncio.create_task(link.outage.run(lambda silent_s: _cut_off(hooks.groups(), "the server", silent_s))),
         ]
@@ -111,10 +116,16 @@ def _end_leftovers(workspace: Workspace) -> None:
 def _heartbeat(hooks: Hooks, watch: Watch, warm: WarmProcess) -> Heartbeat:
     state = warm.state
     return Heartbeat(
-        attempts=[AttemptRef(*group.key) for group in hooks.groups() if group.state != "ended"],
+        attempts=hooks.attempts(),
         stats=watch.stats,
         warm_ready=state is not None and not state.unfit,
     )
+
+
+def _ping(groups: list[Group], fence_s: float) -> None:
+    for group in groups:
+        if group.state != "ended":
+            group.ping(fence_s)
 
 
 def _cut_off(groups: list[Group], whom: str, silent_s: float) -> None:

@@ -54,7 +54,7 @@ def group_environment(
     """What all ranks of a group share. The user's variables may change the node's, never the contract's."""
     launch = order.desired.launch
     defaults = {
-        "OMP_NUM_THREADS": "1",  # as torchrun
+        **({"OMP_NUM_THREADS": "1"} if order.group.ranks > 1 else {}),  # as torchrun
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "PYTHONUNBUFFERED": "1",
         "HOME": places.home,
@@ -92,6 +92,7 @@ def _torchrun(order: GroupOrder, *, hosted_store: bool) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": restarts,
         "TORCHELASTIC_MAX_RESTARTS": restarts,
         "TORCHELASTIC_USE_AGENT_STORE": str(hosted_store),
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
     }
 
 

@@ -5,7 +5,7 @@ Owns that sequence. Knows neither the table of groups nor the server.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import getpass
 import os
 import socket
@@ -17,8 +17,10 @@ from phalanx_worker.node import environment
 from phalanx_worker.node.bundles import Bundles
 from phalanx_worker.node.command import Launch, plan_launch
 from phalanx_worker.node.environment import Places
+from phalanx_worker.node.fence import Fence, OutageFence
 from phalanx_worker.node.orders import GroupOrder, StartFailed
 from phalanx_worker.node.ranks import Group, GroupEvents
+from phalanx_worker.node.threads import to_its_end
 from phalanx_worker.node.warm import WarmProcess, WarmState
 from phalanx_worker.node.workspace import Workspace
 from phalanx_worker.runtime.spec import GroupSpec, RankSpec, StoreSpec
@@ -26,7 +28,8 @@ from phalanx_worker.runtime.spec import GroupSpec, RankSpec, StoreSpec
 
 @dataclass(frozen=True)
 class Launcher:
-    """`own_users`: whether ranks switch to their tenant's user, already known to work on this node."""
+    """`own_users`: whether ranks switch to their tenant's user, already known to work on this node. While `fence` or
+    `outage` is over, nothing starts here. `straggler_s`: unless the job says otherwise in PHALANX_STRAGGLER_S."""
 
     workspace: Workspace
     bundles: Bundles
@@ -34,13 +37,17 @@ class Launcher:
     node_env: Mapping[str, str]
     python: str
     own_users: bool
+    fence: Fence
+    outage: OutageFence
+    straggler_s: float
 
     async def start(self, order: GroupOrder, listener: socket.socket | None, events: GroupEvents) -> Group:
         """Start one group. Raises StartFailed with nothing left behind, directories included."""
         state = await self.warm.ready()
         uid = self._uid(order)
-        places = await asyncio.to_thread(self.workspace.prepare, order, uid)
+        places = self.workspace.places(order)
         try:
+            await to_its_end(self.workspace.prepare, order, uid)
             if order.desired.launch.bundle:
                 await self.bundles.unpack(order.desired.launch.bundle, order.attempt_id, Path(places.work), uid)
             launch = self._plan(order, state)
@@ -49,11 +56,17 @@ class Launcher:
             if listener is not None and spec.store is None:
                 listener.close()  # no torch here to host the store: rank 0 binds the port itself
                 listener = None
+            self._expect_contact()
             await group.start(self.warm, spec, listener)
         except BaseException:
-            await asyncio.to_thread(self.workspace.remove, places)
+            await to_its_end(self.workspace.remove, places)
             raise
         return group
+
+    def _expect_contact(self) -> None:
+        """What started now would be seen by no fence before it runs."""
+        if self.fence.is_over or self.outage.is_over:
+            raise StartFailed("the node is cut off from its cluster or the server, so nothing starts on it")
 
     def _uid(self, order: GroupOrder) -> int | None:
         if not self.own_users:
@@ -65,7 +78,9 @@ class Launcher:
     def _plan(self, order: GroupOrder, state: WarmState) -> Launch:
         launch = order.desired.launch
         try:
-            return plan_launch(launch.command, launch.env, python=self.python, warm_unfit=state.unfit)
+            return plan_launch(
+                launch.command, launch.env, python=self.python, version=state.python, warm_unfit=state.unfit
+            )
         except ValueError as error:
             raise StartFailed(f"the command cannot be understood: {error}") from error
 
@@ -86,9 +101,23 @@ class Launcher:
             ],
             uid=uid,
             store=StoreSpec(order.master_addr, order.master_port, order.desired.launch.world_size) if hosts else None,
-            threads=int(env["OMP_NUM_THREADS"]) if launch.warm else 1,
+            threads=_threads(order, env) if launch.warm else 1,
             unbuffered=bool(env["PYTHONUNBUFFERED"]),
+            fence_s=self.fence.fence_s,
+            straggler_s=_seconds(order.desired.launch.env.get("PHALANX_STRAGGLER_S")) or self.straggler_s,
         )
+
+
+def _threads(order: GroupOrder, env: Mapping[str, str]) -> int:
+    """Of torch in a fork of the warm process, whose own default is one: what a fresh process in these cores has."""
+    return int(env.get("OMP_NUM_THREADS") or order.cpus or os.cpu_count() or 1)
+
+
+def _seconds(text: str | None) -> float | None:
+    """A positive number of seconds; None for anything else."""
+    with contextlib.suppress(TypeError, ValueError):
+        return seconds if 0 < (seconds := float(text or 0)) < float("inf") else None
+    return None
 
 
 def _own_name() -> str:

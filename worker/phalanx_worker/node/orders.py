@@ -23,12 +23,12 @@ class Settings:
 
     server_url: str
     node_token: str
-    node_id: str
     data_dir: str
     checkpoint_root: str | None = None
     fence_s: float = 60.0
     heartbeat_s: float = 2.0
     outage_tolerance_s: float = 3_600.0
+    straggler_s: float = 300.0
     own_users: bool = False
 
     @classmethod
@@ -64,6 +64,13 @@ class GroupOrder:
     def memory_limit_bytes(self) -> int:
         limits = self.desired.launch.memory_bytes_per_group
         return limits[self.group.group_rank] if self.group.group_rank < len(limits) else 0
+
+    @property
+    def cpus(self) -> int:
+        """Whole cores of the group, at least one; 0 where nothing was said."""
+        cpus = self.desired.launch.cpus_per_group
+        given = cpus[self.group.group_rank] if self.group.group_rank < len(cpus) else 0.0
+        return max(1, int(given)) if given > 0 else 0
 
     @classmethod
     def read(cls, order: dict[str, Any]) -> GroupOrder:

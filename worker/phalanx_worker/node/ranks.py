@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -25,11 +26,14 @@ from phalanx_worker.node.warm import WarmProcess
 from phalanx_worker.protocol import LogChunk, Mark, MetricPoint, RankExit, RankStart
 from phalanx_worker.runtime import channel, spec
 
+log = logging.getLogger("phalanx.node.ranks")
+
 START_TIMEOUT_S = 60.0
 _STREAMS_END_S = 2.0
 _ABANDONED_S = 10.0
 _SWEEPS = 100
 _SWEEP_EVERY_S = 0.05
+_STRAGGLER_TAIL = "phalanx: ended as a straggler\n"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,13 @@ class RankRecord:
     streams: list[LogStream]  # stdout, stderr
     reports: ReportSocket
     finished: bool = False
+    straggler: bool = False
     exit: RankExit | None = None
+
+    @property
+    def tail(self) -> str:
+        """Of stderr, and that it was ended as a straggler, which its signal alone would not tell."""
+        return (self.streams[1].tail + (_STRAGGLER_TAIL if self.straggler else ""))[-logs.TAIL_BYTES :]
 
     def close(self) -> None:
         self.reports.close()
@@ -165,7 +175,13 @@ class Group:
         )
 
     async def _abandon(self) -> None:
-        """Give everything up: a guardian that exists kills what it started, and is waited for."""
+        """Give everything up."""
+        await self._abandon_guardian()
+        for record in self._records.values():
+            record.close()
+
+    async def _abandon_guardian(self) -> None:
+        """A guardian that exists kills what it started, and is waited for."""
         self._guardian_end.close()
         with contextlib.suppress(OSError):  # it is gone already
             self._connection.shutdown(socket.SHUT_WR)
@@ -174,8 +190,6 @@ class Group:
                 while await self._receive() is not None:
                     pass
         self._connection.close()
-        for record in self._records.values():
-            record.close()
 
     # -------------------------------------------------------------- ending
 
@@ -197,6 +211,10 @@ class Group:
         self.oom = self.oom or kind == "oom"
         self._tell({"op": "kill"})
 
+    def ping(self, fence_s: float) -> None:
+        """Renew the guardian's lease; without, it ends the ranks by itself."""
+        self._tell({"op": "ping", "fence_s": fence_s})
+
     def note(self, kind: str, data: dict[str, Any]) -> None:
         rank = self.order.group.first_rank
         self._events.put(Mark(*self.key, rank=rank, kind=kind, at=time.time(), data=data))
@@ -215,14 +233,27 @@ class Group:
     # -------------------------------------------------------------- watching
 
     async def _watch(self) -> None:
+        try:
+            await self._follow()
+        except Exception:  # whatever it is: a group that never ended would hold its GPUs for ever
+            log.exception("following %s failed; its ranks are ended", self.order.attempt_id)
+            with contextlib.suppress(Exception):
+                await self._abandon_guardian()
+            await asyncio.to_thread(self._sweep)
+        await self._end()
+
+    async def _follow(self) -> None:
+        """Until nothing is left of the group."""
         while (message := await self._receive()) is not None and message["op"] != "ended":
             if message["op"] == "exit":
-                self._take_exit(message["rank"], message["status"], message["at"])
+                self._take_exit(message["rank"], message["status"], message["at"], straggler=message["straggler"])
+            elif message["op"] in ("note", "fenced"):
+                self._stopping = self._stopping or message["op"] == "fenced"
+                self.note("note", {"message": message["message"]})
             elif message["op"] == "failed":
                 self.note("note", {"message": f"the node's guardian of these ranks failed: {message['message']}"})
         if message is None:
             await asyncio.to_thread(self._sweep)
-        await self._end()
 
     def _sweep(self) -> None:
         """The guardian died without its word that nothing is left: find what is, by session and by environment."""
@@ -246,18 +277,19 @@ class Group:
                 return None
             return channel.parse(data) if data else None
 
-    def _take_exit(self, rank: int, status: int, at: float) -> None:
+    def _take_exit(self, rank: int, status: int, at: float, *, straggler: bool) -> None:
         code = os.waitstatus_to_exitcode(status)
         record = self._records[rank]
         for stream in record.streams:
             stream.drain()
+        record.straggler = straggler
         record.exit = RankExit(
             rank=rank,
             exit_code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             ended_at=at,
             oom=self.oom and code < 0,
-            tail=record.streams[1].tail,
+            tail=record.tail,
         )
         if code != 0 and self.first_failed_rank is None and not self._stopping:
             self.first_failed_rank = rank
@@ -265,21 +297,30 @@ class Group:
         self._events.changed()
 
     async def _end(self) -> None:
-        """Nothing is left: take the last output, let it reach the server if it can, then say so."""
+        """Nothing is left: take the last output, let it reach the server if it can, then say so in any case."""
+        try:
+            await self._take_last()
+        except Exception:
+            log.exception("the last output of %s is lost", self.order.attempt_id)
+        finally:
+            for record in self._records.values():
+                record.exit = record.exit or RankExit(rank=record.rank, oom=self.oom, finished=record.finished)
+            self.state = "ended"
+            self.ended.set()
+            self._events.changed()
+
+    async def _take_last(self) -> None:
         streams = [stream for record in self._records.values() for stream in record.streams]
         await logs.finish(streams, _STREAMS_END_S)
         for record in self._records.values():
             record.close()
             self._settle_exit(record)
         await self._events.flush()
-        self.state = "ended"
-        self.ended.set()
-        self._events.changed()
 
     def _settle_exit(self, record: RankRecord) -> None:
         """The exit as it is reported: with the whole tail of stderr, and what was dropped of its logs."""
         known = record.exit or RankExit(rank=record.rank, oom=self.oom)  # the guardian died: its end was not seen
-        record.exit = replace(known, tail=record.streams[1].tail, finished=record.finished)
+        record.exit = replace(known, tail=record.tail, finished=record.finished)
         if record.budget.dropped_bytes:
             data = {"what": "logs", "count": 1, "bytes": record.budget.dropped_bytes}
             self._events.put(Mark(*self.key, rank=record.rank, kind="dropped", at=time.time(), data=data))

@@ -21,6 +21,7 @@ from phalanx_worker.node.duties import Duties, Hooks
 from phalanx_worker.node.fence import CheckGcs
 from phalanx_worker.node.orders import GroupOrder, Settings, StartFailed
 from phalanx_worker.node.ranks import Group, GroupEvents
+from phalanx_worker.protocol import AttemptRef
 
 __all__ = ["Runner", "StartFailed"]
 
@@ -77,17 +78,7 @@ class Runner:
     def capabilities(self) -> dict[str, Any]:
         """What this node can do, for its entry in the inventory."""
         duties = self._open_duties()
-        state = duties.warm.state
-        return {
-            "boot": self.boot,
-            "pid": os.getpid(),
-            "own_users": duties.launcher.own_users,
-            "own_users_problem": duties.own_users_problem,
-            "torch": state.torch if state else None,
-            "warm_unfit": state.unfit if state else None,
-            "warm_ready": duties.is_warm,
-            "gpu_names": duties.watch.devices.gpu_names(),
-        }
+        return {"own_users": duties.launcher.own_users, "own_users_problem": duties.own_users_problem}
 
     async def reserve_rendezvous(self, attempt_id: str) -> dict[str, Any]:
         """Bind the port that the attempt's TCPStore will listen on."""
@@ -207,6 +198,11 @@ class Runner:
         done = [start for _, start in self._starts.values() if start.done() and not start.cancelled()]
         return [start.result() for start in done if start.exception() is None]
 
+    def _present(self) -> list[AttemptRef]:
+        """Attempts that have ranks here or may have them soon: the server takes one that is not listed for gone."""
+        starting = [AttemptRef(name, epoch) for name, (epoch, start) in self._starts.items() if not start.done()]
+        return [*starting, *(AttemptRef(*group.key) for group in self._groups() if group.state != "ended")]
+
     def _drop_listener(self, attempt_id: str) -> None:
         listener = self._listeners.pop(attempt_id, None)
         if listener is not None:
@@ -237,7 +233,11 @@ class Runner:
 
     async def _open(self, settings: Settings) -> Duties:
         hooks = Hooks(
-            groups=self._groups, changed=self._note_change, taken=self._note_delivered, gcs_alive=self._gcs_alive
+            groups=self._groups,
+            attempts=self._present,
+            changed=self._note_change,
+            taken=self._note_delivered,
+            gcs_alive=self._gcs_alive,
         )
         return await Duties.open(
             settings, hooks, boot=self.boot, python=self._python, environ=self._environ, warm_env=self._warm_env

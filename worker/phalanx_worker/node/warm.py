@@ -1,16 +1,19 @@
 """The runner's side of the warm process: started, watched, started again, asked to fork guardians.
 
-Owns the process and its socket. After repeated deaths it is started without torch, so that commands which do not need
-it still run. A group, once forked, does not depend on it any more.
+Owns the process and its socket. After repeated deaths while loading it is started without torch, so that commands which
+do not need it still run; torch is tried again whenever nothing was forked for a while. A group, once forked, does not
+depend on it any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ READY_TIMEOUT_S = 120.0
 _BACKOFF_S = (0.1, 10.0)
 _MOST_DOUBLINGS = 8
 _DEATHS_BEFORE_NO_TORCH = 3
+_WITHOUT_TORCH_S = (120.0, 3_600.0)  # until torch is tried again, doubled each time that it fails
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class WarmState:
     """What the warm process said of itself. `unfit`: why no rank can be forked from it; "" if it can."""
 
     pid: int
+    python: str  # its version, as "3.11"
     torch: str
     unfit: str
 
@@ -47,6 +52,8 @@ class WarmProcess:
         self._connection: socket.socket | None = None
         self._state: asyncio.Future[WarmState] = asyncio.get_running_loop().create_future()
         self._deaths = 0
+        self._tries_again = 0  # with torch, after it was given up
+        self._forked_at = 0.0
         self._keeper: asyncio.Task[None] | None = None
 
     def start(self, *, on_ready: Callable[[], None]) -> None:
@@ -69,6 +76,7 @@ class WarmProcess:
         await self.ready()
         try:
             assert self._connection is not None
+            self._forked_at = time.monotonic()
             channel.send(self._connection, {"op": "group"}, [guardian_socket.fileno(), *fds])
         except OSError as error:
             raise StartFailed(f"the warm process cannot be reached: {error}") from error
@@ -94,24 +102,50 @@ class WarmProcess:
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
         """One life: start, wait for "ready", then until its socket closes."""
-        self._spawn()
+        with_torch = self._deaths < _DEATHS_BEFORE_NO_TORCH
+        self._spawn(with_torch=with_torch)
         assert self._connection is not None
-        received = await self._receive(self._connection)
+        received = await self._loaded(self._connection)
         if received is None:
-            log.error("the warm process died while loading; see %s", self._log_path)
+            log.error("the warm process died or hung while loading; see %s", self._log_path)
             return
-        self._state.set_result(WarmState(received["pid"], received["torch"], received["unfit"]))
-        self._deaths = 0
+        self._state.set_result(WarmState(received["pid"], received["python"], received["torch"], received["unfit"]))
         on_ready()
-        await self._receive(self._connection)
-        log.error("the warm process died; see %s", self._log_path)
+        if with_torch:
+            self._deaths = self._tries_again = 0
+            await self._receive(self._connection)
+        else:
+            await self._without_torch(self._connection)
+        log.error("the warm process ended; see %s", self._log_path)
         self._state = asyncio.get_running_loop().create_future()
 
-    def _spawn(self) -> None:
+    async def _loaded(self, connection: socket.socket) -> dict[str, Any] | None:
+        """What it says when it can fork; None if it ended, or hangs."""
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(self._receive(connection), READY_TIMEOUT_S)
+        return None
+
+    async def _without_torch(self, connection: socket.socket) -> None:
+        """Until it ends, or torch is worth another try: nothing was forked meanwhile, and who waits then waits long."""
+        first, longest = _WITHOUT_TORCH_S
+        idle_s = min(longest, first * 2 ** min(self._tries_again, _MOST_DOUBLINGS))
+        end = asyncio.ensure_future(self._receive(connection))
+        since = time.monotonic()
+        try:
+            while not end.done() and (left_s := max(since, self._forked_at) + idle_s - time.monotonic()) > 0:
+                await asyncio.wait([end], timeout=left_s)
+            if not end.done():
+                self._tries_again += 1
+                self._deaths = _DEATHS_BEFORE_NO_TORCH - 2  # this end counts as well: then there is one life to try
+        finally:
+            end.cancel()
+            await asyncio.gather(end, return_exceptions=True)
+
+    def _spawn(self, *, with_torch: bool) -> None:
         ours, theirs = channel.pair()
         theirs.set_inheritable(True)
         arguments = ["--fd", str(theirs.fileno())]
-        if self._deaths >= _DEATHS_BEFORE_NO_TORCH:
+        if not with_torch:
             arguments.append("--no-torch")
         with open(self._log_path, "ab") as output, theirs:
             self._process = subprocess.Popen(

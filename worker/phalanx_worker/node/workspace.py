@@ -28,7 +28,7 @@ class Workspace:
 
     def prepare(self, order: GroupOrder, uid: int | None) -> Places:
         """Make every directory, owned by the ranks' user. Raises StartFailed where storage refuses."""
-        places = self._places(order)
+        places = self.places(order)
         private = [places.work, places.home, places.tmp]
         try:
             _make_new(Path(places.root), None, mode=0o755)
@@ -58,7 +58,8 @@ class Workspace:
             shutil.rmtree(entry, ignore_errors=True)
             shutil.rmtree(_tmp_path(entry.name), ignore_errors=True)
 
-    def _places(self, order: GroupOrder) -> Places:
+    def places(self, order: GroupOrder) -> Places:
+        """Where the directories are, made or not."""
         name = f"{order.attempt_id}-{order.group.group_rank}"
         root = self._attempts / name
         own = order.desired.launch.checkpoint_url

@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     connection.set_inheritable(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guardians are reaped by the kernel
-    channel.send(connection, {"op": "ready", "pid": os.getpid(), **preload(wanted=not options.no_torch)})
+    state = {"pid": os.getpid(), "python": "{}.{}".format(*sys.version_info)}
+    channel.send(connection, {"op": "ready", **state, **preload(wanted=not options.no_torch)})
     serve(connection)
     return 0
 

@@ -11,7 +11,7 @@ import sys
 
 _STARTUP_MODULES = frozenset(sys.modules)
 
-from phalanx_worker.runtime import marks, script  # noqa: E402
+from phalanx_worker.runtime import marks, process_groups, script  # noqa: E402
 
 # The first statement takes away the directory that `-c` puts on the path, before it can shadow anything of ours.
 _BOOTSTRAP = "import sys; sys.flags.safe_path or sys.path.pop(0); from phalanx_worker.runtime.cold import main; main()"
@@ -25,6 +25,11 @@ def command_line(python: str, flags: list[str], kind: str, argv: list[str]) -> l
 def main() -> None:
     spelled, kind, name, *arguments = sys.argv[1:]
     sys.orig_argv = [spelled, *(["-m"] if kind == "module" else []), name, *arguments]
-    marks.install_with_torch()
+    marks.after_torch(_install)
     start = script.run_module if kind == "module" else script.run_script
     start(name, arguments, keep_modules=_STARTUP_MODULES)
+
+
+def _install() -> None:
+    marks.install()
+    process_groups.install()

@@ -3,10 +3,13 @@
 Owns the forks of the ranks, their exit statuses, SIGTERM-then-SIGKILL, and the certainty that nothing of the group is
 left: it adopts orphans, so "no child remains" means that no process of the group remains. Hosts the rendezvous store
 of group 0 for as long as the runner wants. Dies with everything below it when the runner's end of its socket closes.
-Standard library only, but for the store; knows nothing of jobs.
+Holds the lease of a runner that hangs, and so can fence nothing itself: without a ping for `fence_s` its ranks end.
+Ends stragglers: ranks that do nothing for `straggler_s` after another was done. Standard library only, but for the
+store; knows nothing of jobs.
 
-Runner to guardian: `rank` (with stdout, stderr, report socket), `stop` {grace_s}, `kill`, `quit`.
-Guardian to runner: `started` {ranks}, `exit` {rank, status, at}, `ended`, `failed` {message}.
+Runner to guardian: `rank` (with stdout, stderr, report socket), `ping` {fence_s}, `stop` {grace_s}, `kill`.
+Guardian to runner: `started` {ranks}, `exit` {rank, status, at, straggler}, `ended`, and with a message `note`,
+`fenced` (all are ended because of the lease), `failed`.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NoReturn
 
 from phalanx_worker.runtime import channel, linux, rank, spec
+from phalanx_worker.runtime.lease import Lease
+from phalanx_worker.runtime.stragglers import Stragglers
 
 _KILL_AGAIN_S = 0.02
 _REASON_MULTITHREADED = "the guardian has {} threads, and a fork would copy only one"
@@ -55,6 +61,9 @@ class Guardian:
         self._stopping = False
         self._kill_at: float | None = None  # monotonic; from then on everything left is killed, again and again
         self._ended = False
+        self._lease = Lease(group.fence_s)
+        self._stragglers = Stragglers(group.straggler_s)
+        self._ended_stragglers: set[int] = set()  # pids
         self._store: Any = None
         self._wake_read, self._wake_write = socket.socketpair()
 
@@ -80,6 +89,8 @@ class Guardian:
             if self._connection.fileno() in ready and not self._obey():
                 break
             self._settle()
+            if not self._ended:
+                self._watch()
         self.kill_all()
 
     def kill_all(self) -> None:
@@ -97,6 +108,8 @@ class Guardian:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that the wakeup socket is written to
 
     def _start_next(self) -> dict[str, Any]:
+        if not select.select([self._connection], [], [], self._group.fence_s)[0]:
+            raise BrokenPipeError  # the runner hangs
         received = channel.receive(self._connection)
         if received is None:
             raise BrokenPipeError
@@ -146,12 +159,14 @@ class Guardian:
     # -------------------------------------------------------------- watching
 
     def _obey(self) -> bool:
-        """Carry out one message; False when the runner is gone or done."""
+        """Carry out one message; False when the runner is gone."""
         received = channel.receive(self._connection)
-        if received is None or received[0]["op"] == "quit":
+        if received is None:
             return False
         message = received[0]
-        if message["op"] == "stop":
+        if message["op"] == "ping":
+            self._lease.renew(float(message["fence_s"]))
+        elif message["op"] == "stop":
             self._stop(float(message["grace_s"]))
         elif message["op"] == "kill":
             self._kill_at = time.monotonic()
@@ -184,6 +199,28 @@ class Guardian:
         elif self._must_kill():
             self._kill_descendants()
 
+    def _watch(self) -> None:
+        """End the ranks of a runner that hangs, and ranks that hang themselves while others are done."""
+        now = time.monotonic()
+        if self._lease.is_over(now) and not self._must_kill():
+            self._kill_at = now
+            self._kill_descendants()
+            self._tell({"op": "fenced", "message": f"the runner hung for {self._lease.fence_s:.0f} s: ranks ended"})
+        if self._stopping or not self._stragglers.is_due(now):
+            return
+        for pid in self._stragglers.look(now, linux.cpu_ticks(self._pids)):
+            self._end_straggler(pid)
+
+    def _end_straggler(self, pid: int) -> None:
+        """SIGTERM; at the next look, if that changed nothing, SIGKILL."""
+        if pid in self._ended_stragglers:
+            return self._kill([pid, *linux.descendants(pid)])
+        self._ended_stragglers.add(pid)
+        waited = f"{self._group.straggler_s:.0f} s"
+        message = f"rank {self._pids[pid]} was ended as a straggler: it did nothing for {waited} after others were done"
+        self._tell({"op": "note", "message": message})
+        self._terminate(pid)
+
     def _must_kill(self) -> bool:
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             return True
@@ -195,7 +232,8 @@ class Guardian:
             return None
         if self._must_kill():
             return _KILL_AGAIN_S * 1000
-        return None if self._kill_at is None else max(0.0, self._kill_at - time.monotonic()) * 1000 + 1
+        due = [self._lease.look_at, self._stragglers.look_at, self._kill_at]
+        return max(0.0, min(at for at in due if at is not None) - time.monotonic()) * 1000 + 1
 
     def _reap(self) -> bool:
         """Collect every process that ended; True when no child is left."""
@@ -208,13 +246,20 @@ class Guardian:
                 return False
             number = self._pids.pop(pid, None)
             if number is not None:
-                self._tell({"op": "exit", "rank": number, "status": status, "at": time.time()})
+                straggler = pid in self._ended_stragglers
+                self._tell({"op": "exit", "rank": number, "status": status, "at": time.time(), "straggler": straggler})
+                if status == 0:
+                    self._stragglers.begin(time.monotonic())
 
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # seen as end of file by the loop
             channel.send(self._connection, message)
 
     def _kill_descendants(self) -> None:
-        for pid in linux.descendants(os.getpid()):
+        self._kill(linux.descendants(os.getpid()))
+
+    @staticmethod
+    def _kill(pids: Iterable[int]) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -25,13 +25,16 @@ def install() -> None:
         _mark_rendezvous()
 
 
-def install_with_torch() -> None:
-    """Put the hooks in place as soon as this process has imported torch, if it ever does."""
-    sys.meta_path.insert(0, _TorchWatcher())
+def after_torch(install: Callable[[], None]) -> None:
+    """Call it as soon as this process has imported torch, if it ever does."""
+    sys.meta_path.insert(0, _TorchWatcher(install))
 
 
 class _TorchWatcher:
     """Finds nothing itself; it sees the import of torch pass and adds one call to its end."""
+
+    def __init__(self, call: Callable[[], None]):
+        self._call = call
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "torch":
@@ -39,7 +42,7 @@ class _TorchWatcher:
         sys.meta_path.remove(self)  # type: ignore[arg-type]
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            _after_execution(spec.loader, install)
+            _after_execution(spec.loader, self._call)
         return spec
 
 
