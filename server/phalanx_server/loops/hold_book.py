@@ -135,8 +135,8 @@ class HoldBook:
 
 def _row(news: News) -> HoldRow:
     words, start = news.words, news.group.estimated_start
-    known = words.estimate is not None and start is not None
-    return HoldRow(UUID(hex=news.job), words.reason, words.message, words.unblocks, date_of(start) if known else None)
+    estimated = None if start is None or words.estimate is None else date_of(start)
+    return HoldRow(UUID(hex=news.job), words.reason, words.message, words.unblocks, estimated)
 
 
 def _steps(at_s: float | None) -> int | None:
