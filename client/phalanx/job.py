@@ -7,6 +7,7 @@ raises into training: what cannot be sent is dropped and counted, and the count 
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from typing import Any
 
 MAX_MESSAGE_BYTES = 32 * 1024
 MARK_WAIT_S = 0.2  # how long a mark (checkpoint, finished) may wait for room; a metric never waits
+EXIT_WAIT_S = 1.0  # and what still waits when the process ends
 _MAX_PENDING_MARKS = 64
 
 
@@ -40,12 +42,14 @@ def report(*, step: int | None = None, total_steps: int | None = None, **metrics
 def checkpoint(path_or_url: str | os.PathLike[str], *, step: int | None = None, **data: Any) -> None:
     """Register a checkpoint as complete: the next attempt finds it in `PHALANX_RESUME_FROM`.
 
-    A relative path is taken inside `PHALANX_CHECKPOINT_DIR`. Call it on one rank, after every rank has written.
-    `data` is stored with it: JSON, or numbers as for `report`; what is neither is dropped and counted.
+    A relative path is taken inside `PHALANX_CHECKPOINT_DIR`. Call it on one rank, after every rank has written. Without
+    `step` it is of the step that this rank has reported last. `data` is stored with it: JSON, or numbers as for
+    `report`; what is neither is dropped and counted.
     """
     link = _link()
     if link is not None:
-        link.mark("checkpoint", {"url": _resolve(str(path_or_url)), "step": _whole(step)}, extra=data)
+        at_step = link.last_step if step is None else _whole(step)
+        link.mark("checkpoint", {"url": _resolve(str(path_or_url)), "step": at_step}, extra=data)
 
 
 def should_stop() -> bool:
@@ -79,12 +83,15 @@ class _Link:
         self._socket = connection
         self._pending: deque[bytes] = deque(maxlen=_MAX_PENDING_MARKS)
         self._dropped = 0
+        self._gone = False  # the runner's end
+        self.last_step = 0
         self._total_steps: int | None = None
         self._stop = False  # a plain flag: a signal handler must not take a lock
         self._watches_sigterm = False
 
     def metrics(self, *, step: Any, total_steps: Any, values: dict[str, Any]) -> None:
         at = time.time()
+        self.last_step = _whole(step) or self.last_step
         total = _whole(total_steps)
         if total is not None and total != self._total_steps:
             self._total_steps = total
@@ -113,6 +120,12 @@ class _Link:
         self._pending.append(message)
         deadline = time.monotonic() + wait_s
         while not self._flush() and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def settle(self, wait_s: float = EXIT_WAIT_S) -> None:
+        """Send what still waits, and how much was dropped: no later report would say so."""
+        deadline = time.monotonic() + wait_s
+        while not (self._flush() and not self._dropped) and not self._gone and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def should_stop(self) -> bool:
@@ -157,7 +170,8 @@ class _Link:
     def _send(self, message: bytes) -> bool:
         try:
             self._socket.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except OSError:
+        except OSError as error:
+            self._gone = not isinstance(error, BlockingIOError)
             return False
         return True
 
@@ -181,9 +195,13 @@ def _open_link(number: str) -> _Link | None:
         if not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
             return None
         connection = socket.socket(fileno=int(number))
-        return _Link(connection) if connection.type == socket.SOCK_SEQPACKET else _abandon(connection)
+        if connection.type != socket.SOCK_SEQPACKET:
+            return _abandon(connection)
     except (ValueError, OSError):
         return None
+    link = _Link(connection)
+    atexit.register(link.settle)
+    return link
 
 
 def _abandon(connection: socket.socket) -> None:

@@ -200,7 +200,7 @@ class Up:
         return self.child(
             "local-ray",
             *("--nodes", str(machine.nodes), "--gpus-per-node", str(machine.gpus_per_node)),
-            *("--gpu-type", machine.gpu_type, "--data", str(machine.path("ray"))),
+            *("--gpu-type", machine.gpu_type, "--data", str(machine.path("ray")), "--respawn"),
         )
 
     def _agent(self) -> Child:
@@ -274,7 +274,7 @@ class Up:
         return heard and node["state"] == "ready" and node["warm_ready"]
 
     def _all_warm(self) -> bool:
-        self.family.tick(time.monotonic())
+        self.keep_alive()
         return self.warm_nodes() >= self.machine.nodes
 
     def wait_warm(self) -> None:
@@ -287,7 +287,7 @@ class Up:
             try:
                 while process.poll() is None:
                     self.stop_request.check()
-                    self.family.tick(time.monotonic())
+                    self.keep_alive()
                     time.sleep(0.1)
             finally:
                 end(process)
@@ -297,8 +297,15 @@ class Up:
     def stay(self) -> None:
         while True:
             self.stop_request.check()
-            self.family.tick(time.monotonic())
+            self.keep_alive()
             time.sleep(0.2)
+
+    def keep_alive(self) -> None:
+        """Start again what has died: nobody else does on this machine."""
+        self.family.tick(time.monotonic())
+        if self.postgres.pid() is None:
+            console.print("PostgreSQL died; it is started again")
+            self.postgres.start()
 
     def stop(self) -> None:
         self.machine.path("url").unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
-from control_plane import START, ControlPlane
+from control_plane import FENCE_S, LOSS_GRACE_S, START, ControlPlane
 from phalanx_server.actions.hold_job import hold_job, release_job
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.reason import NotBefore
@@ -266,6 +266,34 @@ async def test_what_is_charged_on_a_lost_node_stays_in_the_quota(plane: ControlP
     assert (await plane.state(lost), await plane.state(other)) == ("starting", "queued")
     await plane.tick()
     assert await known_and_fresh_agree(plane)
+
+
+@pytest.mark.parametrize("restart", ["eager", "fenced"])
+async def test_a_lost_node_that_never_comes_back_leaves_the_quota_after_its_fence(
+    plane: ControlPlane, restart: str
+) -> None:
+    await plane.add_nodes(2, gpus=8)
+    async with plane.engine.begin() as conn:
+        quota = {"tenant_id": plane.tenant_id, "resource": "h100", "nominal": 8, "borrowing_limit": 0}
+        await conn.execute(insert(quotas).values(quota))
+    lost, _ = await plane.run(gpus=8, restart=restart)
+    (place,) = await plane.placements(lost)
+    await plane.lose(place.node)
+    await plane.tick()
+    plane.later(FENCE_S + LOSS_GRACE_S - 1)
+    await plane.tick()
+    assert await plane.state(lost) == "queued"
+    plane.later(1)
+    assert await known_and_fresh_agree_after_a_tick(plane)
+    assert await plane.state(lost) == "starting"
+    (place_now,) = await plane.placements(lost)
+    assert place_now.node != place.node
+
+
+async def known_and_fresh_agree_after_a_tick(plane: ControlPlane) -> bool:
+    await plane.tick()
+    await plane.tick()  # reads what the first has started
+    return await known_and_fresh_agree(plane)
 
 
 async def test_changes_lead_to_what_a_fresh_load_says(plane: ControlPlane) -> None:

@@ -87,11 +87,12 @@ class AttemptChange:
         self._over(end, outcome=end.outcome, at=at, exits=exits)
         self._leave(end, backoff_until=_after(self.now, end.backoff_s), avoid=avoid)
 
-    def lose(self, end: End, *, message: str, backoff_until: datetime | None) -> None:
-        """Nobody knows whether its ranks still run: it holds what it held until they are known to be gone."""
+    def lose(self, end: End, *, message: str, certain_at: datetime, backoff_until: datetime | None) -> None:
+        """Nobody knows whether its ranks still run: it holds what it held until they are known to be gone, and counts
+        against the quota until they have certainly ended by themselves."""
         self.state = AttemptState.LOST
         self._over(end, outcome=Outcome.NODE_LOST, at=self.now, exits=())
-        self.attempt["message"] = message
+        self.attempt |= {"message": message, "certain_at": certain_at}
         self._leave(end, backoff_until=backoff_until, avoid=None)
 
     def end_facts(self, *, default_cause: StopCause | None = None) -> EndFacts:

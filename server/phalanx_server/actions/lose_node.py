@@ -55,8 +55,9 @@ async def lose_node(
     """Mark the node lost; None if there is no such node, if it is lost already, or if it is no longer as it was
     `judged` (None = whatever it is like). Raises LeaseLost.
 
-    Its attempts stay charged for what they hold until it is confirmed gone. Their jobs start again after `fence_s` +
-    `grace_s`, when cut-off ranks have ended themselves, or at once where a job says `restart: eager`.
+    Its attempts stay charged for what they hold until it is confirmed gone; against quotas only until cut-off ranks
+    have ended themselves, after `fence_s` + `grace_s`. Then their jobs start again too, or at once where a job says
+    `restart: eager`.
     """
     async with engine.begin() as conn:
         if judged is not None:
@@ -84,4 +85,5 @@ def _lose(change: AttemptChange, node: str, certain_at: datetime) -> None:
     """A stop that was asked for before still decides what becomes of the job."""
     end = decide_end(change.end_facts(default_cause=StopCause.NODE_LOST))
     eager = change.row.spec["restart"] == "eager"
-    change.lose(end, message=f"node {node} was lost", backoff_until=None if eager else certain_at)
+    backoff_until = None if eager else certain_at
+    change.lose(end, message=f"node {node} was lost", certain_at=certain_at, backoff_until=backoff_until)

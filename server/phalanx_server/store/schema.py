@@ -238,6 +238,7 @@ attempts = Table(
     Column("released_at", Time),
     _array("ranks"),
     _array("exits"),
+    Column("certain_at", Time),
     UniqueConstraint("job_id", "number"),
     UniqueConstraint("job_id", "epoch"),
 )

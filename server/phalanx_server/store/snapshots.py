@@ -4,12 +4,14 @@ Owns the mapping from rows to the snapshot's values. Names there: a job is its u
 its uuid in hex, a cluster its name. Refuses to decide anything.
 
 * `starting` and `running` jobs are `running`, charged on every placement that is not released.
-* What a `lost` attempt holds where its ranks are not yet confirmed gone, on lost nodes too, is charged by a `stopping`
-  job of its own, named by the attempt's uuid; its job is queued beside it.
+* What a `lost` attempt holds where its ranks are not yet confirmed gone is charged by a `stopping` job of its own,
+  named by the attempt's uuid; its job is queued beside it. On lost nodes, which take nothing anyway, only until its
+  ranks have certainly ended by themselves (docs/decisions/0010).
 * A node takes nothing new (`cordoned`) while its agent says that it is gone, and while the agent itself is silent.
 * The cursor is a transaction id (docs/decisions/0001): rows changed at or above it are read again. It also carries the
-  version of every queued job that the pass was told of, for `commit_plan` to compare; and whose agents were silent,
-  because that comes with time and changes no row: where it is different now, the nodes are read again.
+  version of every queued job that the pass was told of, for `commit_plan` to compare; and what comes with time and
+  changes no row: whose agents were silent (where it is different now, the nodes are read again), and which jobs have
+  ranks that may still run on lost nodes.
 """
 
 from __future__ import annotations
@@ -50,12 +52,13 @@ AGENT_SILENT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where the next `load_changes` goes on, the version of each queued job as the pass knows it, by name, and the
-    clusters that were silent."""
+    """Where the next `load_changes` goes on, the version of each queued job as the pass knows it, by name, the clusters
+    that were silent, and the jobs of lost attempts whose ranks might still run."""
 
     xid: int
     versions: Mapping[str, int]
     silent: frozenset[UUID] = frozenset()
+    uncertain: frozenset[UUID] = frozenset()
 
 
 @asynccontextmanager
@@ -77,7 +80,7 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
     async for rows in _in_pieces(conn, _JOBS_QUEUED, {}):
         jobs += map(_job, rows)
         versions |= {_name(row): row.version for row in rows}
-    charged = await conn.execute(_CHARGED_LOST, {"job_ids": None})
+    charged = await conn.execute(_CHARGED_LOST, {"job_ids": None, "now": now})
     silent = await silent_clusters(conn, now=now)
     snapshot = Snapshot(
         now=now.timestamp(),
@@ -86,7 +89,7 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
         nodes=tuple(_node(row, silent) for row in await conn.execute(_NODES, {"since": "0", "clusters": []})),
         jobs=(*jobs, *map(_leftover, charged)),
     )
-    return snapshot, Cursor(xid, versions, silent)
+    return snapshot, Cursor(xid, versions, silent, await _uncertain_jobs(conn, now))
 
 
 async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
@@ -98,7 +101,9 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
     node_rows = await conn.execute(_NODES, since | {"clusters": turned}) if nodes_changed or turned else ()
     rows = [row async for piece in _in_pieces(conn, _JOBS_CHANGED, since) for row in piece]
     over = list((await conn.execute(_JOBS_OVER, since)).scalars())
-    leftovers, gone = await _leftovers(conn, rows, over)
+    uncertain = await _uncertain_jobs(conn, now)
+    concerned = {row.id for row in rows} | set(over) | (cursor.uncertain - uncertain)
+    leftovers, gone = await _leftovers(conn, concerned, now)
     changes = Changes(
         now=now.timestamp(),
         jobs=tuple(_job(row) for row in rows) + leftovers,
@@ -106,7 +111,7 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
         nodes=tuple(_node(row, silent) for row in node_rows),
         tenants=await _load_tenants(conn) if tenants_changed else None,
     )
-    return changes, Cursor(xid, _versions(cursor.versions, rows, over), silent)
+    return changes, Cursor(xid, _versions(cursor.versions, rows, over), silent, uncertain)
 
 
 async def _in_pieces(
@@ -287,12 +292,13 @@ _CHARGED_LOST = text(
            a.gpu_type, coalesce(a.started_at, a.created_at) AS started_at,
            array_agg(p.node_id ORDER BY p.group_rank) AS nodes, array_agg(p.replicas ORDER BY p.group_rank) AS replicas
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
-    JOIN placements p ON p.attempt_id = a.id AND p.released_at IS NULL
-    WHERE a.state = 'lost' AND a.released_at IS NULL
+    JOIN placements p ON p.attempt_id = a.id AND p.released_at IS NULL JOIN nodes n ON n.id = p.node_id
+    WHERE a.state = 'lost' AND a.released_at IS NULL AND (n.state <> 'lost' OR a.certain_at > :now)
       AND (CAST(:job_ids AS uuid[]) IS NULL OR a.job_id = ANY(CAST(:job_ids AS uuid[])))
     GROUP BY a.id, t.path, j.id
     """
 )
+_UNCERTAIN = text("SELECT job_id FROM attempts WHERE state = 'lost' AND released_at IS NULL AND certain_at > :now")
 _LOST = text("SELECT id FROM attempts WHERE state = 'lost' AND job_id = ANY(CAST(:job_ids AS uuid[]))")
 
 
@@ -315,18 +321,22 @@ def _leftover(row: Row[Any]) -> Job:
     )
 
 
+async def _uncertain_jobs(conn: AsyncConnection, now: datetime) -> frozenset[UUID]:
+    """The jobs of lost attempts whose ranks may still run on a lost node."""
+    return frozenset((await conn.execute(_UNCERTAIN, {"now": now})).scalars())
+
+
 async def _leftovers(
-    conn: AsyncConnection, rows: Sequence[Row[Any]], over: Sequence[UUID]
+    conn: AsyncConnection, job_ids: set[UUID], now: datetime
 ) -> tuple[tuple[Job, ...], tuple[str, ...]]:
-    """What lost attempts of the changed jobs still hold, and the names of those that hold nothing any more. A release
-    shows as a change of the job (a trigger)."""
-    job_ids = {row.id for row in rows} | set(over)
+    """What lost attempts of these jobs still hold, and the names of those that hold nothing any more. A release shows
+    as a change of the job (a trigger)."""
     if not job_ids:
         return (), ()
     lost = list((await conn.execute(_LOST, {"job_ids": list(job_ids)})).scalars())
     if not lost:
         return (), ()
-    held = tuple(_leftover(row) for row in await conn.execute(_CHARGED_LOST, {"job_ids": list(job_ids)}))
+    held = tuple(_leftover(row) for row in await conn.execute(_CHARGED_LOST, {"job_ids": list(job_ids), "now": now}))
     names = {job.id for job in held}
     return held, tuple(attempt.hex for attempt in lost if attempt.hex not in names)
 

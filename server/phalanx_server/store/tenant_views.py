@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from phalanx_server.store.job_views import SUBTREE
 
 # `usage` is what is charged to attempts of the tenant and of everything below it, counted as a pass counts it against
-# quotas: of memory, each replica takes whole GiB.
+# quotas: of memory, each replica takes whole GiB; of a lost node, what may still run there.
 _TENANTS = """
 SELECT t.id, t.path, (SELECT path FROM tenants p WHERE p.id = t.parent_id) AS parent, t.weight, t.preemption, t.version,
        coalesce((
@@ -26,7 +26,8 @@ SELECT t.id, t.path, (SELECT path FROM tenants p WHERE p.id = t.parent_id) AS pa
                    (n.gpu_type, cardinality(p.gpu_indices)), ('cpu', ceil(p.cpus)),
                    ('memory_gib', ceil(p.memory_bytes::float8 / p.replicas / 1073741824) * p.replicas)
                ) AS taken (resource, amount)
-               WHERE p.released_at IS NULL AND (o.path = t.path OR starts_with(o.path, t.path || '/'))
+               WHERE p.released_at IS NULL AND (n.state <> 'lost' OR a.certain_at > now())
+                 AND (o.path = t.path OR starts_with(o.path, t.path || '/'))
                GROUP BY taken.resource HAVING sum(taken.amount) > 0
            ) used), '{{}}') AS usage
 FROM (SELECT * FROM tenants WHERE {conditions} ORDER BY path LIMIT :limit) t ORDER BY t.path

@@ -180,6 +180,26 @@ def test_a_checkpoint_is_registered_whatever_is_said_with_it(received: Receive) 
     assert dropped["data"]["count"] == 1 + 1 + 20
 
 
+def test_a_checkpoint_without_a_step_is_of_the_last_one_that_was_reported(received: Receive) -> None:
+    phalanx.checkpoint("/c/0")
+    phalanx.report(step=7)
+    phalanx.checkpoint("/c/7")
+    assert [message["data"]["step"] for message in received() if message["t"] == "mark"] == [0, 7]
+
+
+def test_what_is_dropped_at_the_end_is_told_when_the_process_ends(runner_end: socket.socket) -> None:
+    """As a rank does: it fills the socket and leaves."""
+    script = "import phalanx\nfor step in range(5000): phalanx.report(step=step, loss=1.0)"
+    fd = int(os.environ["PHALANX_REPORT_FD"])
+    with subprocess.Popen([sys.executable, "-c", script], pass_fds=[fd]) as rank:
+        points = dropped = 0
+        while points + dropped < 5000:
+            message = json.loads(runner_end.recv(65536))
+            points += message["t"] == "metrics"
+            dropped += message["data"]["count"] if message["t"] == "mark" else 0
+    assert (points + dropped, rank.returncode) == (5000, 0)
+
+
 @pytest.mark.parametrize("value", ["", "nonsense", "1", "9999"], ids=["empty", "no number", "no socket", "closed"])
 def test_outside_a_job_everything_does_nothing(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PHALANX_REPORT_FD", value)
