@@ -5,6 +5,7 @@ The server is the embedded one with fsync off; a fresh database is a clone of a 
 
 import asyncio
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -27,13 +28,19 @@ TEST_SETTINGS = {
     "io_method": "sync",
     "max_wal_size": "1GB",
 }
+MEMORY_DISK = Path("/dev/shm")
+MEMORY_DISK_BYTES = 4 << 30
 _numbers = itertools.count(1)
+
+
+def has_room(path: Path) -> bool:
+    return os.access(path, os.W_OK) and shutil.disk_usage(path).free >= MEMORY_DISK_BYTES
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
-    """A running PostgreSQL server for the tests alone."""
-    directory = Path(tempfile.mkdtemp(prefix="phx-pg-"))
+    """A running PostgreSQL server for the tests alone, in memory where there is room: each test clones a database."""
+    directory = Path(tempfile.mkdtemp(prefix="phx-pg-", dir=MEMORY_DISK if has_room(MEMORY_DISK) else None))
     server = EmbeddedPostgres(directory / "data", settings=TEST_SETTINGS)
     try:
         server.start()
