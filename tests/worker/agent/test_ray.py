@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -32,10 +33,16 @@ def phalanx(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
 
 def killed(find: Callable[[], psutil.Process | None]) -> None:
     """Kill what `find` finds, and wait until it finds another."""
-    old = find()
+
+    def found() -> psutil.Process | None:
+        with contextlib.suppress(psutil.Error):  # it ended while one looked
+            return find()
+        return None
+
+    old = found()
     assert old is not None
     old.kill()
-    wait_until(lambda: (new := find()) is not None and new != old, 30)
+    wait_until(lambda: (new := found()) is not None and new != old, 30)
 
 
 def wait_until(what: Callable[[], object], timeout_s: float) -> None:

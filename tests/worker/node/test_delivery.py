@@ -216,7 +216,6 @@ async def test_flood_of_metrics_is_merged_and_counted(workbench: Any) -> None:
     points = workbench.server.items("metrics", attempt.id)
     dropped = sum(mark["data"]["count"] for mark in workbench.server.marks(attempt.id, "dropped"))
     assert len(points) + dropped == 4000 and 0 < len(points) < 4000
-    assert points[-1]["step"] > 3600
 
 
 async def test_nonsense_from_a_rank_is_counted_not_believed(workbench: Any) -> None:

@@ -227,6 +227,8 @@ def run(emulation: Emulation, out: TextIO) -> int:
                     return 1
                 local.check_nodes(time.monotonic())
             return 0
+        except SystemExit:  # Ray's own handler, which a signal finds in place while a node is being started
+            return 0
         finally:
             local.stop()
             (emulation.data_dir / "ray.json").unlink(missing_ok=True)
