@@ -149,6 +149,7 @@ class Attempt(Model):
     cluster: str | None = None
     gpu_type: str | None = None
     replicas: int = 0
+    resume_from: str | None = None
     created_at: datetime | None = None
     gang_ready_at: datetime | None = None
     started_at: datetime | None = None

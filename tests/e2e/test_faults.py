@@ -19,6 +19,7 @@ from phalanx_server.store.embedded import EmbeddedPostgres
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 90.0
+AWAY = (phalanx.errors.ConnectionFailed, phalanx.errors.Unavailable)
 
 # Steps until a file appears; a rank that is told to save does so each step, and starts again from there.
 TRAINING = """
@@ -76,7 +77,14 @@ class Training:
 
     @property
     def job(self) -> phalanx.models.Job:
-        return self.client.job(self.id)
+        """As the server says, as soon as there is one again."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.client.job(self.id)
+            except AWAY:
+                assert time.monotonic() < deadline_s, "the server does not come back"
+                time.sleep(0.1)
 
     def step(self) -> int:
         progress = self.job.progress
@@ -88,7 +96,7 @@ class Training:
             try:
                 if what():
                     return
-            except (phalanx.errors.ConnectionFailed, phalanx.errors.Unavailable):
+            except AWAY:
                 pass
             assert time.monotonic() < deadline_s, f"{why}: not within {timeout_s:g} s"
             time.sleep(0.1)

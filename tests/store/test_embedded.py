@@ -14,7 +14,7 @@ from pathlib import Path
 import asyncpg
 import psutil
 import pytest
-from phalanx_server.store.embedded import EmbeddedPostgres, PostgresFailed
+from phalanx_server.store.embedded import SOCKET_NAME, EmbeddedPostgres, PostgresFailed
 from phalanx_server.store.engine import driver_dsn
 from phalanx_server.store.unix_access import let_pass, may_search
 
@@ -62,12 +62,26 @@ async def test_data_survives_stop_kill_and_restart(server):
     assert await query(url, "SHOW fsync") == "on"
 
 
+def test_a_killed_server_that_is_still_a_zombie_is_replaced(server):
+    """Nobody has reaped it yet, so its pid lives; here somebody else has got it."""
+    server.start()
+    pid = server.pid()
+    lock = server._socket_dir() / f"{SOCKET_NAME}.lock"
+    said = lock.read_text()
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    for file in (lock, server.data_dir / "postmaster.pid"):
+        file.write_text(said.replace(str(pid), str(os.getpid()), 1))
+    server.start()
+    assert server.pid() not in (None, pid)
+
+
 def test_a_ctrl_c_in_the_terminal_does_not_reach_its_programs(server, home):
     """It reaches every process of the terminal's group: initdb would end with half a database."""
     script = f"""
 import signal
 from pathlib import Path
-from phalanx_server.store.embedded import EmbeddedPostgres
+from phalanx_server.store.embedded import SOCKET_NAME, EmbeddedPostgres, PostgresFailed
 signal.signal(signal.SIGINT, lambda *_: print("noted"))
 EmbeddedPostgres(Path({str(home / "data")!r}), settings={SMALL!r}).start()
 """

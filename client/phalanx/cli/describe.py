@@ -40,7 +40,8 @@ def attempt(job: Job) -> str | None:
         return None
     number = f"{job.attempt.number} of {job.attempts}" if job.attempts > 1 else str(job.attempt.number)
     failures = f", {job.failures} failed" if job.failures else ""
-    return f"{number}: {job.attempt.outcome or job.attempt.state}{failures}"
+    resumed = f", went on from {job.attempt.resume_from}" if job.attempt.resume_from else ""
+    return f"{number}: {job.attempt.outcome or job.attempt.state}{failures}{resumed}"
 
 
 def places(found: Attempt | None) -> list[str]:

@@ -63,6 +63,7 @@ class Attempt(BaseModel):
     cluster: str
     gpu_type: str
     replicas: int
+    resume_from: str | None = Field(description="The checkpoint that it was told to go on from.")
     created_at: datetime
     gang_ready_at: datetime | None
     started_at: datetime | None

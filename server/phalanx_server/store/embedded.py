@@ -72,7 +72,7 @@ class EmbeddedPostgres:
         self._prepare_directory()
         self._check_version()
         if self._running_pid() is None:
-            self._remove_stale_pid_file()
+            self._remove_stale_files()
             self._start_server()
         return self.url()
 
@@ -156,8 +156,11 @@ class EmbeddedPostgres:
         except (FileNotFoundError, ValueError, psutil.Error):
             return None
 
-    def _remove_stale_pid_file(self) -> None:
+    def _remove_stale_files(self) -> None:
+        """What a killed server left behind. It would believe in them where the pid lives on, as another process or as a
+        zombie that nobody has reaped yet."""
         (self.data_dir / "postmaster.pid").unlink(missing_ok=True)
+        (self._socket_dir() / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
 
     def _start_server(self) -> None:
         """Start it. Right after a kill the old server's children may hold its memory for a moment: then try again."""
