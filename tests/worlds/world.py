@@ -38,13 +38,13 @@ from phalanx_server.loops.watch_nodes import Patience, WatchNodes
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store import ids
 from phalanx_server.store.schema import jobs, nodes, placements, quotas, tenants
+from phalanx_server.store.snapshots import load_snapshot, reading
 from sqlalchemy import insert, select, text
 
 FENCE_S, LOSS_GRACE_S, LEASE_TTL_S = 60.0, 5.0, 4.0
 PATIENCE = Patience(node_timeout_s=20, startup_grace_s=15, fence_s=FENCE_S, loss_grace_s=LOSS_GRACE_S)
 STEP_S = (0.5, 1.0, 1.0, 2.0, LONGEST_STEP_S)
 SETTLE_ROUNDS = 400
-GIB = 1 << 30
 
 
 class Broken(AssertionError):
@@ -364,6 +364,33 @@ class World:
         await scheduler.watch.tick(now)
         await scheduler.enforce.tick(now)
         await scheduler.schedule.tick(now)
+        if self.dice.random() < 0.1:
+            await scheduler.schedule.tick(now)  # reads what the first has started
+            await self._compare(scheduler.schedule)
+
+    async def _compare(self, schedule: ScheduleLoop) -> None:
+        """The planner in memory knows what a fresh load would say."""
+        memory = schedule._memory
+        if memory is None:
+            return
+        async with reading(self.plane.engine) as conn:
+            fresh, cursor = await load_snapshot(conn, self.plane.now, Policy())
+        plan = memory.planner.snapshot()
+        if {job.id for job in fresh.jobs if job.state != "queued"} - {j.id for j in plan.jobs if j.state != "queued"}:
+            return  # the last pass has just started something; the next one reads it
+        pairs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+            ("jobs", {job.id: job for job in plan.jobs}, {job.id: job for job in fresh.jobs}),
+            ("nodes", {node.name: node for node in plan.nodes}, {node.name: node for node in fresh.nodes}),
+            ("versions", dict(memory.cursor.versions), dict(cursor.versions)),
+        ]
+        wrong = [
+            f"the planner's {what} are not as stored: {name} is {known.get(name)}, stored {stored.get(name)}"
+            for what, known, stored in pairs
+            for name in known.keys() | stored.keys()
+            if known.get(name) != stored.get(name)
+        ]
+        if wrong:
+            raise self._broken(wrong)
 
 
 @contextlib.contextmanager

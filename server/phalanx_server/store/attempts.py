@@ -354,7 +354,8 @@ _REGISTER = text(
     INSERT INTO checkpoints (job_id, attempt_id, step, url, data, registered_at)
     VALUES (:job_id, :attempt_id, :step, :url, CAST(:data AS jsonb), :registered_at)
     ON CONFLICT (job_id, step, url) DO UPDATE SET
-        attempt_id = EXCLUDED.attempt_id, data = EXCLUDED.data, registered_at = EXCLUDED.registered_at
+        attempt_id = EXCLUDED.attempt_id, data = EXCLUDED.data, registered_at = EXCLUDED.registered_at,
+        changed_xid = pg_current_xact_id()
     RETURNING xmax = 0 AS is_new
     """
 )

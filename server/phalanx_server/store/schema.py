@@ -272,8 +272,10 @@ checkpoints = Table(
     Column("url", Text, nullable=False),
     _object("data"),
     Column("registered_at", Time, nullable=False),
+    _changed_xid(),
     PrimaryKeyConstraint("job_id", "step", "url"),
 )
+Index("checkpoints_changed", checkpoints.c.changed_xid)
 
 progress = Table(
     "progress",

@@ -8,10 +8,11 @@ its uuid in hex, a cluster its name. Refuses to decide anything.
   named by the attempt's uuid; its job is queued beside it. On lost nodes, which take nothing anyway, only until its
   ranks have certainly ended by themselves (docs/decisions/0010).
 * A node takes nothing new (`cordoned`) while its agent says that it is gone, and while the agent itself is silent.
-* The cursor is a transaction id (docs/decisions/0001): rows changed at or above it are read again. It also carries the
-  version of every queued job that the pass was told of, for `commit_plan` to compare; and what comes with time and
-  changes no row: whose agents were silent (where it is different now, the nodes are read again), and which jobs have
-  ranks that may still run on lost nodes.
+* The cursor is a transaction id (docs/decisions/0001): rows changed at or above it are read again, and jobs whose
+  checkpoints are. (A new checkpoint does not touch its job's row: it comes with its attempt locked, and jobs come
+  before attempts.) It also carries the version of every queued job that the pass was told of, for `commit_plan` to
+  compare; and what comes with time and changes no row: whose agents were silent (where it is different now, the nodes
+  are read again), and which jobs have ranks that may still run on lost nodes.
 """
 
 from __future__ import annotations
@@ -193,6 +194,9 @@ _JOBS_CHANGED = text(
     WHERE {_SINCE} AND j.state = 'queued'
     UNION ALL
     SELECT {_LIVE_COLUMNS} {_LIVE_FROM} WHERE {_SINCE} AND j.state IN ('starting', 'running', 'stopping')
+    UNION ALL
+    SELECT {_LIVE_COLUMNS} {_LIVE_FROM} WHERE NOT {_SINCE} AND j.state IN ('starting', 'running', 'stopping')
+        AND j.id IN (SELECT job_id FROM checkpoints WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8))
     """
 )
 _JOBS_OVER = text(f"SELECT j.id FROM jobs j WHERE {_SINCE} AND j.state IN ('succeeded', 'failed', 'cancelled')")
