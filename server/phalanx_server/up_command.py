@@ -127,6 +127,7 @@ def free_port(host: str, port: int) -> int:
 def keep_secret(path: Path, text: str) -> str:
     """Write `text` to a file that only its owner reads."""
     path.touch(mode=0o600)
+    path.chmod(0o600)  # it may have been there
     path.write_text(text + "\n")
     return text
 

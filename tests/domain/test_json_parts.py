@@ -42,3 +42,9 @@ def test_depth_costs_nothing() -> None:
 def test_what_is_not_whole_is_refused(document: bytes) -> None:
     with pytest.raises(ValueError, match="whole"):
         parts_of(document)
+
+
+def test_a_string_without_an_end_is_found_at_once() -> None:
+    """Looking for its end from each quote in it would take days for a report of 4 MiB."""
+    with pytest.raises(ValueError, match="without an end"):
+        parts_of(b'{"logs":["' + b'\\"' * (2 << 20))

@@ -290,6 +290,17 @@ async def test_a_lost_node_that_never_comes_back_leaves_the_quota_after_its_fenc
     assert place_now.node != place.node
 
 
+async def test_a_node_that_is_lost_after_that_fence_takes_nothing_of_the_quota_either(plane: ControlPlane) -> None:
+    """One attempt on two nodes, and nobody confirms its end on the second before that is lost too."""
+    await plane.add_nodes(2, gpus=4)
+    await plane.run(replicas=2, gpus=4)
+    await plane.lose("node-0")
+    plane.later(FENCE_S + LOSS_GRACE_S)
+    await plane.tick()
+    await plane.lose("node-1")
+    assert await known_and_fresh_agree_after_a_tick(plane)
+
+
 async def known_and_fresh_agree_after_a_tick(plane: ControlPlane) -> bool:
     await plane.tick()
     await plane.tick()  # reads what the first has started

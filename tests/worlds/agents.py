@@ -78,7 +78,8 @@ class FakeAgent:
     facts: list[tuple[protocol.AttemptFact, dict[str, bool]]] = field(default_factory=list)  # with what the server said
     work: list[Work] = field(default_factory=list)
     superseded: bool = False
-    server_since_s: float | None = None
+    answered_s: float = 0.0
+    heard_s: float | None = None
     now_s: float = 0.0
 
     async def tick(self, now_s: float, server: Server) -> None:
@@ -101,14 +102,15 @@ class FakeAgent:
             nodes = [m.NodeFacts.model_validate(protocol.encode(host.facts)) for host in self.hosts.values()]
             inventory = m.Inventory(instance=self.instance, sent_at=self.now_s, nodes=nodes)
             await self.network.call(self.now_s, lambda: server.put_nodes(inventory))
-            self.server_since_s = self.server_since_s or self.now_s
+            self.answered_s += 0.0 if self.heard_s is None else self.now_s - self.heard_s
+            self.heard_s = self.now_s
             found = await self.network.call(self.now_s, lambda: server.desired(self.instance))
             answer = protocol.decode(protocol.Desired, found.encode())
             self.desired = {attempt.attempt_id: attempt for attempt in answer.attempts}
             since = self.desired_since_s
             self.desired_since_s = {attempt_id: since.get(attempt_id, self.now_s) for attempt_id in self.desired}
         except Away:
-            self.server_since_s = None
+            self.heard_s = None
         await self._report(server)
 
     async def _report(self, server: Server) -> None:
@@ -178,8 +180,8 @@ class FakeAgent:
             if gang.phase is Phase.RUNNING:
                 for node in gang.groups:
                     look_at(gang, node, self.hosts.get(node))
-                if gang.over and gang.over_since_s is None:
-                    gang.over_since_s = self.now_s
+                if gang.over and gang.over_at_answered_s is None:
+                    gang.over_at_answered_s = self.answered_s
         living = {name: host for name, host in self.hosts.items() if host.alive}
         world = World(
             now_s=self.now_s,
@@ -189,7 +191,7 @@ class FakeAgent:
             living=frozenset(living),
             tables={name: host.table for name, host in living.items() if host.table is not None},
             placement_groups=frozenset(self.cluster.placement_groups),
-            server_since_s=self.server_since_s,
+            answered_s=self.answered_s,
         )
         for step in reconcile(world):
             self._begin(step)

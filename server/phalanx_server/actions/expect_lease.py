@@ -13,8 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.store.leases import Lease, lock_lease
 
-# A lease that is locked cannot be renewed: who holds it waits for no other lock longer than this, well below its life.
-LOCK_WAIT = "2s"
+# A lease that is locked cannot be renewed: who holds it waits for no other lock, and lets no statement run, longer than
+# this, well below its life.
+AT_MOST = "2s"
+
+
+_LIMIT = text("SELECT set_config('lock_timeout', :at_most, true), set_config('statement_timeout', :at_most, true)")
 
 
 class LeaseLost(Exception):
@@ -29,8 +33,8 @@ async def expect_lease(conn: AsyncConnection, lease: Lease) -> None:
 
 @asynccontextmanager
 async def leading(engine: AsyncEngine, lease: Lease) -> AsyncIterator[AsyncConnection]:
-    """A transaction under `lease`. Raises LeaseLost; and an error if another lock is not to be had for LOCK_WAIT."""
+    """A transaction under `lease`. Raises LeaseLost; and an error for what takes longer than AT_MOST."""
     async with engine.begin() as conn:
         await expect_lease(conn, lease)
-        await conn.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": LOCK_WAIT})
+        await conn.execute(_LIMIT, {"at_most": AT_MOST})
         yield conn

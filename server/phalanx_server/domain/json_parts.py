@@ -6,7 +6,8 @@ JSON finds out who reads it.
 
 import re
 
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],]', re.DOTALL)
+# A quote alone is a string without an end: found at once, not by looking for its end from each later quote.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|"|[{}\[\],]', re.DOTALL)
 
 
 def parts_of(document: bytes) -> list[bytes]:
@@ -15,6 +16,8 @@ def parts_of(document: bytes) -> list[bytes]:
     depth, start, end = 0, 0, 0
     for token in _TOKEN.finditer(document):
         mark = token[0]
+        if mark == b'"':
+            raise ValueError("a string without an end")
         if mark in (b"{", b"["):
             depth += 1
             start = token.end() if depth == 1 else start

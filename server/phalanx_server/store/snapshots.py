@@ -104,6 +104,8 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
     over = list((await conn.execute(_JOBS_OVER, since)).scalars())
     uncertain = await _uncertain_jobs(conn, now)
     concerned = {row.id for row in rows} | set(over) | (cursor.uncertain - uncertain)
+    if nodes_changed:
+        concerned |= set((await conn.execute(_LOST_ON_CHANGED, since)).scalars())
     leftovers, gone = await _leftovers(conn, concerned, now)
     changes = Changes(
         now=now.timestamp(),
@@ -303,6 +305,13 @@ _CHARGED_LOST = text(
     """
 )
 _UNCERTAIN = text("SELECT job_id FROM attempts WHERE state = 'lost' AND released_at IS NULL AND certain_at > :now")
+_LOST_ON_CHANGED = text(
+    """
+    SELECT a.job_id FROM attempts a JOIN placements p ON p.attempt_id = a.id AND p.released_at IS NULL
+    WHERE a.state = 'lost' AND a.released_at IS NULL AND p.node_id IN (
+        SELECT id FROM nodes WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8))
+    """
+)
 _LOST = text("SELECT id FROM attempts WHERE state = 'lost' AND job_id = ANY(CAST(:job_ids AS uuid[]))")
 
 

@@ -190,3 +190,9 @@ def test_halves_give_up_looking_where_all_is_rejected() -> None:
     while halves.next():
         halves.rejected()
     assert len(halves.lost) == 20_000 and halves.rest().seq < 200
+
+
+def test_nobody_is_a_straggler_unless_a_job_asks_for_it() -> None:
+    stragglers = Stragglers(0.0)
+    stragglers.begin(100.0)
+    assert stragglers.look_at is None and not stragglers.is_due(1e9)

@@ -71,7 +71,7 @@ class Gang:
     stopping: bool = False  # SIGTERM is on its way to every group
     aborting: bool = False  # its start is being given up
     first_failed_rank: int | None = None  # as seen when it failed: later every rank has ended somehow
-    over_since_s: float | None = None  # when every group was first seen to be over
+    over_at_answered_s: float | None = None  # `World.answered_s` when every group was first seen to be over
 
     @property
     def over(self) -> bool:
@@ -89,7 +89,7 @@ class World:
     living: frozenset[str]  # nodes
     tables: Mapping[str, Mapping[str, Group]]  # node -> attempt -> group, of every node whose runner has answered
     placement_groups: frozenset[str]  # attempts that have one in Ray
-    server_since_s: float | None  # since when the server has answered every time; None while it does not
+    answered_s: float  # for how long the server has been there so far; stands still while it is away
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,8 @@ def _is_told(gang: Gang, world: World) -> bool:
     """
     if all(group.delivered for group in gang.groups.values()):
         return True
-    if world.server_since_s is None or gang.over_since_s is None:
-        return False
-    return world.now_s - max(world.server_since_s, gang.over_since_s) > DELIVERY_WAIT_S
+    since_s = gang.over_at_answered_s
+    return since_s is not None and world.answered_s - since_s > DELIVERY_WAIT_S
 
 
 def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:

@@ -77,7 +77,7 @@ class Agent:
     node_tokens: dict[tuple[str, str], str] = field(default_factory=dict)  # by node name and Ray node
     heartbeat_s: float = 2.0
     runner_silent_s: float = RUNNER_SILENT_S
-    server_since_s: float | None = None  # since when the server has answered every time
+    answered_s: float = 0.0  # for how long the server has been there so far
 
     def __post_init__(self) -> None:
         self.wake = asyncio.Event()
@@ -90,6 +90,7 @@ class Agent:
             is_desired=self.is_desired,
             require_own_users=self.settings.require_own_users,
         )
+        self._heard_s: float | None = None  # when the server answered last; None once it did not
         self._steps: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -126,13 +127,20 @@ class Agent:
                 try:
                     self._take_answer(nodes, await self.link.put_nodes(nodes, self._without_token(nodes)))
                 except (ServerAway, ServerRefused) as error:
-                    self.server_since_s = None
+                    self._count_answer(isinstance(error, ServerRefused))
                     await backoff.failed(error)
                     continue
+                self._count_answer(True)
                 backoff.succeeded()
                 told, told_s = nodes, time.monotonic()
-                self.server_since_s = self.server_since_s or told_s
             await asyncio.sleep(INVENTORY_POLL_S)
+
+    def _count_answer(self, came: bool) -> None:
+        """Between two answers in a row the server was there."""
+        now_s = time.monotonic()
+        if came and self._heard_s is not None:
+            self.answered_s += now_s - self._heard_s
+        self._heard_s = now_s if came else None
 
     def _without_token(self, nodes: list[NodeFacts]) -> list[str]:
         """Asked for by name: the answer with a token may have got lost, and the one before it runs out."""
@@ -200,8 +208,8 @@ class Agent:
             if gang.phase is Phase.RUNNING:
                 for node in gang.groups:
                     look_at(gang, node, self.hosts.get(node))
-                if gang.over and gang.over_since_s is None:
-                    gang.over_since_s = now_s
+                if gang.over and gang.over_at_answered_s is None:
+                    gang.over_at_answered_s = self.answered_s
         world = World(
             now_s=now_s,
             desired=self.desired,
@@ -210,7 +218,7 @@ class Agent:
             living=self.hosts.living(),
             tables=self.hosts.tables(),
             placement_groups=self.placements.attempts(),
-            server_since_s=self.server_since_s,
+            answered_s=self.answered_s,
         )
         for step in reconcile(world):
             self._begin(step)

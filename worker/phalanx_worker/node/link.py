@@ -265,8 +265,16 @@ class Link:
             return True
         finally:
             self._owed += dropped_marks(halves.lost)
-            rest = halves.rest()
+            self._keep_rest(path, halves.rest())
+
+    def _keep_rest(self, path: Path, rest: Batch) -> None:
+        """What is left of a report that was taken apart. Where the disk refuses it is lost: under its old number, which
+        the parts have overtaken, the server would pass it over."""
+        try:
             self._spool.replace(path, rest) if rest.items else self._spool.remove(path)
+        except OSError as error:
+            log.error("the rest of a report is lost, the spool cannot be written: %s", error)
+            self._owed += dropped_marks(rest.items)
 
     async def _send(self, client: httpx.AsyncClient, batch: Batch) -> Delivery:
         delivery = await self._post(client, batch)

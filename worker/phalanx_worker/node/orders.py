@@ -28,7 +28,7 @@ class Settings:
     fence_s: float = 60.0
     heartbeat_s: float = 2.0
     outage_tolerance_s: float = 3_600.0
-    straggler_s: float = 300.0
+    straggler_s: float = 0.0  # 0: nobody is taken for one
     own_users: bool = False
 
     @classmethod

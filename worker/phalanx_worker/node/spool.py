@@ -37,6 +37,8 @@ class Spool:
         self._directory = directory
         self._limit_bytes = limit_bytes
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for partial in directory.glob("*.part"):  # of a runner that died while it wrote
+            partial.unlink(missing_ok=True)
         self._sizes = {path: path.stat().st_size for path in sorted(directory.glob("*.batch"))}
         self._contents: dict[Path, Contents] = {}  # not yet of an earlier runner's files
         last = max((path.name for path in self._sizes), default="0-")

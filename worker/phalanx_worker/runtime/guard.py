@@ -4,8 +4,8 @@ Owns the forks of the ranks, their exit statuses, SIGTERM-then-SIGKILL, and the 
 left: it adopts orphans, so "no child remains" means that no process of the group remains. Hosts the rendezvous store
 of group 0 for as long as the runner wants. Dies with everything below it when the runner's end of its socket closes.
 Holds the lease of a runner that hangs, and so can fence nothing itself: without a ping for `fence_s` its ranks end.
-Ends stragglers: ranks that do nothing for `straggler_s` after another was done. Standard library only, but for the
-store; knows nothing of jobs.
+Ends stragglers where a job asks for it: ranks that do nothing for `straggler_s` after another was done. Standard
+library only, but for the store; knows nothing of jobs.
 
 Runner to guardian: `rank` (with stdout, stderr, report socket), `ping` {fence_s}, `stop` {grace_s}, `kill`.
 Guardian to runner: `started` {ranks}, `exit` {rank, status, at, straggler}, `ended`, and with a message `note`,
@@ -232,7 +232,7 @@ class Guardian:
             return None
         if self._must_kill():
             return _KILL_AGAIN_S * 1000
-        due = [self._lease.look_at, self._stragglers.look_at, self._kill_at]
+        due = [self._lease.look_at, self._kill_at, None if self._stopping else self._stragglers.look_at]
         return max(0.0, min(at for at in due if at is not None) - time.monotonic()) * 1000 + 1
 
     def _reap(self) -> bool:

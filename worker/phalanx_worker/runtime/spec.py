@@ -49,7 +49,7 @@ class GroupSpec:
     threads: int = 1  # of a torch operation, where the program runs warm
     unbuffered: bool = True
     fence_s: float = 60.0  # without a ping of the runner, the guardian ends the ranks after this
-    straggler_s: float = 300.0  # after a clean exit, ranks that do nothing for so long are ended
+    straggler_s: float = 0.0  # after a clean exit, ranks that do nothing for so long are ended; 0: never
 
 
 def write(spec: GroupSpec) -> int:

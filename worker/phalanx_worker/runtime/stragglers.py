@@ -1,7 +1,8 @@
 """Ranks that do nothing any more while others of their group are done: hung for good, and their gang with them.
 
-Owns the rule: from the first clean exit on, a rank whose processes use no CPU time at all for `straggler_s` is one. A
-rank that works on for long, at a last checkpoint for example, uses some. Pure: the figures are passed in.
+Owns the rule: from the first clean exit on, a rank whose processes use no CPU time at all for `straggler_s` is one.
+Only its owner knows whether that is true of a job: a healthy rank may well wait for hours for one on another node. So
+the rule is off (0) unless a job asks for it. Pure: the figures are passed in.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Stillness:
 
 
 class Stragglers:
-    """`look_at` is when to look next; None until a rank exited cleanly."""
+    """`look_at` is when to look next; None until a rank exited cleanly, and always where `straggler_s` is 0."""
 
     def __init__(self, straggler_s: float):
         self.look_at: float | None = None
@@ -26,7 +27,7 @@ class Stragglers:
         self._still: dict[int, Stillness] = {}
 
     def begin(self, now: float) -> None:
-        if self.look_at is None:
+        if self.look_at is None and self._straggler_s > 0:
             self.look_at = now
 
     def is_due(self, now: float) -> bool:

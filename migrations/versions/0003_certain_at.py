@@ -1,4 +1,4 @@
-"""What a pass may know beside its jobs: when the ranks of a lost attempt have certainly ended, and new checkpoints.
+"""When the ranks of a lost attempt have certainly ended by themselves, wherever they were.
 
 Revision ID: 0003
 Revises: 0002
@@ -14,11 +14,8 @@ depends_on = None
 
 UP = """
 ALTER TABLE attempts ADD COLUMN certain_at timestamptz;
-ALTER TABLE checkpoints ADD COLUMN changed_xid xid8 NOT NULL DEFAULT pg_current_xact_id();
-CREATE INDEX checkpoints_changed ON checkpoints (changed_xid);
 """
 DOWN = """
-ALTER TABLE checkpoints DROP COLUMN changed_xid;
 ALTER TABLE attempts DROP COLUMN certain_at;
 """
 
