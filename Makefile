@@ -15,7 +15,7 @@ setup: $(STAMP)  ## virtual environment in .venv with the pinned dependencies
 # torch first and by exact version: a range would take the largest build there is.
 $(STAMP): pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing torch, Ray and the rest into $(VENV) (a minute or two, 1.6 GB)"
+	@echo "Installing torch, Ray and the rest into $(VENV) (some minutes, 2 GB)"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -qq --disable-pip-version-check torch==2.13.0
 	@$(BIN)/pip install -qq --disable-pip-version-check -r requirements.lock
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --editable .

@@ -144,6 +144,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         parameters = sum(p.numel() for p in inner.parameters())
         print(f"{parameters:,} parameters, {len(data):,} bytes of text, {world_size} ranks, from step {first}")
 
+    step, loss = first, None  # an attempt that goes on from the last step has nothing left to do
     for step in range(first + 1, args.steps + 1):
         began = time.perf_counter()
         window = batch_of(data, batch=args.batch, context=args.context, generator=generator).to(device)
@@ -171,7 +172,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             checkpoints.save(step, inner, optimizer, loss.item())
             break
     if rank == 0:
-        print(f"step {step}: loss {loss.item():.3f}")
+        print(f"step {step}: " + (f"loss {loss.item():.3f}" if loss is not None else "nothing was left to do"))
 
 
 def stop_everywhere(device: torch.device) -> bool:

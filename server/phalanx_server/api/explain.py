@@ -48,8 +48,8 @@ def sentences(job: Job) -> str:
         return _waiting(job)
     where = ", ".join(placement.node for placement in job.attempt.placements) if job.attempt else ""
     place = f" on {where}" if where and job.state in (JobState.STARTING, JobState.RUNNING, JobState.STOPPING) else ""
-    said = f" {job.message}" if job.message else ""
-    return f"{job.name} {_DOING[JobState(job.state)]}{place}.{said}"
+    said = f": {job.message}" if job.message and job.message != job.state else ""
+    return f"{job.name} {_DOING[JobState(job.state)]}{place}{said}."
 
 
 def _waiting(job: Job) -> str:
