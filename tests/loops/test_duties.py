@@ -288,7 +288,7 @@ async def test_a_deposed_leader_forgets_nothing(plane: ControlPlane) -> None:
 
 async def test_who_leads_waits_for_no_lock_for_long(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup reads a table for an hour: the lease, which the round has locked, must still be renewed."""
-    monkeypatch.setattr("phalanx_server.actions.expect_lease.LOCK_WAIT", "50ms")
+    monkeypatch.setattr("phalanx_server.actions.expect_lease.AT_MOST", "50ms")
     retain = retain_of(plane)
     async with plane.engine.connect() as backup:
         await backup.execute(select(metrics).limit(1))
