@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from datetime import datetime
 
 from machines import Machine, Ranks
 from phalanx_server.domain.job import JOB_TRANSITIONS, JobState
@@ -44,7 +45,8 @@ _BROKEN = text(
     SELECT 'a tenant is over its quota', t.path FROM tenants t JOIN quotas q ON q.tenant_id = t.id
     WHERE q.borrowing_limit IS NOT NULL AND q.nominal + q.borrowing_limit < (
         SELECT coalesce(sum(cardinality(p.gpu_indices)), 0) FROM placements p JOIN attempts a ON a.id = p.attempt_id
-        JOIN jobs j ON j.id = a.job_id WHERE j.tenant_id = t.id AND p.released_at IS NULL)
+        JOIN jobs j ON j.id = a.job_id JOIN nodes n ON n.id = p.node_id
+        WHERE j.tenant_id = t.id AND p.released_at IS NULL AND (n.state <> 'lost' OR a.certain_at > :now))
     UNION ALL
     SELECT 'an attempt resumes from what its job never registered', a.id::text FROM attempts a
     WHERE a.resume_from IS NOT NULL AND NOT EXISTS (
@@ -65,11 +67,11 @@ _STEPS = text(
 )
 
 
-async def broken(conn: AsyncConnection, machines: Iterable[Machine]) -> list[str]:
+async def broken(conn: AsyncConnection, machines: Iterable[Machine], *, now: datetime) -> list[str]:
     """Everything that is wrong now, in words."""
     running = [(machine, ranks) for machine in machines for ranks in machine.running()]
     return [
-        *(f"{row.what}: {row.which}" for row in await conn.execute(_BROKEN)),
+        *(f"{row.what}: {row.which}" for row in await conn.execute(_BROKEN, {"now": now})),
         *_collisions(running),
         *await _uncharged(conn, running),
     ]

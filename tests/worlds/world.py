@@ -206,7 +206,7 @@ class World:
 
     async def check(self) -> None:
         async with self.plane.engine.connect() as conn:
-            wrong = await invariants.broken(conn, self.cluster.machines.values())
+            wrong = await invariants.broken(conn, self.cluster.machines.values(), now=self.plane.now)
         if wrong:
             raise self._broken(wrong)
 
