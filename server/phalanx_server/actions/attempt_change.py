@@ -66,6 +66,8 @@ class AttemptChange:
         if self.state is AttemptState.STARTING:
             self.state = AttemptState.RUNNING
             self._enter(JobState.RUNNING, f"Attempt {self.row.number} runs with {len(ranks)} ranks.", at)
+        else:
+            self.job["state"] = self.job_state.value  # a pass reads an attempt again when its job's row has changed
 
     def stop(self, cause: StopCause, *, grace_s: float, message: str) -> None:
         """The attempt shall end. An earlier cause stays, unless it is overruled by a cancel."""
