@@ -195,12 +195,13 @@ class World:
             await set_node_state(self.plane.engine, row.id, wanted=NodeState.READY, actor=SYSTEM, now=self.plane.now)
 
     async def unfinished(self) -> list[tuple[str, str, str]]:
-        """Jobs that have not ended and could. One that no node can hold waits for ever, and says so; a CPU job waits for
-        as long as GPUs are free, which keep their share of the CPUs."""
+        """Jobs that have not ended and could. One that no node can hold waits for ever, and says so; a CPU job waits
+        for as long as GPUs are free, which keep their share of the CPUs."""
         query = text(
             "SELECT j.id, j.state, h.reason, h.message FROM jobs j LEFT JOIN holds h ON h.job_id = j.id"
             " WHERE j.finished_at IS NULL AND h.reason IS DISTINCT FROM 'impossible' AND NOT"
-            " (h.reason IS NOT DISTINCT FROM 'capacity' AND j.spec->'resources'->>'gpus_per_replica' = '0') ORDER BY j.id"
+            " (h.reason IS NOT DISTINCT FROM 'capacity' AND j.spec->'resources'->>'gpus_per_replica' = '0')"
+            " ORDER BY j.id"
         )
         async with self.plane.engine.connect() as conn:
             rows = list(await conn.execute(query))
