@@ -134,11 +134,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_valid_one(field, nearest):
     [
         "resources__elastic",
         "resources__topology",
-        "run__environment",
-        "run__mounts",
-        "run__outputs",
+        "run__environment__image",
         "run__secrets",
-        "run__shm",
         "run__recipe",
         "run__args",
         "checkpoint__keep_last",
@@ -151,7 +148,79 @@ def test_what_is_not_built_yet_is_refused_by_name_and_never_ignored(field):
         parse_job(changed(**{field: {"some": "thing"}}))
     assert refused.value.errors[0].field == field.replace("__", ".")
     assert "not supported by this version" in refused.value.detail
-    assert parse_job(changed(**{field: None}))
+    if field != "run__environment__image":
+        assert parse_job(changed(**{field: None}))
+
+
+def test_requirements_lose_comments_blanks_and_repetitions():
+    given = [
+        "einops==0.8.1  # shapes",
+        "",
+        "  # only a comment",
+        "einops==0.8.1",
+        "tool @ https://x.example/t.whl#sha256=ab",
+    ]
+    environment = parse_job(changed(run__environment={"requirements": given})).run.environment
+    assert environment and environment.requirements == ("einops==0.8.1", "tool @ https://x.example/t.whl#sha256=ab")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "say requirements"),
+        ({"requirements": "requirements.txt"}, "list of lines"),
+        ({"requirements": ["-r other.txt"]}, "option that is not taken"),
+        ({"requirements": ["-e ."]}, "option that is not taken"),
+        ({"requirements": ["./wheels/x.whl"]}, "is a path"),
+        ({"requirements": ["x @ file:///etc/x.whl"]}, "is a path"),
+        ({"requirements": ["numpy=="]}, "is no requirement"),
+        ({"requirements": ["--index-url"]}, "needs an http"),
+        ({"requirements": ["--index-url https://me:secret@packages.example/simple"]}, "password in its URL"),
+        ({"requirements": ["--pre yes"]}, "takes no value"),
+        ({"requirements": [f"package{n}" for n in range(501)]}, "at most 500"),
+        ({"requirements": ["a\x07b"]}, "control character"),
+    ],
+)
+def test_requirements_that_cannot_be_built_everywhere_are_refused(environment, said):
+    with pytest.raises(Invalid, match=said) as refused:
+        parse_job(changed(run__environment=environment))
+    assert refused.value.errors[0].field.startswith("run.environment")
+
+
+def test_mounts_are_read_only_paths_of_the_node_unless_said_otherwise():
+    (mount,) = parse_job(changed(run__mounts=[{"source": "host:///srv//sets/", "target": "/data/."}])).run.mounts
+    assert (mount.source, mount.target, mount.read_only) == ("/srv/sets", "/data", True)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "said"),
+    [
+        ([{"source": "pvc://datasets", "target": "/data"}], "only directories of the node"),
+        ([{"source": "srv", "target": "/data"}], "not an absolute path"),
+        ([{"source": "/srv/../etc", "target": "/data"}], "without '..'"),
+        ([{"source": "/srv", "target": "/etc/sub"}], "directory of the system"),
+        ([{"source": "/srv", "target": "/"}], "root directory"),
+        ([{"source": "/a", "target": "/data"}, {"source": "/b", "target": "/data/b"}], "mounted over"),
+        ([{"source": "/a", "target": f"/data{n}"} for n in range(17)], "16"),
+    ],
+)
+def test_mounts_that_would_cover_something_are_refused(mounts, said):
+    with pytest.raises(Invalid, match=said) as refused:
+        parse_job(changed(run__mounts=mounts))
+    assert refused.value.errors[0].field.startswith("run.mounts")
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*", "../*", "out/../../x", ""])
+def test_outputs_lie_in_the_working_directory(pattern):
+    assert parse_job(changed(run__outputs=["out/**", "model.pt"])).run.outputs == ("out/**", "model.pt")
+    with pytest.raises(Invalid, match="working directory"):
+        parse_job(changed(run__outputs=[pattern]))
+
+
+def test_shm_is_a_size():
+    assert parse_job(changed(run__shm="16GiB")).run.shm == 16 << 30
+    with pytest.raises(Invalid):
+        parse_job(changed(run__shm=0))
 
 
 @pytest.mark.parametrize("document", [None, [], "job", 3, {}])

@@ -79,7 +79,8 @@ class AttemptFact:
 
     kind: `gang_ready` (placement group exists) · `started` (every rank runs; `ranks_started`) · `ended` (every rank is
     gone on every node and the placement group is removed; `exits`) · `start_failed` (never ran and holds nothing;
-    `message`, and `node` where one is to blame) · `gone` (nothing of this attempt is left on `node`).
+    `message`; `node` where one is to blame; `permanent` where another try would end the same) · `gone` (nothing of this
+    attempt is left on `node`).
     """
 
     attempt_id: str
@@ -91,6 +92,7 @@ class AttemptFact:
     first_failed_rank: int | None = None
     ranks_started: list[RankStart] = field(default_factory=list)
     exits: list[RankExit] = field(default_factory=list)
+    permanent: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,23 @@ class GroupPlacement:
 
 
 @dataclass(frozen=True)
+class Environment:
+    """Packages on top of the node's own Python: the lines of a pip requirements file. `name` is for people."""
+
+    requirements: list[str]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A directory `source` of the node that the ranks see as `target`; both absolute paths."""
+
+    source: str
+    target: str
+    read_only: bool = True
+
+
+@dataclass(frozen=True)
 class Launch:
     """What one attempt runs."""
 
@@ -130,6 +149,10 @@ class Launch:
     resume_from: str | None = None
     checkpoint_url: str | None = None  # null: the cluster's checkpoint root
     log_limit_bytes: int = 1 << 30  # per rank
+    environment: Environment | None = None
+    mounts: list[Mount] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)  # patterns of files in the working directory, to be collected
+    shm_bytes: int = 0  # what /dev/shm must hold; 0: whatever the node has
 
 
 @dataclass(frozen=True)
@@ -226,7 +249,8 @@ class Mark:
 
     kind: `rendezvous` (process group is up) · `first_step` (first optimizer step done) · `finished`
     (phalanx.finished()) · `checkpoint` (data: url, step, and what the caller added) · `progress` (data: total_steps) ·
-    `dropped` (data: what, count, bytes) · `oom` · `note` (data: message; a sentence for the user).
+    `dropped` (data: what, count, bytes) · `oom` · `environment` (its environment is being built, or was; data: message)
+    · `note` (data: message; a sentence for the user).
     """
 
     attempt_id: str

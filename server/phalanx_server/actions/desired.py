@@ -16,7 +16,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.attempt import AttemptState
-from phalanx_server.domain.messages import Desired, DesiredAttempt, GroupPlacement, Launch
+from phalanx_server.domain.messages import Desired, DesiredAttempt, Environment, GroupPlacement, Launch, Mount
 from phalanx_server.store import ids
 
 _LIVE = text(
@@ -95,4 +95,12 @@ def _launch(row: Row[Any]) -> Launch:
         memory_bytes_per_group=row.memory,
         resume_from=row.resume_from,
         checkpoint_url=row.spec["checkpoint"]["url"],
+        environment=_environment(run.get("environment")),
+        mounts=[Mount(**mount) for mount in run.get("mounts") or ()],
+        outputs=run.get("outputs") or [],
+        shm_bytes=run.get("shm") or 0,
     )
+
+
+def _environment(asked: dict[str, Any] | None) -> Environment | None:
+    return Environment(requirements=asked["requirements"], name=asked["name"] or "") if asked else None

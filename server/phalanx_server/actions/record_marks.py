@@ -39,7 +39,7 @@ async def record_marks(conn: AsyncConnection, fence: Fence, marks: Sequence[Mark
         elif mark.kind == "progress":
             await _total_steps(conn, fence, mark, clock)
     notes = [sentence for mark in marks if (sentence := _note(mark))][:NOTES_PER_REPORT]
-    await record_events(conn, [_event(fence, EventKind.NOTE, text, clock, rank=rank) for rank, text in notes])
+    await record_events(conn, [_event(fence, kind, text, clock, rank=rank) for kind, rank, text in notes])
 
 
 async def _milestones(conn: AsyncConnection, fence: Fence, marks: Sequence[Mark], clock: Clock) -> None:
@@ -80,16 +80,16 @@ async def _total_steps(conn: AsyncConnection, fence: Fence, mark: Mark, clock: C
         await upsert_progress(conn, job_id=fence.job_id, attempt_id=fence.id, progress=progress)
 
 
-def _note(mark: Mark) -> tuple[int, str] | None:
-    """The rank and a sentence for the user, for marks that are told and change nothing."""
+def _note(mark: Mark) -> tuple[EventKind, int, str] | None:
+    """The event, the rank and a sentence for the user, for marks that are told and change nothing."""
     data = plain(mark.data)
-    if mark.kind == "note" and data.get("message"):
-        return mark.rank, str(data["message"])[:NOTE_MAX_CHARS]
+    if mark.kind in ("note", "environment") and data.get("message"):
+        return EventKind(mark.kind), mark.rank, str(data["message"])[:NOTE_MAX_CHARS]
     if mark.kind == "oom":
-        return mark.rank, f"Rank {mark.rank} ran out of memory."
+        return EventKind.NOTE, mark.rank, f"Rank {mark.rank} ran out of memory."
     if mark.kind == "dropped":
         amount = f"{data.get('count', '?')} {data.get('what', 'messages')} ({data.get('bytes', '?')} bytes)"
-        return mark.rank, f"Rank {mark.rank}: {amount} were dropped."[:NOTE_MAX_CHARS]
+        return EventKind.NOTE, mark.rank, f"Rank {mark.rank}: {amount} were dropped."[:NOTE_MAX_CHARS]
     return None
 
 

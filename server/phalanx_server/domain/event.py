@@ -22,6 +22,7 @@ class EventKind(StrEnum):
     RELEASED = "released"
     CANCEL_REQUESTED = "cancel_requested"
 
+    ENVIRONMENT = "environment"
     GANG_READY = "gang_ready"
     RENDEZVOUS = "rendezvous"
     FIRST_STEP = "first_step"

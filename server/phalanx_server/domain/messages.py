@@ -108,6 +108,7 @@ class AttemptFact(Message):
     first_failed_rank: int | None = None
     ranks_started: list[RankStart] = []
     exits: list[RankExit] = []
+    permanent: bool = False
 
 
 class AgentReport(Message):
@@ -128,6 +129,17 @@ class GroupPlacement(Message):
     ranks: int
 
 
+class Environment(Message):
+    requirements: list[str]
+    name: str = ""
+
+
+class Mount(Message):
+    source: str
+    target: str
+    read_only: bool = True
+
+
 class Launch(Message):
     command: str
     env: dict[str, str]
@@ -138,6 +150,10 @@ class Launch(Message):
     resume_from: str | None = None
     checkpoint_url: str | None = None
     log_limit_bytes: int = 1 << 30
+    environment: Environment | None = None
+    mounts: list[Mount] = []
+    outputs: list[str] = []
+    shm_bytes: int = 0
 
 
 class DesiredAttempt(Message):

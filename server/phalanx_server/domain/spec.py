@@ -5,6 +5,7 @@ under the same keys, short forms written out; it is itself a valid job file that
 part is not built yet are refused by name, never ignored. Refuses to know whether tenants, nodes or bundles exist.
 """
 
+import itertools
 import re
 from datetime import UTC, datetime
 from functools import cached_property
@@ -22,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from phalanx_server.domain.environment import clean_requirements
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.field_errors import check_text, explain, join
 from phalanx_server.domain.job import priority_of
@@ -33,6 +35,9 @@ GPUS_PER_REPLICA_MAX = 1_024
 COMMAND_MAX_BYTES = 64 << 10
 ENV_MAX_BYTES = 64 << 10
 LABELS_MAX = 64
+MOUNTS_MAX = 16
+OUTPUTS_MAX = 64
+PATTERN_MAX_CHARS = 512
 # Far from the last date that there is, whose arithmetic ends in errors.
 NOT_BEFORE_YEAR_MAX = 9_000
 DURATION_MAX_S = 10 * 365 * 86400.0
@@ -58,6 +63,11 @@ _SET_BY_US = frozenset(
         "TORCHELASTIC_USE_AGENT_STORE",
         "CUDA_VISIBLE_DEVICES",
     }
+)
+# What a process trusts because only root writes there: nothing of a user is mounted over it.
+_SYSTEM_DIRECTORIES = frozenset(
+    {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "root", "run", "sbin", "sys", "tmp", "usr"}
+    | {"var"}
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -174,6 +184,70 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+class Environment(_Part):
+    """Packages on top of the node's own Python: `requirements`, as pip has them, or the `name` of a registered
+    environment, whose requirements the server fills in."""
+
+    name: Name | None = None
+    requirements: Annotated[tuple[str, ...], Field(max_length=10_000)] = ()
+    image: Unsupported = None
+
+    @field_validator("requirements", mode="before")
+    @classmethod
+    def _are_lines(cls, given: object) -> object:
+        if isinstance(given, str):
+            raise ValueError("expected a list of lines; `phalanx submit` reads a requirements file and sends its lines")
+        return given if given is not None else ()
+
+    @field_validator("requirements")
+    @classmethod
+    def _are_clean(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        return clean_requirements(lines)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Environment":
+        if self.name is None and not self.requirements:
+            raise ValueError("say requirements, or the name of a registered environment")
+        return self
+
+
+class Mount(_Part):
+    """A directory of the node, under another path for the ranks. The operator says which may be mounted."""
+
+    source: Annotated[str, Field(min_length=1, max_length=1024)]
+    target: Annotated[str, Field(min_length=1, max_length=1024)]
+    read_only: Switch = True
+
+    @field_validator("source")
+    @classmethod
+    def _is_host_path(cls, source: str) -> str:
+        scheme, colon, _ = source.partition("://")
+        if colon and scheme != "host":
+            raise ValueError(
+                f"{source[:80]!r}: only directories of the node can be mounted (host:///path); a volume is mounted "
+                "into the workers first, see docs/kubernetes.md"
+            )
+        return _absolute(source.removeprefix("host://"))
+
+    @field_validator("target")
+    @classmethod
+    def _is_free(cls, target: str) -> str:
+        path = _absolute(target)
+        if path.split("/")[1] in _SYSTEM_DIRECTORIES:
+            raise ValueError(f"{target[:80]!r} lies in a directory of the system; choose one like /data")
+        return path
+
+
+def _absolute(path: str) -> str:
+    """The path as it is written without detours. Raises ValueError unless it is absolute, and more than the root."""
+    if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
+        raise ValueError(f"{path[:80]!r} is not an absolute path without '..'")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if not parts:
+        raise ValueError("is the root directory; name one below it")
+    return "/" + "/".join(parts)
+
+
 class Run(_Part):
     """What each rank runs. `workdir` is for the client, which uploads it and says its hash in `bundle`."""
 
@@ -181,11 +255,11 @@ class Run(_Part):
     workdir: str | None = None
     bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     env: dict[str, Text] = Field(default_factory=dict)
-    environment: Unsupported = None
-    mounts: Unsupported = None
-    outputs: Unsupported = None
+    environment: Environment | None = None
+    mounts: Annotated[tuple[Mount, ...], Field(max_length=MOUNTS_MAX)] = ()
+    outputs: Annotated[tuple[str, ...], Field(max_length=OUTPUTS_MAX)] = ()
+    shm: Annotated[Size, Field(gt=0)] | None = None
     secrets: Unsupported = None
-    shm: Unsupported = None
     recipe: Unsupported = None
     args: Unsupported = None
 
@@ -198,6 +272,23 @@ class Run(_Part):
         if size > COMMAND_MAX_BYTES:
             raise ValueError(f"is {size} bytes long, at most {COMMAND_MAX_BYTES}; put it into a script in the workdir")
         return command
+
+    @field_validator("mounts")
+    @classmethod
+    def _apart(cls, mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
+        targets = sorted(mount.target for mount in mounts)
+        for upper, lower in itertools.combinations(targets, 2):
+            if lower == upper or lower.startswith(f"{upper}/"):
+                raise ValueError(f"{lower!r} would be mounted over {upper!r}")
+        return mounts
+
+    @field_validator("outputs")
+    @classmethod
+    def _inside_workdir(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not 0 < len(pattern) <= PATTERN_MAX_CHARS or pattern.startswith("/") or ".." in pattern.split("/"):
+                raise ValueError(f"{pattern[:80]!r} is no pattern of files in the working directory, like out/**")
+        return patterns
 
     @field_validator("env")
     @classmethod

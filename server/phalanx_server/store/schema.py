@@ -162,6 +162,18 @@ bundles = Table(
     Column("used_at", Time, nullable=False, server_default=func.now()),
 )
 
+environments = Table(
+    "environments",
+    metadata,
+    _id(),
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("requirements", JSONB, nullable=False),
+    Column("created_by", Text, nullable=False),
+    _created_at(),
+    UniqueConstraint("tenant_id", "name"),
+)
+
 jobs = Table(
     "jobs",
     metadata,
@@ -352,6 +364,21 @@ logs = Table(
     UniqueConstraint("attempt_id", "rank", "stream", "start_bytes"),
 )
 Index("logs_job", logs.c.job_id, logs.c.id)
+
+outputs = Table(
+    "outputs",
+    metadata,
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("attempt_id", Uuid, ForeignKey("attempts.id", ondelete="CASCADE"), nullable=False),
+    Column("group_rank", Integer, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("hash", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("created_at", Time, nullable=False),
+    PrimaryKeyConstraint("attempt_id", "group_rank", "path"),
+)
+Index("outputs_job", outputs.c.job_id, outputs.c.path)
 
 outbox = Table(
     "outbox",

@@ -1,0 +1,71 @@
+"""What a job's Python has on top of the node's own: lines as pip's requirements files have them.
+
+Owns which lines are taken: requirements by name and version or by URL (PEP 508, read by `packaging`), and the few
+options that say where packages come from. What points into a file system (`-r`, `-e`, `./path`) is refused: a line must
+mean the same on every node. Pure; refuses to know how an environment is built.
+"""
+
+import re
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+LINES_MAX = 500
+LINE_MAX_CHARS = 2_000
+
+_WITH_URL = frozenset({"--index-url", "-i", "--extra-index-url", "--find-links", "-f"})
+_WITH_NAME = frozenset({"--only-binary", "--no-binary"})
+_ALONE = frozenset({"--pre", "--prefer-binary", "--no-index"})
+_COMMENT = re.compile(r"(^|\s)#.*$")
+
+
+def clean_requirements(lines: Iterable[str]) -> tuple[str, ...]:
+    """The lines without comments, blanks and repetitions, in their order. Raises ValueError naming the line."""
+    found = dict.fromkeys(cleaned for line in lines if (cleaned := _COMMENT.sub("", line).strip()))
+    if len(found) > LINES_MAX:
+        raise ValueError(f"{len(found)} lines, at most {LINES_MAX}")
+    for line in found:
+        problem = _problem(line)
+        if problem:
+            raise ValueError(f"{line[:80]!r} {problem}")
+    return tuple(found)
+
+
+def _problem(line: str) -> str:
+    """What is wrong with a line; "" if nothing is."""
+    if len(line) > LINE_MAX_CHARS or not line.isprintable():
+        return f"is longer than {LINE_MAX_CHARS} characters or holds a control character"
+    if line.startswith("-"):
+        return _problem_of_option(line)
+    if line.startswith((".", "/", "~")) or "file:" in line.lower():
+        return "is a path: every node must be able to fetch it, so name a package or an http(s) URL"
+    try:
+        requirement = Requirement(line)
+    except InvalidRequirement as error:
+        return f"is no requirement: {str(error).splitlines()[0]}"
+    return _problem_of_url(requirement.url) if requirement.url else ""
+
+
+def _problem_of_option(line: str) -> str:
+    option, _, value = line.replace("=", " ", 1).partition(" ")
+    value = value.strip()
+    if option in _WITH_URL:
+        return _problem_of_url(value)
+    if option in _WITH_NAME:
+        return "" if value else "names no package"
+    if option in _ALONE:
+        return f"takes no value, but has {value!r:.40}" if value else ""
+    known = ", ".join(sorted(_WITH_URL | _WITH_NAME | _ALONE))
+    return f"has an option that is not taken here (these are: {known})"
+
+
+def _problem_of_url(url: str) -> str:
+    try:
+        parts = urlsplit(url.removeprefix("git+"))
+        named, secret = parts.hostname, parts.password
+    except ValueError:
+        named = secret = None
+    if not named or not url.startswith(("https://", "http://", "git+https://")):
+        return "needs an http(s) URL"
+    return "has a password in its URL, which everybody who sees the job would see" if secret else ""
