@@ -96,6 +96,18 @@ async def test_a_start_that_fails_is_tried_elsewhere(plane: ControlPlane) -> Non
     assert job.avoid_nodes == [(await plane.node(node)).id]
 
 
+async def test_a_start_that_can_never_work_fails_its_job_at_once(plane: ControlPlane) -> None:
+    await plane.add_nodes(2)
+    job_id = await plane.submit(retries={"max": 5})
+    await plane.tick()
+    attempt = await plane.attempt(job_id)
+    await plane.report(plane.fact(attempt, "start_failed", message="no such package", permanent=True))
+    job, attempt = await plane.job(job_id), await plane.attempt(job_id)
+    assert (job.state, attempt.outcome, job.finished_at) == ("failed", "start_failed", plane.now)
+    assert job.message == "could not start: no such package"
+    assert job.avoid_nodes == []
+
+
 async def test_an_end_that_nobody_saw_uses_up_no_retry_but_waits_and_goes_elsewhere(plane: ControlPlane) -> None:
     await plane.add_nodes(2)
     job_id, attempt = await plane.run(replicas=2, gpus=4, retries={"max": 0, "backoff": 40})

@@ -54,6 +54,16 @@ SENTENCES = {
         Outcome.START_FAILED,
         JobState.QUEUED,
     ),
+    "it could not start and never can: failed at once, retries or not": (
+        {"start_error": "no such package", "permanent": True, "max_retries": 5},
+        Outcome.START_FAILED,
+        JobState.FAILED,
+    ),
+    "it never can start, but gave way meanwhile: queued": (
+        {"start_error": "no such package", "permanent": True, "cause": StopCause.PREEMPTION},
+        Outcome.PREEMPTED,
+        JobState.QUEUED,
+    ),
     "it could not start four times: failed": (
         {"start_error": "no such bundle", "failures": 3},
         Outcome.START_FAILED,

@@ -100,6 +100,7 @@ def _end(change: AttemptChange, fact: AttemptFact, clock: Clock, at: datetime, g
         exits=_every_rank(rank_ends(fact.exits), groups),
         first_failed_rank=fact.first_failed_rank,
         start_error=(fact.message or "no reason was given") if failed_to_start else None,
+        permanent=failed_to_start and fact.permanent,
     )
     end = decide_end(facts)
     exits = [

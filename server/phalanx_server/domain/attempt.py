@@ -68,6 +68,7 @@ class Exit(StrEnum):
     OOM = "oom"  # some rank over the attempt's memory
     UNSEEN = "unseen"  # nobody saw the end of some rank
     NEVER_RAN = "never_ran"
+    NEVER_CAN = "never_can"  # it never ran, and another try would end the same
 
 
 class Verdict(StrEnum):
@@ -110,6 +111,7 @@ class EndFacts:
     first_failed_rank: int | None = None
     finished_called: bool = False
     start_error: str | None = None  # it never ran, and this is why
+    permanent: bool = False  # of the start error: another try would end the same
     failures: int = 0
     max_retries: int = 0
     backoff_s: float = 30.0
@@ -169,6 +171,7 @@ TABLE_OF_ENDS: tuple[EndRow, ...] = (
     _row(None, Exit.CLEAN, Outcome.SUCCEEDED, Verdict.SUCCEED),
     _row(None, Exit.UNSEEN, Outcome.NODE_LOST, Verdict.PAUSE),
     _row(None, Exit.NEVER_RAN, Outcome.START_FAILED, Verdict.RETRY),
+    _row(None, Exit.NEVER_CAN, Outcome.START_FAILED, Verdict.FAIL),
     _row(None, Exit.OOM, Outcome.OOM, Verdict.RETRY),
     _row(None, Exit.FAILED, Outcome.FAILED, Verdict.RETRY),
 )
@@ -230,7 +233,7 @@ def _find(facts: EndFacts, exit: Exit) -> EndRow:
 
 def _exit_of(facts: EndFacts) -> Exit:
     if facts.start_error is not None:
-        return Exit.NEVER_RAN
+        return Exit.NEVER_CAN if facts.permanent else Exit.NEVER_RAN
     if any(each.oom for each in facts.exits):
         return Exit.OOM
     if not facts.exits or any(each.unseen for each in facts.exits):

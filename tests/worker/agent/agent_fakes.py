@@ -32,6 +32,8 @@ class FakeRunner:
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     configured: list[dict[str, Any]] = field(default_factory=list)
     start_error: str = ""
+    prepare_error: str = ""
+    permanent: bool = False  # of these errors
     ignore_sigterm: bool = False
     own_users: bool = False
     delivers: bool = True  # what its ranks left behind reaches the server
@@ -78,11 +80,17 @@ class FakeRunner:
     async def reserve_rendezvous(self, attempt_id: str) -> dict[str, Any]:
         return {"host": "127.0.0.1", "port": 29500}
 
+    async def prepare_group(self, order: dict[str, Any]) -> dict[str, Any]:
+        await self.start_gate.wait()
+        if self.prepare_error:
+            raise RunnerRefused(self.prepare_error, permanent=self.permanent)
+        return {}
+
     async def start_group(self, order: dict[str, Any]) -> dict[str, Any]:
         await self.start_gate.wait()
         desired = order["desired"]
         if self.start_error:
-            raise RunnerRefused(self.start_error)
+            raise RunnerRefused(self.start_error, permanent=self.permanent)
         placed = next(group for group in desired["groups"] if group["group_rank"] == order["group_rank"])
         ranks = range(placed["first_rank"], placed["first_rank"] + placed["ranks"])
         known = self.groups.setdefault(

@@ -15,9 +15,10 @@ from phalanx_worker.agent import backoff, desired, hosts, launch, service
 from phalanx_worker.agent.desired import GroupState, Phase
 from phalanx_worker.agent.link import Superseded
 from phalanx_worker.agent.service import Agent, RunnerSettings
-from phalanx_worker.protocol import encode
+from phalanx_worker.protocol import Environment, encode
 
 GANG = attempt_of("att_1", "train", {"a": [0, 1], "b": [0, 1]})
+WITH_ENVIRONMENT = replace(GANG, launch=replace(GANG.launch, environment=Environment(["einops==0.8.1"])))
 SETTINGS = RunnerSettings(server_url="http://server", data_dir="/data", checkpoint_root="/ckpt", own_users=True)
 
 
@@ -148,6 +149,35 @@ async def test_a_start_that_fails_on_one_node_leaves_nothing_on_the_others(scene
     await scene.reported("start_failed")
     assert (scene.link.facts[-1].message, scene.link.facts[-1].node) == ("no such program: train", "b")
     await scene.forgotten()
+
+
+async def test_no_rank_starts_before_every_node_has_the_environment(scene: Scene) -> None:
+    scene.b.start_gate.clear()
+    scene.link.want(WITH_ENVIRONMENT)
+    await scene.until(lambda: any(call[0] == "prepare_group" for call in scene.b.calls))
+    assert [call[0] for call in scene.a.calls if call[0] in ("prepare_group", "start_group")] == ["prepare_group"]
+    scene.b.start_gate.set()
+    await scene.reported("gang_ready", "started")
+
+
+async def test_an_environment_that_cannot_be_built_is_reported_as_permanent(scene: Scene) -> None:
+    scene.b.prepare_error, scene.b.permanent = "no such package", True
+    scene.link.want(WITH_ENVIRONMENT)
+    await scene.reported("start_failed")
+    fact = scene.link.facts[-1]
+    assert (fact.message, fact.node, fact.permanent) == ("no such package", "b", True)
+    await scene.forgotten()
+
+
+async def test_a_stop_while_an_environment_is_built_gives_the_start_up(scene: Scene) -> None:
+    scene.b.start_gate.clear()
+    scene.link.want(WITH_ENVIRONMENT)
+    await scene.until(lambda: any(call[0] == "prepare_group" for call in scene.b.calls))
+    scene.link.want_stopped("att_1")
+    await scene.until(lambda: ("kill_group", "att_1") in scene.b.calls)
+    scene.b.start_gate.set()  # a runner answers the call that it gave up
+    await scene.reported("start_failed")
+    assert not scene.link.facts[-1].permanent
 
 
 async def test_a_gang_that_ray_does_not_place_is_reported(scene: Scene) -> None:

@@ -42,7 +42,11 @@ class RunnerUnavailable(RunnerError):
 
 
 class RunnerRefused(RunnerError):
-    """The runner lives and says no; the message says why."""
+    """The runner lives and says no; the message says why. `permanent`: it would say so again."""
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 class Runner(Protocol):

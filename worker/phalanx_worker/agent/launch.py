@@ -20,6 +20,7 @@ from phalanx_worker.protocol import AttemptFact, DesiredAttempt, GroupPlacement,
 log = logging.getLogger("phalanx.agent")
 
 FREE_TIMEOUT_S = 30.0  # for Ray to show released GPUs as free
+PREPARE_TIMEOUT_S = 4_500.0  # for a runner to build the environment; it gives up by itself before
 START_TIMEOUT_S = 900.0  # for a runner to fetch the code and start the ranks
 FORGET_TIMEOUT_S = 60.0  # the runner removes the attempt's directory
 CLEAR_WAIT_S = 5.0
@@ -29,11 +30,12 @@ NO_GENERATION = -1  # of a runner: none that this agent has seen
 
 
 class StartFailed(Exception):
-    """A gang could not be started; `node` is set where one is to blame."""
+    """A gang could not be started; `node` is set where one is to blame, `permanent` where no other try can help."""
 
-    def __init__(self, message: str, node: str | None = None) -> None:
+    def __init__(self, message: str, node: str | None = None, *, permanent: bool = False) -> None:
         super().__init__(message)
         self.node = node
+        self.permanent = permanent
 
 
 class PlacementUnavailable(Exception):
@@ -82,7 +84,9 @@ class Launcher:
             self._expect_own_users(attempt)
             master = await _unless(abort, self._assemble(attempt))
             self._report(gang, "gang_ready", urgent=False)
-            starts = await self._start_groups(gang, attempt, master, abort)
+            if attempt.launch.environment is not None:  # on all nodes, before a rank on one waits for the others
+                await self._ask_groups(gang, attempt, master, "prepare_group", PREPARE_TIMEOUT_S)
+            starts = await self._start_groups(gang, attempt, master)
         except StartFailed as error:
             await self._give_up(gang, attempt, error)
         except Exception as error:  # a fault of ours or of Ray's: held for ever, it would keep its GPUs for ever
@@ -132,28 +136,29 @@ class Launcher:
             await asyncio.gather(placed, reserved, return_exceptions=True)
         return master
 
-    async def _start_groups(
-        self, gang: Gang, attempt: DesiredAttempt, master: dict[str, Any], abort: asyncio.Event
-    ) -> list[RankStart]:
+    async def _start_groups(self, gang: Gang, attempt: DesiredAttempt, master: dict[str, Any]) -> list[RankStart]:
+        answers = await self._ask_groups(gang, attempt, master, "start_group", START_TIMEOUT_S)
+        for group in attempt.groups:
+            gang.groups[group.node] = Group(epoch=gang.epoch, state=GroupState.RUNNING)
+        starts = [decode(RankStart, start) for answer in answers for start in answer["ranks"]]
+        return sorted(starts, key=lambda start: start.rank)
+
+    async def _ask_groups(
+        self, gang: Gang, attempt: DesiredAttempt, master: dict[str, Any], method: str, timeout_s: float
+    ) -> list[Any]:
         """All at once; when one fails, or on abort, none is left between not started and started."""
         for group in attempt.groups:
             gang.generations[group.node] = self._host(group.node).generation
         desired = encode(attempt)
         calls = [
-            asyncio.create_task(
-                self._call(group.node, "start_group", _order(desired, group, master), timeout_s=START_TIMEOUT_S)
-            )
+            asyncio.create_task(self._call(group.node, method, _order(desired, group, master), timeout_s=timeout_s))
             for group in attempt.groups
         ]
         try:
-            answers = await _unless(abort, _all(calls))
+            return await _unless(self.aborts[gang.attempt_id], _all(calls))
         except Exception:
             await self._kill_while(gang.attempt_id, [group.node for group in attempt.groups], calls)
             raise
-        for group in attempt.groups:
-            gang.groups[group.node] = Group(epoch=gang.epoch, state=GroupState.RUNNING)
-        starts = [decode(RankStart, start) for answer in answers for start in answer["ranks"]]
-        return sorted(starts, key=lambda start: start.rank)
 
     async def _kill_while(self, attempt_id: str, nodes: list[str], calls: Iterable[asyncio.Task[Any]]) -> None:
         """Kill the groups until no start call is under way: one that returns later would have started ranks unseen."""
@@ -174,7 +179,7 @@ class Launcher:
         cleared = await self._clear_all(gang, gang.generations)
         if all(cleared.values()):
             gang.phase = Phase.CLOSING
-            await self._never_ran(gang, attempt, message=str(error), node=error.node)
+            await self._never_ran(gang, attempt, error)
             return
         for node, is_clear in cleared.items():
             gang.groups[node] = Group(gang.epoch, GroupState.ENDED if is_clear else GroupState.LOST)
@@ -183,11 +188,12 @@ class Launcher:
     async def refuse(self, gang: Gang, attempt: DesiredAttempt, *, message: str, node: str | None) -> None:
         """Give up an attempt of which nothing was begun."""
         log.warning("attempt %s is not started: %s", gang.attempt_id, message)
-        await self._never_ran(gang, attempt, message=message, node=node)
+        await self._never_ran(gang, attempt, StartFailed(message, node))
 
-    async def _never_ran(self, gang: Gang, attempt: DesiredAttempt, *, message: str, node: str | None) -> None:
+    async def _never_ran(self, gang: Gang, attempt: DesiredAttempt, error: StartFailed) -> None:
         nodes = [group.node for group in attempt.groups]
-        await self._finish(gang, nodes, "start_failed", message=message, node=node)
+        why = {"message": str(error), "node": error.node, "permanent": error.permanent}
+        await self._finish(gang, nodes, "start_failed", **why)
 
     # ---------------------------------------------------------------- adopt, stop, close, clear, forget
 
@@ -312,7 +318,7 @@ class Launcher:
         try:
             return await self._host(node).call(method, *args, timeout_s=timeout_s)
         except RunnerRefused as error:
-            raise StartFailed(str(error), node) from error
+            raise StartFailed(str(error), node, permanent=error.permanent) from error
         except (RunnerGone, RunnerUnavailable) as error:
             raise StartFailed(f"runner of node {node}: {error}", node) from error
 

@@ -100,7 +100,8 @@ class RayRunner:
         except ActorUnavailableError as error:
             raise RunnerUnavailable(_one_line(error)) from error
         except RayTaskError as error:
-            raise RunnerRefused(_one_line(error.cause)) from error
+            permanent = bool(getattr(error.cause, "permanent", False))  # of the runner's own StartFailed
+            raise RunnerRefused(_one_line(error.cause), permanent=permanent) from error
         except RayError as error:
             raise RunnerUnavailable(_one_line(error)) from error
 
