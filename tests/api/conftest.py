@@ -5,7 +5,10 @@ Rows are written straight into the database, so that a test of a route depends o
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import os
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -141,6 +144,49 @@ async def alice(calls: Calls) -> httpx.AsyncClient:
 async def bob(calls: Calls) -> httpx.AsyncClient:
     """A member of vision."""
     return calls("bob")
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A disk of its own at `path`, small enough to fill."""
+
+    path: Path
+
+    def fill(self) -> None:
+        """Leave not a byte."""
+        with (self.path / "ballast").open("ab", buffering=0) as file:
+            try:
+                while True:
+                    file.write(b"x" * 4096)
+            except OSError:
+                pass
+
+    def empty(self) -> None:
+        """Take away what `fill` put there."""
+        (self.path / "ballast").unlink()
+
+
+@contextmanager
+def mounted(path: Path, *, size_bytes: int) -> Iterator[SmallDisk]:
+    """An empty disk. Skips the test where none may be mounted: only root may."""
+    path.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "phalanx-test", str(path)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root may mount a disk to fill")
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+MountDisk = Callable[[Path, int], SmallDisk]
+
+
+@pytest.fixture
+def mount_disk() -> Iterator[MountDisk]:
+    """`mount_disk(path, size_bytes)` is a disk until the end of the test."""
+    with ExitStack() as stack:
+        yield lambda path, size_bytes: stack.enter_context(mounted(path, size_bytes=size_bytes))
 
 
 JobFile = Callable[..., dict[str, Any]]

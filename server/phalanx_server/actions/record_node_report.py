@@ -3,6 +3,8 @@
 Owns the fencing (a report number is taken once; only attempts placed on this node, under their epoch), the shift of a
 clock that is off, and the order of things: bytes of logs go to storage first, then one transaction takes the rest. What
 of an attempt the database cannot hold is dropped and told; the heartbeat and the other attempts are taken all the same.
+A report that cannot be taken now (storage or database are full, say) still says that the node is there: that much is
+noted, its number stays free, and the runner sends it again.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from phalanx_server.store.attempts import Fence, load_fences, lock_attempts
 from phalanx_server.store.engine import is_of_the_data
 from phalanx_server.store.events import Event, record_once
 from phalanx_server.store.logs import LogBatch, LogFiles, LogPiece, index_logs, job_directory
-from phalanx_server.store.nodes import Heard, last_report, lost_attempts_without_ranks, take_report
+from phalanx_server.store.nodes import Heard, last_report, lost_attempts_without_ranks, note_heard, take_report
 from phalanx_server.store.wakeups import notify
 
 log = structlog.get_logger("phalanx.reports")
@@ -65,7 +67,8 @@ class Gate:
         """The attempt that the part is about; None if the part is refused."""
         attempt_id = attempt_id_of(part.attempt_id)
         fence = self.fences.get(attempt_id) if attempt_id else None
-        reason = fence.refusal(part.epoch, now=self.now) if fence else "unknown_attempt"
+        of_logs = isinstance(part, LogChunk)
+        reason = fence.refusal(part.epoch, now=self.now, logs=of_logs) if fence else "unknown_attempt"
         if reason is None:
             return fence
         refusal = Refused(attempt_id=part.attempt_id, epoch=part.epoch, reason=reason)
@@ -85,10 +88,28 @@ class Gate:
 async def record_node_report(
     engine: AsyncEngine, files: LogFiles, report: NodeReport, *, node_id: UUID, now: datetime
 ) -> NodeAnswer:
-    """A report whose number was taken before changes nothing. What is refused is named in the answer."""
+    """A report whose number was taken before changes nothing. What is refused is named in the answer. Raises
+    StorageUnavailable where only the bytes of its logs found no place: the rest may be sent without them."""
     if report.left_out:
         log.warning("parts of a report cannot be read", node_id=node_id.hex, seq=report.seq, parts=report.left_out)
     clock = Clock(now=now, sent_at=report.sent_at)
+    try:
+        return await _take(engine, files, report, node_id=node_id, clock=clock)
+    except Exception:
+        await _note_heard(engine, _heard(report, node_id, clock))
+        raise
+
+
+async def _note_heard(engine: AsyncEngine, heard: Heard) -> None:
+    try:
+        async with engine.begin() as conn:
+            await note_heard(conn, heard)
+    except Exception as error:  # what kept the report out matters more
+        log.warning("a heartbeat could not be noted", node_id=heard.node_id.hex, error=str(error)[:300])
+
+
+async def _take(engine: AsyncEngine, files: LogFiles, report: NodeReport, *, node_id: UUID, clock: Clock) -> NodeAnswer:
+    now = clock.now
     attempt_ids = {attempt_id for part in _parts(report) if (attempt_id := attempt_id_of(part.attempt_id)) is not None}
     async with engine.connect() as conn:
         last = await last_report(conn, node_id)

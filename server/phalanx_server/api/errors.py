@@ -46,6 +46,7 @@ CODES: dict[str, tuple[int, str]] = {
     "rate_limited": (429, "Too many requests"),
     "internal": (500, "Something went wrong on the server"),
     "unavailable": (503, "The service is not available right now"),
+    "storage_unavailable": (503, "The storage of logs and code is not available right now"),
 }
 _CODE_OF_STATUS = {400: "invalid_request", **{status: code for code, (status, _) in reversed(CODES.items())}}
 _CODE_OF_STATUS[422] = "invalid_request"
@@ -93,7 +94,7 @@ class Problem(HTTPException):
 def from_domain(error: PhalanxError) -> Problem:
     """What an action or the domain refuses."""
     if isinstance(error, Unavailable):
-        return unavailable(error.detail)
+        return unavailable(error.detail, code=error.code)
     return Problem(error.code, error.detail, errors=error.errors)
 
 
@@ -101,8 +102,10 @@ def not_found(what: str) -> Problem:
     return Problem("not_found", f"There is no {what}, or it is not yours to see.")
 
 
-def unavailable(detail: str = "The database or the storage cannot be reached. Try again shortly.") -> Problem:
-    return Problem("unavailable", detail, headers={"Retry-After": str(RETRY_AFTER_S)})
+def unavailable(
+    detail: str = "The database or the storage cannot be reached. Try again shortly.", *, code: str = "unavailable"
+) -> Problem:
+    return Problem(code, detail, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
 def respond(problem: Problem, request_id: str) -> Response:

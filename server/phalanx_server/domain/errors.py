@@ -13,6 +13,7 @@ Owns the tree of errors and their stable codes. Refuses to know HTTP: the API ma
     │   └── Superseded        superseded: a newer agent has taken over
     ├── EtagMismatch          etag_mismatch: it has changed since it was read
     └── Unavailable           unavailable: try again shortly
+        └── StorageUnavailable    storage_unavailable: only the files' storage is away or full; all else can go on
 """
 
 from collections.abc import Sequence
@@ -92,3 +93,7 @@ class EtagMismatch(PhalanxError):
 
 class Unavailable(PhalanxError):
     code = "unavailable"
+
+
+class StorageUnavailable(Unavailable):
+    code = "storage_unavailable"

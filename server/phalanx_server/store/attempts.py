@@ -21,6 +21,7 @@ from phalanx_server.store.schema import attempts, jobs, placements
 
 LIVE = ("starting", "running", "stopping")
 LAST_WORDS_S = 3600.0
+LAST_LOGS_S = 86_400.0  # a runner keeps logs for as long as the storage is full, if its disk can hold them
 
 
 # ------------------------------------------------------------------ locked for a change
@@ -249,14 +250,17 @@ class Fence:
     closed_at: datetime | None  # when the server learned of its end
     placed: bool
 
-    def refusal(self, epoch: int, *, now: datetime) -> str | None:
+    def refusal(self, epoch: int, *, now: datetime, logs: bool = False) -> str | None:
         """Why a report under `epoch` is refused; None if it is taken. An attempt that ended may still say its last
-        words, for LAST_WORDS_S, and not once its job is started again."""
+        words, for LAST_WORDS_S, and not once its job is started again. Its `logs`, which change nothing of the job, are
+        taken for LAST_LOGS_S even then."""
         if not self.placed:
             return "wrong_node"
-        if epoch != self.epoch or self.epoch != self.job_epoch or self.state == "lost":
+        left_over = logs and self.state == "ended"
+        if epoch != self.epoch or self.state == "lost" or (self.epoch != self.job_epoch and not left_over):
             return "stale_epoch"
-        if self.closed_at is not None and now - self.closed_at > timedelta(seconds=LAST_WORDS_S):
+        longest = timedelta(seconds=LAST_LOGS_S if logs else LAST_WORDS_S)
+        if self.closed_at is not None and now - self.closed_at > longest:
             return "too_late"
         return None
 

@@ -7,6 +7,7 @@ use it says its row (`jobs.insert_bundle`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
@@ -74,8 +75,13 @@ class BundleFiles:
             return
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         partial = f"{path}.{uuid.uuid4().hex}"
-        self._fs.put_file(str(source), partial)
-        self._fs.mv(partial, path)
+        try:
+            self._fs.put_file(str(source), partial)
+            self._fs.mv(partial, path)
+        except Exception:
+            with contextlib.suppress(Exception):  # half a file on a full disk is what keeps it full
+                self._fs.rm(partial)
+            raise
 
     def _move(self, path: str, target: str) -> None:
         if self._fs.exists(path):

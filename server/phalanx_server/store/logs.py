@@ -1,23 +1,33 @@
 """Logs of ranks: bytes in files under the storage root, an index of them in PostgreSQL.
 
 Owns both sides: how a batch of chunks becomes one file, how the index is written, and how bytes are read back. Files
-are never appended to or changed. Refuses to know who may write or read which attempt.
+are never appended to or changed. Storage that hangs holds up its own threads and nothing else. Refuses to know who may
+write or read which attempt.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import fsspec
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.domain.errors import StorageUnavailable
 from phalanx_server.store.schema import logs
+
+THREADS = 16
+PATIENCE_S = 5.0
+"""How long a file is waited for: a node sends its report again after 10 s, and is lost after 20 s of silence."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +61,15 @@ class LogFiles:
         filesystem, base = fsspec.core.url_to_fs(root)
         self._fs: Any = filesystem
         self._base = base.rstrip("/")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="log-files")
 
     async def write(self, path: str, content: bytes) -> None:
-        await asyncio.to_thread(self._write, self._full(path), content)
+        """Raises StorageUnavailable where the storage is full, refuses, or does not answer in time."""
+        await self._in_time(lambda: self._write(self._full(path), content))
 
     async def read(self, path: str, *, offset: int, length: int) -> bytes:
-        """FileNotFoundError once retention has taken the file."""
-        return await asyncio.to_thread(self._fs.cat_file, self._full(path), start=offset, end=offset + length)
+        """FileNotFoundError once retention has taken the file. Raises StorageUnavailable."""
+        return await self._in_time(lambda: self._fs.cat_file(self._full(path), start=offset, end=offset + length))
 
     async def delete(self, paths: Sequence[str]) -> None:
         """Delete what is there of `paths`, which may name directories."""
@@ -66,9 +78,24 @@ class LogFiles:
     def _full(self, path: str) -> str:
         return f"{self._base}/{path}"
 
+    async def _in_time(self, work: Callable[[], Result]) -> Result:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each storage has errors of its own
+            why = "does not answer" if isinstance(error, TimeoutError) else f"says: {error}"
+            raise StorageUnavailable(f"The storage of logs {why[:300]}. Try again shortly.") from error
+
     def _write(self, path: str, content: bytes) -> None:
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(path, content)
+        try:
+            self._fs.pipe_file(path, content)
+        except Exception:
+            with contextlib.suppress(Exception):  # half a file on a full disk is what keeps it full
+                self._fs.rm_file(path)
+            raise
 
     def _delete(self, paths: Sequence[str]) -> None:
         for path in paths:

@@ -154,6 +154,23 @@ async def take_report(conn: AsyncConnection, heard: Heard) -> bool:
     return (await conn.execute(_TAKE_SEQ, values)).rowcount == 1
 
 
+_NOTE_HEARD = text(
+    """
+    UPDATE nodes SET runner_seen_at = greatest(runner_seen_at, :at), clock_skew_s = :skew_s,
+        stats = coalesce(CAST(:stats AS jsonb), stats),
+        stats_at = CASE WHEN CAST(:stats AS text) IS NULL THEN stats_at ELSE :at END
+    WHERE id = :node_id
+    """
+)
+
+
+async def note_heard(conn: AsyncConnection, heard: Heard) -> None:
+    """Note that the runner was heard, whose report cannot be taken now: its number stays free."""
+    stats = None if heard.stats is None else dump_json(dict(heard.stats))
+    values = {"node_id": heard.node_id, "skew_s": heard.skew_s, "at": heard.at, "stats": stats}
+    await conn.execute(_NOTE_HEARD, values)
+
+
 async def last_report(conn: AsyncConnection, node_id: UUID) -> Row[Any]:
     """`runner_boot`, `runner_seq` and `state` of a node."""
     return (await conn.execute(_LAST_SEQ, {"id": node_id})).one()

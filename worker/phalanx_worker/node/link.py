@@ -1,9 +1,10 @@
 """The runner's line to the server: reports go up in order, heartbeats with them; bundles come down.
 
 Owns delivery: one report in flight, again until it is answered, from disk first and then from memory; backoff while the
-server is away; whatever the server refuses is dropped for that attempt. A report that the server rejects is taken apart
-until the item is found that it does not take; one over which it fails again and again lets the others pass, so that no
-rank's text costs the node its heartbeat or another attempt its logs. Knows neither ranks nor logs.
+server is away; whatever the server refuses is dropped for that attempt. Logs that find no storage are put aside, and
+keep nothing else waiting. A report that the server rejects is taken apart until the item is found that it does not
+take; one over which it fails again and again lets the others pass, so that no rank's text costs the node its heartbeat
+or another attempt its logs. Knows neither ranks nor logs.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 
 import httpx
 from phalanx import config
+from phalanx.retry import retry_after_s
 
 from phalanx_worker import protocol
+from phalanx_worker.node.answers import Delivery, refusal
+from phalanx_worker.node.aside import Aside, without_logs
 from phalanx_worker.node.fence import OutageFence
 from phalanx_worker.node.halves import Halves
 from phalanx_worker.node.orders import StartFailed
@@ -38,19 +41,9 @@ _MOST_DOUBLINGS = 8
 _SPILL_BYTES = 4 << 20
 _REQUEST_TIMEOUT_S = 10.0
 _BUNDLE_TIMEOUT_S = 60.0
-_PROBLEM_TYPE = "application/problem+json"
-_RETRY_STATUSES = frozenset({401, 403, 408, 409, 425, 429})
+_RETRY_AFTER_MAX_S = 30.0
 _FAULTS_BORNE = 3  # in a row, before the heartbeat is tried alone
 _POSTPONED_AT_MOST = 2  # after that a report over which the server fails is taken apart like a rejected one
-
-
-class Delivery(Enum):
-    """What became of one report. FAULT: the server failed, perhaps over it; REJECTED: it will never take it."""
-
-    TAKEN = "taken"
-    AWAY = "away"
-    FAULT = "fault"
-    REJECTED = "rejected"
 
 
 class Link:
@@ -68,6 +61,7 @@ class Link:
     ):
         self._outbox = outbox
         self._spool = spool
+        self._aside = Aside(spool.within("logs"), outbox.number, outbox.put_item)
         self._heartbeat = heartbeat
         self._taken = taken
         self._under_way: set[AttemptKey] = set()  # who is in the report that is neither in memory nor on disk
@@ -77,6 +71,7 @@ class Link:
         self._heartbeat_due = 0.0  # monotonic, as the next
         self._sent_at = 0.0
         self._failures = 0
+        self._retry_after_s: float | None = None  # of the last answer
         self.outage = OutageFence(tolerance_s=3_600.0)
         self._faults = 0  # reports in a row over which the server failed
         self._kinds_taken: set[str] = set()  # since a report was last postponed
@@ -125,8 +120,9 @@ class Link:
         """Send what waits, oldest first, until nothing does or the server is away; or a heartbeat that is due."""
         self._urgent.clear()
         flushes, self._flushes = self._flushes, []
-        while self._client and (len(self._spool) or self._outbox.filled.is_set() or self._is_heartbeat_due()):
-            if not await self._deliver_one(self._client):
+        while self._client and (self._is_report_due() or self._aside.is_due):
+            send = self._deliver_one if self._is_report_due() else self._deliver_aside
+            if not await send(self._client):
                 break
         for flush in flushes:
             flush.set()
@@ -142,7 +138,8 @@ class Link:
             await asyncio.wait_for(done.wait(), timeout_s)
 
     def holds(self, attempt: AttemptKey) -> bool:
-        """Whether anything of an attempt of this runner has not reached the server yet."""
+        """Whether anything of an attempt of this runner has not reached the server yet, but for logs that find no
+        storage: the end of a job does not wait for those."""
         return attempt in self._under_way or self._outbox.holds(attempt) or self._spool.holds(attempt)
 
     async def close(self) -> None:
@@ -186,21 +183,59 @@ class Link:
         stored = self._spool.oldest()
         path, batch = stored if stored else (None, self._outbox.next_batch())
         batch = self._without_refused(batch)
+        if len(self._aside.spool):
+            batch = self._put_aside(path, batch)
         self._under_way = batch.attempts
         try:
             outcome = await self._send(client, batch)
+            if outcome is Delivery.UNSTORED:
+                self._aside.wait(self._retry_after_s)
+                batch = self._put_aside(path, batch)
+                outcome = await self._send(client, batch)
         except asyncio.CancelledError:
             if path is None:
                 self._save(batch)  # perhaps taken, perhaps not: its number lets it be sent again
             raise
         finally:
             self._under_way = set()
+        if outcome is not Delivery.TAKEN:
+            path = path or self._save(batch)
+        return await self._conclude(client, self._spool, path, batch, outcome)
+
+    async def _deliver_aside(self, client: httpx.AsyncClient) -> bool:
+        """Try the oldest logs that were put aside."""
+        stored = self._aside.oldest()
+        if stored is None:
+            return True
+        path, batch = stored[0], self._without_refused(stored[1])
+        outcome = await self._send(client, batch)
+        if outcome is not Delivery.TAKEN:
+            self._aside.wait(self._retry_after_s)
+        if outcome is Delivery.UNSTORED:
+            return True  # the heartbeat was taken, and these are not due any more
+        return await self._conclude(client, self._aside.spool, path, batch, outcome)
+
+    def _put_aside(self, path: Path | None, batch: Batch) -> Batch:
+        """What is left of a batch without its logs, which wait for the storage; `path` is where it is stored."""
+        rest, logs = without_logs(batch)
+        if logs is None:
+            return batch
+        self._owed += self._aside.add(logs)
+        if path is not None:
+            with contextlib.suppress(OSError):  # then it still has them: the server knows a piece that comes twice
+                self._spool.replace(path, rest)
+        return rest
+
+    async def _conclude(
+        self, client: httpx.AsyncClient, spool: Spool, path: Path | None, batch: Batch, outcome: Delivery
+    ) -> bool:
+        """Draw the conclusions from an outcome; True if the next may follow at once."""
         if outcome is Delivery.TAKEN:
-            self._take(path, batch)
+            self._take(spool, path, batch)
             self._taken()
             return True
-        path = path or self._save(batch)
-        if path is not None and outcome is not Delivery.AWAY and await self._get_past(client, path, batch, outcome):
+        may_pass = outcome is not Delivery.AWAY
+        if path is not None and may_pass and await self._get_past(client, spool, path, batch, outcome):
             self._pay()
             self._taken()
             return True
@@ -209,11 +244,11 @@ class Link:
             self._save_waiting()
         return False
 
-    def _take(self, path: Path | None, batch: Batch) -> None:
+    def _take(self, spool: Spool, path: Path | None, batch: Batch) -> None:
         """The server has it."""
         self._failures = 0
         if path is not None:
-            self._spool.remove(path)
+            spool.remove(path)
         if batch.items:
             self._faults = 0
             self._kinds_taken |= batch.kinds
@@ -224,7 +259,9 @@ class Link:
         for mark in owed:
             self._outbox.put_item(mark)
 
-    async def _get_past(self, client: httpx.AsyncClient, path: Path, batch: Batch, outcome: Delivery) -> bool:
+    async def _get_past(
+        self, client: httpx.AsyncClient, spool: Spool, path: Path, batch: Batch, outcome: Delivery
+    ) -> bool:
         """The server rejected a stored report or failed over it. Only where it takes a heartbeat alone is the report to
         blame. True when the report is dealt with and the next may follow."""
         self._faults += outcome is Delivery.FAULT
@@ -232,24 +269,26 @@ class Link:
             return False
         halves = Halves(batch)
         alone = halves.nothing()
-        self._spool.replace(path, halves.rest())
+        spool.replace(path, halves.rest())
         if await self._send(client, alone) is not Delivery.TAKEN:
             return False
         if outcome is Delivery.REJECTED:
-            return await self._send_apart(client, path, halves, {Delivery.REJECTED})
+            return await self._send_apart(client, spool, path, halves, {Delivery.REJECTED})
         if batch.postponed >= _POSTPONED_AT_MOST:
-            return await self._send_apart(client, path, halves, {Delivery.REJECTED, Delivery.FAULT})
-        self._postpone(path, batch)
+            return await self._send_apart(client, spool, path, halves, {Delivery.REJECTED, Delivery.FAULT})
+        self._postpone(spool, path, batch)
         return False
 
-    def _postpone(self, path: Path, batch: Batch) -> None:
+    def _postpone(self, spool: Spool, path: Path, batch: Batch) -> None:
         """Let all others pass. It counts only if the like of it was taken meanwhile: perhaps no logs can be stored."""
         others_pass = batch.kinds <= self._kinds_taken
         self._kinds_taken = set()
-        self._spool.remove(path)
+        spool.remove(path)
         self._save(self._outbox.number(batch.items, postponed=batch.postponed + others_pass))
 
-    async def _send_apart(self, client: httpx.AsyncClient, path: Path, halves: Halves, refusals: set[Delivery]) -> bool:
+    async def _send_apart(
+        self, client: httpx.AsyncClient, spool: Spool, path: Path, halves: Halves, refusals: set[Delivery]
+    ) -> bool:
         """Send a report once more, then in ever smaller parts if the server does not take it; False if it went away."""
         try:
             while (part := halves.next()) is not None:
@@ -265,13 +304,13 @@ class Link:
             return True
         finally:
             self._owed += dropped_marks(halves.lost)
-            self._keep_rest(path, halves.rest())
+            self._keep_rest(spool, path, halves.rest())
 
-    def _keep_rest(self, path: Path, rest: Batch) -> None:
+    def _keep_rest(self, spool: Spool, path: Path, rest: Batch) -> None:
         """What is left of a report that was taken apart. Where the disk refuses it is lost: under its old number, which
         the parts have overtaken, the server would pass it over."""
         try:
-            self._spool.replace(path, rest) if rest.items else self._spool.remove(path)
+            spool.replace(path, rest) if rest.items else spool.remove(path)
         except OSError as error:
             log.error("the rest of a report is lost, the spool cannot be written: %s", error)
             self._owed += dropped_marks(rest.items)
@@ -283,10 +322,11 @@ class Link:
         return delivery
 
     async def _post(self, client: httpx.AsyncClient, batch: Batch) -> Delivery:
-        heartbeat = replace(self._heartbeat(), spool_bytes=self._spool.size_bytes)
+        heartbeat = replace(self._heartbeat(), spool_bytes=self._spool.size_bytes + self._aside.spool.size_bytes)
         body = batch.body(heartbeat)
         self._sent_at = time.monotonic()
         self._heartbeat_due = self._sent_at + self._heartbeat_s
+        self._retry_after_s = None
         try:
             answer = await client.post("/v1/node/reports", content=body)
         except httpx.HTTPError as error:
@@ -294,11 +334,11 @@ class Link:
             return Delivery.AWAY
         if answer.status_code == 200:
             return Delivery.TAKEN if self._take_answer(answer) else Delivery.AWAY
-        if answer.status_code >= 500 or not _is_final(answer):
-            log.warning("report %d answered %d", batch.seq, answer.status_code)
-            return Delivery.FAULT if answer.status_code >= 500 else Delivery.AWAY
-        log.error("report %d rejected: %d %s", batch.seq, answer.status_code, answer.text[:500])
-        return Delivery.REJECTED
+        self._retry_after_s = retry_after_s(answer.headers)
+        outcome = refusal(answer)
+        write = log.error if outcome is Delivery.REJECTED else log.warning
+        write("report %d %s: %d %s", batch.seq, outcome.value, answer.status_code, answer.text[:500])
+        return outcome
 
     def _take_answer(self, answer: httpx.Response) -> bool:
         """False for an answer that is not the server's: a captive portal says 200 to everything."""
@@ -331,15 +371,17 @@ class Link:
         await asyncio.sleep(max(_GATHER_S, self._sent_at + _EVERY_S - time.monotonic()))
 
     async def _pause(self) -> None:
-        """Back off; a new configuration ends the pause."""
+        """Back off, for as long as the server asks and then some; a new configuration ends the pause."""
         first, longest = _BACKOFF_S
         doubled = min(self._failures - 1, _MOST_DOUBLINGS)  # failures go on for hours, and floats end at 2**1023
         pause_s = min(longest, first * 2**doubled) * random.uniform(0.8, 1.2)
+        pause_s += min(self._retry_after_s or 0.0, _RETRY_AFTER_MAX_S)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._urgent.wait(), pause_s)
 
-    def _is_heartbeat_due(self) -> bool:
-        return time.monotonic() >= self._heartbeat_due
+    def _is_report_due(self) -> bool:
+        is_heartbeat_due = time.monotonic() >= self._heartbeat_due
+        return len(self._spool) > 0 or self._outbox.filled.is_set() or is_heartbeat_due
 
     def _save_waiting(self) -> None:
         while self._outbox.filled.is_set():
@@ -355,17 +397,3 @@ class Link:
             log.error("reports are lost, the spool cannot be written: %s", error)
             self._owed += dropped_marks(batch.items)
             return None
-
-
-def _is_final(answer: httpx.Response) -> bool:
-    """Whether the report is refused: in the server's own words, or by whoever finds it too large. Whatever else a proxy
-    says is about the way to the server."""
-    if answer.status_code == 413:
-        return True
-    media_type = answer.headers.get("Content-Type", "").partition(";")[0].strip()
-    if media_type != _PROBLEM_TYPE or answer.status_code in _RETRY_STATUSES:
-        return False
-    try:
-        return bool(answer.json().get("code"))
-    except (ValueError, AttributeError):
-        return False

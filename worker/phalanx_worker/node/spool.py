@@ -44,6 +44,10 @@ class Spool:
         last = max((path.name for path in self._sizes), default="0-")
         self._next_number = int(last.partition("-")[0]) + 1
 
+    def within(self, name: str) -> Spool:
+        """Another one, below this one's directory and with its bound."""
+        return Spool(self._directory / name, limit_bytes=self._limit_bytes)
+
     @property
     def size_bytes(self) -> int:
         return sum(self._sizes.values())

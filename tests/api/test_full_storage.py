@@ -1,0 +1,163 @@
+"""The storage of logs and code is full, for real: a node loses nothing but time, and only for its logs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import random
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from phalanx_server.domain.errors import StorageUnavailable
+from phalanx_server.settings import Settings
+from phalanx_server.store import ids
+from phalanx_server.store import logs as log_store
+from phalanx_server.store.logs import LogFiles
+from phalanx_server.store.schema import metrics, nodes
+from sqlalchemy import func, select, update
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path, mount_disk: Any) -> Any:
+    return mount_disk(tmp_path / "storage", 2 * MIB)
+
+
+@pytest.fixture
+def settings(settings: Settings, disk: Any) -> Settings:
+    return settings.model_copy(update={"storage_url": f"file://{disk.path}"})
+
+
+async def an_attempt(world: Any, alice: httpx.AsyncClient, job_file: Any) -> tuple[str, str]:
+    """A job that runs on n0: its id, and its attempt's."""
+    job = (await alice.post("/v1/jobs", json=job_file())).json()["id"]
+    attempt = ids.new_id()
+    async with world.engine.begin() as conn:
+        await conn.exec_driver_sql(
+            "INSERT INTO attempts (id, job_id, cluster_id, number, epoch, gpu_type, replicas, created_at)"
+            f" VALUES ('{attempt}', '{ids.parse('job', job)}', '{world.cluster}', 1, 1, 'h100', 1, now())"
+        )
+        await conn.exec_driver_sql(f"UPDATE jobs SET epoch = 1 WHERE id = '{ids.parse('job', job)}'")
+        await conn.exec_driver_sql(
+            f"INSERT INTO placements VALUES ('{attempt}', '{world.nodes['n0']}', 0, 1, '{{0}}', 0, 1, 0, 0)"
+        )
+    return job, ids.encode("attempt", attempt)
+
+
+def report(attempt: str, seq: int, *, text: str = "") -> dict[str, Any]:
+    """A heartbeat, a metric point, and logs if there is `text`."""
+    part = {"attempt_id": attempt, "epoch": 1, "rank": 0, "at": time.time()}
+    beat = {"attempts": [], "stats": {"cpu_utilization": seq / 10, "memory_bytes": 1}, "warm_ready": True}
+    chunk = part | {"stream": "stdout", "offset": 0, "data": base64.b64encode(text.encode()).decode()}
+    return {
+        "boot": "b1",
+        "seq": seq,
+        "sent_at": time.time(),
+        "heartbeat": beat,
+        "metrics": [part | {"step": seq, "values": {"loss": 1.0}}],
+        "logs": [chunk] if text else [],
+    }
+
+
+async def silence(world: Any, node: str) -> None:
+    """Let the node be silent for so long that it will be given up."""
+    async with world.engine.begin() as conn:
+        past = datetime.now(UTC) - timedelta(hours=1)
+        await conn.execute(update(nodes).where(nodes.c.id == world.nodes[node]).values(runner_seen_at=past))
+
+
+async def silent_s(world: Any, node: str) -> float:
+    query = select(nodes.c.runner_seen_at).where(nodes.c.id == world.nodes[node])
+    async with world.engine.connect() as conn:
+        return (datetime.now(UTC) - (await conn.execute(query)).scalar_one()).total_seconds()
+
+
+async def points(world: Any) -> int:
+    async with world.engine.connect() as conn:
+        return (await conn.execute(select(func.count()).select_from(metrics))).scalar_one()
+
+
+async def test_a_report_whose_logs_find_no_place_is_heard_and_may_come_again(
+    world: Any, alice: httpx.AsyncClient, calls: Any, job_file: Any, disk: Any
+) -> None:
+    job, attempt = await an_attempt(world, alice, job_file)
+    runner, text = calls("n0"), "hello\n" * 1000
+    await silence(world, "n0")
+    disk.fill()
+    answer = await runner.post("/v1/node/reports", json=report(attempt, 5, text=text))
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (503, "storage_unavailable"), answer.text
+    assert answer.headers["retry-after"] == "2" and "No space left" in problem["detail"]
+    assert await silent_s(world, "n0") < 60, "the node is not given up"
+    assert await points(world) == 0
+    without = await runner.post("/v1/node/reports", json=report(attempt, 5))
+    assert without.json()["accepted_seq"] == 5, "its number was not taken"
+    assert await points(world) == 1
+    disk.empty()
+    for seq in (6, 6):
+        again = await runner.post("/v1/node/reports", json=report(attempt, seq, text=text))
+        assert again.status_code == 200 and again.json()["accepted_seq"] == 6
+    assert (await alice.get(f"/v1/jobs/{job}/logs?attempt=1")).text == text
+    assert await points(world) == 2, "nothing is doubled"
+
+
+async def test_a_write_that_fails_leaves_nothing_behind(disk: Any) -> None:
+    files = LogFiles(f"file://{disk.path}")
+    with pytest.raises(StorageUnavailable, match="No space left"):
+        await files.write("logs/a/b", b"x" * (3 * MIB))
+    await files.write("logs/a/b", b"x" * MIB)
+
+
+async def test_storage_that_hangs_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, world: Any, app: FastAPI, calls: Any, alice: Any, job_file: Any
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(log_store, "PATIENCE_S", 0.05)
+    files = app.state.services.log_files
+    monkeypatch.setattr(files, "_write", lambda *_: released.wait())
+    _, attempt = await an_attempt(world, alice, job_file)
+    await silence(world, "n0")
+    reports = [report(attempt, seq, text="hello") for seq in range(1, 2 * log_store.THREADS)]
+    answers = await asyncio.gather(*(calls("n0").post("/v1/node/reports", json=each) for each in reports))
+    released.set()
+    assert {answer.json()["code"] for answer in answers} == {"storage_unavailable"}
+    assert "does not answer" in answers[0].json()["detail"]
+    assert await silent_s(world, "n0") < 60
+
+
+async def test_logs_of_an_attempt_that_ended_meanwhile_are_taken_later(
+    world: Any, alice: httpx.AsyncClient, calls: Any, job_file: Any
+) -> None:
+    job, attempt = await an_attempt(world, alice, job_file)
+    async with world.engine.begin() as conn:
+        id: UUID = ids.parse("attempt", attempt)
+        await conn.exec_driver_sql(
+            f"UPDATE attempts SET state = 'ended', outcome = 'failed', ended_at = now() WHERE id = '{id}'"
+        )
+        await conn.exec_driver_sql(f"UPDATE jobs SET epoch = 2 WHERE id = '{ids.parse('job', job)}'")
+    late = report(attempt, 1, text="last words\n") | {"metrics": []}
+    answer = await calls("n0").post("/v1/node/reports", json=late)
+    assert answer.json()["refused"] == [], answer.text
+    assert (await alice.get(f"/v1/jobs/{job}/logs?attempt=1")).text == "last words\n"
+    metric = await calls("n0").post("/v1/node/reports", json=report(attempt, 2))
+    assert [refused["reason"] for refused in metric.json()["refused"]] == ["stale_epoch"]
+
+
+async def test_a_bundle_for_which_there_is_no_place_can_be_sent_again(alice: httpx.AsyncClient, disk: Any) -> None:
+    bundle = b"\x1f\x8b" + random.Random(1).randbytes(MIB)
+    url = f"/v1/bundles/{hashlib.sha256(bundle).hexdigest()}"
+    disk.fill()
+    answer = await alice.put(url, content=bundle)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "2", answer.text
+    assert (await alice.head(url)).status_code == 404
+    disk.empty()
+    assert (await alice.put(url, content=bundle)).status_code == 201
