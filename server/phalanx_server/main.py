@@ -23,6 +23,7 @@ from phalanx_server.api import (
     agent_link,
     bundles,
     clusters,
+    environments,
     errors,
     events,
     explain,
@@ -54,7 +55,8 @@ from phalanx_server.store.logs import LogFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-RESOURCES = (jobs, events, explain, logs, metrics, queue, nodes, plan, bundles, tenants, quotas, tokens, clusters)
+OF_JOBS = (jobs, events, explain, logs, metrics, queue, plan, bundles, environments)
+RESOURCES = (*OF_JOBS, nodes, tenants, quotas, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
 

@@ -1,4 +1,5 @@
-"""Whether jobs can be accepted as things are: their tenant exists, their code is uploaded, some node could hold them.
+"""Whether jobs can be accepted as things are: their tenant exists, their code is uploaded, the environment that they
+name is registered, some node could hold them.
 
 Owns the checks that need the database; what a job file may say by itself is `domain.spec`'s. Quotas and free places are
 not looked at: a job that has to wait is accepted, and told why it waits.
@@ -11,6 +12,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.actions.named_environments import Registered, environment_errors, filled_in, load_registered
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.errors import FieldError, Impossible, Invalid, PhalanxError
 from phalanx_server.domain.spec import JobSpec, Resources, field_of
@@ -38,12 +40,21 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """Jobs that can be accepted: as they are stored, but for the tenant; and the ids of tenants by path."""
+
+    specs: Sequence[JobSpec]
+    tenants: Mapping[str, UUID]
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What the checks look at."""
 
     tenants: Mapping[str, UUID]
     all_tenants: Sequence[str]  # only where one was not found: for the hint
     missing: frozenset[tuple[UUID, str]]
+    registered: Registered
     hardware: Mapping[str, Largest]
 
 
@@ -64,10 +75,10 @@ class Hardware:
 
 async def check_jobs(
     conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware
-) -> list[dict[str, UUID] | PhalanxError]:
-    """For each request the ids of its tenants by path, or why it is refused."""
+) -> list[Checked | PhalanxError]:
+    """For each request its jobs with what the server fills in, or why it is refused."""
     facts = await _load(conn, requests, hardware)
-    return [_refusal(request, facts) or dict(facts.tenants) for request in requests]
+    return [_refusal(request, facts) or _accepted(request, facts) for request in requests]
 
 
 async def _load(conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware) -> Facts:
@@ -83,7 +94,16 @@ async def _load(conn: AsyncConnection, requests: Sequence[Request], hardware: Ha
         tenants,
         await all_paths(conn) if len(tenants) < len(paths) else (),
         frozenset(await missing_bundles(conn, wanted)),
+        await load_registered(
+            conn, [(request.tenant_of(spec), spec) for request in requests for spec in request.specs]
+        ),
         await hardware.load(conn, requests),
+    )
+
+
+def _accepted(request: Request, facts: Facts) -> Checked:
+    return Checked(
+        [filled_in(spec, request.tenant_of(spec), facts.registered) for spec in request.specs], facts.tenants
     )
 
 
@@ -92,7 +112,7 @@ def _refusal(request: Request, facts: Facts) -> PhalanxError | None:
     impossible: list[FieldError] = []
     for index, spec in enumerate(request.specs):
         where = request.where(index)
-        invalid += _tenant_errors(request, spec, where, facts)
+        invalid += _tenant_errors(request, spec, where, facts) or _errors_within_tenant(request, spec, where, facts)
         impossible += _named(_too_large(spec.resources, facts.hardware), where)
         invalid += _named(_unknown_types(spec.resources, facts.hardware), where)
     if invalid:
@@ -106,13 +126,19 @@ def _tenant_errors(request: Request, spec: JobSpec, where: str, facts: Facts) ->
         close = nearest(path, [known for known in facts.all_tenants if request.actor.reaches(known)])
         hint = f"did you mean {close}?" if close else None
         return [FieldError(field_of(where, "tenant"), f"there is no tenant {path!r}", hint)]
-    bundle = spec.run.bundle
+    return []
+
+
+def _errors_within_tenant(request: Request, spec: JobSpec, where: str, facts: Facts) -> list[FieldError]:
+    """What is wrong with things that the job names and its tenant should have."""
+    path, bundle = request.tenant_of(spec), spec.run.bundle
+    errors = environment_errors(spec, path, facts.registered, where=where)
     if bundle and (facts.tenants[path], bundle) in facts.missing:
         message = f"{bundle[:12]}… is not uploaded for tenant {path!r}"
-        return [
+        errors.append(
             FieldError(field_of(where, "run", "bundle"), message, f"PUT /v1/bundles/{{sha256}}?tenant={path} first")
-        ]
-    return []
+        )
+    return errors
 
 
 def _named(error: tuple[str, str, str | None] | None, where: str) -> list[FieldError]:

@@ -17,7 +17,7 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from phalanx_server.actions.check_jobs import Hardware, Request, check_jobs
+from phalanx_server.actions.check_jobs import Checked, Hardware, Request, check_jobs
 from phalanx_server.actions.idempotency import Idempotency, judge
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.errors import Invalid, PhalanxError, Unavailable
@@ -236,14 +236,14 @@ def _fail_all(taken: Sequence[_Pending], error: BaseException) -> None:
         pending.settle()
 
 
-def _build(pending: _Pending, tenants: dict[str, UUID], now: datetime) -> None:
+def _build(pending: _Pending, checked: Checked, now: datetime) -> None:
     submission = pending.submission
     request = submission.request()
-    for spec in submission.specs:
+    for spec in checked.specs:
         path = request.tenant_of(spec)
         job = _new_job(spec.for_tenant(path), path, submission, max(now, submission.received_at))
         pending.jobs.append(job)
-        pending.rows.append(_row_of(job, spec, tenants[path], submission.traceparent))
+        pending.rows.append(_row_of(job, spec, checked.tenants[path], submission.traceparent))
     pending.response = submission.render(pending.jobs) if submission.render else None
 
 

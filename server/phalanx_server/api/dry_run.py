@@ -43,11 +43,11 @@ class DryRun(BaseModel):
 async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> DryRun:
     """Raises what a submit would raise; stores nothing."""
     request = Request([spec], principal.actor)
-    spec = spec.for_tenant(request.tenant_of(spec))
     async with services.engine.connect() as conn:
         (checked,) = await check_jobs(conn, [request], Hardware())
         if isinstance(checked, PhalanxError):
             raise checked
+        spec = checked.specs[0].for_tenant(request.tenant_of(spec))
         warnings = await _warnings(conn, spec)
     job = hypothetical(spec, id=ids.new_id().hex, submitted_at=now())
     outcome = await services.what_if.with_jobs([job])

@@ -52,6 +52,11 @@ def covers(own: str | None, path: str) -> bool:
     return own is None or path == own or path.startswith(own + "/")
 
 
+def in_line(own: str | None, path: str) -> bool:
+    """Whether tenant `path` is in the subtree of tenant `own`, or above it: what is inherited is seen from below."""
+    return covers(own, path) or (own is not None and covers(path, own))
+
+
 def may_mint(actor: Actor, *, role: str, tenant: str | None) -> bool:
     """Whether `actor` may make a token of `role` for `tenant`."""
     allowed = MINTABLE.get(Role(actor.role), frozenset())

@@ -184,7 +184,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-class Environment(_Part):
+class JobEnvironment(_Part):
     """Packages on top of the node's own Python: `requirements`, as pip has them, or the `name` of a registered
     environment, whose requirements the server fills in."""
 
@@ -205,13 +205,13 @@ class Environment(_Part):
         return clean_requirements(lines)
 
     @model_validator(mode="after")
-    def _says_something(self) -> "Environment":
+    def _says_something(self) -> "JobEnvironment":
         if self.name is None and not self.requirements:
             raise ValueError("say requirements, or the name of a registered environment")
         return self
 
 
-class Mount(_Part):
+class JobMount(_Part):
     """A directory of the node, under another path for the ranks. The operator says which may be mounted."""
 
     source: Annotated[str, Field(min_length=1, max_length=1024)]
@@ -255,8 +255,8 @@ class Run(_Part):
     workdir: str | None = None
     bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     env: dict[str, Text] = Field(default_factory=dict)
-    environment: Environment | None = None
-    mounts: Annotated[tuple[Mount, ...], Field(max_length=MOUNTS_MAX)] = ()
+    environment: JobEnvironment | None = None
+    mounts: Annotated[tuple[JobMount, ...], Field(max_length=MOUNTS_MAX)] = ()
     outputs: Annotated[tuple[str, ...], Field(max_length=OUTPUTS_MAX)] = ()
     shm: Annotated[Size, Field(gt=0)] | None = None
     secrets: Unsupported = None
@@ -275,7 +275,7 @@ class Run(_Part):
 
     @field_validator("mounts")
     @classmethod
-    def _apart(cls, mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
+    def _apart(cls, mounts: tuple[JobMount, ...]) -> tuple[JobMount, ...]:
         targets = sorted(mount.target for mount in mounts)
         for upper, lower in itertools.combinations(targets, 2):
             if lower == upper or lower.startswith(f"{upper}/"):
@@ -410,6 +410,12 @@ class JobSpec(_Part):
     def for_tenant(self, tenant: str) -> "JobSpec":
         """The same, asked for by `tenant`."""
         return self if tenant == self.tenant else self.model_copy(update={"tenant": tenant})
+
+    def with_requirements(self, requirements: tuple[str, ...]) -> "JobSpec":
+        """The same, its named environment with these requirements."""
+        assert self.run.environment is not None
+        environment = self.run.environment.model_copy(update={"requirements": requirements})
+        return self.model_copy(update={"run": self.run.model_copy(update={"environment": environment})})
 
     def dump(self) -> dict[str, Any]:
         """The canonical form: JSON values only."""

@@ -74,6 +74,12 @@ def parent_of(path: str) -> str | None:
     return parent if slash else None
 
 
+def lineage(path: str) -> list[str]:
+    """A tenant and those above it, nearest first."""
+    names = path.split("/")
+    return ["/".join(names[:depth]) for depth in range(len(names), 0, -1)]
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """What somebody who wrote `name` probably meant."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)

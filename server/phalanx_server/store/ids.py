@@ -9,7 +9,7 @@ import time
 from typing import Final, Literal
 from uuid import UUID
 
-Kind = Literal["job", "attempt", "node", "tenant", "token", "cluster", "user"]
+Kind = Literal["job", "attempt", "node", "tenant", "token", "cluster", "user", "environment"]
 
 PREFIXES: Final[dict[str, str]] = {
     "job": "job",
@@ -19,6 +19,7 @@ PREFIXES: Final[dict[str, str]] = {
     "token": "tok",
     "cluster": "clu",
     "user": "usr",
+    "environment": "env",
 }
 _HEX = frozenset("0123456789abcdef")
 _lock = threading.Lock()
