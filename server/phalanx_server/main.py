@@ -23,7 +23,6 @@ from phalanx_server.api import (
     agent_link,
     bundles,
     clusters,
-    environments,
     errors,
     events,
     explain,
@@ -34,6 +33,7 @@ from phalanx_server.api import (
     node_link,
     nodes,
     openapi,
+    outputs,
     plan,
     queue,
     quotas,
@@ -52,10 +52,11 @@ from phalanx_server.settings import Settings
 from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.logs import LogFiles
+from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-OF_JOBS = (jobs, events, explain, logs, metrics, queue, plan, bundles, environments)
+OF_JOBS = (jobs, events, explain, logs, outputs, metrics, queue, plan, bundles)
 RESOURCES = (*OF_JOBS, nodes, tenants, quotas, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
@@ -97,6 +98,7 @@ def _limits(settings: Settings) -> dict[str, int]:
         "/v1/bundles/": settings.max_bundle_bytes,
         "/v1/agent/": settings.max_batch_bytes,
         "/v1/node/": settings.max_report_bytes,
+        "/v1/node/attempts/": settings.max_output_bytes,
     }
 
 
@@ -124,6 +126,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 what_if=WhatIf(engine, _policy(settings)),
                 log_files=LogFiles(settings.storage_root),
                 bundle_files=BundleFiles(settings.storage_root),
+                output_files=OutputFiles(settings.storage_root),
             )
             yield
         finally:

@@ -82,6 +82,7 @@ def _loops(
         events=timedelta(days=settings.retain_events_days),
         logs=timedelta(days=settings.retain_logs_days),
         bundles=timedelta(days=settings.retain_bundles_days),
+        outputs=timedelta(days=settings.retain_outputs_days),
     )
     return [
         ScheduleLoop(engine, leader, policy=policy, wakeups=wakeups),

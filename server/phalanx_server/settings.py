@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     """Connections this process may hold, the listener not counted."""
     data_dir: Path = Path("~/.local/share/phalanx")
     storage_url: str | None = None
-    """fsspec root of logs and code bundles; absent = `<data_dir>/storage`."""
+    """fsspec root of logs, code bundles and outputs; absent = `<data_dir>/storage`."""
     bootstrap_admin_token_file: Path | None = None
     """With the next one: files with the first admin's and the first cluster's token (as `phalanx new-token` prints
     them). A migration of an empty database takes these instead of making and printing its own."""
@@ -51,6 +51,8 @@ class Settings(BaseSettings):
     """For `POST /v1/jobs/batch` and `POST /v1/plan`, which carry many jobs."""
     max_report_bytes: Annotated[int, Field(ge=1024)] = 4 * MIB
     max_bundle_bytes: Annotated[int, Field(ge=1024)] = 256 * MIB
+    max_output_bytes: Annotated[int, Field(ge=1024)] = 10 << 30
+    """For one output file of a job; a node sends no more than as much for a whole group."""
 
     node_timeout_s: Seconds = 20
     startup_grace_s: Seconds = 15
@@ -68,11 +70,13 @@ class Settings(BaseSettings):
     retain_logs_days: Days = 30
     retain_bundles_days: Annotated[float, Field(ge=1)] = 30
     """Code bundles, after their last upload or submit and after the end of every job that ran them."""
+    retain_outputs_days: Days = 30
+    """Files that jobs left, after the end of their job."""
     webhook_url: str | None = None
 
     @property
     def storage_root(self) -> str:
-        """The fsspec URL under which logs and bundles live, without a trailing slash."""
+        """The fsspec URL under which logs, bundles and outputs live, without a trailing slash."""
         if self.storage_url:
             return self.storage_url.rstrip("/")
         return f"file://{self.data_dir.expanduser().resolve() / 'storage'}"

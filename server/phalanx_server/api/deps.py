@@ -25,6 +25,7 @@ from phalanx_server.store import ids
 from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.job_views import tenant_of_job
 from phalanx_server.store.logs import LogFiles
+from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.wakeups import Subscription, Wakeups
 
 
@@ -42,6 +43,7 @@ class Services:
     what_if: WhatIf
     log_files: LogFiles
     bundle_files: BundleFiles
+    output_files: OutputFiles
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait(self, subscription: Subscription, timeout_s: float) -> None:

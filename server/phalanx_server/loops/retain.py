@@ -1,7 +1,7 @@
 """Retention: make partitions ahead of time, and forget what is older than it is kept.
 
-Owns how long each thing is kept, and that a tick does a bounded piece of the work. Deletes bytes of logs before their
-index, so that nothing is orphaned when it is interrupted.
+Owns how long each thing is kept, and that a tick does a bounded piece of the work. Deletes bytes of logs and
+outputs before their index, so that nothing is orphaned when it is interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from phalanx_server.loops.ticking import tick_forever
 from phalanx_server.store.bundles import BundleFiles, bundles_of_anybody, forget_bundles
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, job_directory
+from phalanx_server.store.outputs import expired_output_jobs, forget_outputs, output_directory
 from phalanx_server.store.retention import (
     delete_old,
     delete_old_events,
@@ -35,6 +36,7 @@ INTERVAL_S = 600.0
 BUSY_INTERVAL_S = 1.0
 AHEAD = timedelta(days=2)
 LOG_JOBS = 100
+OUTPUT_JOBS = 100
 BUNDLES = 100
 
 
@@ -46,6 +48,7 @@ class Keep:
     events: timedelta  # and roll-ups, and audit rows
     logs: timedelta  # after the end of their job
     bundles: timedelta = timedelta(days=30)  # after the last use, and the end of every job that ran them
+    outputs: timedelta = timedelta(days=30)  # after the end of their job
     idempotency_keys: timedelta = timedelta(days=1)
     outbox: timedelta = timedelta(days=7)
     leases: timedelta = timedelta(days=1)
@@ -88,6 +91,7 @@ class Retain:
             await drop_rollups(conn, before=now - keep.events)
         more = await self._delete_rows(lease, now)
         more |= await self._forget_bundles(lease, now - keep.bundles)
+        more |= await self._forget_outputs(lease, now - keep.outputs)
         return await self._forget_logs(lease, now - keep.logs) or more
 
     async def _delete_rows(self, lease: Lease, now: datetime) -> bool:
@@ -118,6 +122,16 @@ class Retain:
             async with leading(self._engine, lease) as conn:
                 await forget_logs(conn, jobs)
         return len(jobs) == LOG_JOBS
+
+    async def _forget_outputs(self, lease: Lease, before: datetime) -> bool:
+        """Delete the outputs of at most OUTPUT_JOBS jobs; whether there may be more."""
+        async with self._engine.connect() as conn:
+            jobs = await expired_output_jobs(conn, before=before, limit=OUTPUT_JOBS)
+        if jobs:
+            await self._files.delete([output_directory(job) for job in jobs])
+            async with leading(self._engine, lease) as conn:
+                await forget_outputs(conn, jobs)
+        return len(jobs) == OUTPUT_JOBS
 
     async def _forget_bundles(self, lease: Lease, before: datetime) -> bool:
         """Forget at most BUNDLES bundles; whether there may be more. Rows go first, so that no submit counts on a file

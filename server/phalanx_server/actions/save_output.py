@@ -1,0 +1,95 @@
+"""Take an output file that a node sends of a group whose ranks are done.
+
+Owns the fencing (only a live attempt, under its epoch, from the node that the group is on; looked at before the bytes
+and again, locked, with the row) and the check of what came against what was announced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from phalanx_server.domain.errors import Conflict, Invalid, NotFound
+from phalanx_server.domain.output import check_output_path
+from phalanx_server.store.outputs import GroupRef, OutputFiles, OutputRow, live_group, new_output_url, save_row
+
+
+@dataclass
+class Counted:
+    """Hashes and counts the bytes that pass through."""
+
+    pieces: AsyncIterator[bytes]
+    bytes: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    async def passed_on(self) -> AsyncIterator[bytes]:
+        async for piece in self.pieces:
+            self.bytes += len(piece)
+            self.digest.update(piece)
+            yield piece
+
+
+async def save_output(
+    engine: AsyncEngine,
+    files: OutputFiles,
+    group: GroupRef,
+    body: AsyncIterator[bytes],
+    *,
+    path: str,
+    sha256: str,
+    size_bytes: int,
+    node_id: UUID,
+    now: datetime,
+) -> None:
+    """Store the file as an output. Sent again it takes the place of the one before. Raises NotFound and Conflict where
+    the node may not (any more), Invalid where the bytes are not those that were announced."""
+    check_output_path(path)
+    async with engine.connect() as conn:
+        job_id = await _expect_live(conn, group, node_id)
+    url = new_output_url(job_id, group.attempt_id, group.group_rank)
+    counted = Counted(body)
+    await files.write(url, counted.passed_on())
+    try:
+        _expect_whole(counted, sha256=sha256, size_bytes=size_bytes)
+        async with engine.begin() as conn:
+            await _expect_live(conn, group, node_id, lock=True)
+            row = OutputRow(
+                job_id=job_id,
+                attempt_id=group.attempt_id,
+                group_rank=group.group_rank,
+                path=path,
+                bytes=size_bytes,
+                hash=sha256,
+                url=url,
+                created_at=now,
+            )
+            replaced = await save_row(conn, row)
+    except (NotFound, Conflict, Invalid):
+        await files.delete([url])
+        raise
+    if replaced is not None:
+        await files.delete([replaced])
+
+
+async def _expect_live(conn: AsyncConnection, group: GroupRef, node_id: UUID, *, lock: bool = False) -> UUID:
+    """The job of a group that may still leave outputs."""
+    found = await live_group(conn, group, node_id=node_id, lock=lock)
+    if found is None:
+        raise NotFound("There is no such group of a live attempt on this node.")
+    job_id, epoch = found
+    if epoch != group.epoch:
+        raise Conflict(f"The attempt has epoch {epoch}, not {group.epoch}.")
+    return job_id
+
+
+def _expect_whole(counted: Counted, *, sha256: str, size_bytes: int) -> None:
+    if counted.bytes != size_bytes:
+        raise Invalid.field("", f"the body has {counted.bytes} bytes, not {size_bytes} as Content-Length says")
+    if counted.digest.hexdigest() != sha256:
+        raise Invalid.field("sha256", f"the body has the SHA-256 {counted.digest.hexdigest()}", "was it changed?")
