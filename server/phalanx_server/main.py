@@ -23,6 +23,7 @@ from phalanx_server.api import (
     agent_link,
     bundles,
     clusters,
+    environments,
     errors,
     events,
     explain,
@@ -56,7 +57,7 @@ from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-OF_JOBS = (jobs, events, explain, logs, outputs, metrics, queue, plan, bundles)
+OF_JOBS = (jobs, events, explain, logs, outputs, metrics, queue, plan, bundles, environments)
 RESOURCES = (*OF_JOBS, nodes, tenants, quotas, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
