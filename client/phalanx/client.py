@@ -1,5 +1,5 @@
 """The clients: `Client` blocks, `AsyncClient` awaits. This module owns the list of operations; what each one is stands
-in `job_requests.py` and `fleet_requests.py`, how it is carried out in `transport.py`.
+in `job_requests.py`, `environments.py` and `fleet_requests.py`, how it is carried out in `transport.py`.
 
     job_file = {"name": "hello", "resources": {"gpus": 2}, "run": {"command": "python train.py"}}
     with phalanx.Client() as client:  # the server of PHALANX_URL and PHALANX_TOKEN, else of `phalanx login`
@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import httpx
 
 from phalanx import config
+from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
 from phalanx.calls import Call, Pages, Steps, Stream
@@ -144,6 +145,10 @@ class Client:
     follow_logs = _stream(work.follow_logs)
     metrics = _call(work.metrics)
     follow_metrics = _stream(work.follow_metrics)
+    environments = _pages(packages.environments)
+    environment = _call(packages.environment)
+    create_environment = _call(packages.create_environment)
+    delete_environment = _call(packages.delete_environment)
     queue = _pages(fleet.queue)
     plan = _call(fleet.plan)
     nodes = _pages(fleet.nodes)
@@ -210,6 +215,10 @@ class AsyncClient:
     follow_logs = _astream(work.follow_logs)
     metrics = _acall(work.metrics)
     follow_metrics = _astream(work.follow_metrics)
+    environments = _apages(packages.environments)
+    environment = _acall(packages.environment)
+    create_environment = _acall(packages.create_environment)
+    delete_environment = _acall(packages.delete_environment)
     queue = _apages(fleet.queue)
     plan = _acall(fleet.plan)
     nodes = _apages(fleet.nodes)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote as quoted
 
 from phalanx import bundle as bundles
-from phalanx import models
+from phalanx import models, requirements
 from phalanx.answers import create, items, one, paged
 from phalanx.calls import Answer, Call, Message, Now, Page, Pages, Pause, Steps, Stream, Work, clean
 from phalanx.errors import ConnectionFailed, ProtocolError, Unavailable, WaitTimeout
@@ -40,7 +40,8 @@ def _job_path(job_id: str, *rest: str) -> str:
 
 
 def submit(job: JobFile, *, workdir: str | Path | None = None, idempotency_key: str | None = None) -> Steps[models.Job]:
-    """Submit one job. `workdir` (or else its `run.workdir`) is packed and uploaded, unless the server has it.
+    """Submit one job. `workdir` (or else its `run.workdir`) is packed and uploaded, unless the server has it; a
+    requirements file that `run.environment.requirements` names is read.
 
     Always sends an Idempotency-Key: sending the same job again with the same key answers the first one's job.
     """
@@ -50,7 +51,7 @@ def submit(job: JobFile, *, workdir: str | Path | None = None, idempotency_key: 
 
 def dry_run(job: JobFile) -> Call[models.DryRun]:
     """Check a job and say what the scheduler would do with it now; nothing is stored."""
-    return Call("POST", "/v1/jobs", one(models.DryRun), json=dict(job), params={"dry_run": "true"})
+    return Call("POST", "/v1/jobs", one(models.DryRun), json=requirements.filled_in(job), params={"dry_run": "true"})
 
 
 def submit_many(
@@ -62,10 +63,11 @@ def submit_many(
 
 
 def _delivered(jobs: Sequence[JobFile], workdir: str | Path | None) -> Steps[list[dict[str, Any]]]:
-    """The jobs with their directories on the server: `run.bundle` in place of `run.workdir`."""
+    """The jobs with their directories on the server: `run.bundle` in place of `run.workdir`, and with the lines of
+    their requirements files."""
     hashes: dict[tuple[str, Any], str] = {}
     delivered = []
-    for job in jobs:
+    for job in map(requirements.filled_in, jobs):
         given = job.get("run")
         run = dict(given) if isinstance(given, Mapping) else {}
         directory = run.get("workdir") if workdir is None else workdir

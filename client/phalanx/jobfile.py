@@ -43,6 +43,10 @@ class JobFile:
             steps.pop()
         return str(self.path or "")
 
+    def directory(self) -> Path:
+        """The file's own directory, which its paths count from."""
+        return self.path.parent if self.path else Path()
+
     def workdir(self) -> Path | None:
         """The directory to upload: `run.workdir`, counted from the file's own directory."""
         run = self.document.get("run")
@@ -51,9 +55,8 @@ class JobFile:
             return None
         if not isinstance(given, str):
             raise JobFileError(f"run.workdir is {given!r}: expected a path", path=self.place("run.workdir"))
-        base = self.path.parent if self.path else Path()
         try:
-            return base / Path(given).expanduser()
+            return self.directory() / Path(given).expanduser()
         except RuntimeError as error:
             raise JobFileError(f"run.workdir is {given!r}: {error}", path=self.place("run.workdir")) from None
 

@@ -209,6 +209,34 @@ def test_tenants_quotas_tokens_clusters(run: Run) -> None:
     assert "east" in run("clusters").stdout and "main" in run("clusters").stdout
 
 
+def test_an_environment_from_its_file_to_the_jobs_that_name_it(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "base.txt").write_text("einops==0.8.1  # shapes\n")
+    (tmp_path / "reqs.txt").write_text("-r base.txt\ntiktoken\n")
+    create = ("environment", "create", "nlp", "--requirements", str(tmp_path / "reqs.txt"))
+    file = tmp_path / "job.yaml"
+    text = "name: lm\nresources: {gpus: 1}\nrun:\n  command: x\n  environment: "
+    file.write_text(text + "{name: nlp}\n")
+    refused = run("submit", str(file), code=2)
+    assert refused.stderr.startswith(f"error: {file}:5:17: run.environment.name: ")
+    assert "phalanx environment create nlp" in refused.stderr
+    assert "nlp is registered for default, with 2 requirements" in run(*create).stdout
+    run(*create, code=5)
+    run("submit", str(file)), run("submit", "--dry-run", str(file))
+    assert "nlp, 2 requirements" in run("show", "@last").stdout
+    spec = json.loads(run("show", "@last", "-o", "json").stdout)["spec"]
+    assert spec["run"]["environment"]["requirements"] == ["einops==0.8.1", "tiktoken"]
+    (tmp_path / "again.json").write_text(json.dumps(spec))
+    run("submit", str(tmp_path / "again.json"))
+    assert "einops==0.8.1" in run("environment", "show", "nlp").stdout
+    run("environment", "delete", "nlp"), run("environment", "show", "nlp", code=4)
+    file.write_text(text + "{requirements: reqs.txt}\n")
+    run("submit", str(file))
+    assert "2 requirements" in run("show", "@last").stdout
+    (tmp_path / "base.txt").write_text("-e .\n")
+    said = run("submit", str(file), code=2).stderr
+    assert said.startswith(f"error: {file}:5:17: run.environment.requirements: ") and "'-e .'" in said
+
+
 # ------------------------------------------------------------------ a whole life
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
 from phalanx.bundle import Bundle
@@ -36,6 +38,10 @@ ASKED: dict[str, Any] = {
     "follow_logs": work.follow_logs(JOB, rank=0, stream="stderr", tail_lines=5),
     "metrics": work.metrics(JOB, names=["loss"], start=NOW, end=NOW, max_points=9),
     "follow_metrics": work.follow_metrics(JOB, names=["loss"]),
+    "environments": packages.environments(tenant="a", name="n")("c"),
+    "environment": packages.environment("env_1"),
+    "create_environment": packages.create_environment("n", ["x"], tenant="a"),
+    "delete_environment": packages.delete_environment("env_1"),
     "queue": fleet.queue(tenant="a", limit=5)("c"),
     "plan": fleet.plan(jobs=[JOB_FILE]),
     "nodes": fleet.nodes()("c"),
@@ -85,11 +91,12 @@ def test_the_server_knows_the_request(document: dict[str, Any], name: str) -> No
 
 def test_every_operation_of_the_sdk_is_among_them() -> None:
     composed = {"wait", "upload"}  # of others, or with a body that is streamed
-    described = {name for module in (work, fleet) for name, f in vars(module).items() if _is_request(module, f)}
+    described = {
+        name for module in (work, packages, fleet) for name, f in vars(module).items() if _is_request(module, f)
+    }
     assert described - composed <= set(ASKED)
 
 
 def _is_request(module: Any, value: Any) -> bool:
-    return (
-        callable(value) and getattr(value, "__module__", "") == module.__name__ and not value.__name__.startswith("_")
-    )
+    own = inspect.isfunction(value) and value.__module__ == module.__name__
+    return own and not value.__name__.startswith("_")

@@ -71,6 +71,7 @@ class PlainBoard:
         self._write, self._clock = write, clock
         self._pace = Pace()
         self._headline = ""
+        self._told: set[str] = set()
         self._progress: str | None = None
         self._written_at = float("-inf")
 
@@ -89,6 +90,12 @@ class PlainBoard:
         if text != self._headline:
             self._line(text)
         self._headline = text
+
+    def tell(self, text: str) -> None:
+        """Something that happened; said once, however many nodes say it."""
+        if text not in self._told:
+            self._line(text)
+        self._told.add(text)
 
     def _line(self, text: str) -> None:
         self._written_at = self._clock()
@@ -120,6 +127,7 @@ class LiveBoard:
         self._pace = Pace()
         self._job: Job | None = None
         self._note = ""
+        self._told = ""
 
     def show(self, job: Job) -> None:
         self._pace.take(job.progress)
@@ -127,6 +135,10 @@ class LiveBoard:
 
     def note(self, text: str) -> None:
         self._note = text
+
+    def tell(self, text: str) -> None:
+        """What happens on the way to the start."""
+        self._told = text
 
     def render(self) -> Any:
         from rich.console import Group
@@ -156,6 +168,8 @@ class LiveBoard:
         if waits_for := describe.hold(job):
             unblocks = [f"  would unblock it: {what}" for what in (job.hold.unblocks if job.hold else [])[:3]]
             return [Text(f"  {waits_for}"), *(Text(line, style="dim") for line in unblocks)]
+        if job.state == "starting" and self._told:
+            return [Text(f"  {self._told}", style="dim")]
         if job.state in ("running", "stopping"):
             return [self._progress_line(job)]
         return []

@@ -35,6 +35,14 @@ def asked(job: Job) -> str:
     return f"{replicas} {'replica' if replicas == 1 else 'replicas'} × {gpus} GPUs{kinds}"
 
 
+def environment(job: Job) -> str | None:
+    """The name of the job's environment, and how many requirements it has."""
+    asked = (job.spec.get("run") or {}).get("environment") or {}
+    count = len(asked.get("requirements") or ())
+    parts = [asked.get("name"), f"{count} requirement{'' if count == 1 else 's'}" if count else None]
+    return ", ".join(filter(None, parts)) or None
+
+
 def attempt(job: Job) -> str | None:
     if job.attempt is None:
         return None

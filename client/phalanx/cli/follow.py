@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from phalanx.client import AsyncClient
 
 POLL_S = 0.5
+TOLD = frozenset({"environment"})  # kinds of events that the state of a job does not show
 
 
 class Board(Protocol):
@@ -28,11 +29,13 @@ class Board(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def tell(self, text: str) -> None: ...
+
 
 async def follow(client: AsyncClient, job_id: str, board: Board, *, poll_s: float = POLL_S) -> Job:
     """Show the job until it has ended, and answer it. An unreachable server is waited for OUTAGE_TOLERANCE_S."""
     changed = asyncio.Event()
-    listener = asyncio.create_task(_listen(client, job_id, changed))
+    listener = asyncio.create_task(_listen(client, job_id, board, changed))
     heard_at = time.monotonic()
     try:
         while True:
@@ -54,9 +57,11 @@ async def follow(client: AsyncClient, job_id: str, board: Board, *, poll_s: floa
         await asyncio.gather(listener, return_exceptions=True)
 
 
-async def _listen(client: AsyncClient, job_id: str, changed: asyncio.Event) -> None:
+async def _listen(client: AsyncClient, job_id: str, board: Board, changed: asyncio.Event) -> None:
     """Wake the follower on each event. Only a hint: without it the follower still looks every `poll_s`."""
     with suppress(PhalanxError):
-        async for _ in client.follow(job_id):
+        async for event in client.follow(job_id):
+            if event.kind in TOLD:
+                board.tell(event.message)
             changed.set()
     changed.set()

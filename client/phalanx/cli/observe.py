@@ -91,6 +91,7 @@ def _print_job(job: Job) -> None:
             ("tenant", f"{job.tenant}  (by {job.created_by}, priority {job.priority})"),
             ("asked", describe.asked(job)),
             ("command", run.get("command")),
+            ("environment", describe.environment(job)),
             ("submitted", f"{output.local(job.submitted_at)} ({output.ago(job.submitted_at)})"),
             ("started", output.local(job.started_at)),
             ("finished", output.local(job.finished_at)),

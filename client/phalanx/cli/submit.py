@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from phalanx import config, jobfile
+from phalanx import config, jobfile, requirements
 from phalanx.cli import describe, failures, output, session
 from phalanx.cli.failures import FAILED, INTERRUPTED, INVALID, CommandError
 from phalanx.errors import InvalidRequest
@@ -71,7 +71,7 @@ def submit(
         jobfile.put(job.document, ["run", "env", (pair := _variable(text))[0]], pair[1])
     job = replace(job, document=jobfile.override(job.document, set_ or []))
     directory = None if no_upload else workdir or job.workdir()
-    document = _without_workdir(job.document)
+    document = _as_sent(job)
     with session.connected() as client:
         try:
             if dry_run:
@@ -135,8 +135,9 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _without_workdir(document: dict[str, Any]) -> dict[str, Any]:
-    """What is sent: the directory is this machine's business."""
+def _as_sent(job: JobFile) -> dict[str, Any]:
+    """The document without what is this machine's business: the directory, and the name of a requirements file."""
+    document = requirements.filled_in(job.document, base=job.directory(), place=job.place(requirements.FIELD))
     run = document.get("run")
     if not isinstance(run, dict):
         return document
