@@ -111,7 +111,12 @@ def _policy(settings: Settings) -> Policy:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     url = settings.required_database_url
-    engine = create_engine(url, pool_size=settings.database_pool, application_name="phalanx-server")
+    engine = create_engine(
+        url,
+        pool_size=settings.database_pool,
+        application_name="phalanx-server",
+        statement_timeout_s=settings.statement_timeout_s,
+    )
     async with Wakeups(url) as wakeups:
         submitter = Submitter(engine, on_flush=app.state.measures.observe_flush)
         await submitter.start()

@@ -39,6 +39,7 @@ from phalanx_server.store.wakeups import Wakeups
 
 USAGE, UNAVAILABLE = 2, 6  # exit codes of the CLI
 POOL_SIZE = 6
+STATEMENT_TIMEOUT_S = 120.0  # a cold start reads a million jobs, retention deletes days of rows
 # A planner is a million objects that live long: with Python's own thresholds the collector takes half of a cold start.
 GC_THRESHOLDS = (100_000, 50, 100)
 
@@ -52,7 +53,9 @@ async def run_scheduler(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     url = settings.required_database_url
-    engine = create_engine(url, pool_size=POOL_SIZE, application_name="phalanx-scheduler")
+    engine = create_engine(
+        url, pool_size=POOL_SIZE, application_name="phalanx-scheduler", statement_timeout_s=STATEMENT_TIMEOUT_S
+    )
     holder = f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}"
     leader = Leader(engine, holder=holder, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s)
     async with AsyncExitStack() as stack:

@@ -26,6 +26,8 @@ class Settings(BaseSettings):
     """`postgresql+asyncpg://…`; no default, so that no process ever writes to a database by accident."""
     database_pool: Annotated[int, Field(ge=1, le=500)] = 12
     """Connections this process may hold, the listener not counted."""
+    statement_timeout_s: Seconds = 30
+    """Of the server: a statement that waits longer, for a lock say, is given up, and its caller told to come back."""
     data_dir: Path = Path("~/.local/share/phalanx")
     storage_url: str | None = None
     """fsspec root of logs, code bundles and outputs; absent = `<data_dir>/storage`."""

@@ -22,9 +22,9 @@ from phalanx_server.main import configure_logging, create_app
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
 from phalanx_server.store.engine import create_engine
-from phalanx_server.store.schema import clusters, nodes, quotas, tenants
+from phalanx_server.store.schema import attempts, clusters, jobs, nodes, placements, quotas, tenants
 from phalanx_server.store.tokens import TokenRow, insert_token, mint
-from sqlalchemy import insert
+from sqlalchemy import Table, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 TENANTS = ("default", "research", "research/nlp", "vision")
@@ -47,6 +47,34 @@ class World:
         kind = role if role in ("cluster", "node") else "user"
         await insert_token(conn, minted, TokenRow(kind=kind, role=role, name=name, **scope))
         self.tokens[name], self.token_ids[name] = minted.text, minted.id
+
+    async def place(self, job: str) -> str:
+        """Let the first attempt of a job start on n0; its id."""
+        attempt, job_id = ids.new_id(), ids.parse("job", job)
+        async with self.engine.begin() as conn:
+            given = {"cluster_id": self.cluster, "number": 1, "epoch": 1, "gpu_type": "h100", "replicas": 1}
+            await conn.execute(insert(attempts).values(id=attempt, job_id=job_id, created_at=func.now(), **given))
+            await conn.execute(update(jobs).where(jobs.c.id == job_id).values(epoch=1))
+            group = {"group_rank": 0, "replicas": 1, "gpu_indices": [0], "first_rank": 0, "ranks": 1}
+            place = {"attempt_id": attempt, "node_id": self.nodes["n0"], "cpus": 0, "memory_bytes": 0}
+            await conn.execute(insert(placements).values(**place, **group))
+        return ids.encode("attempt", attempt)
+
+    async def silence(self, node: str) -> None:
+        """Let a node be silent for so long that it will be given up."""
+        past = datetime.now(UTC) - timedelta(hours=1)
+        async with self.engine.begin() as conn:
+            await conn.execute(update(nodes).where(nodes.c.id == self.nodes[node]).values(runner_seen_at=past))
+
+    async def silent_s(self, node: str) -> float:
+        query = select(nodes.c.runner_seen_at).where(nodes.c.id == self.nodes[node])
+        async with self.engine.connect() as conn:
+            return (datetime.now(UTC) - (await conn.execute(query)).scalar_one()).total_seconds()
+
+    async def count(self, *tables: Table) -> int:
+        """Rows of all these together."""
+        async with self.engine.connect() as conn:
+            return sum([(await conn.execute(select(func.count()).select_from(each))).scalar_one() for each in tables])
 
 
 async def populate(world: World) -> None:

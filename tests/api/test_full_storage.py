@@ -8,7 +8,6 @@ import hashlib
 import random
 import threading
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,8 +20,7 @@ from phalanx_server.settings import Settings
 from phalanx_server.store import ids
 from phalanx_server.store import logs as log_store
 from phalanx_server.store.logs import LogFiles
-from phalanx_server.store.schema import metrics, nodes
-from sqlalchemy import func, select, update
+from phalanx_server.store.schema import metrics
 
 MIB = 1 << 20
 
@@ -40,17 +38,7 @@ def settings(settings: Settings, disk: Any) -> Settings:
 async def an_attempt(world: Any, alice: httpx.AsyncClient, job_file: Any) -> tuple[str, str]:
     """A job that runs on n0: its id, and its attempt's."""
     job = (await alice.post("/v1/jobs", json=job_file())).json()["id"]
-    attempt = ids.new_id()
-    async with world.engine.begin() as conn:
-        await conn.exec_driver_sql(
-            "INSERT INTO attempts (id, job_id, cluster_id, number, epoch, gpu_type, replicas, created_at)"
-            f" VALUES ('{attempt}', '{ids.parse('job', job)}', '{world.cluster}', 1, 1, 'h100', 1, now())"
-        )
-        await conn.exec_driver_sql(f"UPDATE jobs SET epoch = 1 WHERE id = '{ids.parse('job', job)}'")
-        await conn.exec_driver_sql(
-            f"INSERT INTO placements VALUES ('{attempt}', '{world.nodes['n0']}', 0, 1, '{{0}}', 0, 1, 0, 0)"
-        )
-    return job, ids.encode("attempt", attempt)
+    return job, await world.place(job)
 
 
 def report(attempt: str, seq: int, *, text: str = "") -> dict[str, Any]:
@@ -68,46 +56,28 @@ def report(attempt: str, seq: int, *, text: str = "") -> dict[str, Any]:
     }
 
 
-async def silence(world: Any, node: str) -> None:
-    """Let the node be silent for so long that it will be given up."""
-    async with world.engine.begin() as conn:
-        past = datetime.now(UTC) - timedelta(hours=1)
-        await conn.execute(update(nodes).where(nodes.c.id == world.nodes[node]).values(runner_seen_at=past))
-
-
-async def silent_s(world: Any, node: str) -> float:
-    query = select(nodes.c.runner_seen_at).where(nodes.c.id == world.nodes[node])
-    async with world.engine.connect() as conn:
-        return (datetime.now(UTC) - (await conn.execute(query)).scalar_one()).total_seconds()
-
-
-async def points(world: Any) -> int:
-    async with world.engine.connect() as conn:
-        return (await conn.execute(select(func.count()).select_from(metrics))).scalar_one()
-
-
 async def test_a_report_whose_logs_find_no_place_is_heard_and_may_come_again(
     world: Any, alice: httpx.AsyncClient, calls: Any, job_file: Any, disk: Any
 ) -> None:
     job, attempt = await an_attempt(world, alice, job_file)
     runner, text = calls("n0"), "hello\n" * 1000
-    await silence(world, "n0")
+    await world.silence("n0")
     disk.fill()
     answer = await runner.post("/v1/node/reports", json=report(attempt, 5, text=text))
     problem = answer.json()
     assert (answer.status_code, problem["code"]) == (503, "storage_unavailable"), answer.text
     assert answer.headers["retry-after"] == "2" and "No space left" in problem["detail"]
-    assert await silent_s(world, "n0") < 60, "the node is not given up"
-    assert await points(world) == 0
+    assert await world.silent_s("n0") < 60, "the node is not given up"
+    assert await world.count(metrics) == 0
     without = await runner.post("/v1/node/reports", json=report(attempt, 5))
     assert without.json()["accepted_seq"] == 5, "its number was not taken"
-    assert await points(world) == 1
+    assert await world.count(metrics) == 1
     disk.empty()
     for seq in (6, 6):
         again = await runner.post("/v1/node/reports", json=report(attempt, seq, text=text))
         assert again.status_code == 200 and again.json()["accepted_seq"] == 6
     assert (await alice.get(f"/v1/jobs/{job}/logs?attempt=1")).text == text
-    assert await points(world) == 2, "nothing is doubled"
+    assert await world.count(metrics) == 2, "nothing is doubled"
 
 
 async def test_a_write_that_fails_leaves_nothing_behind(disk: Any) -> None:
@@ -125,13 +95,13 @@ async def test_storage_that_hangs_is_not_waited_for(
     files = app.state.services.log_files
     monkeypatch.setattr(files, "_write", lambda *_: released.wait())
     _, attempt = await an_attempt(world, alice, job_file)
-    await silence(world, "n0")
+    await world.silence("n0")
     reports = [report(attempt, seq, text="hello") for seq in range(1, 2 * log_store.THREADS)]
     answers = await asyncio.gather(*(calls("n0").post("/v1/node/reports", json=each) for each in reports))
     released.set()
     assert {answer.json()["code"] for answer in answers} == {"storage_unavailable"}
     assert "does not answer" in answers[0].json()["detail"]
-    assert await silent_s(world, "n0") < 60
+    assert await world.silent_s("n0") < 60
 
 
 async def test_logs_of_an_attempt_that_ended_meanwhile_are_taken_later(

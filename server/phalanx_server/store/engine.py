@@ -11,13 +11,22 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 CONNECT_TIMEOUT_S = 10
+STATEMENT_TIMEOUT_S = 30.0
+NO_ANSWER_S = 5.0  # beyond a statement's own time: then the server is taken for gone
 POOL_WAIT_S = 15.0
 
 
-def create_engine(url: str, *, pool_size: int = 12, application_name: str = "phalanx") -> AsyncEngine:
+def create_engine(
+    url: str,
+    *,
+    pool_size: int = 12,
+    application_name: str = "phalanx",
+    statement_timeout_s: float = STATEMENT_TIMEOUT_S,
+) -> AsyncEngine:
     """An async engine for `url` (`postgresql://` is read as `postgresql+asyncpg://`).
 
-    Sessions run in UTC at READ COMMITTED, which every guard of the actions is written for.
+    Sessions run in UTC at READ COMMITTED, which every guard of the actions is written for. No statement takes longer
+    than `statement_timeout_s`: one that waits for a lock gives its connection back.
     """
     return create_async_engine(
         with_driver(url),
@@ -27,9 +36,16 @@ def create_engine(url: str, *, pool_size: int = 12, application_name: str = "pha
         pool_pre_ping=False,
         pool_recycle=1800,
         json_serializer=dump_json,
+        hide_parameters=True,  # errors are logged, and values are hashes of tokens, secrets, users' code
         connect_args={
             "timeout": CONNECT_TIMEOUT_S,
-            "server_settings": {"application_name": application_name, "timezone": "UTC", "jit": "off"},
+            "command_timeout": statement_timeout_s + NO_ANSWER_S,
+            "server_settings": {
+                "application_name": application_name,
+                "timezone": "UTC",
+                "jit": "off",
+                "statement_timeout": str(round(statement_timeout_s * 1000)),
+            },
         },
     )
 
