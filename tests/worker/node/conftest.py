@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import secrets
+import sys
 import textwrap
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ import pytest_asyncio
 from phalanx_worker import protocol
 from phalanx_worker.node.service import Runner
 from phalanx_worker.protocol import DesiredAttempt, GroupPlacement, Launch
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
 
 ENDED_WITHIN_S = 30.0
 # The last digits of an attempt's id name its directory in /tmp, and runners clear up what bears their attempts' ids:

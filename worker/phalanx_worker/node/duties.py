@@ -14,9 +14,10 @@ from phalanx_worker.node import environment, processes, users
 from phalanx_worker.node.bundles import Bundles
 from phalanx_worker.node.devices import Devices
 from phalanx_worker.node.fence import CheckGcs, Fence
+from phalanx_worker.node.interpreters import open_interpreters
 from phalanx_worker.node.launch import Launcher
 from phalanx_worker.node.link import Link
-from phalanx_worker.node.orders import Settings
+from phalanx_worker.node.orders import GroupOrder, Settings
 from phalanx_worker.node.outbox import Outbox
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.spool import Spool
@@ -67,6 +68,15 @@ class Duties:
         env = {**environment.warm_environment(environ, python=python), **warm_env}
         warm = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log")
         problem = await users.own_users_problem(python, data_dir) if settings.own_users else "not asked for"
+        interpreters = open_interpreters(
+            warm,
+            environ,
+            python=python,
+            warm_env=warm_env,
+            directory=data_dir / "environments",
+            limit_bytes=settings.environments_bytes,
+            live=lambda: _live(hooks.groups(), own_users=not problem),
+        )
         outbox = Outbox(boot)
         fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
         watch = Watch(Devices(), hooks.groups)
@@ -74,9 +84,7 @@ class Duties:
         launcher = Launcher(
             workspace=workspace,
             bundles=Bundles(data_dir / "bundles", link.fetch_bundle),
-            warm=warm,
-            node_env=environment.node_environment(environ, python=python),
-            python=python,
+            interpreters=interpreters,
             own_users=not problem,
             fence=fence,
             outage=link.outage,
@@ -87,6 +95,7 @@ class Duties:
         duties.tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(watch.run()),
+            asyncio.create_task(interpreters.run()),
             asyncio.create_task(fence.keep_leases(lambda fence_s: _ping(hooks.groups(), fence_s))),
             asyncio.create_task(fence.run(lambda silent_s: _cut_off(hooks.groups(), "its cluster", silent_s))),
             asyncio.create_task(link.outage.run(lambda silent_s: _cut_off(hooks.groups(), "the server", silent_s))),
@@ -103,7 +112,7 @@ class Duties:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.link.close()
-        await self.warm.close()
+        await self.launcher.interpreters.close()
 
 
 def _end_leftovers(workspace: Workspace) -> None:
@@ -111,6 +120,11 @@ def _end_leftovers(workspace: Workspace) -> None:
     attempts = set(workspace.leftovers())
     processes.kill(stray.pid for stray in processes.strays() if f"{stray.attempt_id}-{stray.group_rank}" in attempts)
     workspace.clear()
+
+
+def _live(groups: list[Group], *, own_users: bool) -> list[tuple[GroupOrder, int | None]]:
+    orders = [group.order for group in groups if group.state != "ended"]
+    return [(order, order.desired.tenant_uid if own_users else None) for order in orders]
 
 
 def _heartbeat(hooks: Hooks, watch: Watch, warm: WarmProcess) -> Heartbeat:

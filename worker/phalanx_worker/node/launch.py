@@ -1,4 +1,4 @@
-"""From an order to running ranks: directories, code, environment, the choice of warm or cold, the fork.
+"""From an order to running ranks: its Python, directories, code, variables, the choice of warm or cold, the fork.
 
 Owns that sequence. Knows neither the table of groups nor the server.
 """
@@ -9,7 +9,9 @@ import contextlib
 import getpass
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from phalanx_worker.node.bundles import Bundles
 from phalanx_worker.node.command import Launch, plan_launch
 from phalanx_worker.node.environment import Places
 from phalanx_worker.node.fence import Fence, OutageFence
+from phalanx_worker.node.interpreters import Interpreter, Interpreters
 from phalanx_worker.node.orders import GroupOrder, StartFailed
 from phalanx_worker.node.ranks import Group, GroupEvents
 from phalanx_worker.node.threads import to_its_end
-from phalanx_worker.node.warm import WarmProcess, WarmState
+from phalanx_worker.node.warm import WarmState
 from phalanx_worker.node.workspace import Workspace
+from phalanx_worker.protocol import Mark
 from phalanx_worker.runtime.spec import GroupSpec, RankSpec, StoreSpec
 
 
@@ -33,9 +37,7 @@ class Launcher:
 
     workspace: Workspace
     bundles: Bundles
-    warm: WarmProcess
-    node_env: Mapping[str, str]
-    python: str
+    interpreters: Interpreters
     own_users: bool
     fence: Fence
     outage: OutageFence
@@ -43,21 +45,37 @@ class Launcher:
 
     async def start(self, order: GroupOrder, listener: socket.socket | None, events: GroupEvents) -> Group:
         """Start one group. Raises StartFailed with nothing left behind, directories included."""
-        state = await self.warm.ready()
         uid = self._uid(order)
+        async with self._interpreter(order, uid, events.put) as interpreter:
+            return await self._start(order, uid, interpreter, listener, events)
+
+    async def prepare(self, order: GroupOrder, put: Callable[[Mark], None]) -> None:
+        """Build the group's environment where it has one. Raises StartFailed."""
+        async with self._interpreter(order, self._uid(order), put):
+            pass
+
+    async def _start(
+        self,
+        order: GroupOrder,
+        uid: int | None,
+        interpreter: Interpreter,
+        listener: socket.socket | None,
+        events: GroupEvents,
+    ) -> Group:
+        state = await interpreter.ready()
         places = self.workspace.places(order)
         try:
             await to_its_end(self.workspace.prepare, order, uid)
             if order.desired.launch.bundle:
                 await self.bundles.unpack(order.desired.launch.bundle, order.attempt_id, Path(places.work), uid)
-            launch = self._plan(order, state)
-            spec = self._spec(order, places, launch, uid=uid, hosted_store=bool(state.torch))
+            launch = _plan(order, interpreter.python, state)
+            spec = self._spec(order, places, launch, interpreter, uid=uid, hosted_store=bool(state.torch))
             group = Group(order, places, launch, events)
             if listener is not None and spec.store is None:
                 listener.close()  # no torch here to host the store: rank 0 binds the port itself
                 listener = None
             self._expect_contact()
-            await group.start(self.warm, spec, listener)
+            await group.start(interpreter.warm, spec, listener)
         except BaseException:
             await to_its_end(self.workspace.remove, places)
             raise
@@ -75,20 +93,30 @@ class Launcher:
             raise StartFailed("the tenant has no Unix user, and this node runs ranks under their tenant's user")
         return order.desired.tenant_uid
 
-    def _plan(self, order: GroupOrder, state: WarmState) -> Launch:
-        launch = order.desired.launch
-        try:
-            return plan_launch(
-                launch.command, launch.env, python=self.python, version=state.python, warm_unfit=state.unfit
-            )
-        except ValueError as error:
-            raise StartFailed(f"the command cannot be understood: {error}") from error
+    def _interpreter(
+        self, order: GroupOrder, uid: int | None, put: Callable[[Mark], None]
+    ) -> AbstractAsyncContextManager[Interpreter]:
+        def tell(message: str) -> None:
+            data = {"message": f"{message} on {order.group.node}"}
+            first_rank = order.group.first_rank
+            put(Mark(order.attempt_id, order.epoch, first_rank, kind="environment", at=time.time(), data=data))
+
+        return self.interpreters.hold(order.desired.launch.environment, uid, tell)
 
     def _spec(
-        self, order: GroupOrder, places: Places, launch: Launch, *, uid: int | None, hosted_store: bool
+        self,
+        order: GroupOrder,
+        places: Places,
+        launch: Launch,
+        interpreter: Interpreter,
+        *,
+        uid: int | None,
+        hosted_store: bool,
     ) -> GroupSpec:
         user = _own_name() if uid is None else f"phx{uid}"
-        env = environment.group_environment(order, places, node_env=self.node_env, user=user, hosted_store=hosted_store)
+        env = environment.group_environment(
+            order, places, node_env=interpreter.node_env, user=user, hosted_store=hosted_store
+        )
         first_rank = order.group.first_rank
         hosts = order.hosts_rendezvous and hosted_store
         return GroupSpec(
@@ -103,9 +131,18 @@ class Launcher:
             store=StoreSpec(order.master_addr, order.master_port, order.desired.launch.world_size) if hosts else None,
             threads=_threads(order, env) if launch.warm else 1,
             unbuffered=bool(env["PYTHONUNBUFFERED"]),
+            venv=interpreter.venv,
             fence_s=self.fence.fence_s,
             straggler_s=_seconds(order.desired.launch.env.get("PHALANX_STRAGGLER_S")) or self.straggler_s,
         )
+
+
+def _plan(order: GroupOrder, python: str, state: WarmState) -> Launch:
+    launch = order.desired.launch
+    try:
+        return plan_launch(launch.command, launch.env, python=python, version=state.python, warm_unfit=state.unfit)
+    except ValueError as error:
+        raise StartFailed(f"the command cannot be understood: {error}") from error
 
 
 def _threads(order: GroupOrder, env: Mapping[str, str]) -> int:

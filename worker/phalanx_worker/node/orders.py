@@ -14,7 +14,12 @@ from phalanx_worker.protocol import DesiredAttempt, GroupPlacement
 
 
 class StartFailed(Exception):
-    """A group could not be started; nothing of it runs. The message is for the user."""
+    """A group could not be started; nothing of it runs. The message, one line, is for the user. `permanent`: another
+    try, here or elsewhere, would end the same."""
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Settings:
     outage_tolerance_s: float = 3_600.0
     straggler_s: float = 0.0  # 0: nobody is taken for one
     own_users: bool = False
+    environments_bytes: int = 20 << 30  # environments that nobody uses go beyond this
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Settings:

@@ -32,6 +32,9 @@ class NodeRunner:
     async def reserve_rendezvous(self, attempt_id: str) -> dict[str, Any]:
         return await self._service().reserve_rendezvous(attempt_id)
 
+    async def prepare_group(self, order: dict[str, Any]) -> dict[str, Any]:
+        return await self._service().prepare_group(order)
+
     async def start_group(self, order: dict[str, Any]) -> dict[str, Any]:
         return await self._service().start_group(order)
 

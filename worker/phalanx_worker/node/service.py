@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from phalanx_worker import protocol
 from phalanx_worker.node.duties import Duties, Hooks
@@ -28,6 +28,8 @@ __all__ = ["Runner", "StartFailed"]
 _FLUSH_S = 0.5
 _KILLED_S = 30.0
 _BACKLOG = 1024
+
+T = TypeVar("T")
 
 
 class Runner:
@@ -52,6 +54,7 @@ class Runner:
         self._duties: Duties | None = None
         self._opening = asyncio.Lock()
         self._starts: dict[str, tuple[int, asyncio.Task[Group]]] = {}
+        self._preparing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._listeners: dict[str, socket.socket] = {}
         self._seq = time.time_ns() // 1_000_000  # an agent that knew the runner before this one must see a change
         self._changed = asyncio.Event()
@@ -88,6 +91,20 @@ class Runner:
             listener = self._listeners[attempt_id] = _listen(self._address)
         return {"host": self._address, "port": listener.getsockname()[1]}
 
+    async def prepare_group(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Build the group's environment, which may take long, so that its start does not. Raises StartFailed."""
+        duties = self._open_duties()
+        duties.fence.touch()
+        read = GroupOrder.read(order)
+        epoch, preparing = self._preparing.get(read.attempt_id, (read.epoch, None))
+        if preparing is None:
+            preparing = asyncio.create_task(duties.launcher.prepare(read, duties.outbox.put))
+            self._preparing[read.attempt_id] = (epoch, preparing)
+            preparing.add_done_callback(lambda _: self._preparing.pop(read.attempt_id))
+        _expect_epoch(epoch, read)
+        await _unless_stopped(preparing)
+        return {}
+
     async def start_group(self, order: dict[str, Any]) -> dict[str, Any]:
         """Start one group and answer its ranks; again the same for the same attempt and epoch. Raises StartFailed."""
         duties = self._open_duties()
@@ -98,14 +115,8 @@ class Runner:
             epoch = read.epoch
             start = asyncio.create_task(self._start(duties, read))
             self._starts[read.attempt_id] = (epoch, start)
-        if epoch != read.epoch:
-            raise StartFailed(f"epoch {epoch} of this attempt is here, epoch {read.epoch} was ordered")
-        try:
-            group = await asyncio.shield(start)
-        except asyncio.CancelledError:
-            if not start.cancelled():
-                raise  # only this call was given up
-            raise StartFailed("the attempt was stopped before its ranks were started") from None
+        _expect_epoch(epoch, read)
+        group = await _unless_stopped(start)
         return {"ranks": [protocol.encode(rank) for rank in group.starts]}
 
     async def stop_group(self, attempt_id: str, grace_s: float) -> None:
@@ -155,7 +166,8 @@ class Runner:
         duties = self._duties
         if duties is None:
             return
-        starting = [start for _, start in self._starts.values() if not start.done()]
+        tasks = [*self._starts.values(), *self._preparing.values()]
+        starting = [start for _, start in tasks if not start.done()]
         for start in starting:
             start.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
@@ -185,6 +197,7 @@ class Runner:
 
     async def _group(self, attempt_id: str) -> Group | None:
         """The started group; None if there is none. A start that is under way is given up, and has ended then."""
+        await self._stop_preparing(attempt_id)
         _, start = self._starts.get(attempt_id, (0, None))
         if start is None:
             return None
@@ -194,13 +207,21 @@ class Runner:
             return await asyncio.shield(start)
         return None
 
+    async def _stop_preparing(self, attempt_id: str) -> None:
+        _, preparing = self._preparing.get(attempt_id, (0, None))
+        if preparing is not None:
+            if not preparing.cancelling():
+                preparing.cancel()
+            await asyncio.wait([preparing])
+
     def _groups(self) -> list[Group]:
         done = [start for _, start in self._starts.values() if start.done() and not start.cancelled()]
         return [start.result() for start in done if start.exception() is None]
 
     def _present(self) -> list[AttemptRef]:
         """Attempts that have ranks here or may have them soon: the server takes one that is not listed for gone."""
-        starting = [AttemptRef(name, epoch) for name, (epoch, start) in self._starts.items() if not start.done()]
+        begun = [*self._starts.items(), *self._preparing.items()]
+        starting = [AttemptRef(name, epoch) for name, (epoch, start) in begun if not start.done()]
         return [*starting, *(AttemptRef(*group.key) for group in self._groups() if group.state != "ended")]
 
     def _drop_listener(self, attempt_id: str) -> None:
@@ -247,6 +268,21 @@ class Runner:
         if self._duties is None:
             raise RuntimeError("the runner is not configured yet")
         return self._duties
+
+
+def _expect_epoch(here: int | None, order: GroupOrder) -> None:
+    if here != order.epoch:
+        raise StartFailed(f"epoch {here} of this attempt is here, epoch {order.epoch} was ordered")
+
+
+async def _unless_stopped(task: asyncio.Task[T]) -> T:
+    """The result of a start, or of what prepares one. Raises StartFailed where the attempt was stopped meanwhile."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.cancelled():
+            raise  # only this call was given up
+        raise StartFailed("the attempt was stopped before its ranks were started") from None
 
 
 def _facts(group: Group) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class WarmState:
     python: str  # its version, as "3.11"
     torch: str
     unfit: str
+    loaded: frozenset[str] = frozenset()  # modules that are not Python's own
 
 
 class WarmProcess:
@@ -109,7 +110,8 @@ class WarmProcess:
         if received is None:
             log.error("the warm process died or hung while loading; see %s", self._log_path)
             return
-        self._state.set_result(WarmState(received["pid"], received["python"], received["torch"], received["unfit"]))
+        said = [received[name] for name in ("pid", "python", "torch", "unfit")]
+        self._state.set_result(WarmState(*said, loaded=frozenset(received["loaded"])))
         on_ready()
         if with_torch:
             self._deaths = self._tries_again = 0

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guardians are reaped by the kernel
     state = {"pid": os.getpid(), "python": "{}.{}".format(*sys.version_info)}
-    channel.send(connection, {"op": "ready", **state, **preload(wanted=not options.no_torch)})
+    channel.send(connection, {"op": "ready", **state, **preload(wanted=not options.no_torch), "loaded": _loaded()})
     serve(connection)
     return 0
 
@@ -56,6 +56,11 @@ def preload(*, wanted: bool) -> dict[str, Any]:
     gc.collect()
     gc.freeze()  # else the collector would touch, and so copy, every page that ranks share with this process
     return {"torch": str(sys.modules["torch"].__version__), "unfit": _unfit()}
+
+
+def _loaded() -> list[str]:
+    """What a fork has already, whatever its environment brings."""
+    return sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names)
 
 
 def _unfit() -> str:

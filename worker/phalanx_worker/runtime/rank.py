@@ -16,7 +16,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from phalanx_worker.runtime import linux, marks, process_groups, script
+from phalanx_worker.runtime import linux, marks, process_groups, script, venv
 from phalanx_worker.runtime.spec import GroupSpec, RankSpec
 
 _REPORT_FD_FROM = 64  # above what shell scripts use by number
@@ -48,6 +48,8 @@ def enter(
         os.chdir(group.cwd)
         if group.program.kind == "exec":
             _execute(group.program.argv)
+        if group.venv:
+            venv.enter(group.venv)
         _become_fresh_python(group)
         _run(group, startup)
     except BaseException as error:

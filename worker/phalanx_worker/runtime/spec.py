@@ -49,6 +49,7 @@ class GroupSpec:
     threads: int = 1  # of a torch operation, where the program runs warm
     unbuffered: bool = True
     fence_s: float = 60.0  # without a ping of the runner, the guardian ends the ranks after this
+    venv: str = ""  # the environment that a forked rank enters; "": it was forked in it
     straggler_s: float = 0.0  # after a clean exit, ranks that do nothing for so long are ended; 0: never
 
 

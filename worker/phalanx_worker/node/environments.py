@@ -1,0 +1,240 @@
+"""The environments of one node: each built once, kept within a bound, never removed while somebody uses it.
+
+Owns `<data>/environments`: `<key>/` for each, and in it `complete.json`, without which it counts for nothing: what a
+runner was building when it died is thrown away by the next. Beside it `<key>.log` has pip's output. A key is the hash
+of what the environment stands on (the node's Python and what that has), of the user that built it, since building runs
+code of packages and tenants do not share, and of its lines. How one is built is passed in (`pip_build.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phalanx_worker.node.orders import StartFailed
+from phalanx_worker.node.pip_build import MOST_BYTES, PipBuild, measure
+from phalanx_worker.node.threads import to_its_end
+
+MOST_BUILDS = 2  # at once
+WAIT_TIMEOUT_S = 3_600.0  # for a build, those before it included
+_COMPLETE = "complete.json"
+_GONE = ".gone"
+_FAILED_LOG = "failed.log"  # of the last build that failed
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A complete environment. `provides`: the names of modules that it brings; `size_bytes` what it takes."""
+
+    key: str
+    venv: str
+    provides: frozenset[str]
+    size_bytes: int
+
+    @property
+    def python(self) -> str:
+        return f"{self.venv}/bin/python"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`uid` builds it and owns the ranks that use it; None: the runner's own user does."""
+
+    lines: tuple[str, ...]
+    uid: int | None
+
+
+@dataclass
+class _Build:
+    task: asyncio.Task[tuple[Built, float]]  # and how many seconds it took
+    waiters: int = 0
+
+
+@dataclass
+class Environments:
+    """`used` names, by key, those that groups or warm processes use besides the ones that are held here."""
+
+    directory: Path
+    builder: PipBuild
+    limit_bytes: int
+    used: Callable[[], Iterable[str]]
+    _held: Counter[str] = field(default_factory=Counter)
+    _builds: dict[str, _Build] = field(default_factory=dict)
+    _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_BUILDS))
+    _fingerprint: str | None = None
+    _removals: set[asyncio.Future[None]] = field(default_factory=set)
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        """Throws away what an earlier runner left half done."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        kept = {path.parent.name for path in self.directory.glob(f"*/{_COMPLETE}")}
+        for entry in self.directory.iterdir():
+            if entry.is_dir() and entry.name not in kept:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.suffix == ".log" and entry.name.partition(".")[0] not in kept:
+                entry.unlink()
+
+    @property
+    def held(self) -> frozenset[str]:
+        return frozenset(self._held)
+
+    def key(self, wanted: Wanted) -> str:
+        """Empty while nothing was asked for yet, and so nothing can be used."""
+        if self._fingerprint is None:
+            return ""
+        named = json.dumps([self._fingerprint, wanted.uid, wanted.lines])
+        return hashlib.sha256(named.encode()).hexdigest()[:32]
+
+    def warm_log_path(self, key: str) -> Path:
+        return self.directory / f"{key}.warm.log"
+
+    @asynccontextmanager
+    async def hold(self, wanted: Wanted, tell: Tell) -> AsyncIterator[Built]:
+        """The environment, built if need be; it is not removed meanwhile. Raises StartFailed."""
+        if self._fingerprint is None:
+            self._fingerprint = await self.builder.fingerprint()
+        key = self.key(wanted)
+        self._held[key] += 1
+        try:
+            built = self._read(key) or await self._wait_for_build(key, wanted, tell)
+            os.utime(self.directory / key / _COMPLETE)  # most recently used
+            yield built
+        finally:
+            self._held[key] -= 1
+            self._held += Counter()  # drops those that nobody holds
+
+    async def close(self) -> None:
+        """End every build."""
+        builds = [build.task for build in self._builds.values()]
+        for task in builds:
+            task.cancel()
+        await asyncio.gather(*builds, *self._removals, return_exceptions=True)
+
+    # -------------------------------------------------------------- building
+
+    async def _wait_for_build(self, key: str, wanted: Wanted, tell: Tell) -> Built:
+        while (build := self._builds.get(key)) is not None and build.task.cancelling():
+            await asyncio.wait([build.task])
+        if build is None:
+            build = self._builds[key] = _Build(asyncio.create_task(self._build(key, wanted)))
+            build.task.add_done_callback(lambda _: self._builds.pop(key))
+        build.waiters += 1
+        tell(f"building its environment ({describe(wanted.lines)})")
+        try:
+            built, took_s = await asyncio.wait_for(asyncio.shield(build.task), WAIT_TIMEOUT_S)
+        except TimeoutError:
+            raise StartFailed(f"its environment was not built within {WAIT_TIMEOUT_S:.0f} s") from None
+        finally:
+            build.waiters -= 1
+            if not build.waiters and not build.task.done():
+                await _cancelled(build.task)
+        tell(f"its environment was built in {took_s:.1f} s")
+        return built
+
+    async def _build(self, key: str, wanted: Wanted) -> tuple[Built, float]:
+        place, log_path = self.directory / key, self.directory / f"{key}.log"
+        try:
+            async with self._slots:
+                begun_s = time.monotonic()
+                self._throw_away(key)  # what could not be removed before
+                try:
+                    await self._build_in(place, log_path, wanted)
+                except BaseException:
+                    with contextlib.suppress(FileNotFoundError):
+                        log_path.rename(self.directory / _FAILED_LOG)
+                    self._throw_away(key)
+                    raise
+                self._evict()
+                built = self._read(key)
+                assert built is not None
+                return built, time.monotonic() - begun_s
+        except OSError as error:
+            raise StartFailed(f"its environment could not be built: {error}") from error
+
+    async def _build_in(self, place: Path, log_path: Path, wanted: Wanted) -> None:
+        most_bytes = min(MOST_BYTES, self.limit_bytes)
+        await self.builder.build(place, log_path, list(wanted.lines), uid=wanted.uid, most_bytes=most_bytes)
+        await to_its_end(_complete, place)
+
+    def _read(self, key: str) -> Built | None:
+        """None where there is none that is complete."""
+        place = self.directory / key
+        try:
+            said = json.loads((place / _COMPLETE).read_text())
+            return Built(key, str(place / "venv"), frozenset(said["provides"]), int(said["size_bytes"]))
+        except (OSError, ValueError, KeyError):
+            return None
+
+    # -------------------------------------------------------------- removing
+
+    def _evict(self) -> None:
+        """Remove the least recently used until the rest is within the bound, or in use."""
+        complete = sorted(self.directory.glob(f"*/{_COMPLETE}"), key=lambda path: path.stat().st_mtime)
+        kept = [built for path in complete if (built := self._read(path.parent.name))]
+        spared = {*self._held, *self._builds, *self.used()}
+        total_bytes = sum(built.size_bytes for built in kept)
+        for built in kept:
+            if total_bytes <= self.limit_bytes:
+                return
+            if built.key not in spared:
+                total_bytes -= built.size_bytes
+                self._throw_away(built.key)
+
+    def _throw_away(self, key: str) -> None:
+        """It is gone at once for everybody; its files go one by one."""
+        place = self.directory / key
+        gone = self.directory / f"{key}{_GONE}-{os.getpid()}-{next(self._numbers)}"
+        (place / _COMPLETE).unlink(missing_ok=True)
+        for log_path in (self.directory / f"{key}.log", self.warm_log_path(key)):
+            log_path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            place.rename(gone)
+            removal = asyncio.ensure_future(asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True))
+            self._removals.add(removal)
+            removal.add_done_callback(self._removals.discard)
+
+
+def describe(lines: Iterable[str]) -> str:
+    """Such as "3 packages: einops==0.8.1, …"."""
+    packages = [line for line in lines if not line.startswith("-")]
+    named = packages[0].partition("@")[0].partition(";")[0].strip()[:60] if packages else ""
+    more = ", …" if len(packages) > 1 else ""
+    return f"{len(packages)} package{'' if len(packages) == 1 else 's'}: {named}{more}" if packages else "no packages"
+
+
+def _complete(place: Path) -> None:
+    """The last step, and in one: from now on it counts."""
+    said = {"size_bytes": measure(place), "provides": sorted(_modules(place / "venv"))}
+    part = place / f"{_COMPLETE}.part"
+    part.write_text(json.dumps(said))
+    part.rename(place / _COMPLETE)
+
+
+def _modules(directory: Path) -> set[str]:
+    """Names that can be imported from the environment itself."""
+    entries = directory.glob("lib/python3*/site-packages/*")
+    return {entry.name.partition(".")[0] for entry in entries if entry.suffix not in (".dist-info", ".pth")}
+
+
+async def _cancelled(task: asyncio.Task[object]) -> None:
+    """Cancel it and see it ended, even when this is cancelled meanwhile."""
+    task.cancel()
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # it ended by itself at that moment, and nobody else asks how
