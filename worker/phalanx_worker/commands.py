@@ -63,6 +63,9 @@ def agent(
             help="Start nothing on a node that cannot do that, instead of running ranks as the runner's user.",
         ),
     ] = False,
+    environments_gib: Annotated[
+        float, typer.Option(envvar="PHALANX_ENVIRONMENTS_GIB", min=1, help="Space for jobs' environments on each node.")
+    ] = 20.0,
     runner_silent_s: Annotated[
         float, typer.Option(hidden=True, min=1, help="A runner that answers nothing for so long is killed.")
     ] = 60.0,
@@ -96,6 +99,7 @@ def agent(
         checkpoint_root=checkpoint_root,
         own_users=own_users,
         require_own_users=require_own_users,
+        environments_bytes=int(environments_gib * (1 << 30)),
     )
     nodes = NodeSettings(gpu_type=gpu_type, shared_checkpoints=shared_checkpoints)
     settings = AgentSettings(

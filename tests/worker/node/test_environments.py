@@ -48,7 +48,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kept_in(directory: Path) -> set[str]:
-    return {path.parent.name for path in directory.glob("*/complete.json")}
+    return {path.stem for path in directory.glob("*.json")}
 
 
 def environments_of(runner: Any) -> Environments:
@@ -56,7 +56,7 @@ def environments_of(runner: Any) -> Environments:
 
 
 def complete(runner: Any) -> list[Path]:
-    return sorted(environments_of(runner).directory.glob("*/complete.json"))
+    return sorted(environments_of(runner).directory.glob("*.json"))
 
 
 def told(bench: Any, attempt: Any) -> list[str]:
@@ -267,13 +267,13 @@ async def test_the_least_recently_used_goes_and_what_is_in_use_stays(tmp_path: P
     build = FakeBuild()
     environments = store(tmp_path, build, limit_bytes=(2 << 20) + 200_000, used=lambda: used)
     a, b = await use(environments, "a"), await use(environments, "b")
-    os.utime(tmp_path / a.key / "complete.json", (1, 1))
-    os.utime(tmp_path / b.key / "complete.json", (2, 2))
+    os.utime(tmp_path / f"{a.key}.json", (1, 1))
+    os.utime(tmp_path / f"{b.key}.json", (2, 2))
     used.add(a.key)
     c = await use(environments, "c")
     assert kept_in(tmp_path) == {a.key, c.key}
     async with environments.hold(Wanted(("c",), None), lambda _: None):
-        os.utime(tmp_path / c.key / "complete.json", (3, 3))
+        os.utime(tmp_path / f"{c.key}.json", (3, 3))
         used.clear()
         await use(environments, "d")
         assert a.key not in kept_in(tmp_path)

@@ -61,6 +61,7 @@ class RunnerSettings:
     checkpoint_root: str
     own_users: bool
     require_own_users: bool = False
+    environments_bytes: int = 20 << 30
 
 
 @dataclass
@@ -167,6 +168,7 @@ class Agent:
             "data_dir": f"{self.settings.data_dir}/{name}",
             "checkpoint_root": self.settings.checkpoint_root,
             "own_users": self.settings.own_users,
+            "environments_bytes": self.settings.environments_bytes,
         }
 
     # ---------------------------------------------------------------- desired set

@@ -1,9 +1,10 @@
 """The environments of one node: each built once, kept within a bound, never removed while somebody uses it.
 
-Owns `<data>/environments`: `<key>/` for each, and in it `complete.json`, without which it counts for nothing: what a
-runner was building when it died is thrown away by the next. Beside it `<key>.log` has pip's output. A key is the hash
-of what the environment stands on (the node's Python and what that has), of the user that built it, since building runs
-code of packages and tenants do not share, and of its lines. How one is built is passed in (`pip_build.py`).
+Owns `<data>/environments`: `<key>/` for each, beside it `<key>.log` with pip's output and, once it is complete,
+`<key>.json`, without which it counts for nothing: what a runner was building when it died is thrown away by the next.
+(Beside and not inside, where a build may have put a link.) A key is the hash of what the environment stands on (the
+node's Python and what that has), of the user that built it, since building runs code of packages and tenants do not
+share, and of its lines. How one is built is passed in (`pip_build.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from phalanx_worker.node.threads import to_its_end
 
 MOST_BUILDS = 2  # at once
 WAIT_TIMEOUT_S = 3_600.0  # for a build, those before it included
-_COMPLETE = "complete.json"
 _GONE = ".gone"
 _FAILED_LOG = "failed.log"  # of the last build that failed
 
@@ -81,11 +81,11 @@ class Environments:
     def __post_init__(self) -> None:
         """Throws away what an earlier runner left half done."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        kept = {path.parent.name for path in self.directory.glob(f"*/{_COMPLETE}")}
+        complete = {path.stem for path in self.directory.glob("*.json") if (self.directory / path.stem).is_dir()}
         for entry in self.directory.iterdir():
-            if entry.is_dir() and entry.name not in kept:
+            if entry.is_dir() and entry.name not in complete:
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.suffix == ".log" and entry.name.partition(".")[0] not in kept:
+            elif entry.name.partition(".")[0] not in complete:
                 entry.unlink()
 
     @property
@@ -99,6 +99,10 @@ class Environments:
         named = json.dumps([self._fingerprint, wanted.uid, wanted.lines])
         return hashlib.sha256(named.encode()).hexdigest()[:32]
 
+    def _said(self, key: str) -> Path:
+        """What is said of a complete environment; used last when the file was changed last."""
+        return self.directory / f"{key}.json"
+
     def warm_log_path(self, key: str) -> Path:
         return self.directory / f"{key}.warm.log"
 
@@ -111,7 +115,7 @@ class Environments:
         self._held[key] += 1
         try:
             built = self._read(key) or await self._wait_for_build(key, wanted, tell)
-            os.utime(self.directory / key / _COMPLETE)  # most recently used
+            os.utime(self._said(key))  # most recently used
             yield built
         finally:
             self._held[key] -= 1
@@ -168,14 +172,13 @@ class Environments:
     async def _build_in(self, place: Path, log_path: Path, wanted: Wanted) -> None:
         most_bytes = min(MOST_BYTES, self.limit_bytes)
         await self.builder.build(place, log_path, list(wanted.lines), uid=wanted.uid, most_bytes=most_bytes)
-        await to_its_end(_complete, place)
+        await to_its_end(_complete, place, self._said(place.name))
 
     def _read(self, key: str) -> Built | None:
         """None where there is none that is complete."""
-        place = self.directory / key
         try:
-            said = json.loads((place / _COMPLETE).read_text())
-            return Built(key, str(place / "venv"), frozenset(said["provides"]), int(said["size_bytes"]))
+            said = json.loads(self._said(key).read_text())
+            return Built(key, str(self.directory / key / "venv"), frozenset(said["provides"]), int(said["size_bytes"]))
         except (OSError, ValueError, KeyError):
             return None
 
@@ -183,8 +186,8 @@ class Environments:
 
     def _evict(self) -> None:
         """Remove the least recently used until the rest is within the bound, or in use."""
-        complete = sorted(self.directory.glob(f"*/{_COMPLETE}"), key=lambda path: path.stat().st_mtime)
-        kept = [built for path in complete if (built := self._read(path.parent.name))]
+        complete = sorted(self.directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        kept = [built for path in complete if (built := self._read(path.stem))]
         spared = {*self._held, *self._builds, *self.used()}
         total_bytes = sum(built.size_bytes for built in kept)
         for built in kept:
@@ -198,9 +201,8 @@ class Environments:
         """It is gone at once for everybody; its files go one by one."""
         place = self.directory / key
         gone = self.directory / f"{key}{_GONE}-{os.getpid()}-{next(self._numbers)}"
-        (place / _COMPLETE).unlink(missing_ok=True)
-        for log_path in (self.directory / f"{key}.log", self.warm_log_path(key)):
-            log_path.unlink(missing_ok=True)
+        for path in (self._said(key), self.directory / f"{key}.log", self.warm_log_path(key)):
+            path.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             place.rename(gone)
             removal = asyncio.ensure_future(asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True))
@@ -216,12 +218,12 @@ def describe(lines: Iterable[str]) -> str:
     return f"{len(packages)} package{'' if len(packages) == 1 else 's'}: {named}{more}" if packages else "no packages"
 
 
-def _complete(place: Path) -> None:
+def _complete(place: Path, said_path: Path) -> None:
     """The last step, and in one: from now on it counts."""
     said = {"size_bytes": measure(place), "provides": sorted(_modules(place / "venv"))}
-    part = place / f"{_COMPLETE}.part"
+    part = said_path.with_suffix(".part")
     part.write_text(json.dumps(said))
-    part.rename(place / _COMPLETE)
+    part.rename(said_path)
 
 
 def _modules(directory: Path) -> set[str]:
