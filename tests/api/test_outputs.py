@@ -183,7 +183,7 @@ async def test_nul_is_refused(live: Live) -> None:
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        ({"epoch": 2}, 409),
+        ({"epoch": 2}, 404),
         ({"group_rank": 1}, 404),
         ({"sha256": "0" * 64}, 422),
         ({"sha256": "short"}, 422),

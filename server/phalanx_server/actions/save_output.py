@@ -15,9 +15,9 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from phalanx_server.domain.errors import Conflict, Invalid, NotFound
+from phalanx_server.domain.errors import Invalid, NotFound
 from phalanx_server.domain.output import check_output_path
-from phalanx_server.store.outputs import GroupRef, OutputFiles, OutputRow, live_group, new_output_url, save_row
+from phalanx_server.store.outputs import GroupRef, OutputFiles, OutputRow, job_of_live_group, new_output_url, save_row
 
 
 @dataclass
@@ -47,8 +47,8 @@ async def save_output(
     node_id: UUID,
     now: datetime,
 ) -> None:
-    """Store the file as an output. Sent again it takes the place of the one before. Raises NotFound and Conflict where
-    the node may not (any more), Invalid where the bytes are not those that were announced."""
+    """Store the file as an output. Sent again it takes the place of the one before. Raises NotFound where the
+    node may not (any more), Invalid where the bytes are not those that were announced."""
     check_output_path(path)
     async with engine.connect() as conn:
         job_id = await _expect_live(conn, group, node_id)
@@ -70,7 +70,7 @@ async def save_output(
                 created_at=now,
             )
             replaced = await save_row(conn, row)
-    except (NotFound, Conflict, Invalid):
+    except (NotFound, Invalid):
         await files.delete([url])
         raise
     if replaced is not None:
@@ -79,12 +79,9 @@ async def save_output(
 
 async def _expect_live(conn: AsyncConnection, group: GroupRef, node_id: UUID, *, lock: bool = False) -> UUID:
     """The job of a group that may still leave outputs."""
-    found = await live_group(conn, group, node_id=node_id, lock=lock)
-    if found is None:
-        raise NotFound("There is no such group of a live attempt on this node.")
-    job_id, epoch = found
-    if epoch != group.epoch:
-        raise Conflict(f"The attempt has epoch {epoch}, not {group.epoch}.")
+    job_id = await job_of_live_group(conn, group, node_id=node_id, lock=lock)
+    if job_id is None:
+        raise NotFound("There is no such group of a live attempt, under this epoch, on this node.")
     return job_id
 
 

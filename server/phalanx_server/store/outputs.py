@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import fsspec
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.domain.errors import StorageUnavailable
 from phalanx_server.store.schema import outputs
 
 CHUNK_BYTES = 1 << 20
+
+T = TypeVar("T")
 
 
 class OutputFiles:
@@ -33,16 +36,18 @@ class OutputFiles:
         self._base = base.rstrip("/")
 
     async def write(self, path: str, pieces: AsyncIterator[bytes]) -> None:
-        """Store what comes, piece by piece. Nothing is left of it where that fails."""
+        """Store what comes, piece by piece; nothing is left of it where that fails. Raises StorageUnavailable where the
+        storage is full or away."""
         try:
-            file = await asyncio.to_thread(self._create, self._full(path))
+            file = await _stored(self._create, self._full(path))
             try:
                 async for piece in _gathered(pieces):
-                    await asyncio.to_thread(file.write, piece)
+                    await _stored(file.write, piece)
             finally:
-                await asyncio.to_thread(file.close)
+                await _stored(file.close)
         except BaseException:
-            await asyncio.shield(self.delete([path]))
+            with contextlib.suppress(Exception):  # what went wrong before matters more
+                await asyncio.shield(self.delete([path]))
             raise
 
     async def size_bytes(self, path: str) -> int | None:
@@ -75,6 +80,13 @@ class OutputFiles:
         for path in paths:
             if self._fs.exists(path):
                 self._fs.rm(path, recursive=True)
+
+
+async def _stored(work: Callable[..., T], *args: Any) -> T:
+    try:
+        return await asyncio.to_thread(work, *args)
+    except Exception as error:  # each storage has errors of its own
+        raise StorageUnavailable(f"The storage of outputs says: {str(error)[:300]}. Try again shortly.") from error
 
 
 async def _gathered(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -112,20 +124,18 @@ class GroupRef:
 
 
 _LIVE_GROUP = """
-SELECT a.job_id, a.epoch FROM attempts a JOIN placements p ON p.attempt_id = a.id
-WHERE a.id = :attempt_id AND a.state IN ('starting', 'running', 'stopping')
+SELECT a.job_id FROM attempts a JOIN placements p ON p.attempt_id = a.id
+WHERE a.id = :attempt_id AND a.epoch = :epoch AND a.state IN ('starting', 'running', 'stopping')
   AND p.node_id = :node_id AND p.group_rank = :group_rank AND p.released_at IS NULL
 """
 
 
-async def live_group(
+async def job_of_live_group(
     conn: AsyncConnection, group: GroupRef, *, node_id: UUID, lock: bool = False
-) -> tuple[UUID, int] | None:
-    """Job and epoch of a live attempt that has this group on this node; locked, it does not end meanwhile."""
+) -> UUID | None:
+    """The job of a live attempt that has this group on this node; locked, it does not end meanwhile."""
     query = text(_LIVE_GROUP + (" FOR NO KEY UPDATE OF a" if lock else ""))
-    values = {"attempt_id": group.attempt_id, "group_rank": group.group_rank, "node_id": node_id}
-    row = (await conn.execute(query, values)).one_or_none()
-    return None if row is None else (row.job_id, row.epoch)
+    return (await conn.execute(query, asdict(group) | {"node_id": node_id})).scalar_one_or_none()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

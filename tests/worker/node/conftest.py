@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import pytest_asyncio
@@ -40,6 +42,9 @@ class FakeServer:
         self.reports: list[dict[str, Any]] = []
         self.rejected: list[dict[str, Any]] = []  # answered with another status than 200
         self.bundles: dict[str, bytes] = {}
+        self.outputs: dict[tuple[str, int, str], bytes] = {}  # by attempt, group rank and path
+        self.output_answers: list[int] = []  # statuses of the next answers to output files, the last one for ever
+        self.output_tries = 0
         self.refused: list[dict[str, Any]] = []
         self.status = 200
         self.answers_as_a_proxy = False
@@ -114,6 +119,8 @@ class FakeServer:
         if target.startswith("/v1/node/bundles/"):
             bundle = self.bundles.get(target.split("/")[4].split("?")[0])
             return (404, b"") if bundle is None else (200, bundle)
+        if "/outputs/" in target:
+            return self._take_output(target, body)
         report = json.loads(body)
         (self.reports if self.status == 200 else self.rejected).append(report)
         self._changed.set()
@@ -123,6 +130,19 @@ class FakeServer:
         protocol.decode(protocol.NodeReport, report)
         answer = {"server_time": 0.0, "accepted_seq": report["seq"], "refused": self.refused}
         return 200, json.dumps(answer).encode()
+
+
+    def _take_output(self, target: str, body: bytes) -> tuple[int, bytes]:
+        self.output_tries += 1
+        status = self.output_answers[0] if self.output_answers else self.status
+        self.output_answers = self.output_answers[1:] or self.output_answers
+        if status == 200:
+            url = urlsplit(target)
+            query = {name: value for name, (value,) in parse_qs(url.query).items()}
+            assert hashlib.sha256(body).hexdigest() == query["sha256"]
+            attempt_id, path = url.path.removeprefix("/v1/node/attempts/").split("/outputs/", 1)
+            self.outputs[attempt_id, int(query["group_rank"]), unquote(path)] = body
+        return status, b'{"code": "a_code"}'
 
 
 @dataclass

@@ -18,6 +18,7 @@ from phalanx_worker.node.outbox import MAX_BATCH_BYTES, Batch, Outbox, shrink, t
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.reports import ReportSocket
 from phalanx_worker.node.spool import Spool
+from phalanx_worker.node.transfers import Transfers
 from phalanx_worker.protocol import Heartbeat, LogChunk, Mark, MetricPoint, NodeStats
 from phalanx_worker.runtime import channel
 
@@ -245,7 +246,7 @@ async def test_a_new_token_does_not_disturb_a_bundle_on_its_way(server: Any, tmp
     server.bundles["0" * 64] = b"x" * (8 << 20)
     await link.configure(server_url=server.url, token="old", heartbeat_s=1.0)
     received = 0
-    async with link.fetch_bundle("0" * 64, "att_a") as chunks:
+    async with Transfers(link).fetch_bundle("0" * 64, "att_a") as chunks:
         async for part in chunks:
             if not received:
                 await link.configure(server_url=server.url, token="new", heartbeat_s=1.0)

@@ -21,6 +21,7 @@ from phalanx_worker.node.orders import GroupOrder, Settings
 from phalanx_worker.node.outbox import Outbox
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.spool import Spool
+from phalanx_worker.node.transfers import Transfers
 from phalanx_worker.node.warm import WarmProcess
 from phalanx_worker.node.watch import Watch
 from phalanx_worker.node.workspace import Workspace
@@ -44,6 +45,7 @@ class Duties:
     warm: WarmProcess
     outbox: Outbox
     link: Link
+    transfers: Transfers
     launcher: Launcher
     fence: Fence
     watch: Watch
@@ -81,16 +83,17 @@ class Duties:
         fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
         watch = Watch(Devices(), hooks.groups)
         link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, watch, warm), hooks.taken)
+        transfers = Transfers(link)
         launcher = Launcher(
             workspace=workspace,
-            bundles=Bundles(data_dir / "bundles", link.fetch_bundle),
+            bundles=Bundles(data_dir / "bundles", transfers.fetch_bundle),
             interpreters=interpreters,
             own_users=not problem,
             fence=fence,
             outage=link.outage,
             straggler_s=settings.straggler_s,
         )
-        duties = cls(workspace, warm, outbox, link, launcher, fence, watch, problem)
+        duties = cls(workspace, warm, outbox, link, transfers, launcher, fence, watch, problem)
         warm.start(on_ready=hooks.changed)  # last: what fails above is tried again, and must leave no process behind
         duties.tasks = [
             asyncio.create_task(link.run()),

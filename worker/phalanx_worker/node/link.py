@@ -1,4 +1,4 @@
-"""The runner's line to the server: reports go up in order, heartbeats with them; bundles come down.
+"""The runner's line to the server: reports go up in order, heartbeats with them.
 
 Owns delivery: one report in flight, again until it is answered, from disk first and then from memory; backoff while the
 server is away; whatever the server refuses is dropped for that attempt. Logs that find no storage are put aside, and
@@ -14,7 +14,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from phalanx_worker.node.answers import Delivery, refusal
 from phalanx_worker.node.aside import Aside, without_logs
 from phalanx_worker.node.fence import OutageFence
 from phalanx_worker.node.halves import Halves
-from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.outbox import AttemptKey, Batch, Item, Outbox, dropped_marks
 from phalanx_worker.node.spool import Spool
 from phalanx_worker.protocol import Heartbeat, NodeAnswer
@@ -40,7 +39,6 @@ _BACKOFF_S = (0.25, 5.0)
 _MOST_DOUBLINGS = 8
 _SPILL_BYTES = 4 << 20
 _REQUEST_TIMEOUT_S = 10.0
-_BUNDLE_TIMEOUT_S = 60.0
 _RETRY_AFTER_MAX_S = 30.0
 _FAULTS_BORNE = 3  # in a row, before the heartbeat is tried alone
 _POSTPONED_AT_MOST = 2  # after that a report over which the server fails is taken apart like a rejected one
@@ -150,25 +148,15 @@ class Link:
             await self._client.aclose()
             self._client = None
 
-    @contextlib.asynccontextmanager
-    async def fetch_bundle(self, sha256: str, attempt_id: str) -> AsyncGenerator[AsyncIterator[bytes]]:
-        """The bundle's bytes. Raises StartFailed when the server cannot be asked or says no."""
-        if self._client is None:
-            raise StartFailed("the runner has no server to fetch the bundle from yet")
-        url = f"/v1/node/bundles/{sha256}"
-        try:
-            async with self._client.stream(
-                "GET",
-                url,
-                params={"attempt_id": attempt_id},
-                headers={"Accept-Encoding": "identity"},
-                timeout=_BUNDLE_TIMEOUT_S,
-            ) as answer:
-                if answer.status_code != 200:
-                    raise StartFailed(f"the server does not give bundle {sha256[:12]}: HTTP {answer.status_code}")
-                yield answer.aiter_bytes()
-        except httpx.HTTPError as error:
-            raise StartFailed(f"bundle {sha256[:12]} could not be fetched: {error!r}") from error
+    @property
+    def client(self) -> httpx.AsyncClient | None:
+        """For what goes beside the reports (`transfers`); None while there is no server to speak to."""
+        return self._client
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the last report did not get through."""
+        return self._client is None or self._failures > 0
 
     # -------------------------------------------------------------- one report
 

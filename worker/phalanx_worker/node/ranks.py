@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ log = logging.getLogger("phalanx.node.ranks")
 START_TIMEOUT_S = 60.0
 _STREAMS_END_S = 2.0
 _ABANDONED_S = 10.0
+_COLLECT_S = 5.0  # at least, for outputs of a group that is being stopped
 _SWEEPS = 100
 _SWEEP_EVERY_S = 0.05
 _STRAGGLER_TAIL = "phalanx: ended as a straggler\n"
@@ -39,10 +41,12 @@ _STRAGGLER_TAIL = "phalanx: ended as a straggler\n"
 @dataclass(frozen=True)
 class GroupEvents:
     """`put` takes everything for the server; `changed` is called after each change of `Group.state` or exits;
-    `flush` waits (briefly) until what was put is delivered."""
+    `collect` brings the files that the ranks of a group left to the server; `flush` waits (briefly) until what was put
+    is delivered."""
 
     put: Callable[[LogChunk | MetricPoint | Mark], None]
     changed: Callable[[], None]
+    collect: Callable[[Group], Awaitable[None]]
     flush: Callable[[], Any]
 
 
@@ -85,6 +89,10 @@ class Group:
         self._launch = launch
         self._events = events
         self._stopping = False
+        self._killed = False  # by whoever wants nothing more of it
+        self._stop_at = math.inf  # in the loop's time: when the grace of a stop is over
+        self._collecting: asyncio.Timeout | None = None
+        self._collecting_since = math.inf
         self._records: dict[int, RankRecord] = {}
         self._connection, self._guardian_end = channel.pair()
         self._connection.setblocking(False)
@@ -196,13 +204,17 @@ class Group:
     def stop(self, grace_s: float) -> None:
         """SIGTERM now, SIGKILL to what is left after `grace_s`; a later call can only shorten the grace."""
         self._stopping = True
+        if self.first_failed_rank is None:  # else the agent ends the others of its gang: its own outputs have time
+            self._stop_at = min(self._stop_at, asyncio.get_running_loop().time() + grace_s)
+            self._cut_collecting(max(self._stop_at, self._collecting_since + _COLLECT_S))
         for record in self._records.values():
             record.reports.tell_stop()
         self._tell({"op": "stop", "grace_s": grace_s})
 
     def kill(self) -> None:
-        """End it now, because it was asked for: its ranks have not failed."""
-        self._stopping = True
+        """End it now, because it was asked for: its ranks have not failed, and nothing is collected."""
+        self._stopping = self._killed = True
+        self._cut_collecting(0.0)
         self._tell({"op": "kill"})
 
     def fail(self, kind: str, data: dict[str, Any]) -> None:
@@ -249,6 +261,7 @@ class Group:
                 self._take_exit(message["rank"], message["status"], message["at"], straggler=message["straggler"])
             elif message["op"] in ("note", "fenced"):
                 self._stopping = self._stopping or message["op"] == "fenced"
+                self._killed = self._killed or message["op"] == "fenced"
                 self.note("note", {"message": message["message"]})
             elif message["op"] == "failed":
                 self.note("note", {"message": f"the node's guardian of these ranks failed: {message['message']}"})
@@ -297,7 +310,8 @@ class Group:
         self._events.changed()
 
     async def _end(self) -> None:
-        """Nothing is left: take the last output, let it reach the server if it can, then say so in any case."""
+        """Nothing runs any more: take what it said and left, let it reach the server if it can, then say so in any
+        case. Until then the attempt counts as live, and the server takes outputs of no other."""
         try:
             await self._take_last()
         except Exception:
@@ -315,7 +329,27 @@ class Group:
         for record in self._records.values():
             record.close()
             self._settle_exit(record)
+        if not self._killed:
+            await self._collect()
         await self._events.flush()
+
+    async def _collect(self) -> None:
+        now = self._collecting_since = asyncio.get_running_loop().time()
+        until = None if self._stop_at == math.inf else max(self._stop_at, now + _COLLECT_S)
+        try:
+            async with asyncio.timeout_at(until) as self._collecting:
+                await self._events.collect(self)
+        except TimeoutError:
+            log.info("collecting the outputs of %s was cut short", self.order.attempt_id)
+        except Exception:  # whatever it is: the group ends without them
+            log.exception("the outputs of %s could not be collected", self.order.attempt_id)
+            self.note("note", {"message": "The node failed to collect output files; its log says why."})
+        finally:
+            self._collecting = None
+
+    def _cut_collecting(self, at: float) -> None:
+        if self._collecting is not None and not self._collecting.expired():
+            self._collecting.reschedule(at)
 
     def _settle_exit(self, record: RankRecord) -> None:
         """The exit as it is reported: with the whole tail of stderr, and what was dropped of its logs."""

@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from phalanx_worker import protocol
@@ -21,6 +22,7 @@ from phalanx_worker.node.duties import Duties, Hooks
 from phalanx_worker.node.fence import CheckGcs
 from phalanx_worker.node.orders import GroupOrder, Settings, StartFailed
 from phalanx_worker.node.ranks import Group, GroupEvents
+from phalanx_worker.node.uploads import deliver_outputs
 from phalanx_worker.protocol import AttemptRef
 
 __all__ = ["Runner", "StartFailed"]
@@ -185,7 +187,12 @@ class Runner:
         try:
             if order.hosts_rendezvous and listener is None:
                 raise StartFailed("no rendezvous port is reserved here for this attempt")
-            events = GroupEvents(put=duties.outbox.put, changed=self._note_change, flush=self._flush)
+            events = GroupEvents(
+                put=duties.outbox.put,
+                changed=self._note_change,
+                collect=partial(deliver_outputs, transfers=duties.transfers, own_users=duties.launcher.own_users),
+                flush=self._flush,
+            )
             group = await duties.launcher.start(order, listener, events)
         except BaseException:
             self._starts.pop(order.attempt_id, None)

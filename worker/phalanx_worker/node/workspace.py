@@ -1,7 +1,7 @@
 """Directories of attempts on a node: made before the ranks start, removed when the attempt is forgotten.
 
 Owns `<data>/attempts` and each attempt's directory for temporary files, which lies in the system's (its path must be
-short: Unix sockets in TMPDIR have 107 bytes). Never removes a checkpoint or an output.
+short: Unix sockets in TMPDIR have 107 bytes). Never removes a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Workspace:
     def prepare(self, order: GroupOrder, uid: int | None) -> Places:
         """Make every directory, owned by the ranks' user. Raises StartFailed where storage refuses."""
         places = self.places(order)
-        private = [places.work, places.home, places.tmp]
+        private = [places.work, places.home, places.tmp, places.output]
         try:
             _make_new(Path(places.root), None, mode=0o755)
             for path in private:
@@ -38,8 +38,6 @@ class Workspace:
                 _make_checkpoints(
                     Path(places.checkpoints), uid, chosen_by_job=bool(order.desired.launch.checkpoint_url)
                 )
-            if "://" not in places.output:
-                _make_shared(Path(places.output), uid)
         except (OSError, subprocess.SubprocessError, StartFailed) as error:
             self.remove(places)
             raise StartFailed(f"cannot make the directories of the attempt: {error}") from error
@@ -70,7 +68,7 @@ class Workspace:
             work=str(root / "work"),
             home=str(root / "home"),
             tmp=str(_tmp_path(name)),
-            output=f"{_local(self._checkpoint_root).rstrip('/')}/{order.desired.job_id}/output",
+            output=str(root / "output"),
             checkpoints=job,
         )
 
