@@ -116,6 +116,16 @@ async def test_progress_keeps_what_is_reported_seldom(plane: ControlPlane) -> No
     assert (row.step, row.total_steps, row.values, row.at) == (2, 100, {"loss": 2.0, "lr": 0.1}, plane.now)
 
 
+async def test_a_step_without_any_value_is_progress_too(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    _, attempt = await plane.run()
+    plane.later(1)
+    await plane.node_report("node-0", metrics=[plane.metric(attempt, 7)])
+    row = (await plane.rows(progress))[0]
+    assert (row.step, row.values, row.at) == (7, {}, plane.now)
+    assert not await plane.rows(metrics)
+
+
 async def test_values_that_are_not_finite_are_refused_one_by_one_and_told_once(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     _, attempt = await plane.run()

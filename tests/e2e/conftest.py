@@ -126,9 +126,9 @@ def second(machine: Up) -> Up:
 
 
 @contextmanager
-def whole_phalanx() -> Iterator[Up]:
-    """A running Phalanx of 2 nodes × 2 GPUs; its end is checked too."""
-    machine = Up(new_directory()).start()
+def whole_phalanx(nodes: int = 2, gpus_per_node: int = 2) -> Iterator[Up]:
+    """A running Phalanx; its end is checked too."""
+    machine = Up(new_directory(), nodes, gpus_per_node).start()
     try:
         machine.wait_up()
         yield machine
@@ -139,12 +139,12 @@ def whole_phalanx() -> Iterator[Up]:
 
 
 @pytest.fixture(scope="session")
-def make_up() -> Callable[[], AbstractContextManager[Up]]:
+def make_up() -> Callable[..., AbstractContextManager[Up]]:
     return whole_phalanx
 
 
 @pytest.fixture(scope="module")
-def up(make_up: Callable[[], AbstractContextManager[Up]]) -> Iterator[Up]:
+def up(make_up: Callable[..., AbstractContextManager[Up]]) -> Iterator[Up]:
     """A running Phalanx for the tests of one module: it would get in the way of the tests after them."""
     with make_up() as machine:
         yield machine

@@ -32,7 +32,10 @@ async def record_metrics(conn: AsyncConnection, fence: Fence, reported: Sequence
         refused |= {name: over_limit(name) for name in full}
     if points:
         await insert_points(conn, job_id=fence.job_id, attempt_id=fence.id, points=points)
-        await upsert_progress(conn, job_id=fence.job_id, attempt_id=fence.id, progress=latest(points))
+    steps = _steps(reported, fence, clock)
+    if points or steps:
+        progress = latest(points, steps)
+        await upsert_progress(conn, job_id=fence.job_id, attempt_id=fence.id, progress=progress)
     await _tell(conn, fence, refused, clock.now)
 
 
@@ -49,12 +52,18 @@ def _sort_out(reported: Sequence[MetricPoint], fence: Fence, clock: Clock) -> tu
     return points, refused
 
 
-def latest(points: Sequence[Point]) -> Progress:
+def _steps(reported: Sequence[MetricPoint], fence: Fence, clock: Clock) -> list[tuple[int, float]]:
+    """Each step with its time: those without any value too, for some scripts report nothing else."""
+    told = ((clean_step(each.step), each.at) for each in reported if 0 <= each.rank <= RANK_MAX)
+    return [(step, clock.seconds(at, earliest=fence.created_at)) for step, at in told if step is not None]
+
+
+def latest(points: Sequence[Point], steps: Sequence[tuple[int, float]]) -> Progress:
     """The newest value of each name (of the lowest rank, where several report it) and the highest step."""
     newest = {point.name: point.value for point in sorted(points, key=lambda point: (point.at_s, -point.rank))}
-    steps = [point.step for point in points if point.step is not None]
-    at = datetime.fromtimestamp(max(point.at_s for point in points), UTC)
-    return Progress(at=at, step=max(steps, default=None), values=newest)
+    at_s = max([*(point.at_s for point in points), *(at_s for _, at_s in steps)])
+    at = datetime.fromtimestamp(at_s, UTC)
+    return Progress(at=at, step=max((step for step, _ in steps), default=None), values=newest)
 
 
 async def _tell(conn: AsyncConnection, fence: Fence, refused: Mapping[str, str], now: datetime) -> None:

@@ -1,4 +1,4 @@
-"""Ask live attempts to end: by cancel, time limit or drain.
+"""Ask live attempts to end: by cancel, time limit, drain or for the plan.
 
 Owns the step from running to stopping. The agent ends the ranks; what the end means is decided when it reports it.
 """
@@ -21,6 +21,8 @@ MESSAGES = {
     StopCause.TIME_LIMIT: "Its time limit is reached; its ranks are being ended.",
     StopCause.DRAIN: "Its node is being drained; its ranks are being ended.",
     StopCause.PREEMPTION: "It gives way to another job; its ranks are being ended.",
+    StopCause.RESIZE: "It goes on with another number of replicas; its ranks are being ended.",
+    StopCause.MIGRATION: "It goes on elsewhere; its ranks are being ended.",
 }
 
 
