@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from link_server import FakeServer, attempt_of
-from phalanx_worker.protocol import DesiredAttempt
+from phalanx_worker.protocol import DesiredAttempt, Environment
 
 pytestmark = pytest.mark.ray
 
@@ -174,6 +174,23 @@ def test_a_stop_ends_the_gang(site: Site) -> None:
     site.sleeping("att_stop")
     site.server.want_stopped("att_stop", grace_s=5.0)
     assert [end.signal for end in site.server.fact("att_stop", "ended").exits] == [15, 15, 15, 15]
+    site.all_gpus_are_free()
+
+
+def test_an_environment_is_built_on_every_node_or_fails_the_start_for_good(site: Site, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import os, sys, numpy; sys.exit(sys.prefix != os.environ['VIRTUAL_ENV'])")
+    there = Environment(["--no-index", "numpy"])  # which the nodes' Python has, so nothing is fetched
+    site.server.want(attempt_of("att_built", f"python {script}", BOTH, environment=there))
+    started = site.server.fact("att_built", "started", START_TIMEOUT_S)
+    assert all(start.warm for start in started.ranks_started)
+    assert [end.exit_code for end in site.server.fact("att_built", "ended", START_TIMEOUT_S).exits] == [0, 0, 0, 0]
+
+    nowhere = Environment(["--no-index", "phx-nosuch==1"])
+    site.server.want(attempt_of("att_refused", f"python {script}", BOTH, environment=nowhere))
+    failed = site.server.fact("att_refused", "start_failed", START_TIMEOUT_S)
+    assert failed.permanent
+    assert "No matching distribution found for phx-nosuch==1" in failed.message
     site.all_gpus_are_free()
 
 
