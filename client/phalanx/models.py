@@ -134,6 +134,7 @@ class RankExit(Model):
     ended_at: Any = None
     oom: bool = False
     tail: str = ""
+    reason: str = ""  # why its node ended it, in words that follow its name
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class RankExit:
     oom: bool = False
     finished: bool = False  # the job called phalanx.finished()
     tail: str = ""  # last lines of its stderr, at most 2 KiB
+    reason: str = ""  # why its node ended it, in words that follow its name; "" where it ended by itself or was stopped
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,8 @@ def ended_well(end: RankExit) -> bool:
 
 
 def ending(end: RankExit) -> str:
+    if end.reason:
+        return end.reason
     if end.oom:
         return "was ended for using more memory than it asked for"
     if end.signal is not None:

@@ -25,6 +25,7 @@ from phalanx_server.store.outbox import Notice, post_notices
 from phalanx_server.store.wakeups import notify
 
 AVOID_NODES_MAX = 16
+REASON_CHARS = 300
 
 
 @dataclass
@@ -160,7 +161,17 @@ class AttemptChange:
 
 def rank_ends(exits: Sequence[Any]) -> list[RankEnd]:
     """Reported exits as the table of ends takes them."""
-    return [RankEnd(rank=e.rank, exit_code=e.exit_code, signal=e.signal, oom=e.oom, finished=e.finished) for e in exits]
+    return [
+        RankEnd(
+            rank=each.rank,
+            exit_code=each.exit_code,
+            signal=each.signal,
+            oom=each.oom,
+            finished=each.finished,
+            reason=each.reason[:REASON_CHARS],
+        )
+        for each in exits
+    ]
 
 
 def _after(now: datetime, delay_s: float) -> datetime | None:

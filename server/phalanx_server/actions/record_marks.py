@@ -86,7 +86,8 @@ def _note(mark: Mark) -> tuple[EventKind, int, str] | None:
     if mark.kind in ("note", "environment") and data.get("message"):
         return EventKind(mark.kind), mark.rank, str(data["message"])[:NOTE_MAX_CHARS]
     if mark.kind == "oom":
-        return EventKind.NOTE, mark.rank, f"Rank {mark.rank} ran out of memory."
+        said = str(data.get("message") or f"Rank {mark.rank} ran out of memory.")
+        return EventKind.NOTE, mark.rank, said[:NOTE_MAX_CHARS]
     if mark.kind == "dropped":
         amount = f"{data.get('count', '?')} {data.get('what', 'messages')} ({data.get('bytes', '?')} bytes)"
         return EventKind.NOTE, mark.rank, f"Rank {mark.rank}: {amount} were dropped."[:NOTE_MAX_CHARS]

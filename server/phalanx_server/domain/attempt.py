@@ -91,6 +91,7 @@ class RankEnd:
     signal: int | None = None
     oom: bool = False
     finished: bool = False
+    reason: str = ""  # of its node for ending it, in words that follow its name
 
     @property
     def unseen(self) -> bool:
@@ -274,6 +275,8 @@ def _message(facts: EndFacts, outcome: Outcome) -> str:
 def _describe(end: RankEnd | None) -> str:
     if end is None:
         return "a rank failed"
+    if end.reason:
+        return f"rank {end.rank} {end.reason}"
     if end.oom:
         return f"rank {end.rank} ran out of memory"
     if end.signal is not None:

@@ -87,6 +87,7 @@ class RankExit(Message):
     oom: bool = False
     finished: bool = False
     tail: Text = ""
+    reason: Text = ""
 
 
 class RankStart(Message):

@@ -257,14 +257,18 @@ async def test_should_stop_finished_and_checkpoint(workbench: Any) -> None:
 async def test_memory_over_the_limit_ends_the_group_as_oom(workbench: Any) -> None:
     script = workbench.script("""
         import os, time
-        block = bytearray(os.urandom(1 << 20)) * (400 if os.environ["RANK"] == "0" else 1)
+        block = bytearray(os.urandom(1 << 20)) * (400 if os.environ["RANK"] == "1" else 1)
         time.sleep(60)
     """)
-    attempt = workbench.attempt(f"python {script}", ranks=2, memory_bytes=500 << 20)
+    attempt = workbench.attempt(f"python {script}", ranks=2, memory_bytes=300 << 20)
     exits = await attempt.run()
     assert [(end["signal"], end["oom"]) for end in exits] == [(signal.SIGKILL, True)] * 2
-    mark = workbench.server.marks(attempt.id, "oom")[0]["data"]
-    assert mark["used_bytes"] > mark["limit_bytes"] == 500 << 20
+    reason = "ran out of memory: the limit is 300 MiB for the 2 ranks on this node"
+    assert [end["reason"] for end in exits] == [f"was ended because rank 1 {reason}", reason]
+    assert (await attempt.group())["first_failed_rank"] == 1
+    (mark,) = workbench.server.marks(attempt.id, "oom")
+    assert mark["data"]["used_bytes"] >= mark["data"]["limit_bytes"] == 300 << 20
+    assert (mark["rank"], mark["data"]["message"]) == (1, f"rank 1 {reason}: the ranks on this node were ended")
 
 
 async def test_daemons_left_behind_are_killed_before_the_group_ends(workbench: Any) -> None:

@@ -15,6 +15,7 @@ from phalanx_worker.node.bundles import Bundles
 from phalanx_worker.node.devices import Devices
 from phalanx_worker.node.fence import CheckGcs, Fence
 from phalanx_worker.node.interpreters import open_interpreters
+from phalanx_worker.node.isolation import Isolation
 from phalanx_worker.node.launch import Launcher
 from phalanx_worker.node.link import Link
 from phalanx_worker.node.orders import GroupOrder, Settings
@@ -66,8 +67,11 @@ class Duties:
         """Start everything. Processes and directories that an earlier runner of this node left are removed first."""
         data_dir = Path(settings.data_dir)
         workspace = Workspace(data_dir, settings.checkpoint_root)
-        await asyncio.to_thread(_end_leftovers, workspace)  # before anything new can be taken for it
         env = {**environment.warm_environment(environ, python=python), **warm_env}
+        isolation = await asyncio.to_thread(
+            Isolation.find, python, env, allowed=settings.allow_mounts, most_processes=settings.most_processes
+        )
+        await asyncio.to_thread(_end_leftovers, workspace, isolation)  # before anything new can be taken for it
         warm = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log")
         problem = await users.own_users_problem(python, data_dir) if settings.own_users else "not asked for"
         interpreters = open_interpreters(
@@ -91,6 +95,7 @@ class Duties:
             own_users=not problem,
             fence=fence,
             outage=link.outage,
+            isolation=isolation,
             straggler_s=settings.straggler_s,
         )
         duties = cls(workspace, warm, outbox, link, transfers, launcher, fence, watch, problem)
@@ -118,10 +123,12 @@ class Duties:
         await self.launcher.interpreters.close()
 
 
-def _end_leftovers(workspace: Workspace) -> None:
+def _end_leftovers(workspace: Workspace, isolation: Isolation) -> None:
     """An earlier runner's guardians kill their ranks when it dies; this is for ranks whose guardian died as well."""
     attempts = set(workspace.leftovers())
     processes.kill(stray.pid for stray in processes.strays() if f"{stray.attempt_id}-{stray.group_rank}" in attempts)
+    for name in attempts:
+        isolation.cgroups.clear(name)
     workspace.clear()
 
 

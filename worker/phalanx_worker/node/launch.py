@@ -21,6 +21,7 @@ from phalanx_worker.node.command import Launch, plan_launch
 from phalanx_worker.node.environment import Places
 from phalanx_worker.node.fence import Fence, OutageFence
 from phalanx_worker.node.interpreters import Interpreter, Interpreters
+from phalanx_worker.node.isolation import Confinement, Isolation
 from phalanx_worker.node.orders import GroupOrder, StartFailed
 from phalanx_worker.node.ranks import Group, GroupEvents
 from phalanx_worker.node.threads import to_its_end
@@ -41,6 +42,7 @@ class Launcher:
     own_users: bool
     fence: Fence
     outage: OutageFence
+    isolation: Isolation
     straggler_s: float
 
     async def start(self, order: GroupOrder, listener: socket.socket | None, events: GroupEvents) -> Group:
@@ -65,18 +67,21 @@ class Launcher:
         state = await interpreter.ready()
         places = self.workspace.places(order)
         try:
+            confinement = await to_its_end(self.isolation.prepare, order, uid)
             await to_its_end(self.workspace.prepare, order, uid)
             if order.desired.launch.bundle:
                 await self.bundles.unpack(order.desired.launch.bundle, order.attempt_id, Path(places.work), uid)
             launch = _plan(order, interpreter.python, state)
-            spec = self._spec(order, places, launch, interpreter, uid=uid, hosted_store=bool(state.torch))
-            group = Group(order, places, launch, events)
+            spec = self._spec(order, places, launch, interpreter, confinement, uid=uid, hosted_store=bool(state.torch))
+            group = Group(order, places, launch, confinement, events)
             if listener is not None and spec.store is None:
                 listener.close()  # no torch here to host the store: rank 0 binds the port itself
                 listener = None
             self._expect_contact()
             await group.start(interpreter.warm, spec, listener)
+            self.isolation.started(order)
         except BaseException:
+            await to_its_end(self.isolation.discard, order)
             await to_its_end(self.workspace.remove, places)
             raise
         return group
@@ -109,6 +114,7 @@ class Launcher:
         places: Places,
         launch: Launch,
         interpreter: Interpreter,
+        confinement: Confinement,
         *,
         uid: int | None,
         hosted_store: bool,
@@ -134,6 +140,11 @@ class Launcher:
             venv=interpreter.venv,
             fence_s=self.fence.fence_s,
             straggler_s=_seconds(order.desired.launch.env.get("PHALANX_STRAGGLER_S")) or self.straggler_s,
+            cgroup=confinement.cgroup_spec,
+            cores=confinement.cores,
+            private=confinement.private,
+            mounts=confinement.mounts,
+            shm_bytes=order.desired.launch.shm_bytes,
         )
 
 

@@ -6,7 +6,7 @@ Owns the reading of both from their JSON form, and `StartFailed`, the one error 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from phalanx_worker import protocol
@@ -36,13 +36,17 @@ class Settings:
     straggler_s: float = 0.0  # 0: nobody is taken for one
     own_users: bool = False
     environments_bytes: int = 20 << 30  # environments that nobody uses go beyond this
+    allow_mounts: list[str] = field(default_factory=list)  # directories that jobs may mount, `:ro` for only to read
+    most_processes: int = 32_768  # of one group, threads counted
+    disk_bytes: int = 64 << 30  # that the directories of one group may hold; 0: no limit
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Settings:
         """Unknown keys are ignored: a newer agent may send more. Raises ValueError naming what is missing."""
         known = {spec.name: spec for spec in dataclasses.fields(cls)}
         given = {name: value for name, value in values.items() if name in known and value is not None}
-        missing = [name for name, spec in known.items() if spec.default is dataclasses.MISSING and name not in given]
+        required = [name for name, spec in known.items() if spec.default is spec.default_factory is dataclasses.MISSING]
+        missing = [name for name in required if name not in given]
         if missing:
             raise ValueError(f"runner settings lack {', '.join(missing)}")
         return cls(**given)
@@ -72,11 +76,20 @@ class GroupOrder:
         return limits[self.group.group_rank] if self.group.group_rank < len(limits) else 0
 
     @property
+    def name(self) -> str:
+        """Of this group among all of a node."""
+        return f"{self.attempt_id}-{self.group.group_rank}"
+
+    @property
+    def cpu_limit(self) -> float:
+        """Cores of the group; 0 where nothing was said."""
+        cpus = self.desired.launch.cpus_per_group
+        return max(0.0, cpus[self.group.group_rank]) if self.group.group_rank < len(cpus) else 0.0
+
+    @property
     def cpus(self) -> int:
         """Whole cores of the group, at least one; 0 where nothing was said."""
-        cpus = self.desired.launch.cpus_per_group
-        given = cpus[self.group.group_rank] if self.group.group_rank < len(cpus) else 0.0
-        return max(1, int(given)) if given > 0 else 0
+        return max(1, int(self.cpu_limit)) if self.cpu_limit > 0 else 0
 
     @classmethod
     def read(cls, order: dict[str, Any]) -> GroupOrder:

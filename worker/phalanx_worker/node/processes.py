@@ -24,12 +24,20 @@ class Stray:
     group_rank: int
 
 
-def memory_bytes(pids: Iterable[int], *, limit_bytes: int) -> int:
-    """What the processes hold together. Shared pages count once per process until that would exceed the limit; only
-    then the exact share is read, which is slow."""
+def memory_bytes(pids: Iterable[int], *, limit_bytes: int, shm_bytes: int = 0) -> int:
+    """What the processes hold together, with `shm_bytes` in files that are memory. Shared pages count once per process
+    until that would exceed the limit; only then the exact share is read, which is slow."""
     known = list(pids)
-    total = sum(_resident_bytes(pid) for pid in known)
-    return total if total <= limit_bytes else sum(_proportional_bytes(pid) for pid in known)
+    total = resident_bytes(known) + shm_bytes
+    if total <= limit_bytes:
+        return total
+    shares = [_proportional_bytes(pid) for pid in known]
+    shared = sum(shm for _, shm in shares)  # of those files too, where a process has mapped them
+    return sum(share for share, _ in shares) - shared + max(shared, shm_bytes)
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    return sum(map(_resident_bytes, pids))
 
 
 def _resident_bytes(pid: int) -> int:
@@ -40,12 +48,15 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def _proportional_bytes(pid: int) -> int:
+def _proportional_bytes(pid: int) -> tuple[int, int]:
+    """Its share of the pages that it holds with others; and how much of that is shared memory."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
-            return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+            shares = {name: size for name, _, size in (line.partition(":") for line in file)}
     except OSError:
-        return _resident_bytes(pid)
+        return _resident_bytes(pid), 0
+    share, shared = (int(shares.get(name, "0").split()[0]) * 1024 for name in ("Pss", "Pss_Shmem"))
+    return share, shared
 
 
 def in_sessions(session_ids: set[int]) -> list[int]:

@@ -17,10 +17,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from phalanx_worker.node import logs, processes
+from phalanx_worker.node import logs, offences, processes
 from phalanx_worker.node.command import Launch
 from phalanx_worker.node.environment import Places
+from phalanx_worker.node.isolation import Confinement
 from phalanx_worker.node.logs import LogBudget, LogStream
+from phalanx_worker.node.offences import Offence
 from phalanx_worker.node.orders import GroupOrder, StartFailed
 from phalanx_worker.node.reports import ReportSocket
 from phalanx_worker.node.warm import WarmProcess
@@ -76,14 +78,17 @@ class RankRecord:
 class Group:
     """One started group. `state`: `running`, `failing` (a rank failed, others run), `ended` (nothing is left)."""
 
-    def __init__(self, order: GroupOrder, places: Places, launch: Launch, events: GroupEvents):
+    def __init__(
+        self, order: GroupOrder, places: Places, launch: Launch, confinement: Confinement, events: GroupEvents
+    ):
         self.order = order
         self.places = places
+        self.confinement = confinement
         self.state = "running"
         self.first_failed_rank: int | None = None
         self.starts: list[RankStart] = []
         self.guardian_pid = 0
-        self.oom = False
+        self.offence: Offence | None = None
         self.delivered = False  # it has ended, and all that it left behind has reached the server
         self.ended = asyncio.Event()
         self._launch = launch
@@ -131,6 +136,8 @@ class Group:
         for index, rank in enumerate(group_spec.ranks):
             await self._send_rank(index, rank.rank, group_spec.uid)
         message = await self._receive()
+        if message is not None and message["op"] == "refused":
+            raise StartFailed(message["message"])
         if message is None or message["op"] != "started":
             reason = "the guardian died" if message is None else message.get("message", "")
             raise StartFailed(f"the ranks could not be forked: {reason}")
@@ -217,11 +224,22 @@ class Group:
         self._cut_collecting(0.0)
         self._tell({"op": "kill"})
 
-    def fail(self, kind: str, data: dict[str, Any]) -> None:
-        """End it now because of what it did; `kind` and `data` become a mark (`oom` marks the exits as well)."""
-        self.note(kind, data)
-        self.oom = self.oom or kind == "oom"
+    def fail(self, offence: Offence) -> None:
+        """End it now because of what it did: a mark says so, and its exits."""
+        if self.offence is None:
+            self.offence = offence
+            rank = self.order.group.first_rank if offence.rank is None else offence.rank
+            message = f"rank {rank} {offence.reason}: the ranks on this node were ended"
+            kind = "oom" if offence.is_oom else "note"
+            self._events.put(Mark(*self.key, rank, kind, time.time(), {**offence.data, "message": message}))
         self._tell({"op": "kill"})
+
+    def look_for_oom(self, suspect: Callable[[], int | None]) -> None:
+        """Whether the kernel has ended a process of it for want of memory; `suspect` names its rank."""
+        if self.offence is not None or not (where := self.confinement.oom()):
+            return
+        limit_bytes = self.order.memory_limit_bytes if where == "group" else 0
+        self.fail(offences.out_of_memory(self.order, limit_bytes, rank=suspect()))
 
     def ping(self, fence_s: float) -> None:
         """Renew the guardian's lease; without, it ends the ranks by itself."""
@@ -237,6 +255,7 @@ class Group:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         await self._abandon()
+        await asyncio.to_thread(self.confinement.release)
 
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
@@ -296,16 +315,20 @@ class Group:
         for stream in record.streams:
             stream.drain()
         record.straggler = straggler
+        if code != 0:
+            self.look_for_oom(lambda: rank)
         record.exit = RankExit(
             rank=rank,
             exit_code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             ended_at=at,
-            oom=self.oom and code < 0,
+            oom=self._is_oom and code != 0,
             tail=record.tail,
+            reason=self._reason(rank) if code != 0 else "",
         )
         if code != 0 and self.first_failed_rank is None and not self._stopping:
-            self.first_failed_rank = rank
+            culprit = self.offence.rank if self.offence is not None else None
+            self.first_failed_rank = rank if culprit is None else culprit
             self.state = "failing"
         self._events.changed()
 
@@ -318,10 +341,11 @@ class Group:
             log.exception("the last output of %s is lost", self.order.attempt_id)
         finally:
             for record in self._records.values():
-                record.exit = record.exit or RankExit(rank=record.rank, oom=self.oom, finished=record.finished)
+                record.exit = record.exit or self._unseen(record.rank, finished=record.finished)
             self.state = "ended"
             self.ended.set()
             self._events.changed()
+            await asyncio.to_thread(self.confinement.release)
 
     async def _take_last(self) -> None:
         streams = [stream for record in self._records.values() for stream in record.streams]
@@ -351,9 +375,20 @@ class Group:
         if self._collecting is not None and not self._collecting.expired():
             self._collecting.reschedule(at)
 
+    @property
+    def _is_oom(self) -> bool:
+        return self.offence is not None and self.offence.is_oom
+
+    def _reason(self, rank: int) -> str:
+        return self.offence.reason_for(rank) if self.offence is not None else ""
+
+    def _unseen(self, rank: int, *, finished: bool) -> RankExit:
+        """Its guardian died, so nobody saw how it ended."""
+        return RankExit(rank=rank, oom=self._is_oom, finished=finished, reason=self._reason(rank))
+
     def _settle_exit(self, record: RankRecord) -> None:
         """The exit as it is reported: with the whole tail of stderr, and what was dropped of its logs."""
-        known = record.exit or RankExit(rank=record.rank, oom=self.oom)  # the guardian died: its end was not seen
+        known = record.exit or self._unseen(record.rank, finished=record.finished)
         record.exit = replace(known, tail=record.tail, finished=record.finished)
         if record.budget.dropped_bytes:
             data = {"what": "logs", "count": 1, "bytes": record.budget.dropped_bytes}

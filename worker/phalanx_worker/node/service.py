@@ -83,7 +83,11 @@ class Runner:
     def capabilities(self) -> dict[str, Any]:
         """What this node can do, for its entry in the inventory."""
         duties = self._open_duties()
-        return {"own_users": duties.launcher.own_users, "own_users_problem": duties.own_users_problem}
+        return {
+            "own_users": duties.launcher.own_users,
+            "own_users_problem": duties.own_users_problem,
+            "isolation": duties.launcher.isolation.in_words,
+        }
 
     async def reserve_rendezvous(self, attempt_id: str) -> dict[str, Any]:
         """Bind the port that the attempt's TCPStore will listen on."""

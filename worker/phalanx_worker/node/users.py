@@ -1,7 +1,7 @@
-"""Whether ranks can run as their tenant's own Unix user on this node.
+"""Whether ranks can run as their tenant's own Unix user on this node, and what that user may do.
 
-Owns the test: root, and the user reaches what a rank needs to read. It is made by a process of that user, since only
-the kernel knows.
+Owns the tests: root, and the user reaches what a rank needs to read. They are made by a process of that user, since
+only the kernel knows.
 """
 
 from __future__ import annotations
@@ -38,12 +38,17 @@ async def own_users_problem(python: str, data_dir: Path) -> str:
 
 
 async def _readable(path: str, uid: int) -> bool:
-    return await asyncio.to_thread(_reads, path, uid)
+    return await asyncio.to_thread(_may, "-r", path, uid)
 
 
-def _reads(path: str, uid: int) -> bool:
+def may_write(path: str, uid: int | None) -> bool:
+    """Whether that user may (None: this process's own). Blocks for as long as a shell takes to start."""
+    return os.access(path, os.W_OK) if uid is None else _may("-w", path, uid)
+
+
+def _may(what: str, path: str, uid: int) -> bool:
     """Not by asyncio itself: in an actor Ray runs uvloop, whose subprocesses know no `user`."""
-    command = ["/bin/sh", "-c", 'test -r "$1"', "sh", path]
+    command = ["/bin/sh", "-c", f'test {what} "$1"', "sh", path]
     try:
         test = subprocess.run(
             command, user=uid, group=uid, extra_groups=[], env={}, cwd="/", timeout=_CHECK_TIMEOUT_S, check=False

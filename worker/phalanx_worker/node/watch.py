@@ -1,24 +1,30 @@
 """What goes on beside the ranks: the node's figures, and the limits that each group must keep.
 
-Owns the once-a-second look at memory and GPUs. A group over its memory, or seen on a GPU outside its placement, is
-ended with a mark that says so.
+Owns the once-a-second look at GPUs and figures, and the five looks a second at memory. A group over its memory, or seen
+on a GPU outside its placement, is ended with a mark that says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
 from collections.abc import Callable
 
-from phalanx_worker.node import processes
+from phalanx_worker.node import offences, processes
 from phalanx_worker.node.devices import Devices
+from phalanx_worker.node.offences import Offence
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.protocol import NodeStats
 from phalanx_worker.runtime import linux
 
 log = logging.getLogger("phalanx.node.watch")
 
-INTERVAL_S = 1.0
+MEMORY_INTERVAL_S = 0.2  # memory is filled at gigabytes a second
+_LOOKS_AT_MEMORY = 5  # for each look at everything
+
+Finding = tuple[Group, Offence]
 
 
 class Watch:
@@ -28,42 +34,84 @@ class Watch:
         self.devices = devices
         self.stats: NodeStats = devices.read()
         self._groups = groups
+        self._pids: dict[tuple[str, int], list[int]] = {}  # of each group that is watched, at the last look
 
     async def run(self) -> None:
-        while True:
+        for count in itertools.count():
             try:
-                await self.tick()
+                await (self.look_at_memory() if count % _LOOKS_AT_MEMORY else self.tick())
             except Exception:  # a figure that cannot be read must not end the watching
                 log.exception("watching failed")
-            await asyncio.sleep(INTERVAL_S)
+            await asyncio.sleep(MEMORY_INTERVAL_S)
 
     async def tick(self) -> None:
-        groups = [group for group in self._groups() if group.state != "ended"]
+        """Look at everything."""
+        groups = self._living()
         self.stats, findings = await asyncio.to_thread(self._look, groups)
-        for group, kind, data in findings:
-            group.fail(kind, data)
+        for group, offence in findings:
+            group.fail(offence)
 
-    def _look(self, groups: list[Group]) -> tuple[NodeStats, list[tuple[Group, str, dict]]]:
-        findings = []
-        limited = [group for group in groups if group.order.memory_limit_bytes or self.devices.gpus]
-        table = linux.parents() if limited else {}
-        on_gpus = self.devices.processes_by_gpu() if limited else {}
-        for group in limited:
-            pids = linux.descendants(group.guardian_pid, table)
-            findings += _memory_finding(group, pids) or _gpu_finding(group, pids, on_gpus)
+    async def look_at_memory(self) -> None:
+        """Ask the kernel whether it has ended a process; where it keeps no limit, look at the known processes."""
+        groups = self._living()
+        for group in groups:
+            group.look_for_oom(lambda group=group: _hungriest(group))
+        watched = [group for group in groups if group.confinement.watched_memory_bytes]
+        if watched:
+            for group, offence in await asyncio.to_thread(self._look_at, watched):
+                group.fail(offence)
+
+    def _living(self) -> list[Group]:
+        return [group for group in self._groups() if group.state != "ended"]
+
+    def _look(self, groups: list[Group]) -> tuple[NodeStats, list[Finding]]:
+        looked_at = [group for group in groups if group.confinement.watched_memory_bytes or self.devices.gpus]
+        table = linux.parents() if looked_at else {}
+        on_gpus = self.devices.processes_by_gpu() if looked_at else {}
+        self._pids = {group.key: linux.descendants(group.guardian_pid, table) for group in looked_at}
+        findings = self._look_at(looked_at)
+        for group in looked_at:
+            findings += _gpu_finding(group, self._pids[group.key], on_gpus)
         return self.devices.read(), findings
 
-
-def _memory_finding(group: Group, pids: list[int]) -> list[tuple[Group, str, dict]]:
-    limit_bytes = group.order.memory_limit_bytes
-    used_bytes = processes.memory_bytes(pids, limit_bytes=limit_bytes) if limit_bytes else 0
-    return [(group, "oom", {"used_bytes": used_bytes, "limit_bytes": limit_bytes})] if used_bytes > limit_bytes else []
+    def _look_at(self, groups: list[Group]) -> list[Finding]:
+        return [finding for group in groups for finding in _memory_finding(group, self._pids.get(group.key, []))]
 
 
-def _gpu_finding(group: Group, pids: list[int], on_gpus: dict[int, set[int]]) -> list[tuple[Group, str, dict]]:
+def _memory_finding(group: Group, pids: list[int]) -> list[Finding]:
+    limit_bytes = group.confinement.watched_memory_bytes
+    if not limit_bytes:
+        return []
+    shm_bytes = _own_shm_bytes(group)
+    used_bytes = processes.memory_bytes(pids, limit_bytes=limit_bytes, shm_bytes=shm_bytes)
+    if used_bytes <= limit_bytes:
+        return []
+    return [(group, offences.out_of_memory(group.order, limit_bytes, rank=_hungriest(group), used_bytes=used_bytes))]
+
+
+def _own_shm_bytes(group: Group) -> int:
+    """What lies in the group's own /dev/shm, which counts like its memory."""
+    if not group.confinement.private:
+        return 0
+    try:
+        status = os.statvfs(f"/proc/{group.guardian_pid}/root/dev/shm")
+    except OSError:
+        return 0
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def _hungriest(group: Group) -> int | None:
+    """The rank that holds the most memory now, with all that it has started."""
+    table = linux.parents()
+    held = {
+        start.rank: processes.resident_bytes([start.pid, *linux.descendants(start.pid, table)])
+        for start in group.starts
+        if start.pid in table
+    }
+    return max(held, key=lambda rank: held[rank], default=None)
+
+
+def _gpu_finding(group: Group, pids: list[int], on_gpus: dict[int, set[int]]) -> list[Finding]:
     own = set(group.order.group.gpu_indices)
     intruded = sorted(index for index, users in on_gpus.items() if index not in own and users & set(pids))
-    if not intruded:
-        return []
-    message = f"a rank used GPU {', '.join(map(str, intruded))} of its node, which it was not given: ranks ended"
-    return [(group, "note", {"message": message})]
+    return [(group, offences.foreign_gpu(intruded))] if intruded else []

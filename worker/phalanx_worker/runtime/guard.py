@@ -9,7 +9,7 @@ library only, but for the store; knows nothing of jobs.
 
 Runner to guardian: `rank` (with stdout, stderr, report socket), `ping` {fence_s}, `stop` {grace_s}, `kill`.
 Guardian to runner: `started` {ranks}, `exit` {rank, status, at, straggler}, `ended`, and with a message `note`,
-`fenced` (all are ended because of the lease), `failed`.
+`fenced` (all are ended because of the lease), `failed`, `refused` (nothing was started; a sentence for the user).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from phalanx_worker.runtime import channel, linux, rank, spec
+from phalanx_worker.runtime import channel, confine, linux, mounts, rank, spec
 from phalanx_worker.runtime.lease import Lease
 from phalanx_worker.runtime.stragglers import Stragglers
 
@@ -41,11 +41,13 @@ def run(connection: socket.socket, spec_fd: int, listener_fd: int | None, *, sta
         guardian.start()
         guardian.serve()
     except (BrokenPipeError, ConnectionResetError):
-        guardian.kill_all()
+        guardian.give_up()
+    except mounts.Refused as refusal:
+        guardian.refuse(str(refusal))
     except Exception as error:
         with contextlib.suppress(OSError):
             channel.send(connection, {"op": "failed", "message": f"{type(error).__name__}: {error}"})
-        guardian.kill_all()
+        guardian.give_up()
     os._exit(0)
 
 
@@ -73,6 +75,7 @@ class Guardian:
         # Blocked, not ignored: a SIGTERM that meets a rank before it has set its own signals up waits for that.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         self._watch_children()
+        mounts.enter(self._group)
         started = [self._start_next() for _ in self._group.ranks]
         channel.send(self._connection, {"op": "started", "guardian_pid": os.getpid(), "ranks": started})
         self._host_store()
@@ -87,13 +90,25 @@ class Guardian:
             if self._wake_read.fileno() in ready:
                 self._wake_read.recv(4096)
             if self._connection.fileno() in ready and not self._obey():
-                break
+                return self.give_up()
             self._settle()
             if not self._ended:
                 self._watch()
-        self.kill_all()
+        self._kill_all()
 
-    def kill_all(self) -> None:
+    def give_up(self) -> None:
+        """Nobody waits for the end any more: clear everything away that the runner would have cleared."""
+        self._kill_all()
+        confine.remove(self._group.cgroup)
+
+    def refuse(self, message: str) -> None:
+        """Say why nothing is started; the runner's messages are read so that it does not fail over them."""
+        channel.send(self._connection, {"op": "refused", "message": message})
+        while (received := channel.receive(self._connection)) is not None:
+            for fd in received[1]:
+                os.close(fd)
+
+    def _kill_all(self) -> None:
         """Kill everything below, until nothing is left."""
         while not self._reap():
             self._kill_descendants()
@@ -146,6 +161,7 @@ class Guardian:
             return
         from torch._C._distributed_c10d import TCPStore  # loaded in the warm process already
 
+        confine.bound_own_memory()
         self._store = TCPStore(
             store.host,
             store.port,
@@ -256,6 +272,7 @@ class Guardian:
             channel.send(self._connection, message)
 
     def _kill_descendants(self) -> None:
+        confine.end(self._group.cgroup)
         self._kill(linux.descendants(os.getpid()))
 
     @staticmethod

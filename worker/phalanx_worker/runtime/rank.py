@@ -16,11 +16,11 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from phalanx_worker.runtime import linux, marks, process_groups, script, venv
+from phalanx_worker.runtime import confine, linux, marks, process_groups, script, venv
 from phalanx_worker.runtime.spec import GroupSpec, RankSpec
 
 _REPORT_FD_FROM = 64  # above what shell scripts use by number
-_OOM_SCORE = "500"  # when the kernel must choose, a rank dies before runner, guardian or warm process
+_OOM_SCORE = "1000"  # when the kernel must choose, a rank dies before raylet, guardian or warm process
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def enter(
         os.setsid()
         os.dup2(fds.stderr, 2)
         _write_oom_score()
+        confine.enter(group.cgroup, group.cores)
         if group.uid is not None:
             linux.become_user(group.uid)
         linux.die_with_parent(guardian_pid)

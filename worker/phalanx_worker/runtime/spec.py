@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,26 @@ class StoreSpec:
 
 
 @dataclass(frozen=True)
+class CgroupSpec:
+    """The control group of the ranks: files of it, one for each hierarchy where there are several.
+
+    `join`: who writes 0 there is in it; `end`: what to write where, for its processes to end and to fork no more;
+    `directories`: to be removed when they are empty.
+    """
+
+    join: list[str]
+    end: list[tuple[str, str]]
+    directories: list[str]
+
+
+@dataclass(frozen=True)
+class MountSpec:
+    source: str
+    target: str
+    read_only: bool
+
+
+@dataclass(frozen=True)
 class GroupSpec:
     program: Program
     env: dict[str, str]
@@ -51,6 +71,11 @@ class GroupSpec:
     fence_s: float = 60.0  # without a ping of the runner, the guardian ends the ranks after this
     venv: str = ""  # the environment that a forked rank enters; "": it was forked in it
     straggler_s: float = 0.0  # after a clean exit, ranks that do nothing for so long are ended; 0: never
+    cgroup: CgroupSpec | None = None
+    cores: list[int] | None = None  # that the ranks may run on; None: all
+    private: bool = False  # the ranks see mounts and a /dev/shm of their own
+    mounts: list[MountSpec] = field(default_factory=list)  # where `private`
+    shm_bytes: int = 0  # of their own /dev/shm; 0: as large as the node's
 
 
 def write(spec: GroupSpec) -> int:
@@ -66,12 +91,14 @@ def write(spec: GroupSpec) -> int:
 def read(fd: int) -> GroupSpec:
     size = os.fstat(fd).st_size
     data = json.loads(os.pread(fd, size, 0))
-    store = data.pop("store")
+    store, cgroup = data.pop("store"), data.pop("cgroup")
     return GroupSpec(
         **{
             **data,
             "program": Program(**data["program"]),
             "ranks": [RankSpec(**rank) for rank in data["ranks"]],
             "store": StoreSpec(**store) if store else None,
+            "cgroup": CgroupSpec(**cgroup) if cgroup else None,
+            "mounts": [MountSpec(**mount) for mount in data["mounts"]],
         }
     )

@@ -1,0 +1,95 @@
+"""Which directories of the node the ranks of a group may see under which path.
+
+Owns the operator's list of what may be mounted, and the check of a job's mounts against it. The mounting itself is the
+guardian's (`runtime/mounts.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from phalanx_worker.node.orders import StartFailed
+from phalanx_worker.protocol import Mount
+from phalanx_worker.runtime.spec import MountSpec
+
+MayWrite = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A directory that jobs may mount, with all below it."""
+
+    path: str
+    read_only: bool
+
+    @classmethod
+    def read(cls, text: str) -> Allowed:
+        """From `/srv/datasets` or `/srv/datasets:ro`. Raises ValueError."""
+        path, colon, mode = text.partition(":")
+        if not path.startswith("/") or (colon and mode not in ("ro", "rw")):
+            raise ValueError(f"{text!r} is no directory to allow: write /srv/datasets or /srv/datasets:ro")
+        return cls(path, read_only=mode == "ro")
+
+    def holds(self, real_path: str) -> bool:
+        root = os.path.realpath(self.path)
+        return real_path == root or real_path.startswith(root.rstrip("/") + "/")
+
+    def __str__(self) -> str:
+        return f"{self.path} (read-only)" if self.read_only else self.path
+
+
+def plan(mounts: Iterable[Mount], allowed: list[Allowed], *, private: bool, may_write: MayWrite) -> list[MountSpec]:
+    """What is to be mounted, with its source as it really is. Raises StartFailed naming the source, and what may be.
+
+    Where ranks cannot have mounts of their own (`private` is false) nothing can be, and only a directory at its own
+    path, as it is, is had without. `may_write` tells whether the ranks' user may write to one.
+    """
+    return [planned for mount in mounts if (planned := _plan(mount, allowed, private, may_write)) is not None]
+
+
+def _plan(mount: Mount, allowed: list[Allowed], private: bool, may_write: MayWrite) -> MountSpec | None:
+    source = os.path.realpath(mount.source)
+    holders = [each for each in allowed if each.holds(source)]
+    if not holders:
+        through = f" (which is {source})" if source != mount.source else ""
+        listed = ", ".join(map(str, allowed)) or "nothing"
+        raise StartFailed(f"mount {mount.source}{through}: the operator allows {listed} to be mounted (--allow-mount)")
+    if not mount.read_only and all(each.read_only for each in holders):
+        raise StartFailed(f"mount {mount.source}: the operator allows {holders[0]}, so it needs read_only: true")
+    if not Path(source).is_dir():
+        raise StartFailed(f"mount {mount.source}: there is no such directory on this node")
+    target = source if os.path.realpath(mount.target) == source else mount.target
+    if private:
+        return MountSpec(source, target, mount.read_only)
+    _expect_as_it_is(mount, source, target, may_write)
+    return None
+
+
+def _expect_as_it_is(mount: Mount, source: str, target: str, may_write: MayWrite) -> None:
+    """Raises StartFailed unless the ranks get what they ask for without any mount."""
+    if target != source:
+        raise StartFailed(
+            f"mount {mount.source}: this node cannot mount for one job (the runner lacks CAP_SYS_ADMIN), so the target "
+            f"must be {source} itself, not {mount.target}"
+        )
+    if mount.read_only and may_write(source):
+        raise StartFailed(
+            f"mount {mount.source}: this node cannot make it read-only for one job (the runner lacks CAP_SYS_ADMIN); "
+            "take away the user's right to write there, or set read_only: false"
+        )
+
+
+def expect_shm(shm_bytes: int, *, private: bool) -> None:
+    """Raises StartFailed where /dev/shm must be larger than it is and cannot be the group's own."""
+    if not shm_bytes or private:
+        return
+    status = os.statvfs("/dev/shm")
+    has_bytes = status.f_blocks * status.f_frsize
+    if has_bytes < shm_bytes:
+        raise StartFailed(
+            f"run.shm asks for {shm_bytes >> 20} MiB, and /dev/shm of this node has {has_bytes >> 20} MiB; the runner "
+            "lacks CAP_SYS_ADMIN to give the job one of its own"
+        )
