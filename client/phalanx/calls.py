@@ -1,6 +1,6 @@
-"""How one exchange with the server is described, as data. It owns the three descriptions (`Call`, `Stream`, `Steps`)
-and refuses to know which requests exist (`job_requests.py`, `fleet_requests.py`), and how they are sent, awaited or
-tried again (`transport.py`).
+"""How one exchange with the server is described, as data. It owns the descriptions (`Call`, `Download`, `Stream`,
+`Steps`) and refuses to know which requests exist (`job_requests.py`, `fleet_requests.py`), and how they are sent,
+awaited or tried again (`transport.py`).
 
 The sync and the async client are two small interpreters of these descriptions, so no request is written twice.
 """
@@ -45,6 +45,16 @@ class Call(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Download:
+    """A GET whose answer goes into `file` as it comes. The result is its SHA-256 in hex."""
+
+    path: str
+    file: Path
+    params: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float = 60.0  # of silence
+
+
+@dataclass(frozen=True)
 class Message:
     """One server-sent event, its data decoded from JSON."""
 
@@ -83,7 +93,7 @@ class Now:
     """A step whose result is the time, in seconds of a clock that only goes forward."""
 
 
-Step: TypeAlias = Call[Any] | Pause | Work[Any] | Now
+Step: TypeAlias = Call[Any] | Download | Pause | Work[Any] | Now
 
 # Several exchanges that make one operation: a generator that yields steps, is sent their results, and returns.
 Steps: TypeAlias = Generator[Step, Any, T]

@@ -1,5 +1,5 @@
 """The clients: `Client` blocks, `AsyncClient` awaits. This module owns the list of operations; what each one is stands
-in `job_requests.py`, `environments.py` and `fleet_requests.py`, how it is carried out in `transport.py`.
+in `job_requests.py`, `outputs.py`, `environments.py` and `fleet_requests.py`, how it is carried out in `transport.py`.
 
     job_file = {"name": "hello", "resources": {"gpus": 2}, "run": {"command": "python train.py"}}
     with phalanx.Client() as client:  # the server of PHALANX_URL and PHALANX_TOKEN, else of `phalanx login`
@@ -20,7 +20,8 @@ from phalanx import config
 from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
-from phalanx.calls import Call, Pages, Steps, Stream
+from phalanx import outputs as files
+from phalanx.calls import Call, Download, Pages, Steps, Stream
 from phalanx.retry import RetryPolicy
 from phalanx.transport import AsyncTransport, SyncTransport
 
@@ -43,6 +44,14 @@ def _run(build: Callable[P, Steps[T]]) -> Callable[Concatenate[Client, P], T]:
     @functools.wraps(build)
     def method(self: Client, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.transport.run(build(*args, **kwargs))
+
+    return method
+
+
+def _fetch(build: Callable[P, Download]) -> Callable[Concatenate[Client, P], str]:
+    @functools.wraps(build)
+    def method(self: Client, *args: P.args, **kwargs: P.kwargs) -> str:
+        return self.transport.fetch(build(*args, **kwargs))
 
     return method
 
@@ -75,6 +84,14 @@ def _arun(build: Callable[P, Steps[T]]) -> Callable[Concatenate[AsyncClient, P],
     @functools.wraps(build)
     def method(self: AsyncClient, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         return self.transport.run(build(*args, **kwargs))
+
+    return method
+
+
+def _afetch(build: Callable[P, Download]) -> Callable[Concatenate[AsyncClient, P], Awaitable[str]]:
+    @functools.wraps(build)
+    def method(self: AsyncClient, *args: P.args, **kwargs: P.kwargs) -> Awaitable[str]:
+        return self.transport.fetch(build(*args, **kwargs))
 
     return method
 
@@ -145,6 +162,9 @@ class Client:
     follow_logs = _stream(work.follow_logs)
     metrics = _call(work.metrics)
     follow_metrics = _stream(work.follow_metrics)
+    outputs = _pages(files.outputs)
+    download_output = _fetch(files.download_output)
+    download_outputs = _run(files.download_outputs)
     environments = _pages(packages.environments)
     environment = _call(packages.environment)
     create_environment = _call(packages.create_environment)
@@ -215,6 +235,9 @@ class AsyncClient:
     follow_logs = _astream(work.follow_logs)
     metrics = _acall(work.metrics)
     follow_metrics = _astream(work.follow_metrics)
+    outputs = _apages(files.outputs)
+    download_output = _afetch(files.download_output)
+    download_outputs = _arun(files.download_outputs)
     environments = _apages(packages.environments)
     environment = _acall(packages.environment)
     create_environment = _acall(packages.create_environment)

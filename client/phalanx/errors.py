@@ -5,6 +5,7 @@ know how they are shown (the CLI does that) and which of them are retried (`retr
     ├── ConfigError            no server is configured, or the config file cannot be read
     ├── JobFileError           a job file is malformed; `path`, `line` and `column` say where
     ├── BundleError            the working directory cannot be packed
+    ├── OutputError            a file that a job left cannot be written here
     ├── ProtocolError          the answer is not what the API promises (a proxy, or another version)
     ├── ConnectionFailed       nothing answered
     ├── WaitTimeout            a job did not end within the time given to `wait`
@@ -34,6 +35,10 @@ class ConfigError(PhalanxError):
 
 
 class BundleError(PhalanxError):
+    pass
+
+
+class OutputError(PhalanxError):
     pass
 
 

@@ -10,24 +10,23 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, closing
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import httpx_sse
 
 from phalanx import config
-from phalanx.calls import Answer, Call, Message, Now, Pages, Pause, Step, Steps, Stream, Work
+from phalanx.bodies import achunks, areceive, chunks, receive
+from phalanx.calls import Answer, Call, Download, Message, Now, Pages, Pause, Step, Steps, Stream, Work
 from phalanx.errors import ConfigError, ConnectionFailed, ProtocolError, from_problem
 from phalanx.retry import OUTAGE_TOLERANCE_S, RETRIED_STATUSES, RetryPolicy, retry_after_s
 
 T = TypeVar("T")
 Clock = Callable[[], float]  # seconds, only forward
 
-CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 5.0
 STREAM_SILENCE_S = 60.0  # the server sends a comment at least every 15 s
 STREAM_HELD_S = 10.0
@@ -68,6 +67,12 @@ def _request(call: Call[Any], content: Any) -> dict[str, Any]:
     elif call.json is not None:
         sent["json"] = call.json
     return {"method": call.method, "url": call.path, **sent}
+
+
+def _download(download: Download) -> dict[str, Any]:
+    headers = {"Accept": "application/octet-stream", "Accept-Encoding": "identity"}
+    timeout = httpx.Timeout(download.timeout_s, connect=CONNECT_TIMEOUT_S)
+    return {"method": "GET", "url": download.path, "params": download.params, "headers": headers, "timeout": timeout}
 
 
 def _conclude(call: Call[T], response: httpx.Response) -> T:
@@ -198,16 +203,32 @@ class SyncTransport:
         self._http.close()
 
     def send(self, call: Call[T]) -> T:
+        return self._again(partial(self._try, call), repeatable=call.repeatable)
+
+    def fetch(self, download: Download) -> str:
+        return self._again(partial(self._receive, download))
+
+    def _again(self, attempt: Callable[[], T], *, repeatable: bool = True) -> T:
         tried = 0
         while True:
             try:
-                return self._try(call)
+                return attempt()
             except _Failed as failed:
                 tried += 1
-                self._sleep(_next_delay_s(self._retry, failed, tried=tried, repeatable=call.repeatable))
+                self._sleep(_next_delay_s(self._retry, failed, tried=tried, repeatable=repeatable))
+
+    def _receive(self, download: Download) -> str:
+        try:
+            with self._http.stream(**_download(download)) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(response)
+                return receive(response, download.file)
+        except httpx.TransportError as error:
+            raise _unsent(self._http.base_url, error) from None
 
     def _try(self, call: Call[T]) -> T:
-        content = _chunks(call.body_path) if call.body_path else None
+        content = chunks(call.body_path) if call.body_path else None
         try:
             return _conclude(call, self._http.request(**_request(call, content)))
         except httpx.TransportError as error:
@@ -231,6 +252,8 @@ class SyncTransport:
             return self._sleep(step.seconds)
         if isinstance(step, Now):
             return self._clock()
+        if isinstance(step, Download):
+            return self.fetch(step)
         return step.run() if isinstance(step, Work) else self.send(step)
 
     def iterate(self, pages: Pages[T]) -> Iterator[T]:
@@ -267,12 +290,6 @@ class SyncTransport:
         raise where.broken()
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-
-
 # ------------------------------------------------------------------ async
 
 
@@ -296,16 +313,32 @@ class AsyncTransport:
         await self._http.aclose()
 
     async def send(self, call: Call[T]) -> T:
+        return await self._again(partial(self._try, call), repeatable=call.repeatable)
+
+    async def fetch(self, download: Download) -> str:
+        return await self._again(partial(self._receive, download))
+
+    async def _again(self, attempt: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
         tried = 0
         while True:
             try:
-                return await self._try(call)
+                return await attempt()
             except _Failed as failed:
                 tried += 1
-                await self._sleep(_next_delay_s(self._retry, failed, tried=tried, repeatable=call.repeatable))
+                await self._sleep(_next_delay_s(self._retry, failed, tried=tried, repeatable=repeatable))
+
+    async def _receive(self, download: Download) -> str:
+        try:
+            async with self._http.stream(**_download(download)) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise _refusal(response)
+                return await areceive(response, download.file)
+        except httpx.TransportError as error:
+            raise _unsent(self._http.base_url, error) from None
 
     async def _try(self, call: Call[T]) -> T:
-        content = _achunks(call.body_path) if call.body_path else None
+        content = achunks(call.body_path) if call.body_path else None
         try:
             return _conclude(call, await self._http.request(**_request(call, content)))
         except httpx.TransportError as error:
@@ -329,6 +362,8 @@ class AsyncTransport:
             return await self._sleep(step.seconds)
         if isinstance(step, Now):
             return self._clock()
+        if isinstance(step, Download):
+            return await self.fetch(step)
         return await asyncio.to_thread(step.run) if isinstance(step, Work) else await self.send(step)
 
     async def iterate(self, pages: Pages[T]) -> AsyncIterator[T]:
@@ -367,9 +402,3 @@ class AsyncTransport:
         except httpx.TransportError as error:
             raise _unsent(self._http.base_url, error) from None
         raise where.broken()
-
-
-async def _achunks(path: Path) -> AsyncIterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
-            yield chunk

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
+from phalanx import outputs as files
 from phalanx.bundle import Bundle
 from phalanx.calls import Call, Stream
 from phalanx_server.main import create_app
@@ -42,6 +44,8 @@ ASKED: dict[str, Any] = {
     "environment": packages.environment("env_1"),
     "create_environment": packages.create_environment("n", ["x"], tenant="a"),
     "delete_environment": packages.delete_environment("env_1"),
+    "outputs": files.outputs(JOB, attempt=1)("c"),
+    "download_output": files.download_output(JOB, "x", Path(), attempt=1, group_rank=0),
     "queue": fleet.queue(tenant="a", limit=5)("c"),
     "plan": fleet.plan(jobs=[JOB_FILE]),
     "nodes": fleet.nodes()("c"),
@@ -90,9 +94,9 @@ def test_the_server_knows_the_request(document: dict[str, Any], name: str) -> No
 
 
 def test_every_operation_of_the_sdk_is_among_them() -> None:
-    composed = {"wait", "upload"}  # of others, or with a body that is streamed
+    composed = {"wait", "upload", "download_outputs", "chosen"}  # of others, or with a body that is streamed
     described = {
-        name for module in (work, packages, fleet) for name, f in vars(module).items() if _is_request(module, f)
+        name for module in (work, files, packages, fleet) for name, f in vars(module).items() if _is_request(module, f)
     }
     assert described - composed <= set(ASKED)
 

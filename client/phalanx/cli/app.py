@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from phalanx.cli import account, change, environment, failures, fleet, observe, plugins, streams, submit, tenancy
+from phalanx.cli import (
+    account,
+    change,
+    environment,
+    failures,
+    fleet,
+    observe,
+    outputs,
+    plugins,
+    streams,
+    submit,
+    tenancy,
+)
 
 HELP = f"""Submit distributed training jobs to a GPU cluster, and see what becomes of them.
 
@@ -40,5 +52,5 @@ def root(
         typer.echo(ctx.get_help())
 
 
-for module in (submit, observe, streams, change, environment, fleet, tenancy, account):
+for module in (submit, observe, streams, outputs, change, environment, fleet, tenancy, account):
     module.register(app)

@@ -131,7 +131,6 @@ class FakeServer:
         answer = {"server_time": 0.0, "accepted_seq": report["seq"], "refused": self.refused}
         return 200, json.dumps(answer).encode()
 
-
     def _take_output(self, target: str, body: bytes) -> tuple[int, bytes]:
         self.output_tries += 1
         status = self.output_answers[0] if self.output_answers else self.status
