@@ -73,6 +73,7 @@ class Machine:
     nodes: int
     gpus_per_node: int
     gpu_type: str
+    limits: tuple[str, ...] = ()  # options of the agent that say what an attempt may do on a node
 
     @property
     def url(self) -> str:
@@ -211,6 +212,7 @@ class Up:
             *("--server", machine.url, "--token-file", str(machine.path("cluster-token"))),
             *("--ray-file", str(machine.path("ray") / "ray.json")),
             *("--data", str(machine.path("nodes")), "--checkpoint-root", str(machine.path("checkpoints"))),
+            *machine.limits,
         )
 
     def _start_database(self) -> dict[str, str]:
@@ -401,6 +403,16 @@ def up(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="Emulated nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, max=64, help="GPUs of each emulated node.")] = 2,
     gpu_type: Annotated[str, typer.Option(help="What the emulated GPUs are called.")] = "emulated",
+    allow_mount: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="PHALANX_ALLOW_MOUNTS",
+            help="Directory of this machine that jobs may mount, `:ro` at its end for only to read; repeatable.",
+        ),
+    ] = None,
+    attempt_disk: Annotated[
+        str, typer.Option(envvar="PHALANX_ATTEMPT_DISK", help="What an attempt may write into its own directories.")
+    ] = "64GiB",
     command: Annotated[
         list[str] | None, typer.Argument(help="After --: run this against it, then stop; its exit code is the answer.")
     ] = None,
@@ -408,7 +420,8 @@ def up(
     """Run all of Phalanx on this machine: PostgreSQL, server, scheduler, Ray and its agent."""
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"phalanx up: {command[0]}: command not found")
-    machine = Machine(data_directory(data), host, port, nodes, gpus_per_node, gpu_type)
+    limits = (*(f"--allow-mount={path}" for path in allow_mount or []), f"--attempt-disk={attempt_disk}")
+    machine = Machine(data_directory(data), host, port, nodes, gpus_per_node, gpu_type, limits)
     raise SystemExit(bring_up(machine, command or []))
 
 

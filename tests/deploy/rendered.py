@@ -39,7 +39,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "no Ray": {"ray": {"enabled": False}, "agent": {"enabled": False}},
     "a Ray cluster that others run": {
         "ray": {"enabled": False, "tokenSecret": "their-ray"},
-        "agent": {"rayAddress": "ray.example:6379", "gpuType": "h100"},
+        "agent": {"rayAddress": "ray.example:6379", "gpuType": "h100", "allowMounts": ["/datasets:ro", "/scratch"]},
     },
     "only a Ray cluster": {
         "controlPlane": {"enabled": False},

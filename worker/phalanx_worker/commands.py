@@ -66,12 +66,28 @@ def agent(
     environments_gib: Annotated[
         float, typer.Option(envvar="PHALANX_ENVIRONMENTS_GIB", min=1, help="Space for jobs' environments on each node.")
     ] = 20.0,
+    allow_mount: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="PHALANX_ALLOW_MOUNTS",
+            help="Directory of the nodes that jobs may mount, `:ro` at its end for only to read; repeatable. In the "
+            "variable they are separated by spaces.",
+        ),
+    ] = None,
+    attempt_disk: Annotated[
+        str,
+        typer.Option(
+            envvar="PHALANX_ATTEMPT_DISK",
+            help="What an attempt may write into its own directories on a node, such as 64GiB; 0: as much as it likes.",
+        ),
+    ] = "64GiB",
     runner_silent_s: Annotated[
         float, typer.Option(hidden=True, min=1, help="A runner that answers nothing for so long is killed.")
     ] = 60.0,
 ) -> None:
     """Run the agent of one Ray cluster: it starts and watches what the server wants there."""
     from phalanx_worker.agent.ray_environment import prepare, read_ray_file
+    from phalanx_worker.node import mounts, sizes
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -84,6 +100,11 @@ def agent(
         raise _usage("give either --ray-address or --ray-file")
     if require_own_users and not own_users:
         raise _usage("--require-own-users and --no-own-users exclude each other")
+    try:
+        allow_mounts = [mounts.Allowed.read(text).as_written for text in allow_mount or []]
+        disk_bytes = sizes.read(attempt_disk)
+    except ValueError as error:
+        raise _usage(str(error)) from None
     try:
         address = ray_address or read_ray_file(ray_file or Path())
     except (TimeoutError, PermissionError) as error:
@@ -100,6 +121,8 @@ def agent(
         own_users=own_users,
         require_own_users=require_own_users,
         environments_bytes=int(environments_gib * (1 << 30)),
+        allow_mounts=tuple(allow_mounts),
+        disk_bytes=disk_bytes,
     )
     nodes = NodeSettings(gpu_type=gpu_type, shared_checkpoints=shared_checkpoints)
     settings = AgentSettings(

@@ -252,6 +252,7 @@ class Hosts:
         host.own_users_problem = str(answer.get("own_users_problem") or "it has no users of their own for ranks")
         if settings.get("own_users") and not host.own_users:
             log.warning("node %s: %s", host.name, host.own_users_problem)
+        log.info("node %s holds attempts to their limits so: %s", host.name, answer.get("isolation") or "unknown")
         self.changed()
 
     async def _configure_again(self, host: Host) -> None:

@@ -62,6 +62,8 @@ class RunnerSettings:
     own_users: bool
     require_own_users: bool = False
     environments_bytes: int = 20 << 30
+    allow_mounts: tuple[str, ...] = ()  # host directories, `:ro` at the end for only to read
+    disk_bytes: int = 64 << 30  # of the directories of one attempt on a node; 0: no limit
 
 
 @dataclass
@@ -169,6 +171,8 @@ class Agent:
             "checkpoint_root": self.settings.checkpoint_root,
             "own_users": self.settings.own_users,
             "environments_bytes": self.settings.environments_bytes,
+            "allow_mounts": list(self.settings.allow_mounts),
+            "disk_bytes": self.settings.disk_bytes,
         }
 
     # ---------------------------------------------------------------- desired set

@@ -37,6 +37,10 @@ class Allowed:
         root = os.path.realpath(self.path)
         return real_path == root or real_path.startswith(root.rstrip("/") + "/")
 
+    @property
+    def as_written(self) -> str:
+        return f"{self.path}:ro" if self.read_only else self.path
+
     def __str__(self) -> str:
         return f"{self.path} (read-only)" if self.read_only else self.path
 
