@@ -16,6 +16,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.exceptions import HTTPException
 
 from phalanx_server.actions.submit_jobs import Submitter
@@ -42,6 +43,7 @@ from phalanx_server.api import (
     tokens,
 )
 from phalanx_server.api.access import AccessMiddleware
+from phalanx_server.api.admission import AdmissionMiddleware, Gates
 from phalanx_server.api.auth import Authenticator
 from phalanx_server.api.deps import Services
 from phalanx_server.api.limits import LimitsMiddleware
@@ -88,6 +90,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.routes = [route for module in ROUTERS for route in module.router.routes]
     app.openapi = lambda: openapi.document_of(app)  # type: ignore[method-assign]
     app.add_middleware(LimitsMiddleware, default_bytes=settings.max_body_bytes, limits_bytes=_limits(settings))
+    gates = Gates(connections=_user_connections(settings), waiting=settings.max_waiting_requests)
+    app.add_middleware(AdmissionMiddleware, gates=gates)
     app.add_middleware(AccessMiddleware, measures=measures)
     return app
 
@@ -103,6 +107,23 @@ def _limits(settings: Settings) -> dict[str, int]:
     }
 
 
+def _link_connections(settings: Settings) -> int:
+    return max(1, settings.database_pool // 4)
+
+
+def _user_connections(settings: Settings) -> int:
+    return max(1, settings.database_pool - _link_connections(settings))
+
+
+def _engine(settings: Settings, connections: int) -> AsyncEngine:
+    return create_engine(
+        settings.required_database_url,
+        pool_size=connections,
+        application_name="phalanx-server",
+        statement_timeout_s=settings.statement_timeout_s,
+    )
+
+
 def _policy(settings: Settings) -> Policy:
     return read_policy(settings.policy_file.read_text() if settings.policy_file else None)
 
@@ -111,12 +132,7 @@ def _policy(settings: Settings) -> Policy:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     url = settings.required_database_url
-    engine = create_engine(
-        url,
-        pool_size=settings.database_pool,
-        application_name="phalanx-server",
-        statement_timeout_s=settings.statement_timeout_s,
-    )
+    engine, links = _engine(settings, _user_connections(settings)), _engine(settings, _link_connections(settings))
     async with Wakeups(url) as wakeups:
         submitter = Submitter(engine, on_flush=app.state.measures.observe_flush)
         await submitter.start()
@@ -125,6 +141,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 settings=settings,
                 engine=engine,
                 reads=engine.execution_options(isolation_level="AUTOCOMMIT"),
+                links=links,
+                link_reads=links.execution_options(isolation_level="AUTOCOMMIT"),
                 wakeups=wakeups,
                 submitter=submitter,
                 authenticator=Authenticator(engine, cache_s=settings.token_cache_s),
@@ -138,6 +156,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         finally:
             await submitter.close()
             await engine.dispose()
+            await links.dispose()
 
 
 class Server(uvicorn.Server):

@@ -25,7 +25,8 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     """`postgresql+asyncpg://…`; no default, so that no process ever writes to a database by accident."""
     database_pool: Annotated[int, Field(ge=1, le=500)] = 12
-    """Connections this process may hold, the listener not counted."""
+    """Connections this process may hold, the listener not counted. In the server a quarter of them is for nodes and
+    agents alone, and each part has at least one."""
     statement_timeout_s: Seconds = 30
     """Of the server: a statement that waits longer, for a lock say, is given up, and its caller told to come back."""
     data_dir: Path = Path("~/.local/share/phalanx")
@@ -48,6 +49,10 @@ class Settings(BaseSettings):
     token_cache_s: Annotated[float, Field(ge=0, le=60)] = 3
     """How long a verified token is trusted without a look into the database: the longest a revoked one still works."""
 
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 500
+    """Of users, while others are worked on; one more is told to come back."""
+    max_streams: Annotated[int, Field(ge=1)] = 1000
+    """Open event streams: followers of jobs, logs and metrics."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 * MIB
     max_batch_bytes: Annotated[int, Field(ge=1024)] = 32 * MIB
     """For `POST /v1/jobs/batch` and `POST /v1/plan`, which carry many jobs."""

@@ -105,7 +105,7 @@ async def test_too_many_connections_is_503(admin: httpx.AsyncClient, world: Any,
     """The pool is held by somebody else: a caller is told to come back, and is not kept waiting for ever."""
     engine = app.state.services.engine
     engine.sync_engine.pool._timeout = 0.05
-    held = [await engine.connect() for _ in range(6)]
+    held = [await engine.connect() for _ in range(engine.pool.size())]
     try:
         answers = await asyncio.gather(*(admin.get("/v1/jobs") for _ in range(3)))
     finally:

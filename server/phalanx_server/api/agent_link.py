@@ -40,7 +40,7 @@ async def put_inventory(
     settings = services.settings
     return answer(
         await update_inventory(
-            services.engine,
+            services.links,
             inventory,
             cluster_id=cluster_of(principal),
             now=now(),
@@ -63,7 +63,7 @@ async def get_desired(
     latest after `wait_s`. An agent that was replaced gets 409 `superseded`: it must not start what another starts."""
     cluster_id = cluster_of(principal)
     await _wait_for_another(services, cluster_id, version, wait_s)
-    async with services.reads.connect() as conn:
+    async with services.link_reads.connect() as conn:
         if instance:
             await expect_instance(conn, cluster_id=cluster_id, instance=instance)
         return answer(await desired(conn, cluster_id=cluster_id, now=now()))
@@ -73,7 +73,7 @@ async def _wait_for_another(services: Services, cluster_id: UUID, version: str, 
     until = time.monotonic() + wait_s
     async with services.wakeups.subscribe(topic("desired", cluster_id)) as subscription:
         while not services.stopping.is_set():
-            async with services.reads.connect() as conn:
+            async with services.link_reads.connect() as conn:
                 if await desired_version(conn, cluster_id=cluster_id) != version:
                     return
             left_s = until - time.monotonic()
@@ -93,7 +93,7 @@ async def report_facts(
 ) -> Response:
     """Facts about attempts, in the order in which they happened. Sending them again is harmless."""
     cluster_id = cluster_of(principal)
-    return answer(await record_agent_report(services.engine, report, cluster_id=cluster_id, now=now()))
+    return answer(await record_agent_report(services.links, report, cluster_id=cluster_id, now=now()))
 
 
 def cluster_of(principal: Principal) -> UUID:

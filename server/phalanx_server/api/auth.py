@@ -83,13 +83,14 @@ class Authenticator:
         self._clock = clock
         self._trusted: dict[bytes, tuple[Credential, float]] = {}
 
-    async def credential(self, authorization: str | None) -> Credential:
-        """What an Authorization header proves. Raises Problem 401 `unauthorized` or `token_expired`."""
+    async def credential(self, authorization: str | None, *, engine: AsyncEngine | None = None) -> Credential:
+        """What an Authorization header proves; `engine` is asked instead of the one for users' requests. Raises Problem
+        401 `unauthorized` or `token_expired`."""
         text = _bearer(authorization)
         digest = hashlib.sha256(text.encode()).digest()
         trusted = self._trusted.get(digest)
         if trusted is None or trusted[1] < self._clock():
-            credential = await self._verify(text)
+            credential = await self._verify(text, engine or self._engine)
             self._trust(digest, credential)
         else:
             credential = trusted[0]
@@ -106,9 +107,9 @@ class Authenticator:
             return False
         return found.expires_at is None or found.expires_at > datetime.now(UTC)
 
-    async def _verify(self, text: str) -> Credential:
+    async def _verify(self, text: str, engine: AsyncEngine) -> Credential:
         token_id, secret = _split(text)
-        async with self._engine.connect() as conn:
+        async with engine.connect() as conn:
             credential = await load_credential(conn, token_id)
         given = hashlib.sha256(secret.encode()).digest()
         stored = credential.hash if credential else b"\0" * len(given)

@@ -31,11 +31,14 @@ from phalanx_server.store.wakeups import Subscription, Wakeups
 
 @dataclass
 class Services:
-    """One per process. `reads` is `engine` without transactions: one statement, one round trip."""
+    """One per process. `reads` is `engine` without transactions: one statement, one round trip. `links` and
+    `link_reads` are the same for agents and nodes, on connections that users' requests cannot take from them."""
 
     settings: Settings
     engine: AsyncEngine
     reads: AsyncEngine
+    links: AsyncEngine
+    link_reads: AsyncEngine
     wakeups: Wakeups
     submitter: Submitter
     authenticator: Authenticator
@@ -64,12 +67,17 @@ async def services_of(request: Request) -> Services:  # async: a plain function 
 Serving = Annotated[Services, Depends(services_of)]
 
 
+# Who is let in though users have taken all of their own connections: those that keep it going.
+FIRST = frozenset({"agent", "node", "operate"})
+
+
 def caller(need: str) -> Callable[[Request], Awaitable[Principal]]:
     """A dependency: the caller, whose role must allow `need`. 401 without a valid token, 403 without the role."""
 
     async def authenticated(request: Request) -> Principal:
         services: Services = request.app.state.services
-        credential = await services.authenticator.credential(request.headers.get("authorization"))
+        engine = services.links if need in FIRST else None
+        credential = await services.authenticator.credential(request.headers.get("authorization"), engine=engine)
         principal = Principal(credential, request.scope["phalanx.request_id"])
         request.scope["phalanx.actor"] = principal.name
         if not principal.may(need):

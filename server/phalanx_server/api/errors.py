@@ -46,6 +46,7 @@ CODES: dict[str, tuple[int, str]] = {
     "rate_limited": (429, "Too many requests"),
     "internal": (500, "Something went wrong on the server"),
     "unavailable": (503, "The service is not available right now"),
+    "overloaded": (503, "The server has more to do than it can"),
     "storage_unavailable": (503, "The storage of logs and code is not available right now"),
 }
 _CODE_OF_STATUS = {400: "invalid_request", **{status: code for code, (status, _) in reversed(CODES.items())}}
@@ -106,6 +107,10 @@ def unavailable(
     detail: str = "The database or the storage cannot be reached. Try again shortly.", *, code: str = "unavailable"
 ) -> Problem:
     return Problem(code, detail, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def overloaded(detail: str) -> Problem:
+    return unavailable(detail, code="overloaded")
 
 
 def respond(problem: Problem, request_id: str) -> Response:

@@ -37,7 +37,7 @@ async def healthz() -> Health:
 async def readyz(services: Serving) -> Readiness:
     """The database can be reached and has the schema of this version."""
     try:
-        async with services.reads.connect() as conn:
+        async with services.link_reads.connect() as conn:
             revision = await read_revision(conn)
     except (SQLAlchemyError, OSError, TimeoutError) as error:
         raise unavailable() from error
@@ -60,7 +60,7 @@ async def metrics(request: Request, services: Serving) -> Response:
 
 
 async def _render(services: Services) -> bytes:
-    async with services.reads.connect() as conn:
+    async with services.link_reads.connect() as conn:
         states = await count_jobs(conn)
         reasons = await count_queue(conn)
     return services.measures.render(jobs_by_state=states, queued_by_reason=reasons)

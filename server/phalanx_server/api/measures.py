@@ -33,6 +33,7 @@ class Measures:
             buckets=_BATCH,
             registry=self.registry,
         )
+        self.streams = 0
         self._streams = Gauge("phalanx_http_streams", "Open event streams and long polls.", registry=self.registry)
         self._jobs = Gauge("phalanx_jobs", "Jobs that are not over, by state.", ("state",), registry=self.registry)
         self._queue = Gauge(
@@ -48,9 +49,11 @@ class Measures:
 
     def stream_opened(self) -> None:
         self._streams.inc()
+        self.streams += 1
 
     def stream_closed(self) -> None:
         self._streams.dec()
+        self.streams -= 1
 
     def render(self, *, jobs_by_state: Mapping[str, int], queued_by_reason: Mapping[str, int]) -> bytes:
         """The text exposition, with the database's counts as of now."""

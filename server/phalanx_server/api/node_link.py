@@ -41,7 +41,7 @@ async def report_node(
 ) -> Response:
     """A numbered batch of what a runner saw. Each number is taken once; `accepted_seq` is the highest taken."""
     node_id = node_of(principal)
-    return answer(await record_node_report(services.engine, services.log_files, report, node_id=node_id, now=now()))
+    return answer(await record_node_report(services.links, services.log_files, report, node_id=node_id, now=now()))
 
 
 @router.get(
@@ -58,7 +58,7 @@ async def fetch_bundle(
 ) -> StreamingResponse:
     """The bytes of a code bundle, for an attempt that is placed on the caller's node."""
     attempt = parse_id("attempt", attempt_id)
-    async with services.reads.connect() as conn:
+    async with services.link_reads.connect() as conn:
         if not await is_bundle_of_attempt(conn, digest, attempt_id=attempt, node_id=node_of(principal)):
             raise not_found(f"bundle {digest} of {attempt_id[:80]}")
     files = services.bundle_files
@@ -91,7 +91,7 @@ async def put_output(
     """A file that the ranks of one group left, whose attempt still counts as live. Sending it again is harmless."""
     size_bytes = _announced_bytes(request)
     await save_output(
-        services.engine,
+        services.links,
         services.output_files,
         GroupRef(parse_id("attempt", attempt_id), epoch, group_rank),
         request.stream(),

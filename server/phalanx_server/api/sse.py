@@ -17,6 +17,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Services
+from phalanx_server.api.errors import overloaded
 from phalanx_server.domain.errors import Invalid
 
 HEARTBEAT_S = 15
@@ -58,7 +59,10 @@ def event(kind: str, data: Any, *, id: int | str | None = None) -> ServerSentEve
 def stream(
     services: Services, principal: Principal, fetch: Fetch, *, topics: Sequence[str], cursor: Any
 ) -> EventSourceResponse:
-    """Answer with everything that `fetch` finds from `cursor` on, woken by `topics`, until it says that it is over."""
+    """Answer with everything that `fetch` finds from `cursor` on, woken by `topics`, until it says that it is over.
+    Raises Problem `overloaded` where there are as many streams as there may be."""
+    if services.measures.streams >= services.settings.max_streams:
+        raise overloaded(f"{services.measures.streams} streams are open, and no more may be. Try again shortly.")
     events = _follow(services, principal, fetch, topics=topics, cursor=cursor)
     return EventSourceResponse(events, ping=HEARTBEAT_S, sep="\n", send_timeout=SEND_TIMEOUT_S)
 

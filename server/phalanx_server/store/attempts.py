@@ -280,8 +280,11 @@ async def load_fences(
     conn: AsyncConnection, ids: Iterable[UUID], *, node_id: UUID, lock: bool = False
 ) -> dict[UUID, Fence]:
     """The fences of these attempts, as one node meets them; locked, no attempt can be lost or end meanwhile."""
+    wanted = list(ids)
+    if not wanted:
+        return {}
     query = text(_FENCES + (" FOR NO KEY UPDATE OF a" if lock else ""))
-    rows = await conn.execute(query, {"ids": list(ids), "node_id": node_id})
+    rows = await conn.execute(query, {"ids": wanted, "node_id": node_id})
     return {row.id: Fence(**row._mapping) for row in rows}
 
 

@@ -150,6 +150,22 @@ async def test_facts_are_sent_again_until_they_are_acknowledged() -> None:
     assert hearing.reports == [["att_1 started", "att_1 ended"]] * 3
 
 
+async def test_an_overloaded_server_is_given_the_time_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept_s: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(delay_s: float) -> None:
+        slept_s.append(delay_s)
+        await sleep(0)
+
+    monkeypatch.setattr(backoff.asyncio, "sleep", note)
+    overloaded, rate_limited = problem(503, "overloaded"), problem(429, "rate_limited")
+    overloaded.headers["Retry-After"], rate_limited.headers["Retry-After"] = "2", "86400"
+    assert await delivered(Hearing(overloaded, rate_limited), (fact("ended"), True)) == [True]
+    asked_s = [delay_s for delay_s in slept_s if delay_s >= 2]
+    assert [int(delay_s) for delay_s in asked_s] == [2, int(backoff.LONGEST_ASKED_S)], "a day is too long"
+
+
 async def test_a_proxy_that_lost_its_server_loses_no_fact() -> None:
     hearing = Hearing(PROXY_404, PROXY_404)
     assert await delivered(hearing, (fact("ended"), True)) == [True]

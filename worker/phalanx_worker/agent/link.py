@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 from phalanx import config
+from phalanx.retry import retry_after_s
 
 from phalanx_worker.agent.backoff import Backoff
 from phalanx_worker.protocol import (
@@ -48,7 +49,11 @@ class Superseded(Exception):
 
 
 class ServerAway(Exception):
-    """No answer, or one that says: later."""
+    """No answer, or one that says: later. `retry_after_s` is how much later, where it says so."""
+
+    def __init__(self, detail: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
 
 
 class ServerRefused(Exception):
@@ -108,7 +113,8 @@ class ServerLink:
         if status == 401:
             self._bearer = self._token()
         later = not code or status in LATER_STATUSES or status >= 500
-        return (ServerAway if later else ServerRefused)(f"{what}: {status} {detail}")
+        said = f"{what}: {status} {detail}"
+        return ServerAway(said, retry_after_s=retry_after_s(response.headers)) if later else ServerRefused(said)
 
 
 def _problem(response: httpx.Response) -> tuple[str, str]:
@@ -165,7 +171,7 @@ class FactOutbox:
                 most = min(2 * most, FACTS_PER_REPORT)
             except ServerAway as error:
                 most = max(1, most // 2)
-                await backoff.failed(error)
+                await backoff.failed(error, at_least_s=error.retry_after_s)
             if not self._waiting:
                 self._some.clear()
                 self._urgent.clear()

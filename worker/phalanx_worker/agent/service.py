@@ -131,7 +131,7 @@ class Agent:
                     self._take_answer(nodes, await self.link.put_nodes(nodes, self._without_token(nodes)))
                 except (ServerAway, ServerRefused) as error:
                     self._count_answer(isinstance(error, ServerRefused))
-                    await backoff.failed(error)
+                    await backoff.failed(error, at_least_s=_asked_s(error))
                     continue
                 self._count_answer(True)
                 backoff.succeeded()
@@ -184,7 +184,7 @@ class Agent:
             try:
                 desired = await self.link.desired(version)
             except (ServerAway, ServerRefused) as error:
-                await backoff.failed(error)
+                await backoff.failed(error, at_least_s=_asked_s(error))
                 continue
             backoff.succeeded()
             version = desired.version
@@ -319,3 +319,8 @@ def _shown(gang: Gang, host: Host | None) -> Group | None:
     """The group as its node shows it now."""
     group = host.table.get(gang.attempt_id) if host is not None and host.alive and host.table is not None else None
     return group if group is not None and group.epoch == gang.epoch else None
+
+
+def _asked_s(error: ServerAway | ServerRefused) -> float | None:
+    """How long the server wants to be left alone."""
+    return error.retry_after_s if isinstance(error, ServerAway) else None
