@@ -1,6 +1,7 @@
 """From HTTP to a trained model: real server, scheduler, PostgreSQL, Ray, agent, runners and torch."""
 
 import json
+import random
 import time
 from pathlib import Path
 
@@ -154,3 +155,33 @@ def test_the_command_line_follows_a_job_and_exits_with_its_fate(up, tmp_path):
     assert "oh no" in failed.stdout + failed.stderr
     jobs = json.loads(up.cli("jobs", "--limit", "2", "-o", "json").stdout)
     assert [job["state"] for job in jobs] == ["failed", "succeeded"]
+
+
+def test_what_ranks_leave_is_collected_and_fetched_byte_for_byte(up, client, tmp_path):
+    code = """
+import os, pathlib, random
+rank = int(os.environ["RANK"])
+left = random.Random(rank).randbytes(3_000_001 + rank)
+pathlib.Path(os.environ["PHALANX_OUTPUT_DIR"], f"model ü-{rank}.pt").write_bytes(left)
+pathlib.Path(f"out/{rank}").mkdir(parents=True)
+pathlib.Path(f"out/{rank}/log.txt").write_text(f"rank {rank}")
+pathlib.Path("scratch").write_text("not asked for")
+os.symlink("/etc/passwd", "out/passwd")
+"""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text(code)
+    document = spec("python train.py")
+    document["resources"] = {"replicas": 2, "gpus_per_replica": 2, "ranks_per_replica": 1}
+    document["run"]["outputs"] = ["out/**"]
+    job = client.wait(client.submit(document, workdir=tmp_path / "code").id, timeout_s=END_S)
+    assert job.state == "succeeded", client.logs(job.id)
+    expected = {f"model ü-{rank}.pt": random.Random(rank).randbytes(3_000_001 + rank) for rank in range(2)}
+    expected |= {f"out/{rank}/log.txt": f"rank {rank}".encode() for rank in range(2)}
+    listed = json.loads(up.cli("outputs", job.id, "-o", "json").stdout)
+    assert {one["path"]: one["bytes"] for one in listed} == {path: len(left) for path, left in expected.items()}
+    to = tmp_path / "fetched"
+    up.cli("outputs", job.id, "--to", str(to))
+    fetched = {str(path.relative_to(to)): path.read_bytes() for path in to.rglob("*") if path.is_file()}
+    assert fetched == expected
+    assert any("1 links, pipes or devices" in event.message for event in client.events(job.id))
+    assert gpus_used(client) == 0

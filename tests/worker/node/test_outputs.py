@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -416,3 +419,36 @@ async def test_a_kill_ends_what_is_under_way_and_the_attempt_can_be_forgotten(
     await attempt.forget()
     assert time.monotonic() - began < 5.0
     assert not any(os.scandir(tmp_path / "light" / "attempts"))
+
+
+# ------------------------------------------------------------------ own users
+
+
+@pytest.fixture
+def world_readable() -> Iterator[Path]:
+    """A directory that other users may enter (pytest's own is private)."""
+    path = Path(tempfile.mkdtemp(prefix="phx-test-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@AS_ROOT
+async def test_a_rank_cannot_make_the_runner_read_for_it(
+    light_runner: Any, server: Any, make_workbench: Any, world_readable: Path
+) -> None:
+    """The runner is root, and reads directories in which a tenant does as it likes."""
+    runner = await light_runner(server, name=world_readable / "node", own_users=True, checkpoint_root=None)
+    assert runner.capabilities()["own_users"], runner.capabilities()["own_users_problem"]
+    command = (
+        "cd $PHALANX_OUTPUT_DIR; stat -c %u-%a .; echo mine > mine; ln -s /etc/shadow link; ln -s /etc dir;"
+        " ln /etc/passwd hard; mkfifo pipe; mkdir closed; echo > closed/x; chmod 0 closed;"
+        " ln -s /etc $HOME/../work/out; true"
+    )
+    bench = make_workbench([runner], server, world_readable)
+    attempt = bench.attempt(f"sh -c '{command}'", uid=70123, outputs=["out/**", "../../../../etc/*"])
+    assert (await attempt.run())[0]["exit_code"] == 0
+    assert server.text(attempt.id, rank=0) == "70123-700\n"
+    assert left(attempt) == {(0, "mine"): b"mine\n", (0, "closed/x"): b"\n"}
+    (note,) = notes(attempt)
+    assert "4 links, pipes or devices" in note
