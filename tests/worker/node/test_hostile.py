@@ -1,16 +1,21 @@
 """Scripts that mean no good, on a real runner: each is contained, told about in words, and leaves nothing behind."""
 
+# ruff: noqa: ASYNC240 - a test may look into /proc and at its own small files
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx_worker.node import disk
 from phalanx_worker.node import isolation as isolation_module
 from phalanx_worker.node.cgroups import Cgroup, Cgroups
 
@@ -172,3 +177,193 @@ async def test_a_fork_bomb_is_bounded_and_ends(
     await bomb.forget()
     assert cgroups_left(f"{bomb.id}-0") == []
     assert living(script) == []
+
+
+# ------------------------------------------------------------------ disk
+
+
+@pytest.fixture
+def eager_disk_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "INTERVAL_S", 0.2)
+
+
+async def test_who_fills_the_disk_is_ended_and_told(
+    eager_disk_watch: None, light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, disk_bytes=20 << 20)
+    bench = make_workbench([runner], server, tmp_path)
+    quiet = await bench.attempt("head -c 1M /dev/zero > small; sleep 60").start()
+    attempt = bench.attempt("head -c 30M /dev/zero > large; ln large again; sleep 60")
+    (end,) = await attempt.run()
+    assert end["signal"] == signal.SIGKILL and not end["oom"]
+    assert end["reason"] == "wrote 30 MiB into its directories on this node; the allowance is 20 MiB"
+    assert "wrote 30 MiB" in server.marks(attempt.id, "note")[0]["data"]["message"]
+    assert (await quiet.group(state="running"))["exits"] == []
+
+
+async def test_files_deep_down_count_and_are_cleared_away(
+    eager_disk_watch: None, light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, disk_bytes=30 << 20)
+    script = """
+import os, time
+for _ in range(3000):
+    os.mkdir("directory"); os.chdir("directory")
+with open("large", "wb") as file:
+    file.write(bytes(30 << 20))
+time.sleep(60)
+"""
+    bench = make_workbench([runner], server, tmp_path)
+    attempt = bench.attempt(f"env python3 {bench.script(script)}")
+    (end,) = await attempt.run()
+    assert end["reason"].startswith("wrote 4")  # 30 MiB and 4 KiB for each directory
+    await attempt.forget()
+    assert list(Path(runner._settings.data_dir, "attempts").iterdir()) == []
+
+
+async def test_counting_is_cut_into_rounds_and_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "large").write_bytes(bytes(1 << 20))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "link").symlink_to("../elsewhere")
+    for number in range(50):
+        (own / f"{number}").write_bytes(bytes(4096))
+    count = disk.Count([str(own), str(tmp_path / "absent")])
+    rounds = 0
+    while not count.known_bytes:
+        count.go_on(time.monotonic())  # no time at all: one entry a round
+        rounds += 1
+    assert rounds == 52
+    assert count.known_bytes == 50 * 4096
+    (own / "0").unlink()
+    count.go_on(time.monotonic() + 10)
+    assert count.used_bytes == 49 * 4096
+
+
+# ------------------------------------------------------------------ what is left behind, output, reports
+
+
+async def test_who_ignores_every_signal_and_hides_in_daemons_is_gone_after_the_grace(workbench: Any) -> None:
+    script = workbench.script("""
+        import os, signal, time
+        for number in range(1, 32):
+            if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_IGN)
+        for _ in range(3):
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    os.environ.clear()
+                    os.execv("/bin/sleep", ["sleep", "66.6"])
+                os._exit(0)
+            os.wait()
+        print("ready", flush=True)
+        time.sleep(60)
+    """)
+    attempt = await workbench.attempt(f"python {script}").start()
+    await attempt.printed("ready")
+    began = time.monotonic()
+    await attempt.runners[0].stop_group(attempt.id, 0.5)
+    (end,) = await attempt.exits()
+    assert end["signal"] == signal.SIGKILL
+    assert 0.4 < time.monotonic() - began < 8
+    assert living("66.6") == []
+
+
+async def test_a_flood_of_output_is_cut_told_about_and_bothers_nobody(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    runner = await light_runner(server, heartbeat_s=0.2)
+    bench = make_workbench([runner], server, tmp_path)
+    before_kib = resident_kib()
+    flood = await bench.attempt("timeout 3 yes 0123456789012345678901234567890; true", log_limit_bytes=1 << 20).start()
+    quiet = await bench.attempt("for i in 1 2 3 4; do echo line $i; sleep 0.5; done").start()
+    assert [end["exit_code"] for end in [*await quiet.exits(), *await flood.exits()]] == [0, 0]
+    assert resident_kib() - before_kib < 64 << 10
+    assert len(server.text(flood.id, rank=0)) == 1 << 20
+    (dropped,) = server.marks(flood.id, "dropped")
+    assert dropped["data"]["what"] == "logs" and dropped["data"]["bytes"] > 1 << 20
+    assert server.text(quiet.id, rank=0).count("line") == 4
+    wanted = {"attempt_id": quiet.id, "epoch": quiet.desired.epoch}
+    beats = [
+        each["sent_at"] for each in server.reports if each["heartbeat"] and wanted in each["heartbeat"]["attempts"]
+    ]
+    assert max(later - earlier for earlier, later in pairwise(beats)) < 1.5
+
+
+def resident_kib() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * (os.sysconf("SC_PAGE_SIZE") // 1024)
+
+
+async def test_ten_thousand_metrics_a_second_are_thinned_and_counted(workbench: Any) -> None:
+    script = workbench.script("""
+        import time, phalanx
+        began = time.time()
+        for step in range(20_000):
+            phalanx.report(step=step, loss=1.0 / (step + 1), noise=float("nan"))
+            if (ahead := step / 10_000 - (time.time() - began)) > 0.01:
+                time.sleep(ahead)
+    """)
+    attempt = workbench.attempt(f"python {script}", cpus=0)
+    other = workbench.script("import phalanx; phalanx.report(step=1, loss=2.0)", name="other.py")
+    quiet = await workbench.attempt(f"python {other}").start()
+    assert (await attempt.run())[0]["exit_code"] == 0
+    await quiet.exits()
+    server = workbench.server
+    points = server.items("metrics", attempt.id)
+    assert 100 < len(points) < 1_000
+    assert points[0]["values"] == {"loss": 1.0, "noise": "nan"}
+    dropped = sum(mark["data"]["count"] for mark in server.marks(attempt.id, "dropped"))
+    assert dropped > 10_000
+    assert [point["values"] for point in server.items("metrics", quiet.id)] == [{"loss": 2.0}]
+
+
+async def test_a_rank_that_hangs_after_another_ended_well_goes_on_unless_the_job_says_otherwise(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    """Nobody but its owner can tell it from one that waits for a rank elsewhere: its time limit ends it."""
+    runner = await light_runner(server)
+    bench = make_workbench([runner], server, tmp_path)
+    command = "[ $RANK = 0 ] || sleep 60"
+    patient = await bench.attempt(command, ranks=2).start()
+    told = bench.attempt(command, ranks=2, env={"PHALANX_STRAGGLER_S": "0.5"})
+    done, hanging = await told.run()
+    assert (done["exit_code"], hanging["signal"]) == (0, signal.SIGTERM)
+    group = await patient.group(state="running")
+    assert [(end["rank"], end["exit_code"]) for end in group["exits"]] == [(0, 0)]
+
+
+# ------------------------------------------------------------------ others' files
+
+
+async def test_ranks_of_one_tenant_reach_nothing_of_another_or_of_the_node(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives ranks users of their own")
+    data = Path(tempfile.mkdtemp(prefix="phx-hostile-"))
+    data.chmod(0o755)
+    try:
+        runner = await light_runner(server, name=str(data / "node"), own_users=True)
+        if not runner._duties.launcher.own_users:
+            pytest.skip(runner._duties.own_users_problem)
+        bench = make_workbench([runner], server, tmp_path)
+        victim = await bench.attempt("echo s3cret > weights; sleep 60", uid=70001).start()
+        (group,) = runner._groups()
+        pid = victim.starts[0]["pid"]
+        files = [f"{group.places.work}/weights", f"/proc/{pid}/environ", f"/proc/{pid}/cwd/weights"]
+        files += [f"/proc/{other}/environ" for other in (os.getpid(), group.guardian_pid)]
+        directories = [group.places.work, group.places.tmp, group.places.home, f"{data}/node/spool"]
+        directories += [f"/proc/{pid}/root/dev/shm", f"/proc/{os.getpid()}/fd"]
+        tries = [f"cat {path} && echo REACHED {path}" for path in files]
+        tries += [f"ls {path} && echo REACHED {path}" for path in directories]
+        forbidden = [f"kill -9 {pid} && echo KILLED"]
+        cgroup = cgroup_of(victim)
+        forbidden += [f"echo 0 > {file} && echo JOINED" for file in (cgroup.spec.join if cgroup else [])]
+        thief = bench.attempt("; ".join([*tries, *forbidden, "id -u"]), uid=70002)
+        assert (await thief.run())[0]["exit_code"] == 0
+        assert server.text(thief.id, rank=0) == "70002\n"
+        assert (await victim.group(state="running"))["exits"] == []
+    finally:
+        shutil.rmtree(data, ignore_errors=True)

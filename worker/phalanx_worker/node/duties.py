@@ -13,6 +13,7 @@ from pathlib import Path
 from phalanx_worker.node import environment, processes, users
 from phalanx_worker.node.bundles import Bundles
 from phalanx_worker.node.devices import Devices
+from phalanx_worker.node.disk import DiskWatch
 from phalanx_worker.node.fence import CheckGcs, Fence
 from phalanx_worker.node.interpreters import open_interpreters
 from phalanx_worker.node.isolation import Isolation
@@ -103,6 +104,7 @@ class Duties:
         duties.tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(watch.run()),
+            asyncio.create_task(DiskWatch(settings.disk_bytes, hooks.groups).run()),
             asyncio.create_task(interpreters.run()),
             asyncio.create_task(fence.keep_leases(lambda fence_s: _ping(hooks.groups(), fence_s))),
             asyncio.create_task(fence.run(lambda silent_s: _cut_off(hooks.groups(), "its cluster", silent_s))),

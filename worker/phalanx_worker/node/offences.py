@@ -40,10 +40,9 @@ def foreign_gpu(indices: list[int]) -> Offence:
     return Offence(f"used GPU {', '.join(map(str, indices))} of its node, which it was not given")
 
 
-def disk_full(used_bytes: int, allowed_bytes: int, *, at_least: bool) -> Offence:
-    """`at_least`: the counting had not ended yet."""
-    amount = f"{'more than ' if at_least else ''}{sizes.text(used_bytes)}"
+def disk_full(used_bytes: int, allowed_bytes: int) -> Offence:
+    wrote, allowance = sizes.text(used_bytes), sizes.text(allowed_bytes)
     return Offence(
-        f"wrote {amount} into its directories on this node; the allowance is {sizes.text(allowed_bytes)}",
+        f"wrote {wrote} into its directories on this node; the allowance is {allowance}",
         data={"used_bytes": used_bytes, "limit_bytes": allowed_bytes},
     )

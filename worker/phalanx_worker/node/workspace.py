@@ -6,6 +6,7 @@ short: Unix sockets in TMPDIR have 107 bytes). Never removes a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ class Workspace:
 
     def remove(self, places: Places) -> None:
         for path in (places.root, places.tmp):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_tree(path)
 
     def leftovers(self) -> list[str]:
         """`<attempt id>-<group rank>` of each group that an earlier runner of this node left directories of."""
@@ -53,8 +54,8 @@ class Workspace:
 
     def clear(self) -> None:
         for entry in self._attempts.iterdir():
-            shutil.rmtree(entry, ignore_errors=True)
-            shutil.rmtree(_tmp_path(entry.name), ignore_errors=True)
+            _remove_tree(entry)
+            _remove_tree(_tmp_path(entry.name))
 
     def places(self, order: GroupOrder) -> Places:
         """Where the directories are, made or not."""
@@ -79,6 +80,14 @@ def _local(path_or_url: str) -> str:
 
 def _tmp_path(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"phx-{name[-20:]}"
+
+
+def _remove_tree(path: str | Path) -> None:
+    """Whatever a job has made of it: the library's way gives up on directories nested a thousand deep."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        subprocess.run(["/bin/rm", "-rf", "--", str(path)], check=False, capture_output=True)
 
 
 def _make_new(path: Path, uid: int | None, *, mode: int) -> None:
