@@ -179,6 +179,14 @@ def test_requirements_lose_comments_blanks_and_repetitions():
         ({"requirements": ["--pre yes"]}, "takes no value"),
         ({"requirements": [f"package{n}" for n in range(501)]}, "at most 500"),
         ({"requirements": ["a\x07b"]}, "control character"),
+        ({"requirements": ["--index-url https://packages.example/ -r /etc/hosts"]}, "takes one value"),
+        ({"requirements": ["--find-links=https://packages.example/ --index-url=file:///x"]}, "takes one value"),
+        ({"requirements": ["--no-binary :all: -e git+https://packages.example/x"]}, "takes one value"),
+        ({"requirements": ["--index-url https://packages.example/\\"]}, "ends in a backslash"),
+        ({"requirements": ["a; os_name > '3 --config-settings=x=y '"]}, "an option behind"),
+        ({"requirements": ["a; " + "(" * 1_900]}, "is no requirement"),
+        ({"requirements": ["x @ git+https://ghp_secret@packages.example/x"]}, "password in its URL"),
+        ({"requirements": [f"package{n}; os_name == '{'x' * 400}'" for n in range(400)]}, "characters in all"),
     ],
 )
 def test_requirements_that_cannot_be_built_everywhere_are_refused(environment, said):

@@ -13,6 +13,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 LINES_MAX = 500
 LINE_MAX_CHARS = 2_000
+ALL_MAX_CHARS = 64 << 10  # a thousand jobs of one request may each get a copy
 
 _WITH_URL = frozenset({"--index-url", "-i", "--extra-index-url", "--find-links", "-f"})
 _WITH_NAME = frozenset({"--only-binary", "--no-binary"})
@@ -25,6 +26,8 @@ def clean_requirements(lines: Iterable[str]) -> tuple[str, ...]:
     found = dict.fromkeys(cleaned for line in lines if (cleaned := _COMMENT.sub("", line).strip()))
     if len(found) > LINES_MAX:
         raise ValueError(f"{len(found)} lines, at most {LINES_MAX}")
+    if (chars := sum(map(len, found))) > ALL_MAX_CHARS:
+        raise ValueError(f"{chars} characters in all, at most {ALL_MAX_CHARS}")
     for line in found:
         problem = _problem(line)
         if problem:
@@ -36,6 +39,8 @@ def _problem(line: str) -> str:
     """What is wrong with a line; "" if nothing is."""
     if len(line) > LINE_MAX_CHARS or not line.isprintable():
         return f"is longer than {LINE_MAX_CHARS} characters or holds a control character"
+    if line.endswith("\\"):
+        return "ends in a backslash: pip would read the next line as part of it"
     if line.startswith("-"):
         return _problem_of_option(line)
     if line.startswith((".", "/", "~")) or "file:" in line.lower():
@@ -44,12 +49,18 @@ def _problem(line: str) -> str:
         requirement = Requirement(line)
     except InvalidRequirement as error:
         return f"is no requirement: {str(error).splitlines()[0]}"
+    except RecursionError:
+        return "is no requirement: its marker is nested too deep"
+    if any(word.startswith("-") for word in line.split()):  # pip looks for them first, even in a marker's text
+        return "has an option behind the requirement, which is not taken here"
     return _problem_of_url(requirement.url) if requirement.url else ""
 
 
 def _problem_of_option(line: str) -> str:
     option, _, value = line.replace("=", " ", 1).partition(" ")
     value = value.strip()
+    if option in _WITH_URL | _WITH_NAME and len(value.split()) > 1:  # pip would read more options there
+        return f"takes one value, but has {value!r:.80}"
     if option in _WITH_URL:
         return _problem_of_url(value)
     if option in _WITH_NAME:
@@ -63,9 +74,9 @@ def _problem_of_option(line: str) -> str:
 def _problem_of_url(url: str) -> str:
     try:
         parts = urlsplit(url.removeprefix("git+"))
-        named, secret = parts.hostname, parts.password
+        named, secret = parts.hostname, parts.username or parts.password  # a token stands where a user would
     except ValueError:
         named = secret = None
     if not named or not url.startswith(("https://", "http://", "git+https://")):
         return "needs an http(s) URL"
-    return "has a password in its URL, which everybody who sees the job would see" if secret else ""
+    return "has a user or password in its URL, which everybody who sees the job would see" if secret else ""
