@@ -16,6 +16,8 @@ from pathlib import Path
 import phalanx
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
+
 COOKIE = "PHALANX_TEST_COOKIE"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
