@@ -9,12 +9,15 @@ import socket
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx_worker.node import environments as environments_module
 from phalanx_worker.node import interpreters as interpreters_module
+from phalanx_worker.node import pip_build
 from phalanx_worker.node.environments import Built, Environments, Wanted, describe
 from phalanx_worker.node.interpreters import IDLE_S, MOST_WARM, Interpreter, Interpreters
 from phalanx_worker.node.orders import StartFailed
@@ -159,6 +162,7 @@ async def test_a_build_that_nobody_waits_for_any_more_is_killed_whole(workbench:
     await wait_for(lambda: began.exists() and began.read_text().endswith("\n"))
     pids = [int(pid) for pid in began.read_text().split()]
     assert {ref.attempt_id for ref in runner._present()} >= {each.id for each in pair}
+    assert {oom_score(pid) for pid in pids} == {"1000\n"}, "not the runner first"
     await runner.kill_group(pair[0].id)
     with pytest.raises(StartFailed, match="stopped"):
         await calls[0]
@@ -199,17 +203,55 @@ async def test_tenants_own_users_build_and_use_but_never_change_it(
     )
     assert (await writes.run())[0]["exit_code"] == 0, "it reads it, though"
     assert not (Path(venv) / "x").exists()
-    other = bench.attempt(f"ls {venv}", uid=70124)
-    assert (await other.run())[0]["exit_code"] != 0
+    (log,) = environments_of(runner).directory.glob("*.log")
+    other = bench.attempt(f"ls {venv} || ls {log.parent} || cat {log}", uid=70124)
+    assert (await other.run())[0]["exit_code"] != 0, "not even what it is made of"
     assert len(complete(runner)) == 1
     mine = bench.attempt("true", uid=70124, environment=environment)
     await mine.run()
     assert len(complete(runner)) == 2, "tenants share none"
 
 
+def oom_score(pid: int) -> str:
+    return Path(f"/proc/{pid}/oom_score_adj").read_text()
+
+
 def states_below(directory: Path) -> list[os.stat_result]:
     found = [path.lstat() for path in directory.rglob("*")]
     return [state for state in found if not stat.S_ISLNK(state.st_mode)]
+
+
+async def test_a_build_cannot_have_files_of_others_opened_to_its_tenant(world_readable: Path) -> None:
+    """Where the kernel lets everybody link to everything, as it does by default."""
+    place, secret = world_readable / "place", world_readable / "secret"
+    place.mkdir()
+    os.chown(place, 70123, 70123)
+    secret.touch(mode=0o600)
+    (place / "linked").hardlink_to(secret)
+    with pytest.raises(StartFailed, match="link 'linked', which belongs to user 0"):
+        pip_build._seal(place, 70123)
+    assert (secret.stat().st_mode & 0o777, secret.stat().st_gid) == (0o600, os.getegid())
+
+
+async def test_nobody_comes_in_while_an_environment_is_sealed(
+    world_readable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, seen = world_readable / "place", []
+    place.mkdir()
+    (place / "file").touch()
+    (place / "again").hardlink_to(place / "file")
+    for path in (place, place / "file"):
+        os.chown(path, 70123, 70123)
+    seal_entry = pip_build._seal_entry
+
+    def look(*given: Any) -> int:
+        seen.append((place.stat().st_uid, place.stat().st_mode & 0o777))
+        return seal_entry(*given)
+
+    monkeypatch.setattr(pip_build, "_seal_entry", look)
+    pip_build._seal(place, 70123)
+    assert seen == [(0, 0o700), (0, 0o700)]
+    assert (place.stat().st_uid, place.stat().st_gid, place.stat().st_mode & 0o777) == (0, 70123, 0o750)
 
 
 async def test_a_package_from_the_index(workbench: Any) -> None:
@@ -284,17 +326,29 @@ async def test_the_least_recently_used_goes_and_what_is_in_use_stays(tmp_path: P
     await environments.close()
 
 
-async def test_what_a_killed_runner_left_half_built_counts_for_nothing(tmp_path: Path) -> None:
+async def test_what_a_killed_runner_left_half_built_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build = FakeBuild()
     environments = store(tmp_path, build)
     done = await use(environments, "done")
     half = tmp_path / environments.key(Wanted(("half",), None))
     (half / "venv").mkdir(parents=True)
     (tmp_path / f"{half.name}.log").touch()
+    (tmp_path / "other.gone-1-0" / "venv").mkdir(parents=True)
+    remove, removed_by = shutil.rmtree, []
+    monkeypatch.setattr(
+        environments_module.shutil,
+        "rmtree",
+        lambda *given, **more: (removed_by.append(threading.current_thread()), remove(*given, **more)),
+    )
     again = store(tmp_path, build)
     assert not half.exists() and not (tmp_path / f"{half.name}.log").exists()
     assert await use(again, "done") == done
     assert build.builds == [("done",)]
+    await again.close()
+    assert set(os.listdir(tmp_path)) == {done.key, f"{done.key}.json"}
+    assert len(removed_by) == 2 and threading.main_thread() not in removed_by, "gigabytes would hold the runner up"
 
 
 async def test_no_more_than_two_are_built_at_once(tmp_path: Path) -> None:
@@ -394,6 +448,12 @@ async def test_what_brings_its_own_of_what_is_loaded_starts_cold() -> None:
         (1, "WARNING: Retrying (Retry(total=4)\nERROR: No matching distribution found for x", False, "No matching"),
         (1, "ERROR: Could not install: [Errno 28] No space left on device", False, "No space left"),
         (1, "/usr/bin/python3: No module named pip", False, "No module named pip"),
+        (1, "  × Building wheel did not run\n  │ exit code: -9", False, "× Building wheel did not run"),
+        (1, "ERROR: Could not install: [Errno 5] Input/output error: '/x'", False, "Input/output error"),
+        (1, "ERROR: Could not install: [Errno 30] Read-only file system", False, "Read-only"),
+        (1, "OSError: [Errno 24] Too many open files", False, "Too many open files"),
+        (1, "BlockingIOError: [Errno 11] Resource temporarily unavailable", False, "temporarily unavailable"),
+        (1, "ERROR: \x1b]0;title\x07no such package", True, "ERROR: ?]0;title?no such package"),
         (70, "PermissionError: [Errno 13]", False, "PermissionError"),
         (137, "Building wheel", False, "signal 9"),
         (1, "ERROR: HTTP error 404 while getting https://me:pw@host/x.whl", True, "getting https://host/x.whl"),

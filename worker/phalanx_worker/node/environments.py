@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -76,15 +76,15 @@ class Environments:
     _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_BUILDS))
     _fingerprint: str | None = None
     _removals: set[asyncio.Future[None]] = field(default_factory=set)
-    _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        """Throws away what an earlier runner left half done."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        """Throws away what an earlier runner left half done. Other tenants may not list what is there."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.chmod(0o711)  # whatever the runner's umask is: tenants have to get to what is theirs
         complete = {path.stem for path in self.directory.glob("*.json") if (self.directory / path.stem).is_dir()}
         for entry in self.directory.iterdir():
             if entry.is_dir() and entry.name not in complete:
-                shutil.rmtree(entry, ignore_errors=True)
+                self._remove(entry)
             elif entry.name.partition(".")[0] not in complete:
                 entry.unlink()
 
@@ -199,10 +199,12 @@ class Environments:
 
     def _throw_away(self, key: str) -> None:
         """It is gone at once for everybody; its files go one by one."""
-        place = self.directory / key
-        gone = self.directory / f"{key}{_GONE}-{os.getpid()}-{next(self._numbers)}"
         for path in (self._said(key), self.directory / f"{key}.log", self.warm_log_path(key)):
             path.unlink(missing_ok=True)
+        self._remove(self.directory / key)
+
+    def _remove(self, place: Path) -> None:
+        gone = place.with_name(f"{place.name.partition('.')[0]}{_GONE}-{uuid.uuid4().hex}")
         with contextlib.suppress(FileNotFoundError):
             place.rename(gone)
             removal = asyncio.ensure_future(asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True))

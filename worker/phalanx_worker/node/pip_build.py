@@ -15,7 +15,7 @@ import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,8 @@ _PASSING = re.compile(
     r"Retrying \(|Max retries exceeded|Connection(Error| refused| reset| aborted)|Connection broken|timed out"
     r"|Temporary failure in name resolution|Name or service not known|Network is unreachable|ProxyError|SSLError"
     r"|IncompleteRead|HTTP error (429|5\d\d)|\b5\d\d Server Error|No space left on device|[Dd]isk quota exceeded"
-    r"|Cannot allocate memory|MemoryError|Killed signal terminated|No module named '?pip\b"
+    r"|Cannot allocate memory|MemoryError|Killed signal terminated|exit code: -9\b|No module named '?pip\b"
+    r"|Input/output error|Read-only file system|Too many open files|Resource temporarily unavailable"
 )
 _TELLING = re.compile(r"\s*(ERROR:|error:|×|[\w.]*(Error|Exception)\b:)")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
@@ -97,6 +98,7 @@ class PipBuild:
     def _spawn(self, place: Path, log_path: Path, uid: int | None) -> subprocess.Popen[bytes]:
         env = {**self.env, "HOME": str(place / "home"), "TMPDIR": str(place / "tmp")}
         arguments = [str(place), str(-1 if uid is None else uid)]
+        log_path.touch(mode=0o600)  # it names packages and where they come from: not for other tenants
         with open(log_path, "wb") as log:
             return subprocess.Popen(
                 [self.python, "-P", "-m", builder.__name__, *arguments],
@@ -122,7 +124,7 @@ def telling_lines(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     telling = list(dict.fromkeys(line for line in lines if _TELLING.match(line)))
     told = "; ".join(telling[-_TOLD_LINES:] or lines[-_TOLD_LINES:] or ["pip said nothing"])
-    told = _CREDENTIALS.sub("", told)
+    told = "".join(char if char.isprintable() else "?" for char in _CREDENTIALS.sub("", told))
     return told if len(told) <= _TOLD_CHARS else f"…{told[-_TOLD_CHARS:]}"
 
 
@@ -178,24 +180,33 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _seal(place: Path, uid: int | None) -> None:
     """Nobody but root changes it any more, and other tenants do not read it. No link is followed anywhere: it is the
-    tenant's work, who may have meant harm."""
+    tenant's work, who may have meant harm. Raises StartFailed for a link to what is not the tenant's."""
+    if uid is not None:
+        os.chown(place, 0, uid)
+        place.chmod(0o700)  # no other process of the tenant comes in meanwhile
     for name in ("home", "tmp"):
         shutil.rmtree(place / name, ignore_errors=True)
     if uid is None:
         return
+    sealed: set[int] = set()
     for _, directories, files, parent_fd in os.fwalk(place, follow_symlinks=False):
-        os.fchown(parent_fd, 0, uid)
-        os.fchmod(parent_fd, 0o750)
         for name in (*directories, *files):
-            _seal_entry(name, parent_fd, uid)
+            sealed.add(_seal_entry(name, parent_fd, uid, sealed))  # directories too, before what is in them is listed
+    place.chmod(0o750)
 
 
-def _seal_entry(name: str, parent_fd: int, uid: int) -> None:
-    """Its owner changes before its mode: then nobody else can change it back."""
+def _seal_entry(name: str, parent_fd: int, uid: int, sealed: Set[int]) -> int:
+    """Its owner changes before its mode: then nobody else can change it back. Its inode is answered; `sealed` has those
+    before it."""
+    found = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
+    if found.st_uid != uid and found.st_ino not in sealed:  # a hard link: it would change wherever else it is
+        told = f"its environment has a link {name!r}, which belongs to user {found.st_uid}"
+        raise StartFailed(told, permanent=True)
     os.chown(name, 0, uid, dir_fd=parent_fd, follow_symlinks=False)
     mode = os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_mode
     if not stat.S_ISLNK(mode):
         os.chmod(name, (mode & 0o700) | (mode & 0o500) >> 3, dir_fd=parent_fd)
+    return found.st_ino
 
 
 def _tail(path: Path) -> str:

@@ -85,6 +85,7 @@ def _build(directory: str, uid: int, parent_pid: int) -> NoReturn:
     """Become pip. Never returns, never raises."""
     try:
         os.setsid()
+        linux.go_first_when_memory_ends()
         if uid >= 0:
             linux.become_user(uid)
         linux.die_with_parent(parent_pid)

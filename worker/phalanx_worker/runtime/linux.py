@@ -41,6 +41,13 @@ def become_user(uid: int) -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def go_first_when_memory_ends() -> None:
+    """When the kernel must choose, this process and its children die before raylet, runner, guardian or warm process.
+    To be called before any change of uid."""
+    with contextlib.suppress(OSError):  # a hint only
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def thread_count() -> int:
     return sum(1 for _ in Path("/proc/self/task").iterdir())
 

@@ -20,7 +20,6 @@ from phalanx_worker.runtime import confine, linux, marks, process_groups, script
 from phalanx_worker.runtime.spec import GroupSpec, RankSpec
 
 _REPORT_FD_FROM = 64  # above what shell scripts use by number
-_OOM_SCORE = "1000"  # when the kernel must choose, a rank dies before raylet, guardian or warm process
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def enter(
     try:
         os.setsid()
         os.dup2(fds.stderr, 2)
-        _write_oom_score()
+        linux.go_first_when_memory_ends()
         confine.enter(group.cgroup, group.cores)
         if group.uid is not None:
             linux.become_user(group.uid)
@@ -101,14 +100,6 @@ def _arrange_fds(fds: RankFds, own_fds: list[int]) -> int:
 def _replace_environment(env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
-
-
-def _write_oom_score() -> None:
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(_OOM_SCORE)
-    except OSError:
-        pass  # a hint only
 
 
 def _become_fresh_python(group: GroupSpec) -> None:
