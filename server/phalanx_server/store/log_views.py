@@ -31,7 +31,8 @@ class LogFilter:
 
 
 _COLUMNS = "l.id, l.rank, l.stream, l.url, l.url_offset, l.length_bytes, l.at, a.number AS attempt"
-_FROM = "logs l JOIN attempts a ON a.id = l.attempt_id"
+# By the job, too: there is no index from a number alone to an attempt, and PostgreSQL would look at all of them.
+_FROM = "logs l JOIN attempts a ON a.id = l.attempt_id AND a.job_id = l.job_id"
 # See store.event_views: a follower must not pass a row that an older transaction may still add.
 _SETTLED = "age(l.xmin) > age(pg_snapshot_xmin(pg_current_snapshot())::xid) AS settled"
 

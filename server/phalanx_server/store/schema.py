@@ -209,6 +209,7 @@ Index("jobs_queue", jobs.c.priority.desc(), jobs.c.submitted_at, jobs.c.id, post
 Index("jobs_live", jobs.c.state, postgresql_where=text("state IN ('starting', 'running', 'stopping')"))
 Index("jobs_tenant", jobs.c.tenant_id, jobs.c.id.desc())
 Index("jobs_state", jobs.c.state, jobs.c.id.desc())
+Index("jobs_name", jobs.c.name, jobs.c.id.desc())
 Index("jobs_changed", jobs.c.changed_xid)
 Index("jobs_bundle", jobs.c.tenant_id, jobs.c.bundle, postgresql_where=jobs.c.bundle.isnot(None))
 Index("jobs_labels", jobs.c.labels, postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"})
