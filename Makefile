@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.phalanx-setup
 
+BENCHMARKS := accept_rate queue_page metric_ingest gang_start turnover short_jobs
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow worlds check format lock bench clean
 
@@ -46,7 +48,9 @@ format: setup  ## format the code
 lock: setup  ## pin what is installed now in requirements.lock
 	@$(BIN)/python deploy/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock
 
-bench: setup  ## measure against the budgets (minutes)
+bench: setup  ## measure against the budgets, beside named peers (half an hour; BENCH_FLAGS=--quick: 15 minutes)
+	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_FLAGS) || exit 1; done
+	@$(BIN)/python benchmarks/pass_speed.py
 	@$(BIN)/python benchmarks/first_step.py
 	@$(BIN)/python benchmarks/steps_per_second.py
 

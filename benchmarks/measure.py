@@ -1,6 +1,7 @@
 """What the benchmarks share: a Phalanx of their own, jobs followed to their end, torchrun beside them, tables.
 
-A benchmark calls `inside(main)`: outside of a Phalanx it starts one in a temporary directory and runs itself there.
+A benchmark calls `inside(main)`: outside of a Phalanx it starts one in a temporary directory and runs itself there. One
+that measures peers as well runs a Phalanx for a part of its time: `with phalanx_up(…)`.
 """
 
 import math
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import phalanx
@@ -30,6 +33,35 @@ def inside(main: Callable[[], None], *, nodes: int = 2, gpus_per_node: int = 2) 
         up = [sys.executable, "-m", "phalanx", "up", "--data", data, "--port", "0"]
         size = ["--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node)]
         raise SystemExit(subprocess.run([*up, *size, "--", sys.executable, *sys.argv]).returncode)
+
+
+@dataclass(frozen=True)
+class Phalanx:
+    """A running one, and how to speak to it."""
+
+    client: phalanx.Client
+    token: str
+
+
+@contextmanager
+def phalanx_up(*, nodes: int, gpus_per_node: int) -> Iterator[Phalanx]:
+    """A `phalanx up` of its own, warm on every node, until the end of the block."""
+    with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as data:
+        argv = [sys.executable, "-m", "phalanx", "up", "--data", data, "--port", "0"]
+        argv += ["--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node)]
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PHALANX_"))}
+        with subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True) as up:
+            try:
+                while not (Path(data) / "url").exists():
+                    if up.poll() is not None:
+                        raise RuntimeError(f"phalanx up ended: {up.stderr.read() if up.stderr else ''}")
+                    time.sleep(0.1)
+                url, token = ((Path(data) / name).read_text().strip() for name in ("url", "admin-token"))
+                with phalanx.Client(url, token) as client:
+                    yield Phalanx(client, token)
+            finally:
+                up.terminate()
+                up.communicate()
 
 
 def run_job(
