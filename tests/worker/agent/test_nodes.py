@@ -11,8 +11,9 @@ import pytest
 from link_server import attempt_of
 from phalanx_worker.agent import gang
 from phalanx_worker.agent.gang import Bundle, PlacementGroups, bundles_of, shortage
+from phalanx_worker.agent.hosts import RunnerRefused
 from phalanx_worker.agent.launch import StartFailed
-from phalanx_worker.agent.nodes import SUCCESSION_S, NodeSettings, Successions, inventory
+from phalanx_worker.agent.nodes import SUCCESSION_S, NodeSettings, RayRunner, Successions, inventory
 
 
 def row(node_id: str = "ab" * 28, *, alive: bool = True, labels: dict[str, str] | None = None, **more: Any) -> dict:
@@ -224,3 +225,11 @@ async def test_giving_up_while_waiting_leaves_nothing(view: FakeRay, groups: Pla
     await place(groups, "att_2")
     assert view.created == ["phalanx/att_2"]
     assert groups.attempts() == {"att_2"}
+
+
+async def test_a_runner_from_before_the_agent_says_no_to_what_it_does_not_know() -> None:
+    """Runners outlive agents. One that knows no environments must not start ranks without them."""
+    old_actor = object()
+    with pytest.raises(RunnerRefused, match="older than this agent and knows no prepare_group") as refused:
+        await RayRunner(old_actor, ThreadPoolExecutor(1)).call("prepare_group", {}, timeout_s=1)
+    assert not refused.value.permanent

@@ -54,6 +54,10 @@ def kept_in(directory: Path) -> set[str]:
     return {path.stem for path in directory.glob("*.json")}
 
 
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
 def environments_of(runner: Any) -> Environments:
     return runner._duties.launcher.interpreters.environments
 
@@ -110,6 +114,27 @@ async def test_ranks_outlive_the_warm_process_of_their_environment(workbench: An
     assert key in set(environments_of(workbench.runners[0]).used()), "its ranks use it"
     go.touch()
     assert (await attempt.exits())[0]["exit_code"] == 0
+
+
+async def test_what_is_prepared_stays_until_its_ranks_start_or_it_is_given_up(workbench: Any, packages: Path) -> None:
+    """Other nodes of the gang may still build for long."""
+    runner, environment = workbench.runners[0], Environment(lines(packages, "phx-tiny==1.0"))
+    interpreters = runner._duties.launcher.interpreters
+    started, given_up = (workbench.attempt("true", environment=environment) for _ in range(2))
+
+    def in_use() -> bool:
+        interpreters.close_idle(0.0, most=0)
+        key = interpreters.environments.key(Wanted(tuple(environment.requirements), None))
+        return key in set(interpreters.environments.used())
+
+    for attempt in (started, given_up):
+        await runner.prepare_group(await attempt.order(0, {"host": "127.0.0.1", "port": 0}))
+        assert in_use()
+    await started.run()
+    assert in_use(), "the other one is to start yet"
+    assert [ref.attempt_id for ref in runner._present()] == [given_up.id]
+    await runner.kill_group(given_up.id)
+    assert not in_use() and not runner._present()
 
 
 async def test_a_fork_of_the_base_enters_an_environment(
@@ -347,7 +372,7 @@ async def test_what_a_killed_runner_left_half_built_counts_for_nothing(
     assert await use(again, "done") == done
     assert build.builds == [("done",)]
     await again.close()
-    assert set(os.listdir(tmp_path)) == {done.key, f"{done.key}.json"}
+    assert names_in(tmp_path) == {done.key, f"{done.key}.json"}
     assert len(removed_by) == 2 and threading.main_thread() not in removed_by, "gigabytes would hold the runner up"
 
 

@@ -90,9 +90,12 @@ class RayRunner:
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method of the runner. Raises RunnerError."""
+        known = getattr(self._actor, method, None)
+        if known is None:
+            raise RunnerRefused(f"its runner is older than this agent and knows no {method}; restart its Ray worker")
         try:
             async with asyncio.timeout(timeout_s):
-                return await getattr(self._actor, method).remote(*args)
+                return await known.remote(*args)
         except TimeoutError as error:
             raise RunnerUnavailable(f"{method} was not answered within {timeout_s:.0f} s") from error
         except ActorDiedError as error:

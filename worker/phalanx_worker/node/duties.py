@@ -35,6 +35,7 @@ class Hooks:
     """What the duties need of the runner."""
 
     groups: Callable[[], list[Group]]
+    orders: Callable[[], list[GroupOrder]]  # of groups that use their environment, or are about to
     attempts: Callable[[], list[AttemptRef]]  # with ranks here, or about to have some
     changed: Callable[[], None]
     taken: Callable[[], object]  # called after each report that the server has taken
@@ -82,7 +83,7 @@ class Duties:
             warm_env=warm_env,
             directory=data_dir / "environments",
             limit_bytes=settings.environments_bytes,
-            live=lambda: _live(hooks.groups(), own_users=not problem),
+            live=lambda: _live(hooks.orders(), own_users=not problem),
         )
         outbox = Outbox(boot)
         fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
@@ -134,8 +135,7 @@ def _end_leftovers(workspace: Workspace, isolation: Isolation) -> None:
     workspace.clear()
 
 
-def _live(groups: list[Group], *, own_users: bool) -> list[tuple[GroupOrder, int | None]]:
-    orders = [group.order for group in groups if group.state != "ended"]
+def _live(orders: list[GroupOrder], *, own_users: bool) -> list[tuple[GroupOrder, int | None]]:
     return [(order, order.desired.tenant_uid if own_users else None) for order in orders]
 
 

@@ -65,7 +65,7 @@ class _Build:
 
 @dataclass
 class Environments:
-    """`used` names, by key, those that groups or warm processes use besides the ones that are held here."""
+    """`used` names, by key, those that groups or warm processes use or soon will, besides the ones held here."""
 
     directory: Path
     builder: PipBuild

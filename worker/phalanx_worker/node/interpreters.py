@@ -130,7 +130,8 @@ def open_interpreters(
     limit_bytes: int,
     live: Callable[[], Iterable[tuple[GroupOrder, int | None]]],
 ) -> Interpreters:
-    """On top of `python`, whose warm process is `warm`. `live` are the orders whose ranks may run, with their user."""
+    """On top of `python`, whose warm process is `warm`. `live` are the orders whose ranks run, or may soon, and
+    their users."""
     node_env = environment.node_environment(environ, python=python)
     operators = {name: value for name, value in environ.items() if name in OPERATORS_VARIABLES}
     builder = PipBuild(python, {**node_env, **operators, **warm_env})

@@ -57,6 +57,7 @@ class Runner:
         self._opening = asyncio.Lock()
         self._starts: dict[str, tuple[int, asyncio.Task[Group]]] = {}
         self._preparing: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._prepared: dict[str, GroupOrder] = {}  # and not started yet: other nodes may still prepare theirs
         self._listeners: dict[str, socket.socket] = {}
         self._seq = time.time_ns() // 1_000_000  # an agent that knew the runner before this one must see a change
         self._changed = asyncio.Event()
@@ -104,7 +105,7 @@ class Runner:
         read = GroupOrder.read(order)
         epoch, preparing = self._preparing.get(read.attempt_id, (read.epoch, None))
         if preparing is None:
-            preparing = asyncio.create_task(duties.launcher.prepare(read, duties.outbox.put))
+            preparing = asyncio.create_task(self._prepare(duties, read))
             self._preparing[read.attempt_id] = (epoch, preparing)
             preparing.add_done_callback(lambda _: self._preparing.pop(read.attempt_id))
         _expect_epoch(epoch, read)
@@ -186,6 +187,10 @@ class Runner:
 
     # -------------------------------------------------------------- groups
 
+    async def _prepare(self, duties: Duties, order: GroupOrder) -> None:
+        await duties.launcher.prepare(order, duties.outbox.put)
+        self._prepared[order.attempt_id] = order
+
     async def _start(self, duties: Duties, order: GroupOrder) -> Group:
         listener = self._listeners.get(order.attempt_id) if order.hosts_rendezvous else None
         try:
@@ -203,6 +208,7 @@ class Runner:
             raise
         finally:
             self._drop_listener(order.attempt_id)
+            self._prepared.pop(order.attempt_id, None)
         self._note_change()
         return group
 
@@ -224,16 +230,21 @@ class Runner:
             if not preparing.cancelling():
                 preparing.cancel()
             await asyncio.wait([preparing])
+        self._prepared.pop(attempt_id, None)
 
     def _groups(self) -> list[Group]:
         done = [start for _, start in self._starts.values() if start.done() and not start.cancelled()]
         return [start.result() for start in done if start.exception() is None]
 
+    def _orders(self) -> list[GroupOrder]:
+        """Of groups whose ranks may run, and of those that are prepared for them."""
+        return [*self._prepared.values(), *(group.order for group in self._groups() if group.state != "ended")]
+
     def _present(self) -> list[AttemptRef]:
         """Attempts that have ranks here or may have them soon: the server takes one that is not listed for gone."""
         begun = [*self._starts.items(), *self._preparing.items()]
         starting = [AttemptRef(name, epoch) for name, (epoch, start) in begun if not start.done()]
-        return [*starting, *(AttemptRef(*group.key) for group in self._groups() if group.state != "ended")]
+        return list(dict.fromkeys([*starting, *(AttemptRef(each.attempt_id, each.epoch) for each in self._orders())]))
 
     def _drop_listener(self, attempt_id: str) -> None:
         listener = self._listeners.pop(attempt_id, None)
@@ -266,6 +277,7 @@ class Runner:
     async def _open(self, settings: Settings) -> Duties:
         hooks = Hooks(
             groups=self._groups,
+            orders=self._orders,
             attempts=self._present,
             changed=self._note_change,
             taken=self._note_delivered,
