@@ -128,9 +128,11 @@ def second(machine: Up) -> Up:
 
 
 @contextmanager
-def whole_phalanx(nodes: int = 2, gpus_per_node: int = 2) -> Iterator[Up]:
-    """A running Phalanx; its end is checked too."""
-    machine = Up(new_directory(), nodes, gpus_per_node).start()
+def whole_phalanx(nodes: int = 2, gpus_per_node: int = 2, *, mode: int = 0o700) -> Iterator[Up]:
+    """A running Phalanx; its end is checked too. `mode` 0o755 lets ranks reach their directories as other users."""
+    machine = Up(new_directory(), nodes, gpus_per_node)
+    machine.data.chmod(mode)
+    machine.start()
     try:
         machine.wait_up()
         yield machine

@@ -58,11 +58,14 @@ def _plan(mount: Mount, allowed: list[Allowed], private: bool, may_write: MayWri
     source = os.path.realpath(mount.source)
     holders = [each for each in allowed if each.holds(source)]
     if not holders:
-        through = f" (which is {source})" if source != mount.source else ""
+        leads_out = any(each.holds(mount.source) for each in allowed)  # else it is nobody's business where it leads
+        through = f" (which is {source})" if leads_out else ""
         listed = ", ".join(map(str, allowed)) or "nothing"
-        raise StartFailed(f"mount {mount.source}{through}: the operator allows {listed} to be mounted (--allow-mount)")
+        said = f"mount {mount.source}{through}: the operator allows {listed} to be mounted (--allow-mount)"
+        raise StartFailed(said, permanent=True)
     if not mount.read_only and all(each.read_only for each in holders):
-        raise StartFailed(f"mount {mount.source}: the operator allows {holders[0]}, so it needs read_only: true")
+        said = f"mount {mount.source}: the operator allows {holders[0]}, so it needs read_only: true"
+        raise StartFailed(said, permanent=True)
     if not Path(source).is_dir():
         raise StartFailed(f"mount {mount.source}: there is no such directory on this node")
     target = source if os.path.realpath(mount.target) == source else mount.target

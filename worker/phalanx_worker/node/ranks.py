@@ -24,6 +24,7 @@ from phalanx_worker.node.isolation import Confinement
 from phalanx_worker.node.logs import LogBudget, LogStream
 from phalanx_worker.node.offences import Offence
 from phalanx_worker.node.orders import GroupOrder, StartFailed
+from phalanx_worker.node.records import RankRecord, pipe
 from phalanx_worker.node.reports import ReportSocket
 from phalanx_worker.node.warm import WarmProcess
 from phalanx_worker.protocol import LogChunk, Mark, MetricPoint, RankExit, RankStart
@@ -37,7 +38,6 @@ _ABANDONED_S = 10.0
 _COLLECT_S = 5.0  # at least, for outputs of a group that is being stopped
 _SWEEPS = 100
 _SWEEP_EVERY_S = 0.05
-_STRAGGLER_TAIL = "phalanx: ended as a straggler\n"
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,6 @@ class GroupEvents:
     changed: Callable[[], None]
     collect: Callable[[Group], Awaitable[None]]
     flush: Callable[[], Any]
-
-
-@dataclass
-class RankRecord:
-    """One rank: its streams while they are open, and what is known of its end."""
-
-    rank: int
-    budget: LogBudget
-    streams: list[LogStream]  # stdout, stderr
-    reports: ReportSocket
-    finished: bool = False
-    straggler: bool = False
-    exit: RankExit | None = None
-
-    @property
-    def tail(self) -> str:
-        """Of stderr, and that it was ended as a straggler, which its signal alone would not tell."""
-        return (self.streams[1].tail + (_STRAGGLER_TAIL if self.straggler else ""))[-logs.TAIL_BYTES :]
-
-    def close(self) -> None:
-        self.reports.close()
-        for stream in self.streams:
-            stream.close()
 
 
 class Group:
@@ -148,8 +125,8 @@ class Group:
         """Make a rank's pipes and socket and hand the far ends over."""
         far_ends: list[int] = []
         try:
-            stdout_fd, far = _pipe(uid, far_ends)
-            stderr_fd, far_stderr = _pipe(uid, far_ends)
+            stdout_fd, far = pipe(uid, far_ends)
+            stderr_fd, far_stderr = pipe(uid, far_ends)
             ours, theirs = channel.pair()
             far_ends.append(theirs.detach())
             self._records[rank] = self._record(rank, stdout_fd, stderr_fd, ours)
@@ -397,12 +374,3 @@ class Group:
     def _on_mark(self, mark: Mark) -> None:
         if mark.kind == "finished":
             self._records[mark.rank].finished = True
-
-
-def _pipe(uid: int | None, far_ends: list[int]) -> tuple[int, int]:
-    """A pipe for a rank's output, owned by its user so that it may open /dev/stdout."""
-    near, far = os.pipe()
-    far_ends.append(far)
-    if uid is not None:
-        os.fchown(far, uid, uid)
-    return near, far

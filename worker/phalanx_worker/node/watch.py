@@ -55,7 +55,7 @@ class Watch:
         """Ask the kernel whether it has ended a process; where it keeps no limit, look at the known processes."""
         groups = self._living()
         for group in groups:
-            group.look_for_oom(lambda group=group: _hungriest(group))
+            group.look_for_oom(lambda group=group: _victim(group))
         watched = [group for group in groups if group.confinement.watched_memory_bytes]
         if watched:
             for group, offence in await asyncio.to_thread(self._look_at, watched):
@@ -98,6 +98,18 @@ def _own_shm_bytes(group: Group) -> int:
     except OSError:
         return 0
     return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def _victim(group: Group) -> int | None:
+    """Of the kernel: the rank that is dead and whose end was not told yet, else the one whose child it was likely."""
+    told = {end.rank for end in group.exits}
+    dead = [start.rank for start in group.starts if start.rank not in told and not _lives(start.pid)]
+    return dead[0] if dead else _hungriest(group)
+
+
+def _lives(pid: int) -> bool:
+    fields = linux.stat_fields(pid)
+    return fields is not None and fields[0] != "Z"
 
 
 def _hungriest(group: Group) -> int | None:
