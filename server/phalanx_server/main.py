@@ -46,6 +46,7 @@ from phalanx_server.api.access import AccessMiddleware
 from phalanx_server.api.admission import AdmissionMiddleware, Gates
 from phalanx_server.api.auth import Authenticator
 from phalanx_server.api.deps import Services
+from phalanx_server.api.fullness import Fullness
 from phalanx_server.api.limits import LimitsMiddleware
 from phalanx_server.api.measures import Measures
 from phalanx_server.api.what_if import WhatIf
@@ -90,8 +91,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.routes = [route for module in ROUTERS for route in module.router.routes]
     app.openapi = lambda: openapi.document_of(app)  # type: ignore[method-assign]
     app.add_middleware(LimitsMiddleware, default_bytes=settings.max_body_bytes, limits_bytes=_limits(settings))
-    gates = Gates(connections=_user_connections(settings), waiting=settings.max_waiting_requests)
-    app.add_middleware(AdmissionMiddleware, gates=gates)
+    app.state.gates = Gates(connections=_user_connections(settings), waiting=settings.max_waiting_requests)
+    app.add_middleware(AdmissionMiddleware, gates=app.state.gates)
     app.add_middleware(AccessMiddleware, measures=measures)
     return app
 
@@ -148,10 +149,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 authenticator=Authenticator(engine, cache_s=settings.token_cache_s),
                 measures=app.state.measures,
                 what_if=WhatIf(engine, _policy(settings)),
+                gates=app.state.gates,
                 log_files=LogFiles(settings.storage_root),
                 bundle_files=BundleFiles(settings.storage_root),
                 output_files=OutputFiles(settings.storage_root),
             )
+            app.state.measures.watch(Fullness(app.state.services))
             yield
         finally:
             await submitter.close()

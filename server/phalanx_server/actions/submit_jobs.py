@@ -151,6 +151,11 @@ class Submitter:
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def waiting_jobs(self) -> int:
+        """Jobs that no transaction has taken up yet."""
+        return self._waiting_jobs
+
     async def start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._flush_forever(), name="submitter")

@@ -99,6 +99,15 @@ class Authenticator:
             raise _refused("token_expired", f"The token expired at {expires_at.isoformat(timespec='seconds')}.")
         return credential
 
+    @property
+    def trusted(self) -> int:
+        """Tokens in the cache, of at most `trusted_limit`."""
+        return len(self._trusted)
+
+    @property
+    def trusted_limit(self) -> int:
+        return _CACHE_ENTRIES
+
     async def still_valid(self, credential: Credential) -> bool:
         """Whether a verified token works even now: for what outlives its request. Asks the database."""
         async with self._engine.connect() as conn:

@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.submit_jobs import Submitter
+from phalanx_server.api.admission import Gates
 from phalanx_server.api.auth import Authenticator, Principal
 from phalanx_server.api.errors import Problem, not_found
 from phalanx_server.api.measures import Measures
@@ -45,6 +46,7 @@ class Services:
     measures: Measures
     what_if: WhatIf
     log_files: LogFiles
+    gates: Gates
     bundle_files: BundleFiles
     output_files: OutputFiles
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -11,8 +11,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from phalanx_server.api.deps import Services, Serving, caller
 from phalanx_server.api.errors import unavailable
+from phalanx_server.api.measures import Counts
 from phalanx_server.store.job_counts import count_jobs, count_queue
 from phalanx_server.store.migrate import HEAD
+from phalanx_server.store.node_views import spool_bytes
+from phalanx_server.store.outbox import count_undelivered
 from phalanx_server.store.revision import read_revision
 
 router = APIRouter(tags=["health"])
@@ -61,6 +64,10 @@ async def metrics(request: Request, services: Serving) -> Response:
 
 async def _render(services: Services) -> bytes:
     async with services.link_reads.connect() as conn:
-        states = await count_jobs(conn)
-        reasons = await count_queue(conn)
-    return services.measures.render(jobs_by_state=states, queued_by_reason=reasons)
+        counts = Counts(
+            jobs_by_state=await count_jobs(conn),
+            queued_by_reason=await count_queue(conn),
+            spool_bytes_by_node=await spool_bytes(conn),
+            undelivered_notices=await count_undelivered(conn),
+        )
+    return services.measures.render(counts)

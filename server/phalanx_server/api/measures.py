@@ -6,11 +6,24 @@ Owns the metric names. Counts of jobs and queues are not kept here: they are rea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What only the database knows."""
+
+    jobs_by_state: Mapping[str, int]
+    queued_by_reason: Mapping[str, int]
+    spool_bytes_by_node: Mapping[tuple[str, str], int]
+    """By cluster and name."""
+    undelivered_notices: int
 
 
 class Measures:
@@ -40,6 +53,20 @@ class Measures:
             "phalanx_queue_jobs", "Queued jobs, by the reason they wait.", ("reason",), registry=self.registry
         )
 
+        self._outbox = Gauge(
+            "phalanx_outbox_notices", "Notices that are not delivered to the webhook yet.", registry=self.registry
+        )
+        self._spools = Gauge(
+            "phalanx_node_spool_bytes",
+            "What a node's runner keeps on its disk because it could not be delivered.",
+            ("cluster", "node"),
+            registry=self.registry,
+        )
+
+    def watch(self, collector: Collector) -> None:
+        """Show what the collector reads, too, from now on."""
+        self.registry.register(collector)
+
     def observe_request(self, method: str, route: str, status: int, elapsed_s: float) -> None:
         self._requests.labels(method, route, str(status)).inc()
         self._latency.labels(method, route).observe(elapsed_s)
@@ -55,14 +82,16 @@ class Measures:
         self._streams.dec()
         self.streams -= 1
 
-    def render(self, *, jobs_by_state: Mapping[str, int], queued_by_reason: Mapping[str, int]) -> bytes:
+    def render(self, counts: Counts) -> bytes:
         """The text exposition, with the database's counts as of now."""
-        _replace(self._jobs, jobs_by_state)
-        _replace(self._queue, queued_by_reason)
+        _replace(self._jobs, counts.jobs_by_state)
+        _replace(self._queue, counts.queued_by_reason)
+        _replace(self._spools, counts.spool_bytes_by_node)
+        self._outbox.set(counts.undelivered_notices)
         return generate_latest(self.registry)
 
 
-def _replace(gauge: Gauge, values: Mapping[str, int]) -> None:
+def _replace(gauge: Gauge, values: Mapping[str, int] | Mapping[tuple[str, ...], int]) -> None:
     gauge.clear()
-    for label, value in values.items():
-        gauge.labels(label).set(value)
+    for labels, value in values.items():
+        gauge.labels(*((labels,) if isinstance(labels, str) else labels)).set(value)

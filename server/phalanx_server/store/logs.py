@@ -63,6 +63,11 @@ class LogFiles:
         self._base = base.rstrip("/")
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="log-files")
 
+    @property
+    def waiting(self) -> int:
+        """Reads and writes that no thread has taken up yet."""
+        return self._threads._work_queue.qsize()
+
     async def write(self, path: str, content: bytes) -> None:
         """Raises StorageUnavailable where the storage is full, refuses, or does not answer in time."""
         await self._in_time(lambda: self._write(self._full(path), content))

@@ -67,3 +67,12 @@ async def without_shared_checkpoints(conn: AsyncConnection) -> list[str]:
     """Names of live nodes whose checkpoint directory no other node sees."""
     query = text("SELECT name FROM nodes WHERE alive AND facts->>'shared_checkpoints' = 'false' ORDER BY name LIMIT 10")
     return list((await conn.execute(query)).scalars())
+
+
+async def spool_bytes(conn: AsyncConnection) -> dict[tuple[str, str], int]:
+    """What each node keeps because it could not be delivered, by cluster and name; one that never said is missing."""
+    query = text(
+        "SELECT c.name AS cluster, n.name, CAST(n.stats->>'spool_bytes' AS bigint) AS bytes"
+        " FROM nodes n JOIN clusters c ON c.id = n.cluster_id WHERE n.stats ? 'spool_bytes'"
+    )
+    return {(row.cluster, row.name): row.bytes for row in await conn.execute(query)}

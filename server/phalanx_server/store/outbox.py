@@ -67,3 +67,7 @@ async def mark_failed(
 async def skip_due_notices(conn: AsyncConnection, *, now: datetime) -> int:
     """Where nobody wants them: count all that are due as delivered."""
     return (await conn.execute(_SKIP_ALL, {"now": now})).rowcount
+
+
+async def count_undelivered(conn: AsyncConnection) -> int:
+    return (await conn.execute(text("SELECT count(*) FROM outbox WHERE delivered_at IS NULL"))).scalar_one()

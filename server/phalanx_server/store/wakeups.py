@@ -59,6 +59,11 @@ class Wakeups:
         self._listening = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def subscriptions(self) -> int:
+        """Waiters, each once for each of its topics."""
+        return sum(map(len, self._subscriptions.values()))
+
     async def start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._listen_forever(), name="wakeups")
