@@ -1,0 +1,119 @@
+"""Finding one's control groups from what the kernel says, and v2 on a real hierarchy of the machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from phalanx_worker.node import cgroups, sizes
+from phalanx_worker.node.cgroups import Cgroup, Cgroups, Limits, own_cgroups
+from phalanx_worker.runtime import confine
+from phalanx_worker.runtime.spec import CgroupSpec
+
+IN_A_CONTAINER_V2 = "2048 2040 0:30 / /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw,nsdelegate"
+ON_A_HOST_V2 = "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw"
+ON_A_HOST_V1 = """34 31 0:31 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw"""
+IN_A_CONTAINER_V1 = "35 31 0:32 /docker/abc /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+FS = "/sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("membership", "mounts", "expected"),
+    [
+        ("0::/", IN_A_CONTAINER_V2, {"": FS}),
+        ("0::/user.slice/a.scope", ON_A_HOST_V2, {"": f"{FS}/user.slice/a.scope"}),
+        (
+            "4:memory:/one\n1:cpu,cpuacct:/\n0::/",
+            ON_A_HOST_V1,
+            {"memory": f"{FS}/memory/one", "cpu": f"{FS}/cpu,cpuacct", "": f"{FS}/unified"}
+            | {"cpuacct": f"{FS}/cpu,cpuacct"},
+        ),
+        ("4:memory:/docker/abc", IN_A_CONTAINER_V1, {"memory": f"{FS}/memory"}),
+        ("4:memory:/one", ON_A_HOST_V2, {}),
+    ],
+    ids=["container v2", "host v2", "host v1", "container v1", "not mounted"],
+)
+def test_own_control_groups_are_found(membership: str, mounts: str, expected: dict[str, str]) -> None:
+    assert own_cgroups(membership, mounts) == {name: Path(path) for name, path in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [("oom 2\noom_kill 1\n", "group"), ("oom 0\noom_kill 1\n", "node"), ("oom 0\noom_kill 0\n", "")],
+)
+def test_who_was_out_of_memory_in_v2(tmp_path: Path, events: str, said: str) -> None:
+    (tmp_path / "memory.events").write_text(events)
+    assert Cgroup(CgroupSpec([], [], []), tmp_path, 2).oom() == said
+
+
+def test_what_belongs_to_others_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids")
+    found = cgroups._version_2(tmp_path)
+    assert found.parents == {} and "belongs to others" in found.problem
+    assert [path.name for path in tmp_path.iterdir()] == ["cgroup.controllers"]
+
+
+@pytest.fixture
+def delegated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A control group of v2 that is ours to divide, with whatever controllers this machine has there."""
+    mounts = Path("/proc/self/mountinfo").read_text()
+    root = next((place for name, (_, place) in cgroups._hierarchies(mounts) if name == ""), None)
+    available = cgroups._available(root)
+    if root is None or not available or not os.access(root / "cgroup.subtree_control", os.W_OK):
+        pytest.skip("no control groups v2 here that may be written")
+    monkeypatch.setattr(cgroups, "_CONTROLLERS", tuple(available))
+    monkeypatch.setattr(cgroups, "_is_ours", lambda own: True)
+    for name in available:
+        monkeypatch.setitem(cgroups._SETTINGS, (2, name), cgroups._SETTINGS.get((2, name), lambda limits: []))
+    before = (root / "cgroup.subtree_control").read_text().split()
+    cgroups._hand_down(root)
+    own = root / "phalanx-test"
+    own.mkdir()
+    yield own
+    for path in [*own.glob("phalanx*/*/"), *own.glob("phalanx*/"), own]:
+        path.rmdir()
+    for name in set(available) - set(before):
+        (root / "cgroup.subtree_control").write_text(f"-{name}")
+
+
+def test_v2_is_divided_used_and_cleared_away(delegated: Path) -> None:
+    (delegated / "cgroup.procs").touch()
+    with subprocess.Popen(["sleep", "60"]) as runner:
+        (delegated / "cgroup.procs").write_text(str(runner.pid))
+        try:
+            found = cgroups._version_2(delegated)
+            assert (delegated / "phalanx.node" / "cgroup.procs").read_text().split() == [str(runner.pid)]
+            again = cgroups._version_2(delegated / "phalanx.node")  # as a second runner in the same container sees it
+            assert again == found and set(found.parents.values()) == {delegated / "phalanx"}
+            _use(found)
+            assert not (delegated / "phalanx").exists()
+        finally:
+            runner.kill()
+
+
+def _use(found: Cgroups) -> None:
+    cgroup = found.make("att-0", Limits())
+    rank = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: confine.enter(cgroup.spec, None))
+    assert (found.parents.popitem()[1] / "att-0" / "cgroup.procs").read_text().split() == [str(rank.pid)]
+    confine.end(cgroup.spec)
+    assert rank.wait(5) == -signal.SIGKILL
+    cgroup.remove()
+
+
+@pytest.mark.parametrize(
+    ("written", "size_bytes"), [("64GiB", 64 << 30), ("512 MiB", 512 << 20), ("0", 0), ("1.5GiB", 3 << 29)]
+)
+def test_sizes_are_read_as_people_write_them(written: str, size_bytes: int) -> None:
+    assert sizes.read(written) == size_bytes
+
+
+@pytest.mark.parametrize("written", ["", "64GB", "-1", "64 gib", "many"])
+def test_what_is_no_size_is_refused(written: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        sizes.read(written)
