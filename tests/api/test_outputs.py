@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,8 +13,12 @@ from uuid import UUID
 
 import httpx
 import pytest
+from phalanx_server.api import stalls
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
+from phalanx_server.store.outputs import OutputFiles
+from sqlalchemy.exc import OperationalError
+from starlette.requests import ClientDisconnect
 
 BODY = b"weights" * 1000
 HASH = hashlib.sha256(BODY).hexdigest()
@@ -124,6 +129,20 @@ async def test_a_list_goes_on_page_by_page(live: Live, alice: httpx.AsyncClient)
         cursor = {"cursor": page["next_cursor"]}
     assert sorted(seen) == sorted(paths) and len(seen) == len(set(seen))
     assert (await alice.get(f"/v1/jobs/{live.job}/outputs", params={"cursor": "x"})).status_code == 422
+
+
+@pytest.mark.parametrize("character", ["x", "ü", "🦜"])
+async def test_a_list_goes_on_after_the_longest_path(live: Live, alice: httpx.AsyncClient, character: str) -> None:
+    longest = character * (1024 // len(character.encode()))
+    await live.give(longest, longest[:-1])
+    url = f"/v1/jobs/{live.job}/outputs"
+    seen: list[str] = []
+    cursor: dict[str, str] = {}
+    for _ in range(2):
+        page = (await alice.get(url, params={"limit": 1, **cursor})).json()
+        seen += [item["path"] for item in page["items"]]
+        cursor = {"cursor": page["next_cursor"]}
+    assert seen == [longest[:-1], longest] and cursor == {"cursor": None}
 
 
 async def test_the_newest_attempt_that_left_a_path_is_meant(live: Live, alice: httpx.AsyncClient) -> None:
@@ -242,9 +261,72 @@ async def test_a_file_that_was_cut_off_is_none(live: Live, alice: httpx.AsyncCli
     assert await listed(alice, live) == [] and stored(settings) == []
 
 
-async def test_a_file_over_the_limit_is_refused_while_it_streams(
+async def test_a_database_that_fails_over_a_row_leaves_no_file_that_nothing_names(
+    live: Live, alice: httpx.AsyncClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*_: Any) -> None:
+        raise OperationalError("INSERT", {}, ConnectionError("the server closed the connection"))
+
+    monkeypatch.setattr("phalanx_server.actions.save_output.save_row", fails)
+    assert (await live.put("x")).status_code == 503
+    assert await listed(alice, live) == [] and stored(settings) == []
+
+
+async def test_what_cannot_be_deleted_is_no_reason_to_send_a_file_again(
+    live: Live, alice: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a file that was replaced, or refused, stays behind; the answer is the one that the node must know."""
+    await live.give("x")
+
+    def fails(*_: Any) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(OutputFiles, "_delete", fails)
+    await live.give("x", body=b"changed")
+    assert [item["bytes"] for item in await listed(alice, live)] == [7]
+    assert (await live.put("x", sha256="0" * 64)).status_code == 422
+
+
+async def test_a_node_that_goes_silent_does_not_keep_its_place(
     app: Any, live: Live, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its power is gone, say: no connection tells that it will never send the rest."""
+    monkeypatch.setattr(stalls, "STALLED_S", 0.1)
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield BODY[:100]
+        await asyncio.Event().wait()
+
+    answer = await live.runner.put(
+        f"/v1/node/attempts/{ids.encode('attempt', live.attempt)}/outputs/x",
+        params={"epoch": 1, "group_rank": 0, "sha256": HASH},
+        content=silent(),
+        headers={"Content-Length": str(len(BODY))},
+        timeout=10,
+    )
+    assert answer.status_code == 408 and answer.headers["connection"] == "close"
+    assert stored(settings) == [] and app.state.gates.node_transfers.running == 0
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stalls, "STALLED_S", 0.1)
+    taken: list[Any] = []
+
+    async def send(message: Any) -> None:
+        taken.append(message)
+        if len(taken) > 1:
+            await asyncio.Event().wait()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield BODY
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    with pytest.raises(ClientDisconnect):
+        await asyncio.wait_for(stalls.Sent(body())(scope, asyncio.Event().wait, send), 10)  # type: ignore[arg-type]
+    assert [message["type"] for message in taken] == ["http.response.start", "http.response.body"]
+
+
+async def test_a_file_over_the_limit_is_refused_before_it_comes(live: Live, settings: Settings) -> None:
     answer = await live.runner.put(
         f"/v1/node/attempts/{ids.encode('attempt', live.attempt)}/outputs/x",
         params={"epoch": 1, "group_rank": 0, "sha256": HASH},

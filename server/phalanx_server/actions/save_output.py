@@ -52,29 +52,31 @@ async def save_output(
     check_output_path(path)
     async with engine.connect() as conn:
         job_id = await _expect_live(conn, group, node_id)
-    url = new_output_url(job_id, group.attempt_id, group.group_rank)
+    row = OutputRow(
+        job_id=job_id,
+        attempt_id=group.attempt_id,
+        group_rank=group.group_rank,
+        path=path,
+        bytes=size_bytes,
+        hash=sha256,
+        url=new_output_url(job_id, group.attempt_id, group.group_rank),
+        created_at=now,
+    )
     counted = Counted(body)
-    await files.write(url, counted.passed_on())
+    await files.write(row.url, counted.passed_on())
+    kept = False
     try:
         _expect_whole(counted, sha256=sha256, size_bytes=size_bytes)
-        async with engine.begin() as conn:
+        async with engine.connect() as conn:
             await _expect_live(conn, group, node_id, lock=True)
-            row = OutputRow(
-                job_id=job_id,
-                attempt_id=group.attempt_id,
-                group_rank=group.group_rank,
-                path=path,
-                bytes=size_bytes,
-                hash=sha256,
-                url=url,
-                created_at=now,
-            )
             replaced = await save_row(conn, row)
-    except (NotFound, Invalid):
-        await files.delete([url])
-        raise
+            kept = True  # from here on the row may be there, whatever becomes of the commit
+            await conn.commit()
+    finally:
+        if not kept:
+            await files.discard(row.url)
     if replaced is not None:
-        await files.delete([replaced])
+        await files.discard(replaced)
 
 
 async def _expect_live(conn: AsyncConnection, group: GroupRef, node_id: UUID, *, lock: bool = False) -> UUID:

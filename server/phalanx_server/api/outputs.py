@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from phalanx_server.api.deps import Looking, Serving, visible_job
 from phalanx_server.api.errors import not_found
-from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
+from phalanx_server.api.pages import Limit, Page, decode_cursor, encode_cursor
+from phalanx_server.api.stalls import Sent
 from phalanx_server.domain.field_errors import check_text
 from phalanx_server.domain.output import GROUP_RANK_MAX, PATH_MAX_BYTES
 from phalanx_server.store.outputs import find_output, list_outputs
@@ -30,6 +31,10 @@ AttemptNumber = Annotated[
 ]
 GroupRank = Annotated[
     int | None, Query(ge=0, le=GROUP_RANK_MAX, description="Absent: the lowest group that left that path.")
+]
+# It holds a whole path: up to 12 characters for 4 bytes of it in JSON, and 4 for 3 of those in base64.
+Cursor = Annotated[
+    str | None, Query(max_length=4 * PATH_MAX_BYTES + 256, description="`next_cursor` of the page before.")
 ]
 
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
@@ -59,7 +64,7 @@ async def list_job_outputs(
     principal: Looking,
     attempt: AttemptNumber = None,
     limit: Limit = 50,
-    cursor: CursorText = None,
+    cursor: Cursor = None,
 ) -> Page[OutputFile]:
     """Files that the job left, by path; they come when the ranks of a node are done."""
     id = await visible_job(services, principal, job_id)
@@ -106,9 +111,7 @@ async def read_job_output(
         raise not_found(f"output {path[:200]} of this job")
     if await services.output_files.size_bytes(row.url) != row.bytes:
         raise not_found(f"output {path[:200]} of this job in the storage")
-    return StreamingResponse(
-        services.output_files.read(row.url), media_type="application/octet-stream", headers=_headers(row)
-    )
+    return Sent(services.output_files.read(row.url), media_type="application/octet-stream", headers=_headers(row))
 
 
 def _headers(row: Any) -> dict[str, str]:

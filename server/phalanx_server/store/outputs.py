@@ -46,8 +46,7 @@ class OutputFiles:
             finally:
                 await _stored(file.close)
         except BaseException:
-            with contextlib.suppress(Exception):  # what went wrong before matters more
-                await asyncio.shield(self.delete([path]))
+            await self.discard(path)
             raise
 
     async def size_bytes(self, path: str) -> int | None:
@@ -68,6 +67,11 @@ class OutputFiles:
     async def delete(self, paths: Iterable[str]) -> None:
         """Delete what is there of `paths`, which may name directories."""
         await asyncio.to_thread(self._delete, [self._full(path) for path in paths])
+
+    async def discard(self, path: str) -> None:
+        """Delete a file that nothing names. Where that fails it stays: what the caller has to say matters more."""
+        with contextlib.suppress(Exception):
+            await asyncio.shield(self.delete([path]))
 
     def _full(self, path: str) -> str:
         return f"{self._base}/{path}"
