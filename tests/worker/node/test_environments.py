@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ import pytest
 from phalanx_worker.node import environments as environments_module
 from phalanx_worker.node import interpreters as interpreters_module
 from phalanx_worker.node import pip_build
+from phalanx_worker.node.cgroups import Cgroups
 from phalanx_worker.node.environments import Built, Environments, Wanted, describe
 from phalanx_worker.node.interpreters import IDLE_S, MOST_WARM, Interpreter, Interpreters
 from phalanx_worker.node.orders import StartFailed
@@ -39,6 +41,22 @@ HANGING_BACKEND = """
     with open("{0}", "w") as file:
         file.write(f"{{os.getpid()}} {{daemon.pid}} \\n")
     time.sleep(600)
+"""
+
+# Never the same process for long, so that looking for it finds none; ends by itself, should nobody end it.
+FLEEING_BACKEND = """
+    import os, time
+    until = time.monotonic() + 5
+    if os.fork():
+        open("{0}", "w").close()
+        time.sleep(600)
+    while time.monotonic() < until:
+        try:
+            if os.fork():
+                os._exit(0)
+        except OSError:
+            time.sleep(0.01)
+    os._exit(0)
 """
 
 
@@ -199,6 +217,40 @@ async def test_a_build_that_nobody_waits_for_any_more_is_killed_whole(workbench:
     key = environments_of(runner).key(Wanted(tuple(environment.requirements), None))
     assert not (environments_of(runner).directory / key).exists()
     assert not runner._preparing
+
+
+@pytest.mark.skipif(not Cgroups.find().enforces("pids"), reason="no control groups here")
+async def test_what_a_build_starts_is_bounded_and_cannot_flee_from_its_end(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    if shutil.which("pip", path="/usr/bin") is None:
+        pytest.skip("the system's Python has no pip")
+    began = tmp_path / "began"
+    sdist(tmp_path, "phx_fleeing", "1.0", FLEEING_BACKEND.format(began))
+    runner = await light_runner(server, most_processes=1_000)
+    environment = Environment(lines(tmp_path, "phx-fleeing==1.0"))
+    attempt = make_workbench([runner], server, tmp_path).attempt("true", environment=environment)
+    call = asyncio.create_task(runner.prepare_group(await attempt.order(0, {"host": "127.0.0.1", "port": 0})))
+    await wait_for(began.exists)
+    (cgroup,) = control_groups()
+    assert (cgroup / "pids.max").read_text() == "1000\n"
+    await runner.kill_group(attempt.id)
+    with pytest.raises(StartFailed, match="stopped"):
+        await call
+    assert control_groups() == []
+    assert not processes_of(environments_of(runner).directory)
+
+
+def control_groups() -> list[Path]:
+    return list(Cgroups.find().parents["pids"].glob("environment-*"))
+
+
+def processes_of(directory: Path) -> list[str]:
+    told = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            told.append(path.read_text())
+    return [text for text in told if str(directory) in text]
 
 
 async def test_tenants_own_users_build_and_use_but_never_change_it(

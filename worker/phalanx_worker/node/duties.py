@@ -79,6 +79,7 @@ class Duties:
         interpreters = open_interpreters(
             warm,
             environ,
+            isolation,
             python=python,
             warm_env=warm_env,
             directory=data_dir / "environments",

@@ -19,6 +19,7 @@ from pathlib import Path
 from phalanx_worker import protocol
 from phalanx_worker.node import environment
 from phalanx_worker.node.environments import Built, Environments, Tell, Wanted
+from phalanx_worker.node.isolation import Isolation
 from phalanx_worker.node.orders import GroupOrder
 from phalanx_worker.node.pip_build import OPERATORS_VARIABLES, PipBuild
 from phalanx_worker.node.warm import WarmProcess, WarmState
@@ -123,6 +124,7 @@ class Interpreters:
 def open_interpreters(
     warm: WarmProcess,
     environ: Mapping[str, str],
+    isolation: Isolation,
     *,
     python: str,
     warm_env: Mapping[str, str],
@@ -134,7 +136,8 @@ def open_interpreters(
     their users."""
     node_env = environment.node_environment(environ, python=python)
     operators = {name: value for name, value in environ.items() if name in OPERATORS_VARIABLES}
-    builder = PipBuild(python, {**node_env, **operators, **warm_env})
+    build_env = {**node_env, **operators, **warm_env}
+    builder = PipBuild(python, build_env, isolation.cgroups, isolation.most_processes)
     environments = Environments(directory, builder, limit_bytes, used=lambda: {*interpreters.warm_keys, *of_groups()})
 
     def of_groups() -> Iterable[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -15,13 +16,16 @@ import shutil
 import stat
 import subprocess
 import time
+import uuid
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from phalanx_worker.node.cgroups import Cgroup, Cgroups, Limits
 from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.threads import to_its_end
-from phalanx_worker.runtime import builder
+from phalanx_worker.runtime import builder, confine
+from phalanx_worker.runtime.spec import CgroupSpec
 
 BUILD_TIMEOUT_S = 1_800.0
 MOST_BYTES = 10 << 30  # of one environment
@@ -60,10 +64,13 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 @dataclass(frozen=True)
 class PipBuild:
-    """`env` is what a build gets of the runner's environment, scrubbed already."""
+    """`env` is what a build gets of the runner's environment, scrubbed already; `most_processes` is enforced where
+    `cgroups` can."""
 
     python: str
     env: Mapping[str, str]
+    cgroups: Cgroups
+    most_processes: int
     timeout_s: float = BUILD_TIMEOUT_S
 
     async def fingerprint(self) -> str:
@@ -76,14 +83,19 @@ class PipBuild:
     async def build(self, place: Path, log_path: Path, lines: list[str], *, uid: int | None, most_bytes: int) -> None:
         """Build into the new directory `place` and take the tenant's hands off it. Raises StartFailed."""
         await to_its_end(_prepare, place, lines, uid)
-        process = self._spawn(place, log_path, uid)
+        cgroup = self._cgroup()
+        try:
+            process = self._spawn(place, log_path, uid, cgroup.spec)
+        except OSError:
+            cgroup.remove()
+            raise
         try:
             async with asyncio.timeout(self.timeout_s):
                 code = await _ended(process, place, log_path, most_bytes)
         except TimeoutError:
             raise StartFailed(f"its environment was not built in {self.timeout_s:.0f} s") from None
         finally:
-            await to_its_end(_end, process)
+            await to_its_end(_end, process, cgroup)
         if code != 0:
             raise failure(code, await asyncio.to_thread(_tail, log_path))
         await to_its_end(_seal, place, uid)
@@ -95,9 +107,13 @@ class PipBuild:
         asked.check_returncode()
         return json.dumps([self.python, *json.loads(asked.stdout)])
 
-    def _spawn(self, place: Path, log_path: Path, uid: int | None) -> subprocess.Popen[bytes]:
+    def _cgroup(self) -> Cgroup:
+        """Of its own: other runners of this host may build the same."""
+        return self.cgroups.make(f"environment-{uuid.uuid4().hex}", Limits(processes=self.most_processes))
+
+    def _spawn(self, place: Path, log_path: Path, uid: int | None, cgroup: CgroupSpec) -> subprocess.Popen[bytes]:
         env = {**self.env, "HOME": str(place / "home"), "TMPDIR": str(place / "tmp")}
-        arguments = [str(place), str(-1 if uid is None else uid)]
+        arguments = [str(place), str(-1 if uid is None else uid), json.dumps(dataclasses.asdict(cgroup))]
         log_path.touch(mode=0o600)  # it names packages and where they come from: not for other tenants
         with open(log_path, "wb") as log:
             return subprocess.Popen(
@@ -167,15 +183,17 @@ def _prepare(place: Path, lines: list[str], uid: int | None) -> None:
             os.chown(path, uid, uid)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], cgroup: Cgroup) -> None:
     """Cut its lifeline: it kills what is below it and ends."""
     assert process.stdin is not None
     process.stdin.close()
     try:
         process.wait(_KILLED_S)
     except subprocess.TimeoutExpired:
+        confine.end(cgroup.spec)
         process.kill()
         process.wait()
+    cgroup.remove()
 
 
 def _seal(place: Path, uid: int | None) -> None:

@@ -3,13 +3,15 @@
 Owns the certainty that a build leaves no process: it adopts orphans, and kills everything below it when pip has ended
 or when its own stdin closes, which it does when the runner dies. Building runs code of packages, so it runs as the
 tenant's user where tenants have one. Started by the node's own Python as
-`python -m phalanx_worker.runtime.builder DIRECTORY UID` (UID -1: stay this user) with the environment's lines in
-`DIRECTORY/requirements.txt`; ends with pip's exit code, or 128 + the signal that ended it. Standard library only.
+`python -m phalanx_worker.runtime.builder DIRECTORY UID CGROUP` (UID -1: stay this user; CGROUP: a `CgroupSpec` as JSON)
+with the environment's lines in `DIRECTORY/requirements.txt`; ends with pip's exit code, or 128 + the signal that ended
+it. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -21,7 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from phalanx_worker.runtime import linux, venv
+from phalanx_worker.runtime import confine, linux, venv
+from phalanx_worker.runtime.spec import CgroupSpec
 
 BROKEN = 70  # exit code: it failed before pip, which is no fault of the requirements
 _NICENESS = 10  # ranks of others train beside it
@@ -36,17 +39,19 @@ sys.exit({attribute}())
 """
 
 
-def main(directory: str, uid: int) -> int:
+def main(directory: str, uid: int, cgroup: CgroupSpec) -> int:
     linux.adopt_orphans()
     parent_pid = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _build(directory, uid, parent_pid)
+        _build(directory, uid, parent_pid, cgroup)
     status = _follow(pid)
     while not _reap():
+        confine.end(cgroup)
         for each in linux.descendants(parent_pid):
             _kill(each)
         time.sleep(_KILL_AGAIN_S)
+    confine.remove(cgroup)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
@@ -81,11 +86,12 @@ def _kill(pid: int) -> None:
 # ------------------------------------------------------------------ in the child
 
 
-def _build(directory: str, uid: int, parent_pid: int) -> NoReturn:
+def _build(directory: str, uid: int, parent_pid: int, cgroup: CgroupSpec) -> NoReturn:
     """Become pip. Never returns, never raises."""
     try:
         os.setsid()
         linux.go_first_when_memory_ends()
+        confine.enter(cgroup, None)
         if uid >= 0:
             linux.become_user(uid)
         linux.die_with_parent(parent_pid)
@@ -121,4 +127,4 @@ def _add_scripts(target: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), CgroupSpec(**json.loads(sys.argv[3]))))
