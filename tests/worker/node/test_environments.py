@@ -439,6 +439,24 @@ async def test_no_more_than_two_are_built_at_once(tmp_path: Path) -> None:
     assert build.most_running == 2
 
 
+async def test_a_tenant_whose_builds_hang_leaves_room_for_another(tmp_path: Path) -> None:
+    build = FakeBuild()
+    build.gate.clear()
+    environments = store(tmp_path, build, limit_bytes=1 << 30)
+    wanted = [Wanted((str(number),), uid) for number, uid in enumerate([70123, 70123, 70123, 70124])]
+
+    async def hold(each: Wanted) -> None:
+        async with environments.hold(each, lambda _: None):
+            pass
+
+    uses = [asyncio.create_task(hold(each)) for each in wanted]
+    await wait_for(lambda: build.running == 2)
+    assert build.builds == [("0",), ("3",)]
+    build.gate.set()
+    await asyncio.gather(*uses)
+    assert sorted(build.builds) == [("0",), ("1",), ("2",), ("3",)]
+
+
 async def test_a_build_that_was_given_up_at_once_can_be_had_again(tmp_path: Path) -> None:
     environments = store(tmp_path, FakeBuild())
     first = asyncio.create_task(use(environments, "a"))

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.pip_build import MOST_BYTES, PipBuild, measure
 from phalanx_worker.node.threads import to_its_end
 
-MOST_BUILDS = 2  # at once
+MOST_BUILDS = 2  # at once; of one tenant that has its own user, one
 WAIT_TIMEOUT_S = 3_600.0  # for a build, those before it included
 _GONE = ".gone"
 _FAILED_LOG = "failed.log"  # of the last build that failed
@@ -74,6 +74,7 @@ class Environments:
     _held: Counter[str] = field(default_factory=Counter)
     _builds: dict[str, _Build] = field(default_factory=dict)
     _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_BUILDS))
+    _turns: dict[int, asyncio.Lock] = field(default_factory=dict)  # by user
     _fingerprint: str | None = None
     _removals: set[asyncio.Future[None]] = field(default_factory=set)
 
@@ -152,7 +153,7 @@ class Environments:
     async def _build(self, key: str, wanted: Wanted) -> tuple[Built, float]:
         place, log_path = self.directory / key, self.directory / f"{key}.log"
         try:
-            async with self._slots:
+            async with self._turn(wanted.uid), self._slots:
                 begun_s = time.monotonic()
                 self._throw_away(key)  # what could not be removed before
                 try:
@@ -168,6 +169,10 @@ class Environments:
                 return built, time.monotonic() - begun_s
         except OSError as error:
             raise StartFailed(f"its environment could not be built: {error}") from error
+
+    def _turn(self, uid: int | None) -> AbstractAsyncContextManager[None]:
+        """One after another, so that a tenant whose builds hang leaves room for others."""
+        return nullcontext() if uid is None else self._turns.setdefault(uid, asyncio.Lock())
 
     async def _build_in(self, place: Path, log_path: Path, wanted: Wanted) -> None:
         most_bytes = min(MOST_BYTES, self.limit_bytes)
