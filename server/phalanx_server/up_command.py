@@ -5,7 +5,6 @@ production: `server`, `scheduler`, `agent`; the database and the Ray cluster are
 """
 
 import asyncio
-import fcntl
 import os
 import shutil
 import signal
@@ -22,7 +21,6 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from phalanx_server.actions.bootstrap import CLUSTER, bootstrap
@@ -32,19 +30,17 @@ from phalanx_server.store.embedded import EmbeddedPostgres, PostgresFailed
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.migrate import upgrade
 from phalanx_server.supervise import Child, ChildFailed, Family, wait_until
+from phalanx_server.up_data import console, data_directory, exclusive, keep_secret, kept_secret, make_directories
 
 DEFAULT_DATA = Path("~/.phalanx").expanduser()
 DEFAULT_PORT = 8321
 START_TIMEOUT_S = 120.0
 COMMAND_GRACE_S = 5.0
-INVALID = 2  # exit code for a mistake in the command line
 
 REPLACEMENTS = {  # the tokens that an `up` needs, should their files get lost
     "admin-token": NewToken(name="made by phalanx up", role="admin", user="admin"),
     "cluster-token": NewToken(name="made by phalanx up", role="cluster", cluster=CLUSTER),
 }
-
-console = Console(stderr=True, highlight=False)
 
 
 class Stopped(Exception):
@@ -84,19 +80,6 @@ class Machine:
 
 
 @contextmanager
-def exclusive(data: Path) -> Iterator[None]:
-    """Hold the data directory: two `up` on one directory would fight over its database."""
-    with (data / "up.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(
-                f"phalanx up: {data} is in use by another `phalanx up`; stop it or choose another --data"
-            ) from None
-        yield
-
-
-@contextmanager
 def stopped_by_signals() -> Iterator[StopRequest]:
     """Note SIGINT, SIGTERM and SIGHUP in the request that this yields."""
     request = StopRequest()
@@ -123,19 +106,6 @@ def free_port(host: str, port: int) -> int:
                 f"phalanx up: cannot listen on {host}:{port} ({error.strerror}); choose another --port"
             ) from None
         return probe.getsockname()[1]
-
-
-def keep_secret(path: Path, text: str) -> str:
-    """Write `text` to a file that only its owner reads."""
-    path.touch(mode=0o600)
-    path.chmod(0o600)  # it may have been there
-    path.write_text(text + "\n")
-    return text
-
-
-def kept_secret(path: Path) -> str:
-    """What an earlier start kept there; empty where nothing is left of it."""
-    return path.read_text().strip() if path.exists() else ""
 
 
 async def prepare_database(url: str) -> Any:
@@ -355,25 +325,8 @@ def root_warning(nodes: list[dict[str, Any]], log: Path) -> str:
     return f"Jobs of every tenant run as root on {names}: {reach} ({log} says why)"
 
 
-def data_directory(path: Path) -> Path:
-    """The directory, made if it is not there; SystemExit where it cannot be."""
-    try:
-        directory = path.expanduser().resolve()
-        directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
-        why = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
-        said = f"phalanx up: --data {path} cannot be used ({why}); choose another directory"
-        console.print(said, soft_wrap=True, markup=False)
-        raise SystemExit(INVALID) from None
-    return directory
-
-
 def bring_up(machine: Machine, command: list[str]) -> int:
-    for name in ("nodes", "checkpoints"):  # ranks run under their tenants' users and reach their own parts of these
-        machine.path(name).mkdir(parents=True, exist_ok=True)
-    for name in ("logs", "storage", "ray"):  # other tenants' logs and code, and Ray's token
-        machine.path(name).mkdir(exist_ok=True)
-        machine.path(name).chmod(0o700)
+    make_directories(machine.data)
     with exclusive(machine.data), stopped_by_signals() as stop_request:
         up = Up(replace(machine, port=free_port(machine.host, machine.port)), stop_request)
         try:

@@ -20,7 +20,7 @@ from phalanx_server.api.errors import not_found
 from phalanx_server.api.idempotency import IdempotencyKey, idempotency_of, mark_replayed
 from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
 from phalanx_server.domain.access import in_line
-from phalanx_server.domain.spec import Name
+from phalanx_server.domain.field_types import Name
 from phalanx_server.store import ids
 from phalanx_server.store.environments import list_environments, load_environment
 
