@@ -125,6 +125,19 @@ async def test_a_rank_that_the_agent_does_not_list_is_not_taken_for_a_success(pl
     assert (await plane.job(job_id)).state == "queued"
 
 
+@pytest.mark.parametrize(("before_stop", "state"), [(True, "succeeded"), (False, "queued")])
+async def test_a_job_that_was_done_before_its_stop_came_does_not_run_again(
+    plane: ControlPlane, before_stop: bool, state: str
+) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run()
+    async with plane.engine.begin() as conn:
+        rows = await lock_live_attempts(conn, [job_id])
+        await request_stop(conn, rows, cause=StopCause.PREEMPTION, now=plane.now)
+    await plane.report(plane.fact(attempt, "ended", exits=[RankExit(rank=0, exit_code=0, before_stop=before_stop)]))
+    assert await plane.state(job_id) == state
+
+
 async def test_a_cancelled_job_is_stopped_then_cancelled(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     job_id, attempt = await plane.run(preemption={"grace": 7})

@@ -93,6 +93,15 @@ def test_a_job_that_said_it_was_finished_has_succeeded(cause):
     assert decide_end(EndFacts(cause=cause, exits=[KILLED], finished_called=True)).job_state is JobState.SUCCEEDED
 
 
+@pytest.mark.parametrize("cause", STOPS)
+def test_a_job_that_was_done_before_it_was_asked_to_give_way_has_succeeded(cause):
+    """Its output files were still being collected, say."""
+    done, other = (RankEnd(rank=rank, exit_code=0, before_stop=True) for rank in range(2))
+    assert decide_end(EndFacts(cause=cause, exits=[done, other])).job_state is JobState.SUCCEEDED
+    for late in (RankEnd(rank=1, exit_code=0), RankEnd(rank=1, exit_code=3, before_stop=True), UNSEEN):
+        assert decide_end(EndFacts(cause=cause, exits=[done, late])).job_state is JobState.QUEUED
+
+
 def test_only_failures_use_up_retries_and_only_bad_ends_avoid_the_node():
     for cause, exits in itertools.product([None, *StopCause], ([OK], [CRASH], [OOM], [UNSEEN], [])):
         end = decide_end(EndFacts(cause=cause, exits=exits, max_retries=5))

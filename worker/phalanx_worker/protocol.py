@@ -62,6 +62,7 @@ class RankExit:
     finished: bool = False  # the job called phalanx.finished()
     tail: str = ""  # last lines of its stderr, at most 2 KiB
     reason: str = ""  # why its node ended it, in words that follow its name; "" where it ended by itself or was stopped
+    before_stop: bool = False  # it ended before its node was asked to stop it
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def rank_ends(exits: Sequence[Any]) -> list[RankEnd]:
             oom=each.oom,
             finished=each.finished,
             reason=each.reason[:REASON_CHARS],
+            before_stop=each.before_stop,
         )
         for each in exits
     ]

@@ -92,6 +92,7 @@ class RankEnd:
     oom: bool = False
     finished: bool = False
     reason: str = ""  # of its node for ending it, in words that follow its name
+    before_stop: bool = False  # it ended before its node was asked to stop it
 
     @property
     def unseen(self) -> bool:
@@ -134,7 +135,7 @@ class End:
 @dataclass(frozen=True, slots=True)
 class EndRow:
     """One row of the table; the first that matches decides. `cause` None = it ended by itself; `exit` and `finished`
-    None = whatever they are."""
+    None = whatever they are. `finished`: the job said so, or every rank ended well before it was asked to stop."""
 
     cause: StopCause | None
     exit: Exit | None
@@ -225,7 +226,8 @@ def _pause(facts: EndFacts, outcome: Outcome, message: str) -> End:
 
 def _find(facts: EndFacts, exit: Exit) -> EndRow:
     cause = StopCause.CANCEL if facts.cancel_requested else facts.cause
-    finished = facts.finished_called or any(each.finished for each in facts.exits)
+    was_done = exit is Exit.CLEAN and all(each.before_stop for each in facts.exits)
+    finished = facts.finished_called or was_done or any(each.finished for each in facts.exits)
     for row in TABLE_OF_ENDS:
         if row.cause is cause and row.exit in (None, exit) and row.finished in (None, finished):
             return row

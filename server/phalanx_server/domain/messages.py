@@ -88,6 +88,7 @@ class RankExit(Message):
     finished: bool = False
     tail: Text = ""
     reason: Text = ""
+    before_stop: bool = False
 
 
 class RankStart(Message):

@@ -302,6 +302,7 @@ class Group:
             oom=self._is_oom and code != 0,
             tail=record.tail,
             reason=self._reason(rank) if code != 0 else "",
+            before_stop=not self._stopping,
         )
         if code != 0 and self.first_failed_rank is None and not self._stopping:
             culprit = self.offence.rank if self.offence is not None else None
