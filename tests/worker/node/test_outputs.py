@@ -174,6 +174,63 @@ async def test_a_tree_without_a_bottom_is_left(places: Path) -> None:
     assert collected(places).left_out == {outputs.TOO_DEEP: 1}
 
 
+async def test_looking_takes_a_bounded_time(places: Path) -> None:
+    """64 patterns of 170 parts that may all fit take a millisecond and more for each name: hours for all of them."""
+    for number in range(3_000):
+        os.close(os.open(places / f"work/{number}", os.O_CREAT))
+    write(places / "output/a")
+    began = time.monotonic()
+    found = collected(places, *[f"{'**/a/' * 100}{number}" for number in range(64)], limits=Limits(look_s=0.3))
+    assert time.monotonic() - began < 3.0, "in the middle of a directory, too"
+    assert paths(found) == ["a"] and not found.all_seen
+    assert "whatever comes after" in found.left_out_sentence()
+
+
+async def test_looking_ends_at_once_where_it_is_given_up(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(100):
+        write(places / f"output/{number:03}")
+    given_up = threading.Event()
+    is_fit = outputs._is_fit
+
+    def give_up(path: str) -> bool:
+        given_up.set()
+        return is_fit(path)
+
+    monkeypatch.setattr(outputs, "_is_fit", give_up)
+    found = outputs.collect(Source(str(places / "output"), str(places / "work"), [], None), given_up)
+    assert paths(found) == ["000"] and not found.all_seen
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root looks into everything")
+async def test_a_directory_whose_files_cannot_be_looked_at_is_told(places: Path) -> None:
+    write(places / "output/listed/file").parent.chmod(0o400)
+    assert collected(places).left_out == {outputs.UNREADABLE: 1}
+
+
+async def test_what_the_disk_does_not_tell_is_told_and_costs_no_other_file(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(places / "output/b/file")
+    write(places / "output/c")
+    write(places / "output/d")
+    scandir, stat = os.scandir, os.stat
+
+    def failing_scandir(fd: int) -> Any:
+        if Path(f"/proc/self/fd/{fd}").readlink().name == "b":
+            raise OSError(5, "Input/output error")
+        return scandir(fd)
+
+    def failing_stat(name: Any, *rest: Any, **more: Any) -> Any:
+        if name == "c":
+            raise PermissionError(13, "Permission denied")
+        return stat(name, *rest, **more)
+
+    monkeypatch.setattr(os, "scandir", failing_scandir)
+    monkeypatch.setattr(os, "stat", failing_stat)
+    found = collected(places)
+    assert paths(found) == ["d"] and found.left_out == {outputs.UNREADABLE: 2}
+
+
 async def test_only_what_may_fit_is_looked_at(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(50):
         write(places / f"work/src/{number}")
@@ -187,6 +244,8 @@ async def test_only_what_may_fit_is_looked_at(places: Path, monkeypatch: pytest.
 
 
 WRITE = """sh -c 'echo $RANK > "$PHALANX_OUTPUT_DIR/rank-$RANK"; mkdir -p out; echo hello > out/$RANK.txt; {then}'"""
+
+WAIT = "echo written; sleep 60"
 
 
 def left(attempt: Any) -> dict[tuple[int, str], bytes]:
@@ -359,13 +418,13 @@ async def test_a_stop_leaves_the_rest_of_its_grace_but_some_seconds_at_least(
 ) -> None:
     monkeypatch.setattr(ranks, "_COLLECT_S", 1.0)
     server.output_answers = [429]
-    attempt = await own_attempt(light_runner, server, make_workbench, tmp_path, WRITE.format(then="sleep 60"))
+    attempt = await own_attempt(light_runner, server, make_workbench, tmp_path, WRITE.format(then=WAIT))
     await attempt.start()
-    await asyncio.sleep(0.3)
+    await attempt.printed("written")
     began = time.monotonic()
     await attempt.runners[0].stop_group(attempt.id, 0.0)
     (end,) = await attempt.exits()
-    assert end["signal"] and 1.0 <= time.monotonic() - began < 5.0
+    assert end["signal"] and not end["before_stop"] and 1.0 <= time.monotonic() - began < 5.0
     assert notes(attempt)[0].endswith("the time for it was over.")
 
 
@@ -379,8 +438,9 @@ async def test_a_stop_shortens_what_is_under_way(
     await collecting(attempt, server)
     await attempt.runners[0].stop_group(attempt.id, 0.5)
     began = time.monotonic()
-    await attempt.exits()
+    (end,) = await attempt.exits()
     assert time.monotonic() - began < 5.0
+    assert end["before_stop"], "its job was done when something else was to have its GPUs"
 
 
 async def test_the_stop_that_follows_a_failure_does_not(
@@ -400,9 +460,9 @@ async def test_the_stop_that_follows_a_failure_does_not(
 
 
 async def test_a_kill_collects_nothing(light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path) -> None:
-    attempt = await own_attempt(light_runner, server, make_workbench, tmp_path, WRITE.format(then="sleep 60"))
+    attempt = await own_attempt(light_runner, server, make_workbench, tmp_path, WRITE.format(then=WAIT))
     await attempt.start()
-    await asyncio.sleep(0.3)
+    await attempt.printed("written")
     await attempt.runners[0].kill_group(attempt.id)
     await attempt.exits()
     assert left(attempt) == {} and server.output_tries == 0

@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import threading
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ NO_FILE = "links, pipes or devices"
 FOREIGN = "of another user"
 BAD_NAME = "with a name that is too long, not UTF-8 or holds control characters"
 TOO_DEEP = f"directories below {DEPTH_MAX} others"
-UNREADABLE = "directories that cannot be read"
+UNREADABLE = "that cannot be looked at"
 TWICE = "with the same path as one in PHALANX_OUTPUT_DIR"
 
 
@@ -42,6 +43,7 @@ class Limits:
 
     files: int = 10_000
     bytes: int = 10 << 30
+    look_s: float = 60.0  # patterns may be such that each name takes long, and GPUs are held meanwhile
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Collected:
         if not self.left_out and self.all_seen:
             return ""
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
-        more = "" if self.all_seen else f"{'; ' if reasons else ''}whatever comes after {LOOKED_AT_MAX:,} files"
+        looked = f"whatever comes after {LOOKED_AT_MAX:,} files or a minute of looking"
+        more = "" if self.all_seen else f"{'; ' if reasons else ''}{looked}"
         return f"Output files were left out: {reasons}{more}."
 
 
@@ -107,6 +110,7 @@ class _Collecting:
         self._paths: set[str] = set()
         self._bytes = 0
         self._looked_at = 0
+        self._until = time.monotonic() + source.limits.look_s
 
     def take(self, root: str, wanted: Matcher) -> None:
         try:
@@ -124,13 +128,17 @@ class _Collecting:
     def _walk(self, directory: int, above: str, wanted: Matcher, *, depth: int) -> Iterator[tuple[str, os.stat_result]]:
         """Everything wanted in the open directory but directories."""
         for name in self._names(directory):
+            self._expect_more_to_do()
             path, inner = above + name, wanted.enter(name)
             if not inner.may_fit:
                 continue
             try:
                 status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            except OSError:
+            except FileNotFoundError:
                 continue  # it has gone
+            except OSError:
+                self._leave_out(UNREADABLE)
+                continue
             if stat.S_ISDIR(status.st_mode):
                 yield from self._walk_below(directory, name, path, inner, depth=depth + 1)
             elif inner.fits:
@@ -152,13 +160,19 @@ class _Collecting:
 
     def _names(self, directory: int) -> list[str]:
         names = []
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                self._looked_at += 1
-                if self._looked_at > LOOKED_AT_MAX or self._given_up.is_set():
-                    raise _Enough
-                names.append(entry.name)
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    self._looked_at += 1
+                    self._expect_more_to_do()
+                    names.append(entry.name)
+        except OSError:
+            self._leave_out(UNREADABLE)
         return sorted(names)
+
+    def _expect_more_to_do(self) -> None:
+        if self._looked_at > LOOKED_AT_MAX or self._given_up.is_set() or time.monotonic() > self._until:
+            raise _Enough
 
     def _take_file(self, root: str, path: str, status: os.stat_result) -> None:
         reason = self._objection(path, status)
