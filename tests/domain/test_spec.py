@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from phalanx_server.domain.environment import clean_requirements
 from phalanx_server.domain.errors import Invalid, UnknownField
 from phalanx_server.domain.spec import JobSpec, parse_job
 from phalanx_server.domain.units import parse_duration, parse_size
@@ -162,6 +163,14 @@ def test_requirements_lose_comments_blanks_and_repetitions():
     ]
     environment = parse_job(changed(run__environment={"requirements": given})).run.environment
     assert environment and environment.requirements == ("einops==0.8.1", "tool @ https://x.example/t.whl#sha256=ab")
+
+
+def test_requirements_may_be_held_to_their_hashes():
+    line = f"einops==0.8.1 ; python_version > '3' --hash=sha256:{'ab' * 32} --hash=sha512:{'cd' * 64}"
+    assert clean_requirements([line]) == (line,)
+    for wrong in ("--hash=md5:ab", f"--hash=sha256:{'ab' * 31}", f"--hash=sha256:{'ab' * 32} -e ."):
+        with pytest.raises(ValueError, match="einops"):
+            clean_requirements([f"einops==0.8.1 {wrong}"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What a job's Python has on top of the node's own: lines as pip's requirements files have them.
 
-Owns which lines are taken: requirements by name and version or by URL (PEP 508, read by `packaging`), and the few
-options that say where packages come from. What points into a file system (`-r`, `-e`, `./path`) is refused: a line must
+Owns which lines are taken: requirements by name and version or by URL (PEP 508, read by `packaging`), with hashes
+behind them or without, and the few options that say where packages come from. What points into a file system (`-r`, `-e`, `./path`) is refused: a line must
 mean the same on every node. Pure; refuses to know how an environment is built.
 """
 
@@ -12,12 +12,13 @@ from urllib.parse import urlsplit
 from packaging.requirements import InvalidRequirement, Requirement
 
 LINES_MAX = 500
-LINE_MAX_CHARS = 2_000
+LINE_MAX_CHARS = 8_000
 ALL_MAX_CHARS = 64 << 10  # a thousand jobs of one request may each get a copy
 
 _WITH_URL = frozenset({"--index-url", "-i", "--extra-index-url", "--find-links", "-f"})
 _WITH_NAME = frozenset({"--only-binary", "--no-binary"})
 _ALONE = frozenset({"--pre", "--prefer-binary", "--no-index"})
+_HASHES = re.compile(r"(\s+--hash=sha(256:[0-9a-f]{64}|384:[0-9a-f]{96}|512:[0-9a-f]{128}))+$")
 _COMMENT = re.compile(r"(^|\s)#.*$")
 
 
@@ -45,13 +46,14 @@ def _problem(line: str) -> str:
         return _problem_of_option(line)
     if line.startswith((".", "/", "~")) or "file:" in line.lower():
         return "is a path: every node must be able to fetch it, so name a package or an http(s) URL"
+    named = _HASHES.sub("", line)
     try:
-        requirement = Requirement(line)
+        requirement = Requirement(named)
     except InvalidRequirement as error:
         return f"is no requirement: {str(error).splitlines()[0]}"
     except RecursionError:
         return "is no requirement: its marker is nested too deep"
-    if any(word.startswith("-") for word in line.split()):  # pip looks for them first, even in a marker's text
+    if any(word.startswith("-") for word in named.split()):  # pip looks for them first, even in a marker's text
         return "has an option behind the requirement, which is not taken here"
     return _problem_of_url(requirement.url) if requirement.url else ""
 
