@@ -305,7 +305,16 @@ async def test_a_node_that_goes_silent_does_not_keep_its_place(
         timeout=10,
     )
     assert answer.status_code == 408 and answer.headers["connection"] == "close"
-    assert stored(settings) == [] and app.state.gates.node_transfers.running == 0
+    assert stored(settings) == [] and app.state.gates.node_outputs.running == 0
+
+
+async def test_outputs_have_gates_of_their_own(app: Any) -> None:
+    """The files of a large gang that has ended, or of one who fetches many, take minutes; a start that does not get its
+    code within seconds has failed."""
+    gates = app.state.gates
+    code = {gates.of("GET", f"/v1/node/bundles/{HASH}"), gates.of("PUT", f"/v1/bundles/{HASH}")}
+    files = {gates.of("PUT", "/v1/node/attempts/att_1/outputs/x"), gates.of("GET", "/v1/jobs/job_1/outputs/x")}
+    assert len(code | files) == 4 and not files & {gates.users, gates.reports} and code | files < set(gates.all)
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,13 +120,16 @@ class Gates:
         self.users = Gate("users", Bounds(running=few, waiting=waiting, share=0.5))
         self.submits = Gate("submits", Bounds(running=many, waiting=waiting, share=0.75))  # they share transactions
         self.transfers = Gate("transfers", Bounds(running=16, waiting=100, share=0.1))
+        self.downloads = Gate("downloads", Bounds(running=16, waiting=100, share=0.1))
         self.node_transfers = Gate("node_transfers", Bounds(running=32, waiting=many))
+        self.node_outputs = Gate("node_outputs", Bounds(running=32, waiting=many))
         self.reports = Gate("reports", Bounds(running=few, waiting=2 * many))
         self.polls = Gate("polls", Bounds(running=many, waiting=0))
 
     @property
     def all(self) -> tuple[Gate, ...]:
-        return self.users, self.submits, self.transfers, self.node_transfers, self.reports, self.polls
+        transfers = self.transfers, self.downloads, self.node_transfers, self.node_outputs
+        return self.users, self.submits, *transfers, self.reports, self.polls
 
     def of(self, method: str, path: str) -> Gate | None:
         """None for a probe, which must be answered whatever happens."""
@@ -134,10 +137,14 @@ class Gates:
             return None
         if path == "/v1/agent/desired":
             return self.polls
-        if path.startswith(("/v1/node/bundles/", "/v1/node/attempts/")):
+        if path.startswith("/v1/node/bundles/"):
             return self.node_transfers
-        if path.startswith("/v1/bundles/") or "/outputs/" in path:
+        if path.startswith("/v1/node/attempts/"):
+            return self.node_outputs  # of a large job that has ended: no other's start waits for those
+        if path.startswith("/v1/bundles/"):
             return self.transfers
+        if path.startswith("/v1/jobs/") and "/outputs/" in path:
+            return self.downloads
         if path.startswith(("/v1/agent/", "/v1/node/")) or path == "/metrics":
             return self.reports
         if method == "POST" and path in ("/v1/jobs", "/v1/jobs/batch"):
