@@ -186,7 +186,20 @@ async def test_an_empty_file_is_one(live: Live, alice: httpx.AsyncClient) -> Non
 
 @pytest.mark.parametrize(
     "path",
-    ["..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/./b", "a/", "a\nb", "a\x1b[2Jb", "a\u2028b", "x" * 1025],
+    [
+        "..",
+        "../x",
+        "a/../../x",
+        "/etc/passwd",
+        "a//b",
+        "a/./b",
+        "a/",
+        "a\nb",
+        "a\x1b[2Jb",
+        "a\u2028b",
+        "a\u202egpj.sh",
+        "x" * 1025,
+    ],
 )
 async def test_a_path_that_could_lead_elsewhere_is_refused(live: Live, settings: Settings, path: str) -> None:
     """Percent-encoded throughout: so no client and no proxy tidies it up on the way."""

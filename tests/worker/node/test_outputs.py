@@ -128,13 +128,13 @@ async def test_what_belongs_to_another_user_is_left_out(places: Path) -> None:
 
 async def test_names_that_cannot_be_stored_are_left_out(places: Path) -> None:
     out = places / "output"
-    for name in ("a\nb", "a\x1b[2J", "\u2028", "fine ü"):
+    for name in ("a\nb", "a\x1b[2J", "\u2028", "a\u202egpj.sh", "fine ü"):
         write(out / name)
     os.close(os.open(os.fsencode(out) + b"/\xff\xfe", os.O_CREAT))
     deep = out.joinpath(*["d" * 250] * 5)
     write(deep / "file")
     found = collected(places)
-    assert paths(found) == ["fine ü"] and found.left_out == {outputs.BAD_NAME: 5}
+    assert paths(found) == ["fine ü"] and found.left_out == {outputs.BAD_NAME: 6}
 
 
 async def test_there_are_bounds_and_the_rest_is_counted(places: Path) -> None:

@@ -27,7 +27,8 @@ CHUNK_BYTES = 1 << 20
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a FIFO blocks nobody
-_STEERING = frozenset({"Cc", "Cs", "Zl", "Zp"})  # as the server's domain.output
+_STEERING = frozenset({"Cc", "Cs", "Zl", "Zp"})  # these two as the server's domain.output
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 NO_FILE = "links, pipes or devices"
 FOREIGN = "of another user"
@@ -208,7 +209,7 @@ def _is_own(status: os.stat_result, uid: int | None) -> bool:
 
 
 def _is_fit(path: str) -> bool:
-    if any(unicodedata.category(character) in _STEERING for character in path):
+    if any(character in _REORDERING or unicodedata.category(character) in _STEERING for character in path):
         return False  # a name that is not UTF-8 is read with lone surrogates in it
     return len(path.encode()) <= PATH_MAX_BYTES
 
