@@ -1,8 +1,8 @@
 """What a job's Python has on top of the node's own: lines as pip's requirements files have them.
 
 Owns which lines are taken: requirements by name and version or by URL (PEP 508, read by `packaging`), with hashes
-behind them or without, and the few options that say where packages come from. What points into a file system (`-r`, `-e`, `./path`) is refused: a line must
-mean the same on every node. Pure; refuses to know how an environment is built.
+behind them or without, and the few options that say where packages come from. What points into a file system (`-r`,
+`-e`, `./path`) is refused: a line must mean the same on every node. Pure; refuses to know how an environment is built.
 """
 
 import re
