@@ -262,6 +262,8 @@ def _version_1(own: dict[str, Path]) -> Cgroups:
             parent = own[controller] / _PARENT
             parent.mkdir(exist_ok=True)
             parents[controller] = parent
+            with contextlib.suppress(OSError):  # it was only tried out: `make` makes it again
+                parent.rmdir()
         except KeyError:
             problems.append(f"no controller {controller}")
         except OSError as error:
