@@ -8,7 +8,7 @@ get a savepoint of its own, so that one bad one fails alone. Measured: 430–510
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -121,6 +121,10 @@ class _Pending:
         idempotency = self.submission.idempotency
         return (idempotency.scope, idempotency.key) if idempotency else None
 
+    def begin(self) -> None:
+        """Forget what a transaction that was rolled back left here."""
+        self.jobs, self.rows, self.response, self.result = [], [], None, None
+
     def settle(self) -> None:
         """Tell the one who waits, if they still do."""
         if self.answer.done():
@@ -129,6 +133,9 @@ class _Pending:
             self.answer.set_result(self.result)
         else:
             self.answer.set_exception(self.result or Unavailable("the submit was not carried out; try again"))
+
+
+Write = Callable[[AsyncConnection, Sequence[_Pending]], Awaitable[None]]
 
 
 class Submitter:
@@ -215,17 +222,29 @@ class Submitter:
         return taken
 
     async def _flush(self, taken: Sequence[_Pending]) -> None:
-        async with self._engine.begin() as conn:
-            good = await self._prepare(conn, taken)
-            await _carry_out(conn, good)
+        try:
+            good = await self._carry_out(taken, _write)
+        except DBAPIError as error:
+            if not is_of_the_data(error):
+                raise
+            good = await self._carry_out(taken, _write_each)
         self._on_flush(sum(len(pending.jobs) for pending in good))
         for pending in taken:
             pending.settle()
+
+    async def _carry_out(self, taken: Sequence[_Pending], write: Write) -> list[_Pending]:
+        """Check and write in one transaction; those that were good."""
+        async with self._engine.begin() as conn:
+            good = await self._prepare(conn, taken)
+            await write(conn, good)
+        return good
 
     async def _prepare(self, conn: AsyncConnection, taken: Sequence[_Pending]) -> list[_Pending]:
         """Check everything; those that may go on have their rows."""
         requests = [pending.submission.request() for pending in taken]
         now = self._clock()
+        for pending in taken:
+            pending.begin()
         for pending, checked in zip(taken, await check_jobs(conn, requests, self._hardware), strict=True):
             if isinstance(checked, PhalanxError):
                 pending.result = checked
@@ -287,15 +306,8 @@ def _row_of(job: NewJob, spec: JobSpec, tenant_id: UUID, traceparent: str | None
     )
 
 
-async def _carry_out(conn: AsyncConnection, good: Sequence[_Pending]) -> None:
-    """Write all at once; where the database refuses that, one by one, each in a savepoint of its own."""
-    try:
-        async with conn.begin_nested():
-            await _write(conn, good)
-        return
-    except DBAPIError as error:
-        if not is_of_the_data(error):
-            raise
+async def _write_each(conn: AsyncConnection, good: Sequence[_Pending]) -> None:
+    """Where the database refuses the whole: one by one, each in a savepoint of its own."""
     for pending in good:
         try:
             async with conn.begin_nested():
@@ -307,6 +319,7 @@ async def _carry_out(conn: AsyncConnection, good: Sequence[_Pending]) -> None:
 
 
 async def _write(conn: AsyncConnection, good: Sequence[_Pending]) -> None:
+    """All at once."""
     kept = await take_keys(conn, [_key_row(pending) for pending in good if pending.key])
     fresh = []
     for pending in good:

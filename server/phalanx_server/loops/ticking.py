@@ -6,6 +6,7 @@ Owns the clock that ticks are given and what becomes of an error: it is logged, 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,22 @@ import structlog
 log = structlog.get_logger()
 
 PAUSE_AFTER_ERROR_S = 1.0
+
+
+class Pace:
+    """`burst` turns are free, then one comes every `every_s`; turns that are not taken are saved up, to `burst`. So
+    what comes alone is ticked for at once, and what comes in crowds is taken together."""
+
+    def __init__(self, *, burst: int, every_s: float) -> None:
+        self._saved_s = (burst - 1) * every_s
+        self._every_s = every_s
+        self._due_s = 0.0  # monotonic, of the next turn if none were saved up
+
+    async def turn(self) -> None:
+        now_s = time.monotonic()
+        due_s = max(self._due_s, now_s)
+        self._due_s = due_s + self._every_s
+        await asyncio.sleep(max(0.0, due_s - self._saved_s - now_s))
 
 
 async def tick_forever(

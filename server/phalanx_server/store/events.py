@@ -11,11 +11,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import insert, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.engine import dump_json
-from phalanx_server.store.schema import events
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +31,24 @@ class Event:
 
 
 async def record_events(conn: AsyncConnection, rows: Sequence[Event]) -> None:
-    """Insert the events in their order."""
+    """Insert the events in their order, in one statement."""
     if rows:
-        await conn.execute(insert(events), [{name: getattr(row, name) for name in Event.__slots__} for row in rows])
+        columns = {name: [getattr(row, name) for row in rows] for name in Event.__slots__}
+        columns["data"] = [dump_json(dict(row.data)) for row in rows]
+        await conn.execute(_INSERT, columns)
+
+
+# Arrays are parsed much faster than rows of parameters; ids are given in the order of the rows.
+_INSERT = text(
+    """
+    INSERT INTO events (at, kind, message, job_id, attempt_id, node_id, data)
+    SELECT at, kind, message, job_id, attempt_id, node_id, CAST(data AS jsonb)
+    FROM unnest(CAST(:at AS timestamptz[]), CAST(:kind AS text[]), CAST(:message AS text[]), CAST(:job_id AS uuid[]),
+                CAST(:attempt_id AS uuid[]), CAST(:node_id AS uuid[]), CAST(:data AS text[]))
+         WITH ORDINALITY AS row (at, kind, message, job_id, attempt_id, node_id, data, place)
+    ORDER BY place
+    """
+)
 
 
 _ONCE = text(
