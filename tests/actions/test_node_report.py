@@ -391,7 +391,7 @@ async def test_notes_are_told(plane: ControlPlane) -> None:
     ]
     await plane.node_report("node-0", marks=marks)
     assert await notes(plane) == [
-        "started cold",
+        "Started cold.",
         "Rank 0: 3 log lines (99 bytes) were dropped.",
         "Rank 0 ran out of memory.",
     ]

@@ -84,14 +84,19 @@ def _note(mark: Mark) -> tuple[EventKind, int, str] | None:
     """The event, the rank and a sentence for the user, for marks that are told and change nothing."""
     data = plain(mark.data)
     if mark.kind in ("note", "environment") and data.get("message"):
-        return EventKind(mark.kind), mark.rank, str(data["message"])[:NOTE_MAX_CHARS]
+        return EventKind(mark.kind), mark.rank, _sentence(str(data["message"]))
     if mark.kind == "oom":
-        said = str(data.get("message") or f"Rank {mark.rank} ran out of memory.")
-        return EventKind.NOTE, mark.rank, said[:NOTE_MAX_CHARS]
+        return EventKind.NOTE, mark.rank, _sentence(str(data.get("message") or f"rank {mark.rank} ran out of memory"))
     if mark.kind == "dropped":
         amount = f"{data.get('count', '?')} {data.get('what', 'messages')} ({data.get('bytes', '?')} bytes)"
-        return EventKind.NOTE, mark.rank, f"Rank {mark.rank}: {amount} were dropped."[:NOTE_MAX_CHARS]
+        return EventKind.NOTE, mark.rank, _sentence(f"rank {mark.rank}: {amount} were dropped")
     return None
+
+
+def _sentence(text: str) -> str:
+    """As the other events are written."""
+    text = text[:NOTE_MAX_CHARS]
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?", "…")) else ".")
 
 
 def _event(fence: Fence, kind: EventKind, message: str, clock: Clock, **data: Any) -> Event:
