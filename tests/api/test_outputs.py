@@ -179,6 +179,16 @@ async def test_sent_again_it_takes_the_place_of_the_one_before(
     assert len(stored(settings)) == 1, "what was replaced is not kept"
 
 
+async def test_sent_again_while_it_is_still_coming_one_is_kept(
+    live: Live, alice: httpx.AsyncClient, settings: Settings
+) -> None:
+    bodies = [bytes([number]) * 1000 for number in range(8)]
+    answers = await asyncio.gather(*(live.put("x", body=body) for body in bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    assert (await alice.get(f"/v1/jobs/{live.job}/outputs/x")).content in bodies
+    assert len(stored(settings)) == 1, "what was replaced is not kept"
+
+
 async def test_an_empty_file_is_one(live: Live, alice: httpx.AsyncClient) -> None:
     await live.give("empty", body=b"")
     assert (await alice.get(f"/v1/jobs/{live.job}/outputs/empty")).content == b""

@@ -122,7 +122,8 @@ class Gates:
         self.transfers = Gate("transfers", Bounds(running=16, waiting=100, share=0.1))
         self.downloads = Gate("downloads", Bounds(running=16, waiting=100, share=0.1))
         self.node_transfers = Gate("node_transfers", Bounds(running=32, waiting=many))
-        self.node_outputs = Gate("node_outputs", Bounds(running=32, waiting=many))
+        # Patience: who is refused with a large body under way hears nothing but that the connection is cut.
+        self.node_outputs = Gate("node_outputs", Bounds(running=32, waiting=many, patience_s=30.0))
         self.reports = Gate("reports", Bounds(running=few, waiting=2 * many))
         self.polls = Gate("polls", Bounds(running=many, waiting=0))
 

@@ -43,7 +43,7 @@ class FakeServer:
         self.rejected: list[dict[str, Any]] = []  # answered with another status than 200
         self.bundles: dict[str, bytes] = {}
         self.outputs: dict[tuple[str, int, str], bytes] = {}  # by attempt, group rank and path
-        self.output_answers: list[int] = []  # statuses of the next answers to output files, the last one for ever
+        self.output_answers: list[int] = []  # statuses of the next to output files, the last one for ever; 0 hangs up
         self.output_tries = 0
         self.refused: list[dict[str, Any]] = []
         self.status = 200
@@ -135,6 +135,8 @@ class FakeServer:
         self.output_tries += 1
         status = self.output_answers[0] if self.output_answers else self.status
         self.output_answers = self.output_answers[1:] or self.output_answers
+        if status == 0:
+            raise ConnectionResetError
         if status == 200:
             url = urlsplit(target)
             query = {name: value for name, (value,) in parse_qs(url.query).items()}

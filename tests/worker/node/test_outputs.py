@@ -329,6 +329,26 @@ async def test_a_try_that_fails_is_repeated(
     assert left(attempt) == {(0, "rank-0"): b"0\n"} and notes(attempt) == []
 
 
+async def test_a_connection_that_breaks_off_is_no_verdict_on_a_file(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path, quick: None
+) -> None:
+    """So it looks when the server says that it is overloaded, and does not read the file to its end to say so."""
+    server.output_answers = [*[0] * 10, 200]
+    attempt = await own_attempt(light_runner, server, make_workbench, tmp_path, WRITE.format(then="true"))
+    await attempt.run()
+    assert left(attempt) == {(0, "rank-0"): b"0\n"} and notes(attempt) == []
+
+
+async def test_a_connection_that_breaks_off_over_and_over_does_not_keep_a_group_from_ending(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "_CUTS_BORNE", 7)
+    server.output_answers = [0]
+    attempt = await own_attempt(light_runner, server, make_workbench, tmp_path, WRITE.format(then="true"))
+    await attempt.run()
+    assert server.output_tries == 7 and "broke off" in notes(attempt)[0]
+
+
 @pytest.mark.parametrize(
     ("status", "why", "tries"),
     [(500, "failed over a file again and again", 6), (422, "did not take", 1), (404, "any more", 1), (413, "take", 1)],

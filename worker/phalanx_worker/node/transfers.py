@@ -39,6 +39,11 @@ class NotLive(Exception):
     """The server takes no outputs of this attempt (any more)."""
 
 
+class CutOff(Exception):
+    """The connection broke off. A server that refuses a large file without reading it hangs up, and its answer is lost
+    then: it may have been overloaded, or the file be larger than it takes."""
+
+
 class Transfers:
     def __init__(self, link: Link):
         self.link = link
@@ -64,8 +69,8 @@ class Transfers:
             raise StartFailed(f"bundle {sha256[:12]} could not be fetched: {error!r}") from error
 
     async def put_output(self, ref: OutputRef, descriptor: int) -> Delivery:
-        """Send the file that is open as `descriptor`. FAULT also where no answer came. Raises NotLive, and OSError
-        where the file has become shorter."""
+        """Send the file that is open as `descriptor`. FAULT also where no answer came in time. Raises NotLive, CutOff,
+        and OSError where the file has become shorter."""
         if self.link.client is None:
             return Delivery.FAULT
         try:
@@ -76,6 +81,8 @@ class Transfers:
                 headers={"Content-Type": "application/octet-stream", "Content-Length": str(ref.bytes)},
                 timeout=_TIMEOUT_S,
             )
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            raise CutOff from error
         except (httpx.HTTPError, RuntimeError):  # the latter where the client was closed for another server's
             return Delivery.FAULT
         if answer.is_success:

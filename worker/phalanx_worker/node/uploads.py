@@ -17,17 +17,19 @@ from phalanx_worker.node.answers import Delivery
 from phalanx_worker.node.outputs import OutputFile, Source
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.threads import to_its_end
-from phalanx_worker.node.transfers import NotLive, OutputRef, Transfers
+from phalanx_worker.node.transfers import CutOff, NotLive, OutputRef, Transfers
 
 BUDGET_S = 600.0  # while the server is there; the GPUs are held meanwhile
 TOGETHER = 4
 _FAULTS_BORNE = 6  # over one file, while reports get through
+_CUTS_BORNE = 40  # likewise: a server that has too much to do hangs up
 _PAUSE_S = (0.25, 5.0)
 
 _NO_TIME = "the time for it was over"
 _CHANGED = "a file changed, or could not be read"
 _REFUSED = "the server did not take a file"
 _FAULTY = "the server failed over a file again and again"
+_CUT = "the connection broke off again and again: is the server overloaded, or the file larger than it takes?"
 _GONE = "the server takes no outputs of this attempt any more"
 
 
@@ -103,10 +105,13 @@ class Sending:
             os.close(descriptor)
 
     async def _put(self, ref: OutputRef, descriptor: int) -> bool:
-        faults = tries = 0
+        faults = cuts = tries = 0
         while not self._is_over:
             began_at = self._now()
-            outcome = await self._try(ref, descriptor)
+            try:
+                outcome = await self._try(ref, descriptor)
+            except CutOff:
+                outcome, cuts = Delivery.AWAY, cuts + (not self._transfers.link.is_away)
             if outcome is Delivery.TAKEN:
                 return True
             if outcome is Delivery.REJECTED:
@@ -114,6 +119,8 @@ class Sending:
             faults += outcome is Delivery.FAULT and not self._transfers.link.is_away
             if faults >= _FAULTS_BORNE:
                 return self._give_up(_FAULTY)
+            if cuts >= _CUTS_BORNE:
+                return self._give_up(_CUT)
             first, longest = _PAUSE_S
             await asyncio.sleep(min(longest, first * 2 ** min(tries, 8)) * random.uniform(0.8, 1.2))
             tries += 1
@@ -122,6 +129,7 @@ class Sending:
         return self._give_up(_NO_TIME)
 
     async def _try(self, ref: OutputRef, descriptor: int) -> Delivery:
+        """Raises as `put_output` does."""
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self._transfers.put_output(ref, descriptor)
