@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx_worker.node import outputs, ranks, uploads
+from phalanx_worker.node import offences, outputs, ranks, uploads
 from phalanx_worker.node.outputs import Limits, OutputFile, Source
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -477,6 +477,21 @@ async def test_the_stop_that_follows_a_failure_does_not(
     server.output_answers = [200]
     await attempt.exits()
     assert left(attempt) == {(0, "rank-0"): b"0\n"}
+
+
+async def test_ranks_that_are_done_are_not_ended_for_what_they_have_written(
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+) -> None:
+    """The node goes on counting what lies in their directories while it is collected."""
+    server.output_answers = [429]
+    attempt = await own_attempt(light_runner, server, make_workbench, tmp_path, WRITE.format(then="true"))
+    await attempt.start()
+    await collecting(attempt, server)
+    (group,) = attempt.runners[0]._groups()
+    group.fail(offences.disk_full(2, 1))
+    server.output_answers = [200]
+    (end,) = await attempt.exits()
+    assert end["exit_code"] == 0 and notes(attempt) == []
 
 
 async def test_a_kill_collects_nothing(light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path) -> None:

@@ -202,7 +202,9 @@ class Group:
         self._tell({"op": "kill"})
 
     def fail(self, offence: Offence) -> None:
-        """End it now because of what it did: a mark says so, and its exits."""
+        """End it now because of what it did: a mark says so, and its exits. Nothing where none of it runs any more."""
+        if self._collecting_since < math.inf:
+            return
         if self.offence is None:
             self.offence = offence
             rank = self.order.group.first_rank if offence.rank is None else offence.rank
