@@ -10,13 +10,15 @@ import gc
 import os
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import structlog
 import typer
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from phalanx_server.loops.deliver_outbox import DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.measures import Loop, Loops, PassMeasures, measure, serve_measures
 from phalanx_server.loops.retain import Keep, Retain
 from phalanx_server.loops.schedule import ScheduleLoop
 from phalanx_server.loops.watch_nodes import Patience, WatchNodes
@@ -58,20 +61,42 @@ async def run_scheduler(settings: Settings) -> None:
     )
     holder = f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}"
     leader = Leader(engine, holder=holder, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s)
+    registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
+        _serve(stack, registry, settings)
         stack.push_async_callback(engine.dispose)
         wakeups = await stack.enter_async_context(Wakeups(url))
         client = await stack.enter_async_context(httpx.AsyncClient())
         stack.push_async_callback(leader.resign)
         await leader.tick(datetime.now(UTC))
-        loops = [leader, *_loops(settings, engine, leader, wakeups=wakeups, client=client)]
+        passes = PassMeasures(registry)
+        loops = _loops(settings, engine, leader, wakeups=wakeups, client=client, passes=passes)
+        measure(registry, loops, passes, engine)
         log.info("scheduler runs", holder=holder, leads=leader.lease is not None)
-        await _run_until(stop, loops)
+        await _run_until(stop, loops.by_name)
+
+
+def _serve(stack: AsyncExitStack, registry: CollectorRegistry, settings: Settings) -> None:
+    """Answer Prometheus until the stack is left, if a port was named."""
+    host, port = settings.metrics_host, settings.metrics_port
+    if port is None:
+        return
+    try:
+        port = stack.enter_context(serve_measures(registry, host=host, port=port))
+    except OSError as error:
+        raise _stop(USAGE, f"cannot serve metrics on {host}:{port}: {error.strerror or error}") from None
+    log.info("metrics are served", host=host, port=port)
 
 
 def _loops(
-    settings: Settings, engine: AsyncEngine, leader: Leader, *, wakeups: Wakeups, client: httpx.AsyncClient
-) -> list[Any]:
+    settings: Settings,
+    engine: AsyncEngine,
+    leader: Leader,
+    *,
+    wakeups: Wakeups,
+    client: httpx.AsyncClient,
+    passes: PassMeasures,
+) -> Loops:
     policy = read_policy(settings.policy_file.read_text() if settings.policy_file else None)
     patience = Patience(
         node_timeout_s=settings.node_timeout_s,
@@ -87,24 +112,27 @@ def _loops(
         bundles=timedelta(days=settings.retain_bundles_days),
         outputs=timedelta(days=settings.retain_outputs_days),
     )
-    return [
-        ScheduleLoop(engine, leader, policy=policy, wakeups=wakeups),
-        WatchNodes(engine, leader, patience),
-        Enforce(engine, leader),
-        DeliverOutbox(engine, leader, webhook_url=settings.webhook_url, client=client),
-        Retain(
+    return Loops(
+        leader=leader,
+        schedule=ScheduleLoop(engine, leader, policy=policy, wakeups=wakeups, told=passes.observe),
+        watch_nodes=WatchNodes(engine, leader, patience),
+        enforce=Enforce(engine, leader),
+        outbox=DeliverOutbox(engine, leader, webhook_url=settings.webhook_url, client=client),
+        retain=Retain(
             engine,
             leader,
             keep=keep,
             files=LogFiles(settings.storage_root),
             bundles=BundleFiles(settings.storage_root),
         ),
-    ]
+    )
 
 
-async def _run_until(stop: asyncio.Event, loops: list[Any]) -> None:
+async def _run_until(stop: asyncio.Event, loops: Mapping[str, Loop]) -> None:
     """Run the loops until `stop`; should one of them end by itself, that is an error of the process."""
-    tasks = [asyncio.create_task(loop.run_forever(), name=type(loop).__name__) for loop in loops]
+    tasks: list[asyncio.Task[Any]] = [
+        asyncio.create_task(loop.run_forever(), name=name) for name, loop in loops.items()
+    ]
     stopping = asyncio.create_task(stop.wait())
     try:
         done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -116,10 +144,22 @@ async def _run_until(stop: asyncio.Event, loops: list[Any]) -> None:
         raise RuntimeError(f"loop {task.get_name()} ended") from task.exception()
 
 
-def scheduler() -> None:
+def scheduler(
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Address of the metrics.  [env: PHALANX_METRICS_HOST; 127.0.0.1]")
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port on which Prometheus finds metrics, without a token.  [env: PHALANX_METRICS_PORT; none]"
+        ),
+    ] = None,
+) -> None:
     """Decide what runs where, until Ctrl-C. Settings come from PHALANX_… variables."""
+    options = {"metrics_host": metrics_host, "metrics_port": metrics_port}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
-        settings = Settings()
+        settings = Settings(**given)
         url = settings.required_database_url
         read_policy(settings.policy_file.read_text() if settings.policy_file else None)
     except ValidationError as error:

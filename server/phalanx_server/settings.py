@@ -45,6 +45,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_public: bool = False
     """Serve `/metrics` without a token."""
+    metrics_host: str = "127.0.0.1"
+    """Of the scheduler, which listens on nothing else."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Where the scheduler answers Prometheus, without a token. Absent = nowhere; 0 = any free port."""
     shutdown_grace_s: Seconds = 5
     token_cache_s: Annotated[float, Field(ge=0, le=60)] = 3
     """How long a verified token is trusted without a look into the database: the longest a revoked one still works."""

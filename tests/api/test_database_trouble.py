@@ -19,11 +19,13 @@ from fastapi import FastAPI
 from phalanx_server import scheduler_command
 from phalanx_server.loops import ticking
 from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.measures import PassMeasures
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
 from phalanx_server.store.engine import create_engine, driver_dsn
 from phalanx_server.store.schema import attempts, holds
 from phalanx_server.store.wakeups import Wakeups
+from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 from sqlalchemy import text
 
@@ -115,7 +117,9 @@ async def test_the_scheduler_outlives_the_connection_limit(
     leader = Leader(engine, holder="a test", ttl_s=600, renew_s=0.01)
     await leader.tick(datetime.now(UTC))
     async with httpx.AsyncClient() as client, Wakeups(few) as wakeups:
-        loops = [leader, *scheduler_command._loops(settings, engine, leader, wakeups=wakeups, client=client)]
+        passes = PassMeasures(CollectorRegistry())
+        named = scheduler_command._loops(settings, engine, leader, wakeups=wakeups, client=client, passes=passes)
+        loops = list(named.by_name.values())
         await engine.dispose()
         with structlog.testing.capture_logs() as said:
             async with taken(few):

@@ -74,6 +74,11 @@ VARIATIONS: dict[str, dict[str, Any]] = {
         "networkPolicy": {"serverFrom": [{"namespaceSelector": {"matchLabels": {"team": "web"}}}]},
         "server": {"replicas": 1, "nodeSelector": {"pool": "system"}},
     },
+    "metrics of the scheduler": {
+        "scheduler": {"metricsPort": 9464},
+        "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"team": "monitoring"}}}]},
+        "agent": {"environmentsGiB": 12.5},
+    },
 }
 
 

@@ -29,6 +29,7 @@ DOCS = ROOT / "docs" / "kubernetes.md"
 PORT = Settings.model_fields["port"].default
 # Fields of Settings that the chart sets itself, from values of other names.
 OF_THE_CHART = {"database_url", "data_dir", "storage_url", "policy_file", "host", "port", "log_format"}
+OF_THE_CHART |= {"metrics_host", "metrics_port"}
 OF_THE_CHART |= {"bootstrap_admin_token_file", "bootstrap_cluster_token_file"}
 
 ray_dir = Path(str(find_spec("ray").origin)).parent  # type: ignore[union-attr]  # not imported: that takes seconds
@@ -191,6 +192,21 @@ def test_the_chart_lets_every_setting_be_set() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     offered = schema["properties"]["controlPlane"]["properties"]["settings"]["propertyNames"]["enum"]
     assert set(offered) == set(Settings.model_fields) - OF_THE_CHART
+
+
+def test_the_chart_decides_on_every_option_of_the_agent(charts: dict[str, list[Document]]) -> None:
+    """A new option has to become a value of `agent`, unless it is of no use in a Pod."""
+    agent: Any = plugins.load(next(iter(entry_points(group=plugins.GROUP, name="agent"))))["agent"]
+    options = {parameter.opts[0] for parameter in agent.params if not parameter.hidden}
+    given = {
+        word.replace("--no-", "--")
+        for documents in charts.values()
+        for words in chart_commands(documents)
+        if words[:2] == ["phalanx", "agent"]
+        for word in words
+        if word.startswith("--")
+    }
+    assert options - given == {"--ray-file", "--require-own-users"}
 
 
 def test_settings_of_the_values_reach_every_process_of_the_control_plane(charts: dict[str, list[Document]]) -> None:

@@ -242,6 +242,21 @@ def test_nobody_gets_into_the_cluster_and_jobs_do_not_reach_the_clouds_metadata(
     assert "169.254.169.254/32" in blocks[0]["except"]
 
 
+def test_the_scheduler_listens_only_where_it_has_a_port_for_metrics(charts: dict[str, list[Document]]) -> None:
+    deployment = named(charts["defaults"], "Deployment", "phalanx-scheduler")["spec"]["template"]
+    assert "ports" not in deployment["spec"]["containers"][0] and "annotations" not in deployment["metadata"]
+    assert "ingress" not in named(charts["defaults"], "NetworkPolicy", "phalanx-scheduler")["spec"]
+    chart = charts["metrics of the scheduler"]
+    asked = named(chart, "Deployment", "phalanx-scheduler")["spec"]["template"]
+    (container,) = asked["spec"]["containers"]
+    assert container["args"] == ["scheduler", "--metrics-host", "0.0.0.0", "--metrics-port", "9464"]
+    assert container["ports"] == [{"name": "metrics", "containerPort": 9464}]
+    assert asked["metadata"]["annotations"] == {"prometheus.io/scrape": "true", "prometheus.io/port": "9464"}
+    (rule,) = named(chart, "NetworkPolicy", "phalanx-scheduler")["spec"]["ingress"]
+    assert rule["ports"] == [{"port": "metrics"}]
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"team": "monitoring"}}}]
+
+
 # ------------------------------------------------------------------ Ray
 
 

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.expect_lease import LeaseLost, leading
 from phalanx_server.loops.leader import Leader
-from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.loops.ticking import Pulse, tick_forever
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.outbox import due_notices, mark_delivered, mark_failed, skip_due_notices
 
@@ -44,6 +44,13 @@ class DeliverOutbox:
         self._leader = leader
         self._webhook_url = webhook_url
         self._client = client
+        self.pulse = Pulse()
+        self.due = 0
+        """How many notices were due at the last look, which sees a batch at most."""
+        self.lag_s = 0.0
+        """For how long the oldest of them waits."""
+        self.failures = 0
+        """Deliveries that failed; each is tried again."""
         self.pause_s = INTERVAL_S
         """How long until the next tick: not at all while there is more than a batch, and it is taken."""
 
@@ -52,6 +59,7 @@ class DeliverOutbox:
         self.pause_s = INTERVAL_S
         lease = self._leader.lease
         if lease is None:
+            self.due, self.lag_s = 0, 0.0
             return 0
         try:
             return await self._deliver(lease, now)
@@ -66,6 +74,8 @@ class DeliverOutbox:
                 return await skip_due_notices(conn, now=now)
         async with self._engine.connect() as conn:
             notices = await due_notices(conn, now=now, limit=BATCH)
+        self.due = len(notices)
+        self.lag_s = max((now - notice.created_at).total_seconds() for notice in notices) if notices else 0.0
         delivered: list[int] = []
         self.pause_s = 0.0 if len(notices) == BATCH else INTERVAL_S
         for notice in notices:
@@ -94,10 +104,11 @@ class DeliverOutbox:
     async def _failed(self, notice: Row[Any], error: str, lease: Lease, now: datetime) -> None:
         pause_s = min(BACKOFF_S * 2**notice.tries, BACKOFF_MAX_S)
         give_up = notice.tries + 1 >= MAX_TRIES
+        self.failures += 1
         log.warning("notice not delivered", notice=notice.id, error=error, tries=notice.tries + 1, given_up=give_up)
         async with leading(self._engine, lease) as conn:
             due_at = now + timedelta(seconds=pause_s)
             await mark_failed(conn, notice.id, error=error, due_at=due_at, now=now, give_up=give_up)
 
     async def run_forever(self) -> None:
-        await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="deliver_outbox")
+        await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="deliver_outbox", pulse=self.pulse)

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from phalanx_server.actions.enforce_limits import enforce_limits
 from phalanx_server.actions.expect_lease import LeaseLost
 from phalanx_server.loops.leader import Leader
-from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.loops.ticking import Pulse, tick_forever
 
 log = structlog.get_logger()
 
@@ -25,6 +25,7 @@ class Enforce:
     def __init__(self, engine: AsyncEngine, leader: Leader) -> None:
         self._engine = engine
         self._leader = leader
+        self.pulse = Pulse()
 
     async def tick(self, now: datetime) -> list[UUID]:
         """The jobs that were asked to end."""
@@ -38,4 +39,4 @@ class Enforce:
             return []
 
     async def run_forever(self) -> None:
-        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="enforce")
+        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="enforce", pulse=self.pulse)

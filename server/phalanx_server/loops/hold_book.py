@@ -80,6 +80,16 @@ class HoldBook:
         self._interned: dict[Words, Words] = {}
         self._reasons, self._others = Rota(limit), Rota(limit)
 
+    @property
+    def jobs(self) -> int:
+        """Of how many it knows what is stored."""
+        return len(self._stored)
+
+    @property
+    def words(self) -> int:
+        """How many different ones it keeps; over WORDS_MAX those that nobody has are forgotten."""
+        return len(self._interned)
+
     def load(self, rows: Iterable[Any]) -> None:
         """Start from the stored holds (`store.holds.load_holds`)."""
         self._stored.clear()

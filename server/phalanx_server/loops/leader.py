@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.acquire_lease import acquire_lease, surrender_lease
-from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.loops.ticking import Pulse, tick_forever
 from phalanx_server.store.leases import Lease
 
 log = structlog.get_logger()
@@ -40,6 +40,7 @@ class Leader:
         self._ttl_s = ttl_s
         self._renew_s = renew_s
         self._monotonic = monotonic
+        self.pulse = Pulse()
         self._lease: Lease | None = None
         self._valid_until = 0.0
         self.elected = asyncio.Event()
@@ -48,6 +49,16 @@ class Leader:
     def lease(self) -> Lease | None:
         """The lease, as long as it can still be in force."""
         return self._lease if self._monotonic() < self._valid_until else None
+
+    @property
+    def ttl_s(self) -> float:
+        return self._ttl_s
+
+    @property
+    def lease_age_s(self) -> float:
+        """Since the lease was asked for that is in force; 0 while another leads."""
+        lease, asked_at = self._lease, self._valid_until - self._ttl_s
+        return 0.0 if lease is None else self._monotonic() - asked_at
 
     async def tick(self, now: datetime) -> Lease | None:
         """Take or renew the lease. The time is the database's; `now` is for the log."""
@@ -71,4 +82,4 @@ class Leader:
             await surrender_lease(self._engine, lease)
 
     async def run_forever(self) -> None:
-        await tick_forever(self.tick, lambda: asyncio.sleep(self._renew_s), name="leader")
+        await tick_forever(self.tick, lambda: asyncio.sleep(self._renew_s), name="leader", pulse=self.pulse)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.expect_lease import LeaseLost, leading
 from phalanx_server.loops.leader import Leader
-from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.loops.ticking import Pulse, tick_forever
 from phalanx_server.store.bundles import BundleFiles, bundles_of_anybody, forget_bundles
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, job_directory
@@ -66,6 +66,9 @@ class Retain:
         self._keep = keep
         self._files = files
         self._bundles = bundles
+        self.pulse = Pulse()
+        self.caught_up_at: datetime | None = None
+        """When a round of this leader last left nothing behind that should be forgotten; that of its first, before."""
         self.pause_s = INTERVAL_S
         """How long until the next round: a moment, while there is more than a round does."""
 
@@ -73,13 +76,16 @@ class Retain:
         self.pause_s = INTERVAL_S
         lease = self._leader.lease
         if lease is None:
+            self.caught_up_at = None
             return
+        self.caught_up_at = self.caught_up_at or now
         try:
             more = await self._round(lease, now)
         except LeaseLost as lost:
             log.warning("nothing more is forgotten", why=str(lost))
             return
         self.pause_s = BUSY_INTERVAL_S if more else INTERVAL_S
+        self.caught_up_at = self.caught_up_at if more else now
 
     async def _round(self, lease: Lease, now: datetime) -> bool:
         """Whether there may be more to forget."""
@@ -157,4 +163,4 @@ class Retain:
     async def run_forever(self) -> None:
         """Partitions must exist before they are needed: the first round comes with the election."""
         await self._leader.elected.wait()
-        await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="retain")
+        await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="retain", pulse=self.pulse)

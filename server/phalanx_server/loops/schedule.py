@@ -21,10 +21,10 @@ from phalanx_server.actions.commit_plan import Committed, commit_plan
 from phalanx_server.actions.expect_lease import LeaseLost
 from phalanx_server.loops.hold_book import HoldBook
 from phalanx_server.loops.leader import Leader
-from phalanx_server.loops.ticking import Pace, tick_forever
+from phalanx_server.loops.ticking import Pace, Pulse, tick_forever
 from phalanx_server.scheduling.plan import Plan
-from phalanx_server.scheduling.planner import Planner
-from phalanx_server.scheduling.snapshot import Policy
+from phalanx_server.scheduling.planner import Planner, Size
+from phalanx_server.scheduling.snapshot import Changes, Policy
 from phalanx_server.store.holds import load_holds
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.snapshots import Cursor, load_changes, load_snapshot, reading
@@ -51,28 +51,45 @@ class Memory:
     lease: Lease
     planner: Planner
     cursor: Cursor
+    changes: int
+    """How many jobs, nodes and tenants the last pass read."""
     dropped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pass: its plan, and what became of it."""
+    """One pass: its plan, and what became of it. `queued` jobs waited when it began, and `changes` were read."""
 
     plan: Plan
     committed: Committed
     seconds: float
+    size: Size
+    queued: int
+    changes: int
 
 
 class ScheduleLoop:
     """`tick` is one pass; it does nothing while another process leads."""
 
-    def __init__(self, engine: AsyncEngine, leader: Leader, *, policy: Policy, wakeups: Wakeups | None = None) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        leader: Leader,
+        *,
+        policy: Policy,
+        wakeups: Wakeups | None = None,
+        told: Callable[[Pass], object] = lambda _: None,
+    ) -> None:
         self._engine = engine
         self._leader = leader
         self._policy = policy
         self._wakeups = wakeups
         self._memory: Memory | None = None
-        self._holds = HoldBook()
+        self._told = told
+        self.holds = HoldBook()
+        self.pulse = Pulse()
+        self.last: Pass | None = None
+        """The last pass under the lease that is held."""
         self.pause_s = INTERVAL_S
         """How long to wait for a wakeup before the next tick: not at all while a part of the plan waits."""
 
@@ -81,7 +98,7 @@ class ScheduleLoop:
         self.pause_s = INTERVAL_S
         lease = self._leader.lease
         if lease is None:
-            self._memory = None
+            self._memory = self.last = None
             return None
         started = time.perf_counter()
         memory, self._memory = self._memory, None  # whatever goes wrong from here on, the next tick starts afresh
@@ -95,26 +112,27 @@ class ScheduleLoop:
         if not memory.dropped & committed.dropped.keys():
             self._memory = memory
         memory.dropped = frozenset(committed.dropped)
-        return self._done(Pass(plan, committed, time.perf_counter() - started))
+        size, queued = memory.planner.size, len(memory.cursor.versions)
+        return self._done(Pass(plan, committed, time.perf_counter() - started, size, queued, memory.changes))
 
     async def _load(self, lease: Lease, now: datetime) -> tuple[Memory, Plan]:
         async with reading(self._engine) as conn:
             snapshot, cursor = await load_snapshot(conn, now, self._policy)
-            self._holds.load(await load_holds(conn))
+            self.holds.load(await load_holds(conn))
         planner = await _run(len(cursor.versions), lambda: Planner(snapshot))
         plan = await _run(len(cursor.versions), planner.plan)
         log.info("planner loaded", jobs=len(snapshot.jobs), nodes=len(snapshot.nodes), epoch=lease.epoch)
-        return Memory(lease, planner, cursor), plan
+        return Memory(lease, planner, cursor, len(snapshot.jobs) + len(snapshot.nodes) + len(snapshot.tenants)), plan
 
     async def _advance(self, memory: Memory, now: datetime) -> Plan:
         async with reading(self._engine) as conn:
             changes, cursor = await load_changes(conn, memory.cursor, now)
-        memory.cursor = cursor
-        self._holds.keep(cursor.versions)
+        memory.cursor, memory.changes = cursor, _count(changes)
+        self.holds.keep(cursor.versions)
         return await _run(len(cursor.versions), lambda: memory.planner.apply(changes))
 
     async def _commit(self, memory: Memory, plan: Plan, now: datetime) -> Committed | None:
-        news = self._holds.news(plan)
+        news = self.holds.news(plan)
         if not plan.starts and not news:
             return Committed({}, {})
         try:
@@ -129,12 +147,14 @@ class ScheduleLoop:
         except LeaseLost as lost:
             log.warning("plan not committed", why=str(lost))
             return None
-        self._holds.stored(news, over=committed.started)
+        self.holds.stored(news, over=committed.started)
         if len(plan.starts) > STARTS_MAX and committed.started:
             self.pause_s = 0.0
         return committed
 
     def _done(self, done: Pass) -> Pass:
+        self.last = done
+        self._told(done)
         for job, why in done.committed.dropped.items():
             log.info("start dropped", job=job, why=why)
         if done.seconds > SLOW_PASS_S:
@@ -144,7 +164,7 @@ class ScheduleLoop:
     async def run_forever(self) -> None:
         """Woken by NOTIFY and by a timer."""
         if self._wakeups is None:
-            await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="schedule")
+            await tick_forever(self.tick, lambda: asyncio.sleep(self.pause_s), name="schedule", pulse=self.pulse)
             return
         pace = Pace(burst=PASSES_BURST, every_s=PASSES_EVERY_S)
         async with self._wakeups.subscribe("queue") as subscription:
@@ -153,7 +173,12 @@ class ScheduleLoop:
                 await subscription.wait(self.pause_s)
                 await pace.turn()
 
-            await tick_forever(self.tick, wait, name="schedule")
+            await tick_forever(self.tick, wait, name="schedule", pulse=self.pulse)
+
+
+def _count(changes: Changes) -> int:
+    lists = (changes.jobs, changes.removed_jobs, changes.nodes, changes.removed_nodes, changes.tenants or ())
+    return sum(map(len, lists))
 
 
 async def _run(jobs: int, work: Callable[[], Result]) -> Result:

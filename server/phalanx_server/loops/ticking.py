@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +17,24 @@ import structlog
 log = structlog.get_logger()
 
 PAUSE_AFTER_ERROR_S = 1.0
+
+
+@dataclass
+class Pulse:
+    """How a loop is doing, for whoever looks from outside. `failing`: how many ticks in a row have failed, after each
+    of which it pauses; `ticked_at_s` is the monotonic time of the last that did not."""
+
+    failures: int = 0
+    failing: int = 0
+    ticked_at_s: float | None = None
+
+    def ticked(self) -> None:
+        self.failing = 0
+        self.ticked_at_s = time.monotonic()
+
+    def failed(self) -> None:
+        self.failing += 1
+        self.failures += 1
 
 
 class Pace:
@@ -35,13 +54,20 @@ class Pace:
 
 
 async def tick_forever(
-    tick: Callable[[datetime], Awaitable[Any]], wait: Callable[[], Awaitable[Any]], *, name: str
+    tick: Callable[[datetime], Awaitable[Any]],
+    wait: Callable[[], Awaitable[Any]],
+    *,
+    name: str,
+    pulse: Pulse | None = None,
 ) -> None:
-    """Until cancelled: `tick(now)`, then `wait()`. An error costs one tick, never the loop."""
+    """Until cancelled: `tick(now)`, then `wait()`. An error costs one tick, never the loop. `pulse` is told of both."""
+    pulse = pulse or Pulse()
     while True:
         try:
             await tick(datetime.now(UTC))
+            pulse.ticked()
         except Exception:
+            pulse.failed()
             log.exception("tick failed", loop=name)
             await asyncio.sleep(PAUSE_AFTER_ERROR_S)
         await wait()

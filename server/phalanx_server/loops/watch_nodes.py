@@ -28,7 +28,7 @@ from phalanx_server.actions.expect_lease import LeaseLost, leading
 from phalanx_server.actions.lose_node import Judged, lose_node
 from phalanx_server.actions.recover_nodes import recover
 from phalanx_server.loops.leader import Leader
-from phalanx_server.loops.ticking import tick_forever
+from phalanx_server.loops.ticking import Pulse, tick_forever
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.nodes import load_watched
 
@@ -64,6 +64,7 @@ class WatchNodes:
         self._engine = engine
         self._leader = leader
         self._patience = patience
+        self.pulse = Pulse()
         self._started_at: datetime | None = None
         self._looked_at: datetime | None = None
         self._heard: dict[UUID, Listening] = {}
@@ -157,4 +158,4 @@ class WatchNodes:
         return True
 
     async def run_forever(self) -> None:
-        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="watch_nodes")
+        await tick_forever(self.tick, lambda: asyncio.sleep(INTERVAL_S), name="watch_nodes", pulse=self.pulse)

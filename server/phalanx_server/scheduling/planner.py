@@ -14,6 +14,7 @@ is ignored.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 from phalanx_server.domain.reason import Explanation
@@ -108,11 +109,25 @@ def _take_turns(draft: Draft, turns: Sequence[Turn]) -> list[tuple[Turn, Explana
     return waiting
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a planner holds in memory. `jobs` run or wait; those that wait are in `classes`, of which each is considered
+    once in a pass."""
+
+    jobs: int = 0
+    nodes: int = 0
+    classes: int = 0
+
+
 class Planner:
     """A world kept in memory: give it what changed, get the plan for all of it."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._world = World(snapshot)
+
+    @property
+    def size(self) -> Size:
+        return Size(len(self._world.jobs), len(self._world.nodes), len(self._world.queue.classes()))
 
     def plan(self) -> Plan:
         """The plan for things as they are."""
