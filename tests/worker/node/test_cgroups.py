@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from phalanx_worker.node import cgroups, sizes
 from phalanx_worker.node.cgroups import Cgroup, Cgroups, Limits, own_cgroups
+from phalanx_worker.node.isolation import Isolation
 from phalanx_worker.runtime import confine
 from phalanx_worker.runtime.spec import CgroupSpec
 
@@ -104,6 +105,36 @@ def _use(found: Cgroups) -> None:
     confine.end(cgroup.spec)
     assert rank.wait(5) == -signal.SIGKILL
     cgroup.remove()
+
+
+def test_what_a_dead_runner_left_is_ended_though_it_hides_and_removed() -> None:
+    found = Cgroups.find()
+    if not found.parents:
+        pytest.skip(found.problem)
+    cgroup = found.make(f"test-{os.getpid()}-0", Limits())
+    join = cgroup.spec.join
+    hidden = subprocess.Popen(["sleep", "60"], env={}, preexec_fn=lambda: confine.enter(CgroupSpec(join, [], []), None))
+    try:
+        found.clear(f"test-{os.getpid()}-0")
+        assert hidden.wait(5) == -signal.SIGKILL
+        assert [path for path in cgroup.spec.directories if Path(path).exists()] == []
+    finally:
+        hidden.kill()
+        hidden.wait()
+        cgroup.remove()
+
+
+def test_a_limit_that_cannot_be_set_is_an_error(tmp_path: Path) -> None:
+    """A plain directory takes the place of the kernel's, so no file is there before."""
+    (tmp_path / "phalanx").mkdir()
+    with pytest.raises(OSError, match=r"pids\.max"):
+        Cgroups(1, {"pids": tmp_path / "phalanx"}).make("att-0", Limits())
+
+
+def test_what_is_enforced_is_said_of_each_limit(tmp_path: Path) -> None:
+    found = Cgroups(2, {"memory": tmp_path, "cpu": tmp_path}, "no controller pids")
+    said = Isolation(found, "", [], 100).in_words
+    assert said == "memory, cpu by control groups v2; processes not limited (no controller pids); own mounts"
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 # ruff: noqa: ASYNC240 - a test may look into /proc and at its own small files
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +49,9 @@ def cgroups_left(name: str) -> list[Path]:
 
 @pytest.fixture
 def without_cgroups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(isolation_module.Cgroups, "find", classmethod(lambda cls: cls(problem="as in most containers")))
+    monkeypatch.setattr(
+        isolation_module.Cgroups, "find", classmethod(lambda cls: Cgroups(problem="as in most containers"))
+    )
     yield
 
 
@@ -154,16 +156,18 @@ async def test_a_fork_bomb_is_bounded_and_ends(
     bench = make_workbench([runner], server, tmp_path)
     script = bench.script("""
         import os, time
-        print("lit", flush=True)
+        first = os.getpid()
         while True:
             try:
                 os.fork()
             except OSError:
+                if os.getpid() == first:
+                    print("full", flush=True)
+                    first = 0
                 time.sleep(0.01)
     """)
     bomb = await bench.attempt(f"env python3 {script}", memory_bytes=2 << 30).start()
-    await bomb.printed("lit")
-    await asyncio.sleep(0.5)
+    await bomb.printed("full")
     cgroup = cgroup_of(bomb)
     assert cgroup is not None
     pids = next(Path(path) for path in cgroup.spec.directories if "pids" in path or cgroup.version == 2)
@@ -228,17 +232,33 @@ async def test_counting_is_cut_into_rounds_and_follows_no_link(tmp_path: Path) -
     own.mkdir()
     (own / "link").symlink_to("../elsewhere")
     for number in range(50):
-        (own / f"{number}").write_bytes(bytes(4096))
+        (own / f"{number}").write_bytes(bytes(4096 if number else 0))  # an empty one takes an inode, as a link does
     count = disk.Count([str(own), str(tmp_path / "absent")])
     rounds = 0
     while not count.known_bytes:
         count.go_on(time.monotonic())  # no time at all: one entry a round
         rounds += 1
     assert rounds == 52
-    assert count.known_bytes == 50 * 4096
+    assert count.known_bytes == 51 * 4096
     (own / "0").unlink()
     count.go_on(time.monotonic() + 10)
-    assert count.used_bytes == 49 * 4096
+    assert count.used_bytes == 50 * 4096
+
+
+async def test_counting_many_directories_deep_down_takes_little_memory(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["x" * 200] * 15)
+    deep.mkdir(parents=True)
+    for number in range(5_000):
+        (deep / f"{number}").mkdir()
+    count = disk.Count([str(tmp_path)])
+    tracemalloc.start()
+    try:
+        count.go_on(time.monotonic() + 60)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count.known_bytes > 0
+    assert peak_bytes < 5_000 * 500
 
 
 # ------------------------------------------------------------------ what is left behind, output, reports

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from phalanx_worker.node import isolation as isolation_module
-from phalanx_worker.node import mounts
+from phalanx_worker.node import mounts, users
 from phalanx_worker.node.isolation import private_mounts_problem
 from phalanx_worker.node.mounts import Allowed
 from phalanx_worker.node.orders import StartFailed
@@ -60,9 +60,17 @@ def not_private(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------ the rule
 
 
-def planned(mount: Mount, *allowed: str, private: bool = True, writable: bool = False) -> list[MountSpec]:
+def planned(
+    mount: Mount, *allowed: str, private: bool = True, writable: bool = False, uid: int | None = None
+) -> list[MountSpec]:
     rules = [Allowed.read(text) for text in allowed]
-    return mounts.plan([mount], rules, private=private, may_write=lambda _: writable)
+    return mounts.plan(
+        [mount],
+        rules,
+        private=private,
+        may_write=lambda _: writable,
+        may_enter=lambda path, below: users.may_enter(path, uid, below=below),
+    )
 
 
 async def test_what_lies_below_an_allowed_directory_may_be_mounted(datasets: Path) -> None:
@@ -71,6 +79,27 @@ async def test_what_lies_below_an_allowed_directory_may_be_mounted(datasets: Pat
     assert planned(Mount(source, "/data", read_only=False), f"{datasets}:ro", source) == [
         MountSpec(source, "/data", False)
     ]
+
+
+async def test_the_nearest_rule_says_whether_one_may_write(datasets: Path) -> None:
+    source = str(datasets / "mnist")
+    with pytest.raises(StartFailed, match=r"allows .*/mnist \(read-only\), so it needs read_only"):
+        planned(Mount(source, "/data", read_only=False), str(datasets), f"{source}:ro")
+    with pytest.raises(StartFailed, match=rf"holds {source}, which the operator allows only to be read"):
+        planned(Mount(str(datasets), "/data", read_only=False), str(datasets), f"{source}:ro")
+    assert planned(Mount(str(datasets), "/data"), str(datasets), f"{source}:ro")
+
+
+async def test_mounting_opens_no_directory_that_is_closed_to_the_ranks_user(datasets: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives ranks users of their own")
+    home = datasets / "bob"
+    (home / "work").mkdir(parents=True)
+    home.chmod(0o700)
+    source = str(home / "work")
+    with pytest.raises(StartFailed, match=f"{source}: the job's user may not enter it"):
+        planned(Mount(source, "/data"), str(datasets), uid=70002)
+    assert planned(Mount(source, "/data"), source, uid=70002), "the operator has opened it by name"
 
 
 async def test_a_link_leads_nowhere_else(datasets: Path) -> None:
@@ -174,11 +203,78 @@ async def test_a_target_in_use_fails_the_start_and_leaves_nothing(
     assert not Path("/etc/x").exists()
 
 
+async def test_a_missing_target_is_made_with_no_more_rights_than_the_job_has(
+    private: None, light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path, datasets: Path, target: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives ranks users of their own")
+    data = Path(tempfile.mkdtemp(prefix="phx-mounts-"))
+    data.chmod(0o755)
+    try:
+        runner = await light_runner(server, name=str(data / "node"), own_users=True, allow_mounts=[str(datasets)])
+        if not runner._duties.launcher.own_users:
+            pytest.skip(runner._duties.own_users_problem)
+        bench = make_workbench([runner], server, tmp_path)
+
+        def mounted(path: Path) -> Any:
+            return bench.attempt(f"cat {path}/train.bin", mounts=[Mount(f"{datasets}/mnist", str(path))])
+
+        foreign = data / "foreign"
+        foreign.mkdir()
+        for path in (foreign / "new", target / "new"):
+            with pytest.raises(StartFailed, match=f"{path} does not exist on the node, and the job's user may not"):
+                await mounted(path).start()
+        assert not (foreign / "new").exists() and not target.exists()
+        own = data / "own"
+        own.mkdir()
+        os.chown(own, 70001, 70001)
+        for path in (target, own / "new"):
+            assert (await mounted(path).run())[0]["exit_code"] == 0
+        assert (own / "new").stat().st_uid == 70001
+    finally:
+        shutil.rmtree(data)
+
+
+async def test_what_the_node_mounts_later_is_seen_but_not_below_a_mount(
+    private: None, light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path, datasets: Path, target: Path
+) -> None:
+    """As with autofs; below a mount that is only read it could be written."""
+    subprocess.run(["mount", "--bind", str(datasets), str(datasets)], check=True)
+    subprocess.run(["mount", "--make-shared", str(datasets)], check=True)
+    try:
+        runner = await light_runner(server, allow_mounts=[str(datasets)])
+        command = f"echo up; until [ -e {tmp_path}/go ]; do sleep 0.02; done; ls {datasets}/mnist; ls {target}/mnist"
+        mount = Mount(str(datasets), str(target))
+        attempt = await make_workbench([runner], server, tmp_path).attempt(command, mounts=[mount]).start()
+        await attempt.printed("up")
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(datasets / "mnist")], check=True)
+        (datasets / "mnist" / "late").touch()
+        (tmp_path / "go").touch()
+        await attempt.exits()
+        assert server.text(attempt.id, rank=0).split() == ["up", "late", "train.bin"]
+    finally:
+        subprocess.run(["umount", str(datasets / "mnist")], check=False)
+        subprocess.run(["umount", str(datasets)], check=True)
+
+
+async def test_shared_memory_is_empty_once_the_ranks_are_gone(workbench: Any) -> None:
+    """The guardian lives on with the rendezvous store, for as long as other nodes may need that."""
+    runner = workbench.runners[0]
+    if runner._duties.launcher.isolation.private_problem:
+        pytest.skip("no mounts of their own here")
+    attempt = workbench.attempt("head -c 1M /dev/zero > /dev/shm/large")
+    await attempt.run()
+    (group,) = [each for each in runner._groups() if each.order.attempt_id == attempt.id]
+    assert not Path(f"/proc/{group.guardian_pid}/root/dev/shm/large").exists()
+    assert Path(f"/proc/{group.guardian_pid}/root/dev/shm").is_dir(), "the guardian is still there"
+
+
 async def test_each_attempt_has_a_shared_memory_of_its_own(
     private: None, light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
 ) -> None:
     runner = await light_runner(server)
-    command = "[ $RANK = 1 ] || touch /dev/shm/mine; sleep 0.5; ls /dev/shm; stat -f -c '%b %S' /dev/shm"
+    wait = "until [ -e /dev/shm/mine ]; do sleep 0.02; done"
+    command = f"[ $RANK = 1 ] || touch /dev/shm/mine; {wait}; ls /dev/shm; stat -f -c '%b %S' /dev/shm"
     attempt = make_workbench([runner], server, tmp_path).attempt(command, ranks=2, shm_bytes=SHM_BYTES)
     await attempt.run()
     name, blocks, size = server.text(attempt.id, rank=1).split()

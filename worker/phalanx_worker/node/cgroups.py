@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phalanx_worker.node import processes
 from phalanx_worker.runtime import confine
 from phalanx_worker.runtime.spec import CgroupSpec
 
@@ -27,6 +29,8 @@ _LEAST_QUOTA_US = 1_000
 _CONTROLLERS = ("memory", "cpu", "pids")
 _PARENT, _LEAF = "phalanx", "phalanx.node"
 _MOVES = 50
+_KILLS, _KILL_AGAIN_S = 250, 0.02
+_OPTIONAL = frozenset({"memory.swap.max", "memory.memsw.limit_in_bytes"})  # a kernel may account for no swap
 
 
 @dataclass(frozen=True)
@@ -89,39 +93,46 @@ class Cgroups:
     def make(self, name: str, limits: Limits) -> Cgroup:
         """Raises OSError, with nothing left behind."""
         directories = {controller: parent / name for controller, parent in self.parents.items()}
-        unique = list(dict.fromkeys(directories.values()))
-        spec = CgroupSpec(
-            join=[str(directory / "cgroup.procs") for directory in unique],
-            end=[
-                *([(str(directories["pids"] / "pids.max"), "0")] if "pids" in directories else []),
-                *([(str(directory / "cgroup.kill"), "1") for directory in unique if self.version == 2]),
-            ],
-            directories=[str(directory) for directory in unique],
-        )
+        spec = self._spec(name)
         try:
-            for directory in unique:
+            for directory in map(Path, spec.directories):
                 self._make(directory)
             for controller, directory in directories.items():
                 for file, value in _SETTINGS[self.version, controller](limits):
-                    _write_if_there(directory / file, value)
+                    _write(directory / file, value)
         except OSError:
             confine.remove(spec)
             raise
         return Cgroup(spec, directories.get("memory"), self.version)
 
     def clear(self, name: str) -> None:
-        """Remove what an earlier runner left of this name; its processes have been ended before."""
-        for parent in dict.fromkeys(self.parents.values()):
-            with contextlib.suppress(OSError):
-                (parent / name).rmdir()
+        """End and remove what an earlier runner left of this name. Its processes are all in it, whatever they hide."""
+        spec = self._spec(name)
+        for directory in filter(Path.exists, map(Path, spec.directories)):
+            confine.end(spec)
+            for _ in range(_KILLS):
+                pids = _pids_in(directory)
+                processes.kill(pids)
+                if not pids:
+                    break
+                time.sleep(_KILL_AGAIN_S)
+        confine.remove(spec)
+
+    def _spec(self, name: str) -> CgroupSpec:
+        unique = [parent / name for parent in dict.fromkeys(self.parents.values())]
+        limit = [(str(self.parents["pids"] / name / "pids.max"), "0")] if "pids" in self.parents else []
+        return CgroupSpec(
+            join=[str(directory / "cgroup.procs") for directory in unique],
+            end=[*limit, *[(str(directory / "cgroup.kill"), "1") for directory in unique if self.version == 2]],
+            directories=[str(directory) for directory in unique],
+        )
 
     def _make(self, directory: Path) -> None:
         for again in (True, False):
-            if not directory.parent.exists():  # the last one to leave removed it
-                directory.parent.mkdir(exist_ok=True)
-                if self.version == 2:
-                    _hand_down(directory.parent)
             try:
+                directory.parent.mkdir(exist_ok=True)  # the last one to leave removed it
+                if self.version == 2:
+                    _hand_down(directory.parent)  # also where another runner has just made it, and not come to this
                 return directory.mkdir(exist_ok=True)
             except FileNotFoundError:  # ... at this moment
                 if not again:
@@ -170,10 +181,16 @@ _SETTINGS = {
 }
 
 
-def _write_if_there(path: Path, value: str) -> None:
-    """A kernel may lack a file, such as those for swap; one that is there must take the value."""
-    if path.exists():
-        path.write_text(value)
+def _write(path: Path, value: str) -> None:
+    """A limit that is not set is an error, also where its file is missing."""
+    if path.exists() or path.name not in _OPTIONAL:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            os.close(fd)
 
 
 # ------------------------------------------------------------------ what is there
@@ -261,7 +278,10 @@ def _version_1(own: dict[str, Path]) -> Cgroups:
         try:
             parent = own[controller] / _PARENT
             parent.mkdir(exist_ok=True)
-            parents[controller] = parent
+            if lacking := _lacking(parent, controller):
+                problems.append(f"the kernel has no {lacking}")
+            else:
+                parents[controller] = parent
             with contextlib.suppress(OSError):  # it was only tried out: `make` makes it again
                 parent.rmdir()
         except KeyError:
@@ -269,6 +289,19 @@ def _version_1(own: dict[str, Path]) -> Cgroups:
         except OSError as error:
             problems.append(f"{error.filename}: {error.strerror}")
     return Cgroups(1, parents, "; ".join(problems))
+
+
+def _lacking(directory: Path, controller: str) -> str:
+    """The file that a limit needs and that is not there, such as those for CPU time in a kernel without; "" if none."""
+    needed = [file for file, _ in _SETTINGS[1, controller](Limits(1, 1.0, 1)) if file not in _OPTIONAL]
+    return next((file for file in needed if not (directory / file).exists()), "")
+
+
+def _pids_in(directory: Path) -> list[int]:
+    try:
+        return [int(pid) for pid in (directory / "cgroup.procs").read_text().split()]
+    except OSError:
+        return []
 
 
 def _counters(path: Path) -> dict[str, int]:

@@ -25,6 +25,7 @@ INTERVAL_S = 5.0
 _ROUND_S = 0.5  # of counting, per group
 _NAMES_AT_ONCE = 15  # each has at most 255 bytes, a path 4,096
 _BLOCK_BYTES = 512  # of st_blocks, whatever the file system
+_LEAST_BYTES = 4096  # of each file, an empty one too: file systems run out of inodes
 
 
 @dataclass
@@ -87,15 +88,31 @@ def own_directories(group: Group) -> list[str]:
 def sizes_below(directories: list[str]) -> Iterator[float]:
     """What each file and directory below takes on the disk, in bytes; one with several names in equal parts, so that it
     counts once. Follows no link, and passes over what vanishes."""
-    waiting = list(directories)
+    waiting = [_Directory(None, path) for path in directories]
     while waiting:
         yield from _sizes_in(waiting.pop(), waiting)
 
 
-def _sizes_in(directory: str, waiting: list[str]) -> Iterator[float]:
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """Its path in parts, shared with what lies beside it: a job may have a million directories with long paths."""
+
+    above: _Directory | None
+    name: str
+
+    @property
+    def path(self) -> str:
+        names, directory = [self.name], self.above
+        while directory is not None:
+            names.append(directory.name)
+            directory = directory.above
+        return "/".join(reversed(names))
+
+
+def _sizes_in(directory: _Directory, waiting: list[_Directory]) -> Iterator[float]:
     """Of the entries of one directory; those to be walked as well are put into `waiting`."""
     try:
-        fd = _open(directory)
+        fd = _open(directory.path)
     except OSError:
         return
     try:
@@ -106,14 +123,18 @@ def _sizes_in(directory: str, waiting: list[str]) -> Iterator[float]:
                 except OSError:
                     continue
                 if stat.S_ISDIR(status.st_mode):
-                    waiting.append(f"{directory}/{entry.name}")
-                    yield float(status.st_blocks * _BLOCK_BYTES)
+                    waiting.append(_Directory(directory, entry.name))
+                    yield float(_taken_bytes(status))
                 else:
-                    yield status.st_blocks * _BLOCK_BYTES / max(1, status.st_nlink)
+                    yield _taken_bytes(status) / max(1, status.st_nlink)
     except OSError:
         return
     finally:
         os.close(fd)
+
+
+def _taken_bytes(status: os.stat_result) -> int:
+    return max(_LEAST_BYTES, status.st_blocks * _BLOCK_BYTES)
 
 
 def _open(directory: str) -> int:

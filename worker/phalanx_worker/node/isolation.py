@@ -22,6 +22,11 @@ from phalanx_worker.runtime.spec import CgroupSpec, MountSpec
 log = logging.getLogger("phalanx.node.isolation")
 
 _PROBE_TIMEOUT_S = 30.0
+_OTHERWISE = {  # what is done where the kernel keeps no such limit
+    "memory": "memory by watching",
+    "cpu": "CPUs by choice of cores",
+    "pids": "processes not limited",
+}
 
 
 @dataclass
@@ -94,9 +99,9 @@ class Isolation:
 
     @property
     def in_words(self) -> str:
-        enforced = [name for name in ("memory", "cpu", "pids") if self.cgroups.enforces(name)]
+        enforced = [name for name in _OTHERWISE if self.cgroups.enforces(name)]
         by_kernel = f"{', '.join(enforced)} by control groups v{self.cgroups.version}" if enforced else ""
-        watched = "memory by watching, CPUs by choice of cores" if len(enforced) < 3 else ""
+        watched = ", ".join(words for name, words in _OTHERWISE.items() if name not in enforced)
         watched += f" ({self.cgroups.problem})" if watched and self.cgroups.problem else ""
         mounts_of_own = "own mounts" if not self.private_problem else f"no own mounts ({self.private_problem})"
         return "; ".join(filter(None, [by_kernel, watched, mounts_of_own]))
@@ -106,7 +111,11 @@ class Isolation:
         launch = order.desired.launch
         private = not self.private_problem
         planned = mounts.plan(
-            launch.mounts, self.allowed, private=private, may_write=lambda path: users.may_write(path, uid)
+            launch.mounts,
+            self.allowed,
+            private=private,
+            may_write=lambda path: users.may_write(path, uid),
+            may_enter=lambda path, below: users.may_enter(path, uid, below=below),
         )
         mounts.expect_shm(launch.shm_bytes, private=private)
         confinement = Confinement(self.cores, private=private, mounts=planned, cgroup=self._cgroup(order))

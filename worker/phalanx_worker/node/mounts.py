@@ -16,11 +16,12 @@ from phalanx_worker.protocol import Mount
 from phalanx_worker.runtime.spec import MountSpec
 
 MayWrite = Callable[[str], bool]
+MayEnter = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """A directory that jobs may mount, with all below it."""
+    """A directory that jobs may mount, with all below it that their user may enter."""
 
     path: str
     read_only: bool
@@ -33,9 +34,13 @@ class Allowed:
             raise ValueError(f"{text!r} is no directory to allow: write /srv/datasets or /srv/datasets:ro")
         return cls(path, read_only=mode == "ro")
 
+    @property
+    def root(self) -> str:
+        """As it really is."""
+        return os.path.realpath(self.path)
+
     def holds(self, real_path: str) -> bool:
-        root = os.path.realpath(self.path)
-        return real_path == root or real_path.startswith(root.rstrip("/") + "/")
+        return _is_within(real_path, self.root)
 
     @property
     def as_written(self) -> str:
@@ -45,17 +50,37 @@ class Allowed:
         return f"{self.path} (read-only)" if self.read_only else self.path
 
 
-def plan(mounts: Iterable[Mount], allowed: list[Allowed], *, private: bool, may_write: MayWrite) -> list[MountSpec]:
+def _is_within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def plan(
+    mounts: Iterable[Mount], allowed: list[Allowed], *, private: bool, may_write: MayWrite, may_enter: MayEnter
+) -> list[MountSpec]:
     """What is to be mounted, with its source as it really is. Raises StartFailed naming the source, and what may be.
 
     Where ranks cannot have mounts of their own (`private` is false) nothing can be, and only a directory at its own
-    path, as it is, is had without. `may_write` tells whether the ranks' user may write to one.
+    path, as it is, is had without. `may_write` tells whether the ranks' user may write to one, `may_enter` whether it
+    may enter one from another above it: a mount must not lead past directories that are closed to it.
     """
-    return [planned for mount in mounts if (planned := _plan(mount, allowed, private, may_write)) is not None]
+    planned = []
+    for mount in mounts:
+        source = os.path.realpath(mount.source)
+        holders = _expect_allowed(mount, source, allowed)
+        if not Path(source).is_dir():
+            raise StartFailed(f"mount {mount.source}: there is no such directory on this node")
+        target = source if os.path.realpath(mount.target) == source else mount.target
+        if not private:
+            _expect_as_it_is(mount, source, target, may_write)
+            continue
+        if not any(may_enter(source, each.root) for each in holders):
+            raise StartFailed(f"mount {mount.source}: the job's user may not enter it", permanent=True)
+        planned.append(MountSpec(source, target, mount.read_only))
+    return planned
 
 
-def _plan(mount: Mount, allowed: list[Allowed], private: bool, may_write: MayWrite) -> MountSpec | None:
-    source = os.path.realpath(mount.source)
+def _expect_allowed(mount: Mount, source: str, allowed: list[Allowed]) -> list[Allowed]:
+    """What allows it; the nearest says whether to write, of two alike the stricter. Raises StartFailed."""
     holders = [each for each in allowed if each.holds(source)]
     if not holders:
         leads_out = any(each.holds(mount.source) for each in allowed)  # else it is nobody's business where it leads
@@ -63,16 +88,16 @@ def _plan(mount: Mount, allowed: list[Allowed], private: bool, may_write: MayWri
         listed = ", ".join(map(str, allowed)) or "nothing"
         said = f"mount {mount.source}{through}: the operator allows {listed} to be mounted (--allow-mount)"
         raise StartFailed(said, permanent=True)
-    if not mount.read_only and all(each.read_only for each in holders):
-        said = f"mount {mount.source}: the operator allows {holders[0]}, so it needs read_only: true"
+    if mount.read_only:
+        return holders
+    nearest = max(holders, key=lambda each: (len(each.root), each.read_only))
+    if nearest.read_only:
+        said = f"mount {mount.source}: the operator allows {nearest}, so it needs read_only: true"
         raise StartFailed(said, permanent=True)
-    if not Path(source).is_dir():
-        raise StartFailed(f"mount {mount.source}: there is no such directory on this node")
-    target = source if os.path.realpath(mount.target) == source else mount.target
-    if private:
-        return MountSpec(source, target, mount.read_only)
-    _expect_as_it_is(mount, source, target, may_write)
-    return None
+    if inner := next((each for each in allowed if each.read_only and _is_within(each.root, source)), None):
+        said = f"mount {mount.source}: it holds {inner.path}, which the operator allows only to be read; set "
+        raise StartFailed(f"{said}read_only: true, or mount what lies beside it", permanent=True)
+    return holders
 
 
 def _expect_as_it_is(mount: Mount, source: str, target: str, may_write: MayWrite) -> None:

@@ -46,13 +46,20 @@ def may_write(path: str, uid: int | None) -> bool:
     return os.access(path, os.W_OK) if uid is None else _may("-w", path, uid)
 
 
-def _may(what: str, path: str, uid: int) -> bool:
+def may_enter(path: str, uid: int | None, *, below: str) -> bool:
+    """Whether that user gets from `below`, wherever that lies, down into `path`. Blocks as `may_write` does."""
+    if uid is None:
+        return os.access(path, os.X_OK)
+    return _may("-x", os.path.relpath(path, below), uid, start=below)
+
+
+def _may(what: str, path: str, uid: int, *, start: str = "/") -> bool:
     """Not by asyncio itself: in an actor Ray runs uvloop, whose subprocesses know no `user`."""
     command = ["/bin/sh", "-c", f'test {what} "$1"', "sh", path]
     try:
         test = subprocess.run(
-            command, user=uid, group=uid, extra_groups=[], env={}, cwd="/", timeout=_CHECK_TIMEOUT_S, check=False
+            command, user=uid, group=uid, extra_groups=[], env={}, cwd=start, timeout=_CHECK_TIMEOUT_S, check=False
         )
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):
         return False
     return test.returncode == 0

@@ -30,6 +30,7 @@ from phalanx_worker.runtime.lease import Lease
 from phalanx_worker.runtime.stragglers import Stragglers
 
 _KILL_AGAIN_S = 0.02
+_UNREACHED = (ProcessLookupError, PermissionError)  # gone; or another's, by sudo: it is waited for
 _REASON_MULTITHREADED = "the guardian has {} threads, and a fork would copy only one"
 
 
@@ -199,10 +200,10 @@ class Guardian:
 
     def _terminate(self, pid: int) -> None:
         if self._group.program.shell:  # a shell passes nothing on: signal what it started as well
-            with contextlib.suppress(ProcessLookupError):  # not yet in its own session: then it has started nothing
+            with contextlib.suppress(*_UNREACHED):  # not yet in its own session: then it has started nothing
                 os.killpg(pid, signal.SIGTERM)
                 return
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(*_UNREACHED):
             os.kill(pid, signal.SIGTERM)
 
     def _settle(self) -> None:
@@ -211,6 +212,7 @@ class Guardian:
         alone = self._reap()
         if alone:
             self._ended = True
+            mounts.give_shm_back(self._group)
             channel.send(self._connection, {"op": "ended"})
         elif self._must_kill():
             self._kill_descendants()
@@ -278,5 +280,5 @@ class Guardian:
     @staticmethod
     def _kill(pids: Iterable[int]) -> None:
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(*_UNREACHED):
                 os.kill(pid, signal.SIGKILL)
