@@ -27,7 +27,7 @@ from phalanx_worker.agent.launch import PlacementUnavailable, StartFailed
 from phalanx_worker.protocol import DesiredAttempt
 
 PREFIX = "phalanx/"
-POLL_S = 0.01  # a look costs half a millisecond
+POLL_S = 0.003
 CREATED_TIMEOUT_S = 10
 SMALLEST_CPUS = 0.001  # a bundle may not be empty; Ray counts in steps of this
 TOLERANCE = 1e-4  # of Ray's fractional counts

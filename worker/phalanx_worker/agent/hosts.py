@@ -17,13 +17,11 @@ from typing import Any, Protocol
 
 from phalanx_worker.agent.backoff import Backoff
 from phalanx_worker.agent.desired import Group, GroupState
-from phalanx_worker.agent.pace import Pace
 from phalanx_worker.protocol import NodeFacts, RankExit, decode
 
 log = logging.getLogger("phalanx.agent")
 
 POLL_WAIT_S = 20.0
-TABLES_BURST, TABLES_EVERY_S = 5, 0.03
 CALL_TIMEOUT_S = 15.0
 CONFIGURE_TIMEOUT_S = 60.0
 PROBE_TIMEOUT_S = 10.0
@@ -206,9 +204,7 @@ class Hosts:
         host.heard_s = time.monotonic()  # nobody has asked it anything before
         seq = -1
         backoff = Backoff(f"following the runner of node {host.name}")
-        pace = Pace(burst=TABLES_BURST, every_s=TABLES_EVERY_S)
         while True:
-            await pace.turn()
             try:
                 await self._configure(host)
                 wait_s = 0.0 if seq < 0 else min(POLL_WAIT_S, self.silent_s / 3)

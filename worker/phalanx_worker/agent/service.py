@@ -35,13 +35,11 @@ from phalanx_worker.agent.desired import (
 from phalanx_worker.agent.hosts import RUNNER_SILENT_S, Host, Hosts, RunnerSource
 from phalanx_worker.agent.launch import NO_GENERATION, Launcher, Placements
 from phalanx_worker.agent.link import Backoff, FactOutbox, ServerAway, ServerLink, ServerRefused
-from phalanx_worker.agent.pace import Pace
 from phalanx_worker.protocol import DesiredAttempt, InventoryAnswer, NodeFacts
 
 log = logging.getLogger("phalanx.agent")
 
 INVENTORY_POLL_S = 0.5
-DESIRED_BURST, DESIRED_EVERY_S = 5, 0.05
 RECONCILE_AT_LEAST_EVERY_S = 1.0
 
 
@@ -181,10 +179,8 @@ class Agent:
 
     async def _follow_desired(self) -> None:
         backoff = Backoff("asking what should run")
-        pace = Pace(burst=DESIRED_BURST, every_s=DESIRED_EVERY_S)
         version = ""
         while True:
-            await pace.turn()
             try:
                 desired = await self.link.desired(version)
             except (ServerAway, ServerRefused) as error:
