@@ -35,7 +35,7 @@ log = structlog.get_logger()
 Result = TypeVar("Result")
 
 INTERVAL_S = 1.0
-# A pass costs ten milliseconds before it has looked at a job: submits that arrive in crowds share passes.
+# Submits that arrive in crowds share passes: most of what a pass costs then does not depend on their number.
 PASSES_BURST, PASSES_EVERY_S = 5, 0.05
 SLOW_PASS_S = 1.0
 # A commit locks the lease, which must be renewed in time: so many starts take about a second.
