@@ -286,11 +286,37 @@ class NodeStats:
 
 
 @dataclass(frozen=True)
+class Fill:
+    """How much of something there is, and the most that there may be; 0 where it has no bound."""
+
+    used_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Fullness:
+    """How near a runner is to its bounds. What was dropped is counted in items, from the runner's start."""
+
+    outbox: Fill  # reports in memory
+    reports: Fill  # on disk: the server was away
+    logs: Fill  # on disk: the server's storage had no place for them
+    bundles: Fill
+    environments: Fill
+    outputs: Fill  # files that are on their way to the server
+    warm_processes: int
+    warm_processes_limit: int
+    dropped_logs: int
+    dropped_metrics: int
+    dropped_marks: int
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     attempts: list[AttemptRef]  # with ranks on this node, or whose start is under way
     stats: NodeStats
     warm_ready: bool
     spool_bytes: int = 0
+    fullness: Fullness | None = None
 
 
 @dataclass(frozen=True)

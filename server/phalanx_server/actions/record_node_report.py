@@ -39,6 +39,7 @@ from phalanx_server.store.wakeups import notify
 log = structlog.get_logger("phalanx.reports")
 
 OFFSET_MAX = 1 << 62
+_SHOWN = {"warm_ready", "spool_bytes", "fullness"}  # of a heartbeat, beside its stats
 # From so long after a loss on a heartbeat proves that nothing of the attempt is left: a start may have been under way.
 SETTLING_S = 10.0
 
@@ -204,7 +205,7 @@ def _parts(report: NodeReport) -> Iterable[Addressed]:
 
 def _heard(report: NodeReport, node_id: UUID, clock: Clock) -> Heard:
     beat = report.heartbeat
-    stats = beat and beat.stats.encode() | {"warm_ready": beat.warm_ready, "spool_bytes": beat.spool_bytes}
+    stats = beat and beat.stats.encode() | beat.model_dump(mode="json", include=_SHOWN)
     return Heard(
         node_id=node_id, boot=report.boot, seq=report.seq, skew_s=clock.skew_s, at=clock.now, stats=stats or None
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -12,9 +13,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from phalanx_server.api.deps import Services, Serving, caller
 from phalanx_server.api.errors import unavailable
 from phalanx_server.api.measures import Counts
+from phalanx_server.api.node_measures import render_nodes
 from phalanx_server.store.job_counts import count_jobs, count_queue
 from phalanx_server.store.migrate import HEAD
-from phalanx_server.store.node_views import spool_bytes
+from phalanx_server.store.node_views import load_fullness
 from phalanx_server.store.outbox import count_undelivered
 from phalanx_server.store.revision import read_revision
 
@@ -67,7 +69,7 @@ async def _render(services: Services) -> bytes:
         counts = Counts(
             jobs_by_state=await count_jobs(conn),
             queued_by_reason=await count_queue(conn),
-            spool_bytes_by_node=await spool_bytes(conn),
             undelivered_notices=await count_undelivered(conn),
         )
-    return services.measures.render(counts)
+        nodes = await load_fullness(conn)
+    return services.measures.render(counts) + await asyncio.to_thread(render_nodes, nodes)

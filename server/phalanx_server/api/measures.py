@@ -21,8 +21,6 @@ class Counts:
 
     jobs_by_state: Mapping[str, int]
     queued_by_reason: Mapping[str, int]
-    spool_bytes_by_node: Mapping[tuple[str, str], int]
-    """By cluster and name."""
     undelivered_notices: int
 
 
@@ -57,12 +55,6 @@ class Measures:
         self._outbox = Gauge(
             "phalanx_outbox_notices", "Notices that are not delivered to the webhook yet.", registry=self.registry
         )
-        self._spools = Gauge(
-            "phalanx_node_spool_bytes",
-            "What a node's runner keeps on its disk because it could not be delivered.",
-            ("cluster", "node"),
-            registry=self.registry,
-        )
 
     def watch(self, collector: Collector) -> None:
         """Show what the collector reads, too, from now on."""
@@ -87,12 +79,11 @@ class Measures:
         """The text exposition, with the database's counts as of now."""
         _replace(self._jobs, counts.jobs_by_state)
         _replace(self._queue, counts.queued_by_reason)
-        _replace(self._spools, counts.spool_bytes_by_node)
         self._outbox.set(counts.undelivered_notices)
         return generate_latest(self.registry)
 
 
-def _replace(gauge: Gauge, values: Mapping[str, int] | Mapping[tuple[str, ...], int]) -> None:
+def _replace(gauge: Gauge, values: Mapping[str, int]) -> None:
     gauge.clear()
-    for labels, value in values.items():
-        gauge.labels(*((labels,) if isinstance(labels, str) else labels)).set(value)
+    for label, value in values.items():
+        gauge.labels(label).set(value)

@@ -38,6 +38,7 @@ def plain(value: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(without_nul)]
+Amount = Annotated[int, Field(ge=0, lt=1 << 62)]
 AnyFloat = Annotated[float, Field(allow_inf_nan=True)]
 Boot = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
@@ -250,11 +251,31 @@ class NodeStats(Message):
     gpus: list[GpuStats] = []
 
 
+class Fill(Message):
+    used_bytes: Amount
+    limit_bytes: Amount
+
+
+class Fullness(Message):
+    outbox: Fill
+    reports: Fill
+    logs: Fill
+    bundles: Fill
+    environments: Fill
+    outputs: Fill
+    warm_processes: Amount
+    warm_processes_limit: Amount
+    dropped_logs: Amount
+    dropped_metrics: Amount
+    dropped_marks: Amount
+
+
 class Heartbeat(Message):
     attempts: list[AttemptRef]
     stats: NodeStats
     warm_ready: bool
-    spool_bytes: int = 0
+    spool_bytes: Amount = 0
+    fullness: Fullness | None = None
 
 
 class NodeReport(Message):

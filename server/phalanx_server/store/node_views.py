@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -69,10 +70,20 @@ async def without_shared_checkpoints(conn: AsyncConnection) -> list[str]:
     return list((await conn.execute(query)).scalars())
 
 
-async def spool_bytes(conn: AsyncConnection) -> dict[tuple[str, str], int]:
-    """What each node keeps because it could not be delivered, by cluster and name; one that never said is missing."""
+@dataclass(frozen=True, slots=True)
+class NodeFullness:
+    """What a node said last: `fullness` is the JSON of `messages.Fullness`, None from a runner that does not say it."""
+
+    cluster: str
+    name: str
+    spool_bytes: int
+    fullness: str | None
+
+
+async def load_fullness(conn: AsyncConnection) -> list[NodeFullness]:
+    """Of every node that has said anything yet."""
     query = text(
-        "SELECT c.name AS cluster, n.name, CAST(n.stats->>'spool_bytes' AS bigint) AS bytes"
+        "SELECT c.name AS cluster, n.name, CAST(n.stats->>'spool_bytes' AS bigint), n.stats->>'fullness'"
         " FROM nodes n JOIN clusters c ON c.id = n.cluster_id WHERE n.stats ? 'spool_bytes'"
     )
-    return {(row.cluster, row.name): row.bytes for row in await conn.execute(query)}
+    return [NodeFullness(*row) for row in await conn.execute(query)]

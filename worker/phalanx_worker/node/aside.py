@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from phalanx_worker.node.outbox import Batch, Item, dropped_marks
+from phalanx_worker.node.outbox import Batch, Item, count_by_kind, dropped_marks
 from phalanx_worker.node.spool import Spool
 
 log = logging.getLogger("phalanx.node.link")
@@ -29,6 +30,8 @@ class Aside:
         self._number = number
         self._put = put
         self._again_at = 0.0  # monotonic
+        self.dropped: Counter[str] = Counter()
+        """How many items the disk did not take."""
 
     @property
     def is_due(self) -> bool:
@@ -45,6 +48,7 @@ class Aside:
             return []
         except OSError as error:
             log.error("logs are lost, neither the storage nor the spool can take them: %s", error)
+            self.dropped += count_by_kind(logs.items)
             return dropped_marks(logs.items)
 
     def oldest(self) -> tuple[Path, Batch] | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.threads import to_its_end
+from phalanx_worker.protocol import Fill
 
 MAX_UNPACKED_BYTES = 8 << 30
 MAX_MEMBERS = 500_000
@@ -36,6 +37,12 @@ class Bundles:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for partial in directory.glob("*.part"):
             partial.unlink()
+        self._size_bytes = sum(path.stat().st_size for path in directory.glob("*.tar"))
+
+    @property
+    def fill(self) -> Fill:
+        """The archives."""
+        return Fill(self._size_bytes, self._limit_bytes)
 
     async def unpack(self, sha256: str, attempt_id: str, target: Path, uid: int | None) -> None:
         """Put the bundle's files into `target`, owned by `uid`. Raises StartFailed saying what is wrong."""
@@ -46,12 +53,12 @@ class Bundles:
             if not archive.exists():
                 await self._download(sha256, attempt_id, archive)
             os.utime(archive)  # most recently used
+            self._evict(keep=archive)  # whether or not it can be unpacked
         given_up = threading.Event()
         try:
             await to_its_end(_extract, archive, target, uid, given_up)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise StartFailed(f"bundle {sha256[:12]} cannot be unpacked: {error}") from error
-        self._evict(keep=archive)
 
     async def _download(self, sha256: str, attempt_id: str, archive: Path) -> None:
         partial = archive.with_suffix(".part")
@@ -73,11 +80,10 @@ class Bundles:
         archives = sorted(self._directory.glob("*.tar"), key=lambda path: path.stat().st_mtime)
         total = sum(path.stat().st_size for path in archives)
         for path in archives:
-            if total <= self._limit_bytes:
-                return
-            if path != keep:
+            if total > self._limit_bytes and path != keep:
                 total -= path.stat().st_size
                 path.unlink()
+        self._size_bytes = total
 
 
 def _extract(archive: Path, target: Path, uid: int | None, given_up: threading.Event) -> None:

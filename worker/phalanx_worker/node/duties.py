@@ -15,7 +15,7 @@ from phalanx_worker.node.bundles import Bundles
 from phalanx_worker.node.devices import Devices
 from phalanx_worker.node.disk import DiskWatch
 from phalanx_worker.node.fence import CheckGcs, Fence
-from phalanx_worker.node.interpreters import open_interpreters
+from phalanx_worker.node.interpreters import MOST_WARM, open_interpreters
 from phalanx_worker.node.isolation import Isolation
 from phalanx_worker.node.launch import Launcher
 from phalanx_worker.node.link import Link
@@ -27,7 +27,7 @@ from phalanx_worker.node.transfers import Transfers
 from phalanx_worker.node.warm import WarmProcess
 from phalanx_worker.node.watch import Watch
 from phalanx_worker.node.workspace import Workspace
-from phalanx_worker.protocol import AttemptRef, Heartbeat
+from phalanx_worker.protocol import AttemptRef, Fill, Fullness, Heartbeat
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Duties:
         outbox = Outbox(boot)
         fence = Fence(fence_s=settings.fence_s, gcs_alive=hooks.gcs_alive)
         watch = Watch(Devices(), hooks.groups)
-        link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, watch, warm), hooks.taken)
+        link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, duties), hooks.taken)
         transfers = Transfers(link)
         launcher = Launcher(
             workspace=workspace,
@@ -140,12 +140,30 @@ def _live(orders: list[GroupOrder], *, own_users: bool) -> list[tuple[GroupOrder
     return [(order, order.desired.tenant_uid if own_users else None) for order in orders]
 
 
-def _heartbeat(hooks: Hooks, watch: Watch, warm: WarmProcess) -> Heartbeat:
-    state = warm.state
+def _heartbeat(hooks: Hooks, duties: Duties) -> Heartbeat:
     return Heartbeat(
         attempts=hooks.attempts(),
-        stats=watch.stats,
-        warm_ready=state is not None and not state.unfit,
+        stats=duties.watch.stats,
+        warm_ready=duties.is_warm,
+        fullness=_fullness(duties),
+    )
+
+
+def _fullness(duties: Duties) -> Fullness:
+    reports, logs = duties.link.spools
+    interpreters, dropped = duties.launcher.interpreters, duties.link.dropped
+    return Fullness(
+        outbox=duties.outbox.fill,
+        reports=reports.fill,
+        logs=logs.fill,
+        bundles=duties.launcher.bundles.fill,
+        environments=interpreters.environments.fill,
+        outputs=Fill(duties.transfers.waiting_bytes, 0),
+        warm_processes=interpreters.warm_processes,
+        warm_processes_limit=1 + MOST_WARM,
+        dropped_logs=dropped["logs"],
+        dropped_metrics=dropped["metrics"],
+        dropped_marks=dropped["marks"],
     )
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.pip_build import MOST_BYTES, PipBuild, measure
 from phalanx_worker.node.threads import to_its_end
+from phalanx_worker.protocol import Fill
 
 MOST_BUILDS = 2  # at once; of one tenant that has its own user, one
 WAIT_TIMEOUT_S = 3_600.0  # for a build, those before it included
@@ -76,6 +77,7 @@ class Environments:
     _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_BUILDS))
     _turns: dict[int, asyncio.Lock] = field(default_factory=dict)  # by user
     _fingerprint: str | None = None
+    _size_bytes: int = 0
     _removals: set[asyncio.Future[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,13 @@ class Environments:
                 self._remove(entry)
             elif entry.name.partition(".")[0] not in complete:
                 entry.unlink()
+
+        self._size_bytes = sum(built.size_bytes for built in self._complete())
+
+    @property
+    def fill(self) -> Fill:
+        """Those that are complete, as of the last build."""
+        return Fill(self._size_bytes, self.limit_bytes)
 
     @property
     def held(self) -> frozenset[str]:
@@ -191,16 +200,19 @@ class Environments:
 
     def _evict(self) -> None:
         """Remove the least recently used until the rest is within the bound, or in use."""
-        complete = sorted(self.directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        kept = [built for path in complete if (built := self._read(path.stem))]
+        kept = self._complete()
         spared = {*self._held, *self._builds, *self.used()}
         total_bytes = sum(built.size_bytes for built in kept)
         for built in kept:
-            if total_bytes <= self.limit_bytes:
-                return
-            if built.key not in spared:
+            if total_bytes > self.limit_bytes and built.key not in spared:
                 total_bytes -= built.size_bytes
                 self._throw_away(built.key)
+        self._size_bytes = total_bytes
+
+    def _complete(self) -> list[Built]:
+        """All that are here, the least recently used first."""
+        complete = sorted(self.directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        return [built for path in complete if (built := self._read(path.stem))]
 
     def _throw_away(self, key: str) -> None:
         """It is gone at once for everybody; its files go one by one."""

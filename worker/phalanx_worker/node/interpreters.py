@@ -80,6 +80,11 @@ class Interpreters:
     def warm_keys(self) -> frozenset[str]:
         return frozenset(self._kept)
 
+    @property
+    def warm_processes(self) -> int:
+        """The base's included."""
+        return 1 + len(self._kept)
+
     async def run(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from phalanx_worker.node.answers import Delivery, refusal
 from phalanx_worker.node.aside import Aside, without_logs
 from phalanx_worker.node.fence import OutageFence
 from phalanx_worker.node.halves import Halves
-from phalanx_worker.node.outbox import AttemptKey, Batch, Item, Outbox, dropped_marks
+from phalanx_worker.node.outbox import AttemptKey, Batch, Item, Outbox, count_by_kind, dropped_marks
 from phalanx_worker.node.spool import Spool
 from phalanx_worker.protocol import Heartbeat, NodeAnswer
 
@@ -75,6 +76,7 @@ class Link:
         self._kinds_taken: set[str] = set()  # since a report was last postponed
         # `dropped` marks for reports that are lost, kept until the server takes something again
         self._owed: list[Item] = []
+        self._lost: Counter[str] = Counter()
         self._flushes: list[asyncio.Event] = []
         self._urgent = asyncio.Event()
 
@@ -157,6 +159,17 @@ class Link:
     def is_away(self) -> bool:
         """Whether the last report did not get through."""
         return self._client is None or self._failures > 0
+
+    @property
+    def spools(self) -> tuple[Spool, Spool]:
+        """Of reports, and of logs that find no storage."""
+        return self._spool, self._aside.spool
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many items were given up since the start, by kind."""
+        parts = (self._outbox, self._spool, self._aside, self._aside.spool)
+        return sum((part.dropped for part in parts), self._lost)
 
     # -------------------------------------------------------------- one report
 
@@ -291,7 +304,7 @@ class Link:
                     return False
             return True
         finally:
-            self._owed += dropped_marks(halves.lost)
+            self._lose(halves.lost)
             self._keep_rest(spool, path, halves.rest())
 
     def _keep_rest(self, spool: Spool, path: Path, rest: Batch) -> None:
@@ -301,7 +314,11 @@ class Link:
             spool.replace(path, rest) if rest.items else spool.remove(path)
         except OSError as error:
             log.error("the rest of a report is lost, the spool cannot be written: %s", error)
-            self._owed += dropped_marks(rest.items)
+            self._lose(rest.items)
+
+    def _lose(self, items: list[Item]) -> None:
+        self._lost += count_by_kind(items)
+        self._owed += dropped_marks(items)
 
     async def _send(self, client: httpx.AsyncClient, batch: Batch) -> Delivery:
         delivery = await self._post(client, batch)
@@ -383,5 +400,5 @@ class Link:
             return self._spool.append(batch)
         except OSError as error:
             log.error("reports are lost, the spool cannot be written: %s", error)
-            self._owed += dropped_marks(batch.items)
+            self._lose(batch.items)
             return None

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phalanx_worker import protocol
-from phalanx_worker.protocol import LogChunk, Mark, MetricPoint
+from phalanx_worker.protocol import Fill, LogChunk, Mark, MetricPoint
 
 MAX_BATCH_BYTES = 2 << 20  # well below the 4 MiB that the server takes
 MAX_WAITING_BYTES = 16 << 20
 SEQ_STEP = 1 << 16  # between the numbers of batches: room for the parts of one that must be taken apart
 KINDS = ("logs", "metrics", "marks")
 GIVEN_UP_IN_ORDER = ("metrics", "logs", "marks")
+
+_IS_DROPPED = '"kind": "dropped"'
 
 AttemptKey = tuple[str, int]  # attempt id, epoch
 
@@ -34,6 +36,11 @@ class Item:
     attempt: AttemptKey
     text: str
     rank: int = 0
+
+    @property
+    def tells_of_losses(self) -> bool:
+        """A `dropped` mark, or what looks like one."""
+        return self.kind == "marks" and _IS_DROPPED in self.text
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,11 @@ def dropped_marks(items: Iterable[Item]) -> list[Item]:
     return losses.marks()
 
 
+def count_by_kind(items: Iterable[Item]) -> Counter[str]:
+    """But for `dropped` marks: what they tell of was counted when it was given up."""
+    return Counter(item.kind for item in items if not item.tells_of_losses)
+
+
 class Losses:
     """Items given up, counted by attempt, rank and kind; a `dropped` mark among them counts as what it says."""
 
@@ -86,7 +98,7 @@ class Losses:
 
     def add(self, items: Iterable[Item]) -> None:
         for item in items:
-            told = _told(item) if item.kind == "marks" and _IS_DROPPED in item.text else None
+            told = _told(item) if item.tells_of_losses else None
             what, count, size_bytes = told or (item.kind, 1, len(item.text))
             self._counts[item.attempt, item.rank, what] += count
             self._sizes[item.attempt, item.rank, what] += size_bytes
@@ -98,9 +110,6 @@ class Losses:
     def marks(self) -> list[Item]:
         """One `dropped` mark for each attempt, rank and kind."""
         return [_dropped_mark(*key, count=count, size_bytes=self._sizes[key]) for key, count in self._counts.items()]
-
-
-_IS_DROPPED = '"kind": "dropped"'
 
 
 def _told(item: Item) -> tuple[str, int, int] | None:
@@ -128,10 +137,16 @@ class Outbox:
         self._items: deque[Item] = deque()
         self._size_bytes = 0
         self._refused: set[AttemptKey] = set()
+        self.dropped: Counter[str] = Counter()
+        """How many items were given up, by kind."""
 
     @property
     def size_bytes(self) -> int:
         return self._size_bytes
+
+    @property
+    def fill(self) -> Fill:
+        return Fill(self._size_bytes, self._limit_bytes)
 
     def put(self, message: LogChunk | MetricPoint | Mark) -> None:
         self.put_item(to_item(message))
@@ -180,6 +195,7 @@ class Outbox:
     def _shrink(self) -> None:
         """Give up the oldest metrics, if that is not enough the oldest logs, then marks, down to half the bound."""
         kept, lost = shrink(self._items, target_bytes=self._limit_bytes // 2)
+        self.dropped += count_by_kind(lost)
         self._keep([*dropped_marks(lost), *kept])
 
     def _keep(self, items: list[Item]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from phalanx_worker.node.outbox import GIVEN_UP_IN_ORDER, KINDS, AttemptKey, Batch, Item, Losses
+from phalanx_worker.protocol import Fill
 
 
 @dataclass
@@ -23,11 +24,13 @@ class Contents:
     attempts: set[AttemptKey] = field(default_factory=set)
     bytes_by_kind: Counter[str] = field(default_factory=Counter)
     losses: dict[str, Losses] = field(default_factory=lambda: {kind: Losses() for kind in KINDS})
+    count_by_kind: Counter[str] = field(default_factory=Counter)
 
     def add(self, item: Item, size_bytes: int) -> None:
         self.attempts.add(item.attempt)
         self.bytes_by_kind[item.kind] += size_bytes
         self.losses[item.kind].add([item])
+        self.count_by_kind[item.kind] += not item.tells_of_losses
 
 
 class Spool:
@@ -41,6 +44,8 @@ class Spool:
             partial.unlink(missing_ok=True)
         self._sizes = {path: path.stat().st_size for path in sorted(directory.glob("*.batch"))}
         self._contents: dict[Path, Contents] = {}  # not yet of an earlier runner's files
+        self.dropped: Counter[str] = Counter()
+        """How many items were given up, by kind."""
         last = max((path.name for path in self._sizes), default="0-")
         self._next_number = int(last.partition("-")[0]) + 1
 
@@ -51,6 +56,10 @@ class Spool:
     @property
     def size_bytes(self) -> int:
         return sum(self._sizes.values())
+
+    @property
+    def fill(self) -> Fill:
+        return Fill(self.size_bytes, self._limit_bytes)
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -122,6 +131,7 @@ class Spool:
             self.replace(path, replace(batch, items=[item for item in batch.items if item.kind not in kinds]))
         for kind in kinds:
             lost.update(contents.losses[kind])
+            self.dropped[kind] += contents.count_by_kind[kind]
 
     def _contents_of(self, path: Path) -> Contents | None:
         """None for a file that cannot be read."""

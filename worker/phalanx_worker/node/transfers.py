@@ -47,6 +47,8 @@ class CutOff(Exception):
 class Transfers:
     def __init__(self, link: Link):
         self.link = link
+        self.waiting_bytes = 0
+        """Of output files that are neither delivered nor given up."""
 
     @contextlib.asynccontextmanager
     async def fetch_bundle(self, sha256: str, attempt_id: str) -> AsyncGenerator[AsyncIterator[bytes]]:

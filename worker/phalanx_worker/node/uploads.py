@@ -11,6 +11,7 @@ import os
 import random
 import threading
 from collections import deque
+from collections.abc import Iterable
 
 from phalanx_worker.node import outputs
 from phalanx_worker.node.answers import Delivery
@@ -65,15 +66,19 @@ class Sending:
         self._away_counted_to = self._now()
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as senders:
-            for _ in range(min(TOGETHER, len(self._waiting))):
-                senders.create_task(self._send_waiting())
+        self._transfers.waiting_bytes += _size_bytes(self._missing)
+        try:
+            async with asyncio.TaskGroup() as senders:
+                for _ in range(min(TOGETHER, len(self._waiting))):
+                    senders.create_task(self._send_waiting())
+        finally:
+            self._transfers.waiting_bytes -= _size_bytes(self._missing)
 
     def lost_sentence(self) -> str:
         """For the user; "" if nothing was lost."""
         if not self._missing:
             return ""
-        lost_bytes = sum(file.bytes for file in self._missing)
+        lost_bytes = _size_bytes(self._missing)
         examples = ", ".join(sorted(file.path for file in self._missing)[:3])
         count = len(self._missing)
         return (
@@ -101,6 +106,7 @@ class Sending:
             ref = OutputRef(*self._group.key, order.group.group_rank, file.path, digest, file.bytes)
             if await self._put(ref, descriptor):
                 self._missing.discard(file)
+                self._transfers.waiting_bytes -= file.bytes
         finally:
             os.close(descriptor)
 
@@ -150,3 +156,7 @@ class Sending:
     def _give_up(self, why: str) -> bool:
         self._why = self._why or why
         return False
+
+
+def _size_bytes(files: Iterable[OutputFile]) -> int:
+    return sum(file.bytes for file in files)
