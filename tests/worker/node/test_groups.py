@@ -442,3 +442,31 @@ async def test_a_start_under_way_is_in_the_heartbeat_and_ends_where_the_node_is_
     goes_on.set()
     with pytest.raises(StartFailed, match="cut off"):
         await start
+
+
+def has_torch(pid: int) -> bool:
+    """Whether the process has torch in its memory."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+async def test_a_program_that_needs_no_torch_is_not_forked_from_it(workbench: Any) -> None:
+    lone = await workbench.attempt("sleep 60").start()
+    gang = await workbench.attempt("sleep 60", nodes=2).start()
+    warm = await workbench.attempt(f"python {workbench.script('import time; time.sleep(60)')}").start()
+    groups = [group for runner in workbench.runners for group in runner._groups() if group.state == "running"]
+    guardians = {(group.order.attempt_id, group.order.group.group_rank): group.guardian_pid for group in groups}
+    assert not has_torch(guardians[lone.id, 0])
+    assert has_torch(guardians[gang.id, 0]), "it hosts the store of the gang"
+    assert not has_torch(guardians[gang.id, 1])
+    assert has_torch(guardians[warm.id, 0])
+
+
+async def test_a_lone_rank_that_starts_cold_meets_itself(workbench: Any) -> None:
+    script = workbench.script("""
+        import os, torch.distributed as dist
+        dist.init_process_group("gloo")
+        print(dist.get_world_size(), os.environ["TORCHELASTIC_USE_AGENT_STORE"])
+    """)
+    attempt = workbench.attempt(f"python -X faulthandler {script}")
+    assert [end["exit_code"] for end in await attempt.run()] == [0]
+    assert workbench.server.text(attempt.id, rank=0) == "1 False\n"

@@ -262,7 +262,7 @@ async def test_shared_memory_is_empty_once_the_ranks_are_gone(workbench: Any) ->
     runner = workbench.runners[0]
     if runner._duties.launcher.isolation.private_problem:
         pytest.skip("no mounts of their own here")
-    attempt = workbench.attempt("head -c 1M /dev/zero > /dev/shm/large")
+    attempt = workbench.attempt("head -c 1M /dev/zero > /dev/shm/large", ranks=2)  # so the guardian hosts a store
     await attempt.run()
     (group,) = [each for each in runner._groups() if each.order.attempt_id == attempt.id]
     assert not Path(f"/proc/{group.guardian_pid}/root/dev/shm/large").exists()

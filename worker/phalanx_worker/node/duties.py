@@ -46,6 +46,7 @@ class Hooks:
 class Duties:
     workspace: Workspace
     warm: WarmProcess
+    light: WarmProcess
     outbox: Outbox
     link: Link
     transfers: Transfers
@@ -75,6 +76,7 @@ class Duties:
         )
         await asyncio.to_thread(_end_leftovers, workspace, isolation)  # before anything new can be taken for it
         warm = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log")
+        light = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log", light=True)
         problem = await users.own_users_problem(python, data_dir) if settings.own_users else "not asked for"
         interpreters = open_interpreters(
             warm,
@@ -95,14 +97,16 @@ class Duties:
             workspace=workspace,
             bundles=Bundles(data_dir / "bundles", transfers.fetch_bundle),
             interpreters=interpreters,
+            light=light,
             own_users=not problem,
             fence=fence,
             outage=link.outage,
             isolation=isolation,
             straggler_s=settings.straggler_s,
         )
-        duties = cls(workspace, warm, outbox, link, transfers, launcher, fence, watch, problem)
+        duties = cls(workspace, warm, light, outbox, link, transfers, launcher, fence, watch, problem)
         warm.start(on_ready=hooks.changed)  # last: what fails above is tried again, and must leave no process behind
+        light.start(on_ready=lambda: None)
         duties.tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(watch.run()),
@@ -125,6 +129,7 @@ class Duties:
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.link.close()
         await self.launcher.interpreters.close()
+        await self.light.close()
 
 
 def _end_leftovers(workspace: Workspace, isolation: Isolation) -> None:

@@ -25,7 +25,7 @@ from phalanx_worker.node.isolation import Confinement, Isolation
 from phalanx_worker.node.orders import GroupOrder, StartFailed
 from phalanx_worker.node.ranks import Group, GroupEvents
 from phalanx_worker.node.threads import to_its_end
-from phalanx_worker.node.warm import WarmState
+from phalanx_worker.node.warm import WarmProcess, WarmState
 from phalanx_worker.node.workspace import Workspace
 from phalanx_worker.protocol import Mark
 from phalanx_worker.runtime.spec import GroupSpec, RankSpec, StoreSpec
@@ -39,6 +39,7 @@ class Launcher:
     workspace: Workspace
     bundles: Bundles
     interpreters: Interpreters
+    light: WarmProcess
     own_users: bool
     fence: Fence
     outage: OutageFence
@@ -72,13 +73,15 @@ class Launcher:
             if order.desired.launch.bundle:
                 await self.bundles.unpack(order.desired.launch.bundle, order.attempt_id, Path(places.work), uid)
             launch = _plan(order, interpreter.python, state)
-            spec = self._spec(order, places, launch, interpreter, confinement, uid=uid, hosted_store=bool(state.torch))
+            light = _needs_no_torch(order, launch)
+            hosted_store = bool(state.torch) and not (light and order.hosts_rendezvous)
+            spec = self._spec(order, places, launch, interpreter, confinement, uid=uid, hosted_store=hosted_store)
             group = Group(order, places, launch, confinement, events)
             if listener is not None and spec.store is None:
-                listener.close()  # no torch here to host the store: rank 0 binds the port itself
+                listener.close()  # the store is not hosted here: rank 0 binds the port itself
                 listener = None
             self._expect_contact()
-            await group.start(interpreter.warm, spec, listener)
+            await group.start(self.light if light else interpreter.warm, spec, listener)
             self.isolation.started(order)
         except BaseException:
             await to_its_end(self.isolation.discard, order)
@@ -154,6 +157,12 @@ def _plan(order: GroupOrder, python: str, state: WarmState) -> Launch:
         return plan_launch(launch.command, launch.env, python=python, version=state.python, warm_unfit=state.unfit)
     except ValueError as error:
         raise StartFailed(f"the command cannot be understood: {error}") from error
+
+
+def _needs_no_torch(order: GroupOrder, launch: Launch) -> bool:
+    """A program that is executed, and whose guardian hosts no store, or one that nobody else would join."""
+    hosts_for_others = order.hosts_rendezvous and order.desired.launch.world_size > 1
+    return launch.program.kind == "exec" and not hosts_for_others
 
 
 def _threads(order: GroupOrder, env: Mapping[str, str]) -> int:

@@ -43,12 +43,14 @@ class WarmState:
 
 
 class WarmProcess:
-    """`env` must be scrubbed already: ranks inherit its memory."""
+    """`env` must be scrubbed already: ranks inherit its memory. One that is to be `light` never has torch: forks of it
+    cost a tenth, and serve for programs that are executed."""
 
-    def __init__(self, *, python: str, env: Mapping[str, str], log_path: Path):
+    def __init__(self, *, python: str, env: Mapping[str, str], log_path: Path, light: bool = False):
         self._python = python
         self._env = dict(env)
         self._log_path = log_path
+        self._light = light
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._state: asyncio.Future[WarmState] = asyncio.get_running_loop().create_future()
@@ -103,7 +105,7 @@ class WarmProcess:
 
     async def _live(self, on_ready: Callable[[], None]) -> None:
         """One life: start, wait for "ready", then until its socket closes."""
-        with_torch = self._deaths < _DEATHS_BEFORE_NO_TORCH
+        with_torch = not self._light and self._deaths < _DEATHS_BEFORE_NO_TORCH
         self._spawn(with_torch=with_torch)
         assert self._connection is not None
         received = await self._loaded(self._connection)
@@ -113,7 +115,7 @@ class WarmProcess:
         said = [received[name] for name in ("pid", "python", "torch", "unfit")]
         self._state.set_result(WarmState(*said, loaded=frozenset(received["loaded"])))
         on_ready()
-        if with_torch:
+        if with_torch or self._light:
             self._deaths = self._tries_again = 0
             await self._receive(self._connection)
         else:
