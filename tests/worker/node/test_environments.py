@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx_worker.agent.launch import PREPARE_TIMEOUT_S
 from phalanx_worker.node import environments as environments_module
 from phalanx_worker.node import interpreters as interpreters_module
-from phalanx_worker.node import pip_build
+from phalanx_worker.node import pip_build, service
 from phalanx_worker.node.cgroups import Cgroups
 from phalanx_worker.node.environments import Built, Environments, Wanted, describe
 from phalanx_worker.node.interpreters import IDLE_S, MOST_WARM, Interpreter, Interpreters
@@ -153,6 +154,21 @@ async def test_what_is_prepared_stays_until_its_ranks_start_or_it_is_given_up(wo
     assert [ref.attempt_id for ref in runner._present()] == [given_up.id]
     await runner.kill_group(given_up.id)
     assert not in_use() and not runner._present()
+
+
+async def test_what_is_prepared_for_an_agent_that_died_is_not_kept_for_ever(
+    workbench: Any, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listed in each heartbeat, a lost attempt would hold its GPUs for as long as the runner lives."""
+    runner, environment = workbench.runners[0], Environment(lines(packages, "phx-tiny==1.0"))
+    attempt = workbench.attempt("true", environment=environment)
+    order = await attempt.order(0, {"host": "127.0.0.1", "port": 0})
+    await runner.prepare_group(order)
+    assert [ref.attempt_id for ref in runner._present()] == [attempt.id]
+    assert service.PREPARED_S >= PREPARE_TIMEOUT_S, "an agent that lives still waits for the other nodes"
+    monkeypatch.setattr(service, "PREPARED_S", 0.0)
+    await runner.prepare_group(order)
+    assert not runner._present() and not runner._prepared
 
 
 async def test_a_fork_of_the_base_enters_an_environment(

@@ -27,6 +27,7 @@ from phalanx_worker.protocol import AttemptRef
 
 __all__ = ["Runner", "StartFailed"]
 
+PREPARED_S = 4_500.0  # no agent waits longer for the other nodes of a gang (its PREPARE_TIMEOUT_S)
 _FLUSH_S = 0.5
 _KILLED_S = 30.0
 _BACKLOG = 1024
@@ -57,7 +58,9 @@ class Runner:
         self._opening = asyncio.Lock()
         self._starts: dict[str, tuple[int, asyncio.Task[Group]]] = {}
         self._preparing: dict[str, tuple[int, asyncio.Task[None]]] = {}
-        self._prepared: dict[str, GroupOrder] = {}  # and not started yet: other nodes may still prepare theirs
+        # And not started yet: other nodes may still prepare theirs. With the monotonic time until which that may be so:
+        # an agent that has died meanwhile stops nothing, and the next knows only of what has ranks.
+        self._prepared: dict[str, tuple[GroupOrder, float]] = {}
         self._listeners: dict[str, socket.socket] = {}
         self._seq = time.time_ns() // 1_000_000  # an agent that knew the runner before this one must see a change
         self._changed = asyncio.Event()
@@ -189,7 +192,7 @@ class Runner:
 
     async def _prepare(self, duties: Duties, order: GroupOrder) -> None:
         await duties.launcher.prepare(order, duties.outbox.put)
-        self._prepared[order.attempt_id] = order
+        self._prepared[order.attempt_id] = (order, time.monotonic() + PREPARED_S)
 
     async def _start(self, duties: Duties, order: GroupOrder) -> Group:
         listener = self._listeners.get(order.attempt_id) if order.hosts_rendezvous else None
@@ -238,7 +241,10 @@ class Runner:
 
     def _orders(self) -> list[GroupOrder]:
         """Of groups whose ranks may run, and of those that are prepared for them."""
-        return [*self._prepared.values(), *(group.order for group in self._groups() if group.state != "ended")]
+        now_s = time.monotonic()
+        self._prepared = {name: each for name, each in self._prepared.items() if each[1] > now_s}
+        prepared = [order for order, _ in self._prepared.values()]
+        return [*prepared, *(group.order for group in self._groups() if group.state != "ended")]
 
     def _present(self) -> list[AttemptRef]:
         """Attempts that have ranks here or may have them soon: the server takes one that is not listed for gone."""
