@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from phalanx_worker.node import cgroups, sizes
 from phalanx_worker.node.cgroups import Cgroup, Cgroups, Limits, own_cgroups
-from phalanx_worker.node.isolation import Isolation
+from phalanx_worker.node.isolation import Confinement, Cores, Isolation
 from phalanx_worker.runtime import confine
 from phalanx_worker.runtime.spec import CgroupSpec
 
@@ -135,6 +135,25 @@ def test_what_is_enforced_is_said_of_each_limit(tmp_path: Path) -> None:
     found = Cgroups(2, {"memory": tmp_path, "cpu": tmp_path}, "no controller pids")
     said = Isolation(found, "", [], 100).in_words
     assert said == "memory, cpu by control groups v2; processes not limited (no controller pids); own mounts"
+
+
+def test_cores_are_shared_out_the_least_used_first_and_given_back_once() -> None:
+    cores = Cores(own=[2, 3, 0, 1])
+    first, second = cores.take(2), cores.take(1)
+    assert (first, second) == ([2, 3], [0])
+    assert cores.take(4) is None and cores.take(0) is None
+    confinement = Confinement(cores, cores=first)
+    confinement.release()
+    confinement.release()
+    assert cores.take(2) == [2, 3]
+    assert cores.take(1) == [1], "none counts as less than unused"
+
+
+def test_not_every_runner_of_a_machine_begins_with_the_same_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6})
+    own = [Cores().own for _ in range(100)]
+    assert all(each in ([4, 5, 6], [5, 6, 4], [6, 4, 5]) for each in own)
+    assert len({tuple(each) for each in own}) > 1, "one in 3**99 times by chance"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
@@ -31,19 +32,21 @@ _OTHERWISE = {  # what is done where the kernel keeps no such limit
 
 @dataclass
 class Cores:
-    """Cores of the runner, shared out to groups where the kernel gives no share of CPU time: the least used first.
+    """Cores of the runner, shared out to groups where the kernel gives no share of CPU time: the least used first, of
+    these in the order of `own`.
 
-    Soft: a group that was told nothing, or another runner on this machine, may run on the same.
+    Soft: a group that was told nothing, or another runner on this machine, may run on the same. Runners know nothing of
+    each other, so each begins somewhere else: else the first group of each would have the same cores.
     """
 
-    own: list[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
+    own: list[int] = field(default_factory=lambda: _turned(sorted(os.sched_getaffinity(0))))
     _groups: Counter[int] = field(default_factory=Counter)
 
     def take(self, cpus: int) -> list[int] | None:
         """None: all, since so many are wanted or nothing was said."""
         if not 0 < cpus < len(self.own):
             return None
-        taken = sorted(self.own, key=lambda core: (self._groups[core], core))[:cpus]
+        taken = sorted(self.own, key=lambda core: self._groups[core])[:cpus]
         self._groups.update(taken)
         return taken
 
@@ -73,9 +76,9 @@ class Confinement:
     def release(self) -> None:
         if self.cgroup is not None:
             self.cgroup.remove()
-        if self.cores is not None:
-            self.cores_of_node.give_back(self.cores)
-            self.cores = None
+        cores, self.cores = self.cores, None  # at once: two threads may release it
+        if cores is not None:
+            self.cores_of_node.give_back(cores)
 
 
 @dataclass
@@ -144,6 +147,11 @@ class Isolation:
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
             raise StartFailed(f"the limits of the attempt cannot be set on this node: {reason}") from error
+
+
+def _turned(cores: list[int]) -> list[int]:
+    first = random.randrange(len(cores))
+    return cores[first:] + cores[:first]
 
 
 def private_mounts_problem(python: str, env: Mapping[str, str]) -> str:
