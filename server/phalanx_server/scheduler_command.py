@@ -37,6 +37,7 @@ from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.logs import LogFiles
+from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
@@ -124,6 +125,7 @@ def _loops(
             keep=keep,
             files=LogFiles(settings.storage_root),
             bundles=BundleFiles(settings.storage_root),
+            outputs=OutputFiles(settings.storage_root),
         ),
     )
 

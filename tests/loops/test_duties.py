@@ -20,6 +20,7 @@ from phalanx_server.loops.ticking import tick_forever
 from phalanx_server.store.attempts import overdue_attempts
 from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.outbox import mark_delivered, mark_failed
+from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.schema import events, holds, idempotency_keys, leases, logs, metrics, outbox
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import DBAPIError
@@ -223,7 +224,8 @@ KEEP = Keep(metrics=timedelta(days=7), events=timedelta(days=90), logs=timedelta
 
 def retain_of(plane: ControlPlane) -> Retain:
     bundles = BundleFiles(plane.storage.as_uri())
-    return Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files, bundles=bundles)
+    outputs = OutputFiles(plane.storage.as_uri())
+    return Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files, bundles=bundles, outputs=outputs)
 
 
 async def partitions(plane: ControlPlane, table: str) -> set[str]:

@@ -16,6 +16,7 @@ from phalanx_server.loops.retain import Keep, Retain
 from phalanx_server.store import ids
 from phalanx_server.store.bundles import BundleFiles, forget_bundles
 from phalanx_server.store.jobs import missing_bundles
+from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.schema import bundles, jobs, tenants
 from sqlalchemy import insert, update
 
@@ -30,7 +31,14 @@ class Store:
     def __init__(self, plane: ControlPlane, directory: Path) -> None:
         self.plane = plane
         self.files = BundleFiles(plane.storage.as_uri())
-        self.retain = Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files, bundles=self.files)
+        self.retain = Retain(
+            plane.engine,
+            plane.leader,
+            keep=KEEP,
+            files=plane.files,
+            bundles=self.files,
+            outputs=OutputFiles(plane.storage.as_uri()),
+        )
         self.source = directory / "code"
         self.source.write_bytes(b"code")
 

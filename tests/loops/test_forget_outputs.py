@@ -24,7 +24,8 @@ KEEP = Keep(metrics=timedelta(days=7), events=timedelta(days=90), logs=timedelta
 
 def retain_of(plane: ControlPlane) -> Retain:
     bundles = BundleFiles(plane.storage.as_uri())
-    return Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files, bundles=bundles)
+    files = OutputFiles(plane.storage.as_uri())
+    return Retain(plane.engine, plane.leader, keep=KEEP, files=plane.files, bundles=bundles, outputs=files)
 
 
 async def body(content: bytes) -> AsyncIterator[bytes]:

@@ -19,7 +19,7 @@ from phalanx_server.loops.ticking import Pulse, tick_forever
 from phalanx_server.store.bundles import BundleFiles, bundles_of_anybody, forget_bundles
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, job_directory
-from phalanx_server.store.outputs import expired_output_jobs, forget_outputs, output_directory
+from phalanx_server.store.outputs import OutputFiles, expired_output_jobs, forget_outputs, output_directory
 from phalanx_server.store.retention import (
     delete_old,
     delete_old_events,
@@ -59,13 +59,21 @@ class Retain:
     """`tick` does one round; it does nothing while another process leads."""
 
     def __init__(
-        self, engine: AsyncEngine, leader: Leader, *, keep: Keep, files: LogFiles, bundles: BundleFiles
+        self,
+        engine: AsyncEngine,
+        leader: Leader,
+        *,
+        keep: Keep,
+        files: LogFiles,
+        bundles: BundleFiles,
+        outputs: OutputFiles,
     ) -> None:
         self._engine = engine
         self._leader = leader
         self._keep = keep
         self._files = files
         self._bundles = bundles
+        self._outputs = outputs
         self.pulse = Pulse()
         self.caught_up_at: datetime | None = None
         """When a round of this leader last left nothing behind that should be forgotten; that of its first, before."""
@@ -134,7 +142,7 @@ class Retain:
         async with self._engine.connect() as conn:
             jobs = await expired_output_jobs(conn, before=before, limit=OUTPUT_JOBS)
         if jobs:
-            await self._files.delete([output_directory(job) for job in jobs])
+            await self._outputs.delete([output_directory(job) for job in jobs])
             async with leading(self._engine, lease) as conn:
                 await forget_outputs(conn, jobs)
         return len(jobs) == OUTPUT_JOBS
