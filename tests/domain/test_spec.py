@@ -74,6 +74,12 @@ def test_a_cpu_job_has_one_rank_and_one_cpu_unless_it_says_otherwise():
     assert (spec.resources.replicas, spec.resources.cpus_per_replica) == (4, 1)
 
 
+@pytest.mark.parametrize("given", ["300", "0.5", 300])
+def test_a_job_may_say_when_a_rank_of_it_is_a_straggler(given):
+    env = parse_job(changed(run__env={"PHALANX_STRAGGLER_S": given})).run.env
+    assert env == {"PHALANX_STRAGGLER_S": str(given)}
+
+
 BAD = {
     "resources.replicas": [0, -1, 10_001, 10**40, 1.5, True, "2", None.__class__],
     "resources.gpus_per_replica": [-1, 1025, 2.0, False, "8"],
@@ -81,7 +87,8 @@ BAD = {
     "resources.memory_per_gpu": ["64 gigs", -1, "1.5", [], "9" * 70],
     "resources.cpus_per_gpu": [-1, "4"],
     "run.command": ["", "   ", 3, "x" * (65 << 10), "a\0b", "\ud800"],
-    "run.env": [{"1A": "x"}, {"RANK": "0"}, {"PHALANX_JOB_ID": "x"}, {"A": "x" * (65 << 10)}, []],
+    "run.env": [{"1A": "x"}, {"RANK": "0"}, {"PHALANX_JOB_ID": "x"}, {"A": "x" * (65 << 10)}, []]
+    + [{"PHALANX_STRAGGLER_S": text} for text in ("5m", "0", "-1", "inf", "")],
     "run.bundle": ["abc", "G" * 64],
     "name": ["", "-a", "a b", "x" * 129, 4],
     "tenant": ["", "A", "a//b", "/a", "a/", 3, "x" * 300],

@@ -39,12 +39,15 @@ _SET_BY_US = frozenset(
         "CUDA_VISIBLE_DEVICES",
     }
 )
+# What a job may say of itself: after a rank was done, one that does nothing for so many seconds is ended.
+_STRAGGLER_S = "PHALANX_STRAGGLER_S"
 # What a process trusts because only root writes there: nothing of a user is mounted over it.
 _SYSTEM_DIRECTORIES = frozenset(
     {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "root", "run", "sbin", "sys", "tmp", "usr"}
     | {"var"}
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_POSITIVE = re.compile(r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class JobEnvironment(Part):
@@ -159,8 +162,10 @@ class Run(Part):
         for name in env:
             if not _VARIABLE.fullmatch(name):
                 raise ValueError(f"{name[:80]!r} is no name of an environment variable")
-            if name in _SET_BY_US or name.startswith("PHALANX_"):
+            if name in _SET_BY_US or (name.startswith("PHALANX_") and name != _STRAGGLER_S):
                 raise ValueError(f"{name} is set by Phalanx for every rank")
+        if _STRAGGLER_S in env and not _POSITIVE.fullmatch(env[_STRAGGLER_S]):
+            raise ValueError(f"{_STRAGGLER_S} is {env[_STRAGGLER_S]!r:.40}, not a number of seconds, such as 300")
         size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
         if size > ENV_MAX_BYTES:
             raise ValueError(f"is {size} bytes in all, at most {ENV_MAX_BYTES}")
