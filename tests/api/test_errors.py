@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from phalanx_server.api.errors import from_outage
+from phalanx_server.api.errors import from_domain, from_outage, respond
+from phalanx_server.domain.errors import StorageUnavailable
 from phalanx_server.main import create_app
 from phalanx_server.settings import Settings
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -23,6 +25,11 @@ def expect_problem(answer: httpx.Response, status: int, code: str) -> dict[str, 
     assert problem["type"] and problem["title"] and problem["detail"]
     assert problem["request_id"] == answer.headers["x-request-id"]
     return problem
+
+
+async def test_trouble_of_the_storage_names_all_that_is_kept_there() -> None:
+    title = json.loads(bytes(respond(from_domain(StorageUnavailable("No space left.")), "abc-1").body))["title"]
+    assert title == "The storage of logs, code and outputs is not available right now"
 
 
 async def test_an_unknown_route(calls: Any) -> None:

@@ -47,7 +47,7 @@ CODES: dict[str, tuple[int, str]] = {
     "internal": (500, "Something went wrong on the server"),
     "unavailable": (503, "The service is not available right now"),
     "overloaded": (503, "The server has more to do than it can"),
-    "storage_unavailable": (503, "The storage of logs and code is not available right now"),
+    "storage_unavailable": (503, "The storage of logs, code and outputs is not available right now"),
 }
 _CODE_OF_STATUS = {400: "invalid_request", **{status: code for code, (status, _) in reversed(CODES.items())}}
 _CODE_OF_STATUS[422] = "invalid_request"
