@@ -257,6 +257,12 @@ def test_the_scheduler_listens_only_where_it_has_a_port_for_metrics(charts: dict
     assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"team": "monitoring"}}}]
 
 
+def test_nobody_reads_the_schedulers_metrics_unless_it_is_said_who() -> None:
+    chart = render({"scheduler": {"metricsPort": 9464}})
+    policy = named(chart, "NetworkPolicy", "phalanx-scheduler")["spec"]
+    assert policy["policyTypes"] == ["Ingress"] and "ingress" not in policy
+
+
 # ------------------------------------------------------------------ Ray
 
 
