@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from phalanx_worker.agent import backoff, desired, hosts, launch, service
 from phalanx_worker.agent.desired import GroupState, Phase
 from phalanx_worker.agent.link import Superseded
 from phalanx_worker.agent.service import Agent, RunnerSettings
+from phalanx_worker.node.orders import Settings
 from phalanx_worker.protocol import Environment, encode
 
 GANG = attempt_of("att_1", "train", {"a": [0, 1], "b": [0, 1]})
@@ -105,6 +106,11 @@ async def test_runners_get_settings_with_their_own_token_and_directory(scene: Sc
     assert scene.b.configured[0]["node_token"] == "token-b"
     assert scene.b.configured[0]["node_id"] == "node_b"
     assert scene.b.configured[0]["data_dir"] == "/data/b"
+
+
+async def test_runners_have_no_setting_that_no_agent_sends(scene: Scene) -> None:
+    await scene.until(lambda: scene.b.configured)
+    assert {field.name for field in fields(Settings)} <= scene.b.configured[0].keys()
 
 
 async def test_a_token_whose_answer_got_lost_is_asked_for_again() -> None:

@@ -133,7 +133,7 @@ def test_a_limit_that_cannot_be_set_is_an_error(tmp_path: Path) -> None:
 
 def test_what_is_enforced_is_said_of_each_limit(tmp_path: Path) -> None:
     found = Cgroups(2, {"memory": tmp_path, "cpu": tmp_path}, "no controller pids")
-    said = Isolation(found, "", [], 100).in_words
+    said = Isolation(found, "", []).in_words
     assert said == "memory, cpu by control groups v2; processes not limited (no controller pids); own mounts"
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from phalanx_worker.agent.launch import PREPARE_TIMEOUT_S
+from phalanx_worker.node import cgroups, pip_build, service
 from phalanx_worker.node import environments as environments_module
 from phalanx_worker.node import interpreters as interpreters_module
-from phalanx_worker.node import pip_build, service
 from phalanx_worker.node.cgroups import Cgroups
 from phalanx_worker.node.environments import Built, Environments, Wanted, describe
 from phalanx_worker.node.interpreters import IDLE_S, MOST_WARM, Interpreter, Interpreters
@@ -237,13 +237,14 @@ async def test_a_build_that_nobody_waits_for_any_more_is_killed_whole(workbench:
 
 @pytest.mark.skipif(not Cgroups.find().enforces("pids"), reason="no control groups here")
 async def test_what_a_build_starts_is_bounded_and_cannot_flee_from_its_end(
-    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shutil.which("pip", path="/usr/bin") is None:
         pytest.skip("the system's Python has no pip")
+    monkeypatch.setattr(cgroups, "MOST_PROCESSES", 1_000)
     began = tmp_path / "began"
     sdist(tmp_path, "phx_fleeing", "1.0", FLEEING_BACKEND.format(began))
-    runner = await light_runner(server, most_processes=1_000)
+    runner = await light_runner(server)
     environment = Environment(lines(tmp_path, "phx-fleeing==1.0"))
     attempt = make_workbench([runner], server, tmp_path).attempt("true", environment=environment)
     call = asyncio.create_task(runner.prepare_group(await attempt.order(0, {"host": "127.0.0.1", "port": 0})))

@@ -308,9 +308,10 @@ def _read(path: Path) -> bytes:
 async def test_a_rank_that_hangs_after_others_are_done_is_ended_as_a_straggler(
     light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
 ) -> None:
-    runner = await light_runner(server, straggler_s=1.0)
+    runner = await light_runner(server)
     command = "[ $RANK = 0 ] || sleep 60"
-    attempt = make_workbench([runner], server, tmp_path).attempt(command, ranks=2)
+    env = {"PHALANX_STRAGGLER_S": "1"}
+    attempt = make_workbench([runner], server, tmp_path).attempt(command, ranks=2, env=env)
     done, straggler = await attempt.run()
     assert (done["exit_code"], done["tail"]) == (0, "")
     assert (straggler["signal"], straggler["tail"]) == (signal.SIGTERM, "phalanx: ended as a straggler\n")
@@ -330,9 +331,10 @@ async def test_a_straggler_that_ignores_sigterm_is_killed_with_what_it_started(
 async def test_a_rank_that_works_on_after_others_are_done_is_no_straggler(
     light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
 ) -> None:
-    runner = await light_runner(server, straggler_s=0.5)
+    runner = await light_runner(server)
     command = "[ $RANK = 0 ] || timeout 3 sh -c 'while :; do :; done' || echo saved"
-    attempt = make_workbench([runner], server, tmp_path).attempt(command, ranks=2)
+    env = {"PHALANX_STRAGGLER_S": "0.5"}
+    attempt = make_workbench([runner], server, tmp_path).attempt(command, ranks=2, env=env)
     assert [end["exit_code"] for end in await attempt.run()] == [0, 0]
     assert server.text(attempt.id, rank=1) == "saved\n"
 

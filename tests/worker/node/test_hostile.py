@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phalanx_worker.node import disk
+from phalanx_worker.node import cgroups, disk
 from phalanx_worker.node import isolation as isolation_module
 from phalanx_worker.node.cgroups import Cgroup, Cgroups
 
@@ -150,9 +150,10 @@ async def test_without_control_groups_a_group_gets_cores_of_its_own(
 
 @enforced
 async def test_a_fork_bomb_is_bounded_and_ends(
-    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path
+    light_runner: Any, server: Any, make_workbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = await light_runner(server, most_processes=200)
+    monkeypatch.setattr(cgroups, "MOST_PROCESSES", 200)
+    runner = await light_runner(server)
     bench = make_workbench([runner], server, tmp_path)
     script = bench.script("""
         import os, time

@@ -23,7 +23,7 @@ from phalanx_worker.runtime.spec import CgroupSpec
 
 log = logging.getLogger("phalanx.node.cgroups")
 
-MOST_PROCESSES = 32_768  # of one group of ranks, threads counted
+MOST_PROCESSES = 32_768  # of one group of ranks, or of one build of an environment; threads counted
 _CPU_PERIOD_US = 100_000
 _LEAST_QUOTA_US = 1_000
 _CONTROLLERS = ("memory", "cpu", "pids")
@@ -39,7 +39,6 @@ class Limits:
 
     memory_bytes: int = 0
     cpus: float = 0.0
-    processes: int = MOST_PROCESSES
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,8 @@ def _cpu_1(limits: Limits) -> list[tuple[str, str]]:
     return [period, ("cpu.cfs_quota_us", str(_quota_us(limits)))] if limits.cpus else []
 
 
-def _pids(limits: Limits) -> list[tuple[str, str]]:
-    return [("pids.max", str(limits.processes))] if limits.processes else []
+def _pids(_: Limits) -> list[tuple[str, str]]:
+    return [("pids.max", str(MOST_PROCESSES))]
 
 
 _SETTINGS = {
@@ -293,7 +292,7 @@ def _version_1(own: dict[str, Path]) -> Cgroups:
 
 def _lacking(directory: Path, controller: str) -> str:
     """The file that a limit needs and that is not there, such as those for CPU time in a kernel without; "" if none."""
-    needed = [file for file, _ in _SETTINGS[1, controller](Limits(1, 1.0, 1)) if file not in _OPTIONAL]
+    needed = [file for file, _ in _SETTINGS[1, controller](Limits(1, 1.0)) if file not in _OPTIONAL]
     return next((file for file in needed if not (directory / file).exists()), "")
 
 

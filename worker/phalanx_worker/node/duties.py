@@ -71,9 +71,7 @@ class Duties:
         data_dir = Path(settings.data_dir)
         workspace = Workspace(data_dir, settings.checkpoint_root)
         env = {**environment.warm_environment(environ, python=python), **warm_env}
-        isolation = await asyncio.to_thread(
-            Isolation.find, python, env, allowed=settings.allow_mounts, most_processes=settings.most_processes
-        )
+        isolation = await asyncio.to_thread(Isolation.find, python, env, allowed=settings.allow_mounts)
         await asyncio.to_thread(_end_leftovers, workspace, isolation)  # before anything new can be taken for it
         warm = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log")
         light = WarmProcess(python=python, env=env, log_path=data_dir / "warm.log", light=True)
@@ -102,7 +100,6 @@ class Duties:
             fence=fence,
             outage=link.outage,
             isolation=isolation,
-            straggler_s=settings.straggler_s,
         )
         duties = cls(workspace, warm, light, outbox, link, transfers, launcher, fence, watch, problem)
         warm.start(on_ready=hooks.changed)  # last: what fails above is tried again, and must leave no process behind

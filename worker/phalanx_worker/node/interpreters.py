@@ -142,7 +142,7 @@ def open_interpreters(
     node_env = environment.node_environment(environ, python=python)
     operators = {name: value for name, value in environ.items() if name in OPERATORS_VARIABLES}
     build_env = {**node_env, **operators, **warm_env}
-    builder = PipBuild(python, build_env, isolation.cgroups, isolation.most_processes)
+    builder = PipBuild(python, build_env, isolation.cgroups)
     environments = Environments(directory, builder, limit_bytes, used=lambda: {*interpreters.warm_keys, *of_groups()})
 
     def of_groups() -> Iterable[str]:

@@ -88,15 +88,14 @@ class Isolation:
     cgroups: Cgroups
     private_problem: str
     allowed: list[Allowed]
-    most_processes: int
     cores: Cores = field(default_factory=Cores)
     _starting: dict[str, Confinement] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, python: str, env: Mapping[str, str], *, allowed: list[str], most_processes: int) -> Isolation:
+    def find(cls, python: str, env: Mapping[str, str], *, allowed: list[str]) -> Isolation:
         """Blocks for as long as an interpreter takes to start. Raises ValueError for a mistake in `allowed`."""
         read = [Allowed.read(text) for text in allowed]
-        found = cls(Cgroups.find(), private_mounts_problem(python, env), read, most_processes)
+        found = cls(Cgroups.find(), private_mounts_problem(python, env), read)
         log.info("limits of each group: %s", found.in_words)
         return found
 
@@ -141,7 +140,7 @@ class Isolation:
     def _cgroup(self, order: GroupOrder) -> Cgroup | None:
         if not self.cgroups.parents:
             return None
-        limits = Limits(order.memory_limit_bytes, order.cpu_limit, self.most_processes)
+        limits = Limits(order.memory_limit_bytes, order.cpu_limit)
         try:
             return self.cgroups.make(order.name, limits)
         except OSError as error:

@@ -34,7 +34,7 @@ from phalanx_worker.runtime.spec import GroupSpec, RankSpec, StoreSpec
 @dataclass(frozen=True)
 class Launcher:
     """`own_users`: whether ranks switch to their tenant's user, already known to work on this node. While `fence` or
-    `outage` is over, nothing starts here. `straggler_s`: unless the job says otherwise in PHALANX_STRAGGLER_S."""
+    `outage` is over, nothing starts here."""
 
     workspace: Workspace
     bundles: Bundles
@@ -44,7 +44,6 @@ class Launcher:
     fence: Fence
     outage: OutageFence
     isolation: Isolation
-    straggler_s: float
 
     async def start(self, order: GroupOrder, listener: socket.socket | None, events: GroupEvents) -> Group:
         """Start one group. Raises StartFailed with nothing left behind, directories included."""
@@ -142,7 +141,7 @@ class Launcher:
             unbuffered=bool(env["PYTHONUNBUFFERED"]),
             venv=interpreter.venv,
             fence_s=self.fence.fence_s,
-            straggler_s=_seconds(order.desired.launch.env.get("PHALANX_STRAGGLER_S")) or self.straggler_s,
+            straggler_s=_seconds(order.desired.launch.env.get("PHALANX_STRAGGLER_S", "")),
             cgroup=confinement.cgroup_spec,
             cores=confinement.cores,
             private=confinement.private,
@@ -170,11 +169,11 @@ def _threads(order: GroupOrder, env: Mapping[str, str]) -> int:
     return int(env.get("OMP_NUM_THREADS") or order.cpus or os.cpu_count() or 1)
 
 
-def _seconds(text: str | None) -> float | None:
-    """A positive number of seconds; None for anything else."""
-    with contextlib.suppress(TypeError, ValueError):
-        return seconds if 0 < (seconds := float(text or 0)) < float("inf") else None
-    return None
+def _seconds(text: str) -> float:
+    """A positive number of seconds; 0 for anything else."""
+    with contextlib.suppress(ValueError):
+        return seconds if 0 < (seconds := float(text)) < float("inf") else 0.0
+    return 0.0
 
 
 def _own_name() -> str:

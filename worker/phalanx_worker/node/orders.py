@@ -33,11 +33,9 @@ class Settings:
     fence_s: float = 60.0
     heartbeat_s: float = 2.0
     outage_tolerance_s: float = 3_600.0
-    straggler_s: float = 0.0  # 0: nobody is taken for one
     own_users: bool = False
     environments_bytes: int = 20 << 30  # environments that nobody uses go beyond this
     allow_mounts: list[str] = field(default_factory=list)  # directories that jobs may mount, `:ro` for only to read
-    most_processes: int = 32_768  # of one group, threads counted
     disk_bytes: int = 64 << 30  # that the directories of one group may hold; 0: no limit
 
     @classmethod

@@ -64,13 +64,11 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 @dataclass(frozen=True)
 class PipBuild:
-    """`env` is what a build gets of the runner's environment, scrubbed already; `most_processes` is enforced where
-    `cgroups` can."""
+    """`env` is what a build gets of the runner's environment, scrubbed already."""
 
     python: str
     env: Mapping[str, str]
     cgroups: Cgroups
-    most_processes: int
     timeout_s: float = BUILD_TIMEOUT_S
 
     async def fingerprint(self) -> str:
@@ -109,7 +107,7 @@ class PipBuild:
 
     def _cgroup(self) -> Cgroup:
         """Of its own: other runners of this host may build the same."""
-        return self.cgroups.make(f"environment-{uuid.uuid4().hex}", Limits(processes=self.most_processes))
+        return self.cgroups.make(f"environment-{uuid.uuid4().hex}", Limits())
 
     def _spawn(self, place: Path, log_path: Path, uid: int | None, cgroup: CgroupSpec) -> subprocess.Popen[bytes]:
         env = {**self.env, "HOME": str(place / "home"), "TMPDIR": str(place / "tmp")}
