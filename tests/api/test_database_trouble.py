@@ -160,6 +160,15 @@ async def test_who_waits_too_long_for_a_lock_is_told_to_come_back(database: str,
     assert (await alice.get("/v1/jobs")).status_code == 200
 
 
+async def test_who_stops_within_a_transaction_keeps_its_locks_for_a_minute_only(database: str) -> None:
+    """Whatever the settings of the database: a scheduler that is frozen holds its lease's row: none could follow."""
+    engine = create_engine(database)
+    query = "SELECT setting, source FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
+    async with engine.connect() as conn:
+        assert tuple((await conn.execute(text(query))).one()) == ("60000", "client")
+    await engine.dispose()
+
+
 async def test_sessions_that_end_in_the_middle_are_replaced(
     database: str, calls: Any, job_file: Any, world: Any
 ) -> None:

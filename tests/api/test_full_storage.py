@@ -19,7 +19,9 @@ from phalanx_server.domain.errors import StorageUnavailable
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
 from phalanx_server.store import logs as log_store
+from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.logs import LogFiles
+from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.schema import metrics
 
 MIB = 1 << 20
@@ -102,6 +104,75 @@ async def test_storage_that_hangs_is_not_waited_for(
     assert {answer.json()["code"] for answer in answers} == {"storage_unavailable"}
     assert "does not answer" in answers[0].json()["detail"]
     assert await world.silent_s("n0") < 60
+
+
+async def test_storage_that_hangs_is_asked_no_more_until_it_answers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every node tries again and again: if each try took its time, they would fill the gate of all reports."""
+    released = threading.Event()
+    files = LogFiles(f"file://{tmp_path}")
+    monkeypatch.setattr(log_store, "PATIENCE_S", 0.05)
+    with monkeypatch.context() as hung:
+        hung.setattr(files, "_write", lambda *_: released.wait())
+        tries = (files.write("logs/a/b", b"x") for _ in range(2 * log_store.THREADS))
+        assert {type(each) for each in await asyncio.gather(*tries, return_exceptions=True)} == {StorageUnavailable}
+    monkeypatch.setattr(log_store, "PATIENCE_S", 3600.0)
+    async with asyncio.timeout(10):
+        with pytest.raises(StorageUnavailable, match="does not answer"):
+            await files.write("logs/a/b", b"x")
+    assert files.waiting == log_store.THREADS, "nothing new was put in line"
+    released.set()
+    async with asyncio.timeout(10):
+        while files.hung:  # noqa: ASYNC110 - a thread ends without a word
+            await asyncio.sleep(0.01)
+        await files.write("logs/a/b", b"x")
+
+
+async def test_the_logs_of_a_report_are_written_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, app: FastAPI, world: Any, alice: httpx.AsyncClient, calls: Any, job_file: Any
+) -> None:
+    """One after another, those of many attempts in slow storage would keep the heartbeat waiting for longer than a node
+    may be silent."""
+    meet = threading.Barrier(3, timeout=10)
+    monkeypatch.setattr(app.state.services.log_files, "_write", lambda *_: meet.wait())
+    found = [report((await an_attempt(world, alice, job_file))[1], 1, text="hello") for _ in range(3)]
+    together = found[0] | {"logs": [chunk for each in found for chunk in each["logs"]]}
+    answer = await calls("n0").post("/v1/node/reports", json=together)
+    assert answer.status_code == 200 and answer.json()["refused"] == [], answer.text
+
+
+async def test_a_storage_whose_root_is_gone_is_one_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So s3fs speaks of a bucket that is not there."""
+    files = LogFiles(f"file://{tmp_path}")
+
+    def gone(*_: object) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(files, "_write", gone)
+    with pytest.raises(StorageUnavailable, match="bucket"):
+        await files.write("logs/a/b", b"x")
+    with pytest.raises(FileNotFoundError):
+        await files.read("logs/a/b", offset=0, length=1)
+
+
+async def test_transfers_that_hang_hold_up_no_thread_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Plans and the page of the metrics are made in threads, too."""
+    released, threads = threading.Event(), 64
+    bundles, outputs = BundleFiles(f"file://{tmp_path}"), OutputFiles(f"file://{tmp_path}")
+    monkeypatch.setattr(bundles, "_size", lambda _: released.wait())
+    monkeypatch.setattr(outputs._fs, "size", lambda _: released.wait())
+    hung = [asyncio.create_task(bundles.size_bytes("0" * 64)) for _ in range(threads)]
+    hung += [asyncio.create_task(outputs.size_bytes("x")) for _ in range(threads)]
+    await asyncio.sleep(0)
+    try:
+        async with asyncio.timeout(10):
+            assert await asyncio.to_thread(lambda: 1) == 1
+    finally:
+        released.set()
+        await asyncio.gather(*hung, return_exceptions=True)
 
 
 async def test_logs_of_an_attempt_that_ended_meanwhile_are_taken_later(

@@ -11,6 +11,7 @@ import asyncpg
 import httpx
 import pytest
 from fastapi import FastAPI
+from phalanx_server.api import stalls
 from phalanx_server.api.admission import AdmissionMiddleware, Bounds, Gate
 from phalanx_server.api.errors import Problem
 from phalanx_server.settings import Settings
@@ -109,6 +110,32 @@ async def test_streams_have_a_bound_and_leave_their_gate(
         assert (await stream).text.count("event: end") == 1
     assert measures.streams == 0
     assert (await alice.get(follow)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "path", "gate"),
+    [
+        ("n0", "POST", "/v1/node/reports", "reports"),
+        ("agent", "POST", "/v1/agent/reports", "reports"),
+        ("alice", "POST", "/v1/jobs", "submits"),
+        ("alice", "PUT", f"/v1/bundles/{'0' * 64}", "transfers"),
+    ],
+)
+async def test_who_goes_silent_within_a_body_does_not_keep_a_place(
+    app: FastAPI, calls: Any, monkeypatch: pytest.MonkeyPatch, name: str, method: str, path: str, gate: str
+) -> None:
+    """A node without power, a laptop that was closed: no connection tells that they will never send the rest."""
+    monkeypatch.setattr(stalls, "STALLED_S", 0.1)
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield b'{"boot": "b", '
+        await asyncio.Event().wait()
+
+    headers = {"Content-Type": "application/json", "Content-Length": "1000"}
+    async with asyncio.timeout(10):
+        answer = await calls(name).request(method, path, content=silent(), headers=headers)
+    assert answer.status_code == 408 and answer.headers["connection"] == "close"
+    assert getattr(gates_of(app), gate).running == 0
 
 
 # ------------------------------------------------------------------ a gate

@@ -9,6 +9,7 @@ noted, its number stays free, and the runner sends it again.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,8 +119,7 @@ async def _take(engine: AsyncEngine, files: LogFiles, report: NodeReport, *, nod
     if last.runner_boot == report.boot and last.runner_seq >= report.seq:
         return NodeAnswer(server_time=now.timestamp(), accepted_seq=last.runner_seq)
     batches = log_batches(report, Gate(fences, now), clock, node_id)
-    for batch in batches:
-        await files.write(batch.path, batch.content())
+    await asyncio.gather(*(files.write(batch.path, batch.content()) for batch in batches))
     async with engine.begin() as conn:
         if not await take_report(conn, _heard(report, node_id, clock)):
             last = await last_report(conn, node_id)

@@ -1,4 +1,4 @@
-"""What no request may be, whatever its route: larger than the limit, or with NUL in its address.
+"""What no request may be, whatever its route: too large, with a body that stops coming, or with NUL in its address.
 
 A plain ASGI middleware. A body is refused by its Content-Length before a byte is read, and by count while it streams in
 where there is none or it lied. NUL is refused because PostgreSQL stores none, so it can name nothing.
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phalanx_server.api.errors import Problem, respond
+from phalanx_server.api.stalls import not_for_ever
 
 
 class LimitsMiddleware:
@@ -34,11 +35,11 @@ class LimitsMiddleware:
             response = respond(_too_large(limit_bytes), scope.get("phalanx.request_id", ""))
             response.headers["connection"] = "close"  # the body is not read, so the connection cannot be used again
             return await response(scope, receive, send)
-        received_bytes = 0
+        received_bytes, receive_in_time = 0, not_for_ever(receive)
 
         async def counted() -> Message:
             nonlocal received_bytes
-            message = await receive()
+            message = await receive_in_time()
             if message["type"] == "http.request":
                 received_bytes += len(message.get("body", b""))
                 if received_bytes > limit_bytes:

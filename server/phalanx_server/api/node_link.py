@@ -20,7 +20,7 @@ from phalanx_server.api.bodies import message_as, takes
 from phalanx_server.api.bundles import BUNDLE_RESPONSES, Digest
 from phalanx_server.api.deps import NodeRunner, Serving, now, parse_id
 from phalanx_server.api.errors import not_found
-from phalanx_server.api.stalls import Sent, body_of
+from phalanx_server.api.stalls import Sent
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.messages import NodeAnswer, NodeReport
 from phalanx_server.domain.output import GROUP_RANK_MAX, PATH_MAX_BYTES
@@ -95,7 +95,7 @@ async def put_output(
         services.links,
         services.output_files,
         GroupRef(parse_id("attempt", attempt_id), epoch, group_rank),
-        body_of(request),
+        request.stream(),
         path=path,
         sha256=sha256,
         size_bytes=size_bytes,

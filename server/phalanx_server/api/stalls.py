@@ -1,15 +1,13 @@
-"""Bodies of transfers whose other end has gone silent.
+"""Bodies whose other end has gone silent.
 
-Owns how long a peer may send or take nothing. Uvicorn waits for ever: a node that lost its power in the middle of an
-upload, or a reader that stopped reading, would keep its place among the transfers, and 32 of them would be all.
+Owns how long a peer may send or take nothing. Uvicorn waits for ever: a node that lost its power in the middle of a
+report or an upload, or a reader that stopped reading, would keep its place at its gate, and few of them would be all.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
-from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -18,19 +16,24 @@ from phalanx_server.api.errors import Problem
 STALLED_S = 60.0
 
 
-async def body_of(request: Request) -> AsyncIterator[bytes]:
-    """The body as it comes. Raises Problem 408 where nothing does for STALLED_S."""
-    pieces = aiter(request.stream())
-    while True:
+def not_for_ever(receive: Receive) -> Receive:
+    """`receive`, raising Problem 408 where nothing of the body has come for STALLED_S."""
+    whole = False
+
+    async def receive_in_time() -> Message:
+        nonlocal whole
+        if whole:
+            return await receive()  # which tells when the client goes
         try:
             async with asyncio.timeout(STALLED_S):
-                piece = await anext(pieces)
-        except StopAsyncIteration:
-            return
+                message = await receive()
         except TimeoutError:
             detail = f"Nothing of the body has come for {STALLED_S:.0f} s."
             raise Problem("invalid_request", detail, status=408, headers={"connection": "close"}) from None
-        yield piece
+        whole = not message.get("more_body", False)
+        return message
+
+    return receive_in_time
 
 
 class Sent(StreamingResponse):

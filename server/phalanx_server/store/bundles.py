@@ -6,7 +6,6 @@ use it says its row (`jobs.insert_bundle`).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -19,6 +18,8 @@ import fsspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.store.storage_threads import StorageThreads
+
 CHUNK_BYTES = 1 << 20
 
 
@@ -29,34 +30,35 @@ class BundleFiles:
         filesystem, base = fsspec.core.url_to_fs(root)
         self._fs: Any = filesystem
         self._base = f"{base.rstrip('/')}/bundles"
+        self._threads = StorageThreads("bundle-files")
 
     async def size_bytes(self, digest: str) -> int | None:
         """None where there is no such file."""
-        return await asyncio.to_thread(self._size, self._path(digest))
+        return await self._threads.run(self._size, self._path(digest))
 
     async def write(self, digest: str, source: Path) -> None:
         """Store a local file, complete or not at all."""
-        await asyncio.to_thread(self._write, self._path(digest), source)
+        await self._threads.run(self._write, self._path(digest), source)
 
     async def set_aside(self, digest: str) -> None:
         """Take a file away, in such a way that `put_back` can undo it; nothing where there is none."""
-        await asyncio.to_thread(self._move, self._path(digest), self._aside(digest))
+        await self._threads.run(self._move, self._path(digest), self._aside(digest))
 
     async def put_back(self, digest: str) -> None:
-        await asyncio.to_thread(self._move, self._aside(digest), self._path(digest))
+        await self._threads.run(self._move, self._aside(digest), self._path(digest))
 
     async def delete_aside(self, digest: str) -> None:
         """Delete what was set aside."""
-        await asyncio.to_thread(self._delete, self._aside(digest))
+        await self._threads.run(self._delete, self._aside(digest))
 
     async def read(self, digest: str) -> AsyncIterator[bytes]:
         """The bytes, in pieces."""
-        file = await asyncio.to_thread(self._fs.open, self._path(digest), "rb")
+        file = await self._threads.run(self._fs.open, self._path(digest), "rb")
         try:
-            while piece := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            while piece := await self._threads.run(file.read, CHUNK_BYTES):
                 yield piece
         finally:
-            await asyncio.to_thread(file.close)
+            await self._threads.run(file.close)
 
     def _path(self, digest: str) -> str:
         return f"{self._base}/{digest[:2]}/{digest}.tar.gz"

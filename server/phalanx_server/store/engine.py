@@ -14,6 +14,7 @@ CONNECT_TIMEOUT_S = 10
 STATEMENT_TIMEOUT_S = 30.0
 NO_ANSWER_S = 5.0  # beyond a statement's own time: then the server is taken for gone
 POOL_WAIT_S = 15.0
+IDLE_IN_TRANSACTION_S = 60.0  # no action waits for anything else within one
 
 
 def create_engine(
@@ -26,7 +27,8 @@ def create_engine(
     """An async engine for `url` (`postgresql://` is read as `postgresql+asyncpg://`).
 
     Sessions run in UTC at READ COMMITTED, which every guard of the actions is written for. No statement takes longer
-    than `statement_timeout_s`: one that waits for a lock gives its connection back.
+    than `statement_timeout_s`: one that waits for a lock gives its connection back. A process that stops or is cut off
+    within a transaction loses it, and its locks, after IDLE_IN_TRANSACTION_S.
     """
     return create_async_engine(
         with_driver(url),
@@ -45,6 +47,7 @@ def create_engine(
                 "timezone": "UTC",
                 "jit": "off",
                 "statement_timeout": str(round(statement_timeout_s * 1000)),
+                "idle_in_transaction_session_timeout": str(round(IDLE_IN_TRANSACTION_S * 1000)),
             },
         },
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -62,11 +62,18 @@ class LogFiles:
         self._fs: Any = filesystem
         self._base = base.rstrip("/")
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="log-files")
+        self._given_up: set[Future[Any]] = set()
 
     @property
     def waiting(self) -> int:
         """Reads and writes that no thread has taken up yet."""
         return self._threads._work_queue.qsize()
+
+    @property
+    def hung(self) -> int:
+        """Threads that still do what nobody waits for any more."""
+        self._given_up = {work for work in self._given_up if not work.done()}
+        return len(self._given_up)
 
     async def write(self, path: str, content: bytes) -> None:
         """Raises StorageUnavailable where the storage is full, refuses, or does not answer in time."""
@@ -74,7 +81,10 @@ class LogFiles:
 
     async def read(self, path: str, *, offset: int, length: int) -> bytes:
         """FileNotFoundError once retention has taken the file. Raises StorageUnavailable."""
-        return await self._in_time(lambda: self._fs.cat_file(self._full(path), start=offset, end=offset + length))
+        return await self._in_time(
+            lambda: self._fs.cat_file(self._full(path), start=offset, end=offset + length),
+            passed_on=(FileNotFoundError,),
+        )
 
     async def delete(self, paths: Sequence[str]) -> None:
         """Delete what is there of `paths`, which may name directories."""
@@ -83,15 +93,22 @@ class LogFiles:
     def _full(self, path: str) -> str:
         return f"{self._base}/{path}"
 
-    async def _in_time(self, work: Callable[[], Result]) -> Result:
+    async def _in_time(self, work: Callable[[], Result], *, passed_on: tuple[type[Exception], ...] = ()) -> Result:
+        """Raises StorageUnavailable for every error but those `passed_on`; at once while all threads hang, or the
+        requests of all nodes would wait in vain, each for its time, and fill their gate."""
+        if self.hung >= THREADS:
+            raise _unavailable("does not answer")
+        future = self._threads.submit(work)
         try:
             async with asyncio.timeout(PATIENCE_S):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except FileNotFoundError:
+                return await asyncio.wrap_future(future)
+        except passed_on:
             raise
+        except TimeoutError as error:
+            self._given_up.add(future)
+            raise _unavailable("does not answer") from error
         except Exception as error:  # each storage has errors of its own
-            why = "does not answer" if isinstance(error, TimeoutError) else f"says: {error}"
-            raise StorageUnavailable(f"The storage of logs {why[:300]}. Try again shortly.") from error
+            raise _unavailable(f"says: {error}") from error
 
     def _write(self, path: str, content: bytes) -> None:
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -106,6 +123,10 @@ class LogFiles:
         for path in paths:
             if self._fs.exists(path):
                 self._fs.rm(path, recursive=True)
+
+
+def _unavailable(why: str) -> StorageUnavailable:
+    return StorageUnavailable(f"The storage of logs {why[:300]}. Try again shortly.")
 
 
 def job_directory(job_id: UUID) -> str:

@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.errors import StorageUnavailable
 from phalanx_server.store.schema import outputs
+from phalanx_server.store.storage_threads import StorageThreads
 
 CHUNK_BYTES = 1 << 20
 
@@ -34,17 +35,18 @@ class OutputFiles:
         filesystem, base = fsspec.core.url_to_fs(root)
         self._fs: Any = filesystem
         self._base = base.rstrip("/")
+        self._threads = StorageThreads("output-files")
 
     async def write(self, path: str, pieces: AsyncIterator[bytes]) -> None:
         """Store what comes, piece by piece; nothing is left of it where that fails. Raises StorageUnavailable where the
         storage is full or away."""
         try:
-            file = await _stored(self._create, self._full(path))
+            file = await _stored(self._threads, self._create, self._full(path))
             try:
                 async for piece in _gathered(pieces):
-                    await _stored(file.write, piece)
+                    await _stored(self._threads, file.write, piece)
             finally:
-                await _stored(file.close)
+                await _stored(self._threads, file.close)
         except BaseException:
             await self.discard(path)
             raise
@@ -52,21 +54,21 @@ class OutputFiles:
     async def size_bytes(self, path: str) -> int | None:
         """None where there is no such file."""
         with contextlib.suppress(FileNotFoundError):
-            return int(await asyncio.to_thread(self._fs.size, self._full(path)))
+            return int(await self._threads.run(self._fs.size, self._full(path)))
         return None
 
     async def read(self, path: str) -> AsyncIterator[bytes]:
         """The bytes, in pieces."""
-        file = await asyncio.to_thread(self._fs.open, self._full(path), "rb")
+        file = await self._threads.run(self._fs.open, self._full(path), "rb")
         try:
-            while piece := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            while piece := await self._threads.run(file.read, CHUNK_BYTES):
                 yield piece
         finally:
-            await asyncio.to_thread(file.close)
+            await self._threads.run(file.close)
 
     async def delete(self, paths: Iterable[str]) -> None:
         """Delete what is there of `paths`, which may name directories."""
-        await asyncio.to_thread(self._delete, [self._full(path) for path in paths])
+        await self._threads.run(self._delete, [self._full(path) for path in paths])
 
     async def discard(self, path: str) -> None:
         """Delete a file that nothing names. Where that fails it stays: what the caller has to say matters more."""
@@ -86,9 +88,9 @@ class OutputFiles:
                 self._fs.rm(path, recursive=True)
 
 
-async def _stored(work: Callable[..., T], *args: Any) -> T:
+async def _stored(threads: StorageThreads, work: Callable[..., T], *args: Any) -> T:
     try:
-        return await asyncio.to_thread(work, *args)
+        return await threads.run(work, *args)
     except Exception as error:  # each storage has errors of its own
         raise StorageUnavailable(f"The storage of outputs says: {str(error)[:300]}. Try again shortly.") from error
 

@@ -163,3 +163,10 @@ async def test_an_overloaded_server_is_given_the_time_it_asks_for(
     await link.deliver()
     assert [each["offset"] for each in server.items("logs", "att_a")] == list(range(5))
     await link.close()
+
+
+async def test_no_retry_after_makes_a_runner_look_lost(tmp_path: Path) -> None:
+    """A proxy may ask for any time; a node whose runner is silent for 20 s is given up, with all that runs there."""
+    link = new_link(Outbox("boot"), Spool(tmp_path))
+    link._failures, link._retry_after_s = 100, 3600.0
+    assert link._pause_s() < 20

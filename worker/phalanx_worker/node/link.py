@@ -40,7 +40,7 @@ _BACKOFF_S = (0.25, 5.0)
 _MOST_DOUBLINGS = 8
 _SPILL_BYTES = 4 << 20
 _REQUEST_TIMEOUT_S = 10.0
-_RETRY_AFTER_MAX_S = 30.0
+_RETRY_AFTER_MAX_S = 10.0  # whatever a proxy asks for: a runner that is silent for 20 s is taken for lost
 _FAULTS_BORNE = 3  # in a row, before the heartbeat is tried alone
 _POSTPONED_AT_MOST = 2  # after that a report over which the server fails is taken apart like a rejected one
 
@@ -377,12 +377,14 @@ class Link:
 
     async def _pause(self) -> None:
         """Back off, for as long as the server asks and then some; a new configuration ends the pause."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._urgent.wait(), self._pause_s())
+
+    def _pause_s(self) -> float:
         first, longest = _BACKOFF_S
         doubled = min(self._failures - 1, _MOST_DOUBLINGS)  # failures go on for hours, and floats end at 2**1023
         pause_s = min(longest, first * 2**doubled) * random.uniform(0.8, 1.2)
-        pause_s += min(self._retry_after_s or 0.0, _RETRY_AFTER_MAX_S)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._urgent.wait(), pause_s)
+        return pause_s + min(self._retry_after_s or 0.0, _RETRY_AFTER_MAX_S)
 
     def _is_report_due(self) -> bool:
         is_heartbeat_due = time.monotonic() >= self._heartbeat_due
