@@ -77,7 +77,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "metrics of the scheduler": {
         "scheduler": {"metricsPort": 9464},
         "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"team": "monitoring"}}}]},
-        "agent": {"environmentsGiB": 12.5},
+        "agent": {"environmentsDisk": "12.5GiB"},
     },
 }
 

@@ -16,6 +16,7 @@ import typer
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 EXIT_USAGE = 2
+LEAST_ENVIRONMENTS_BYTES = 1 << 30
 
 
 def register(app: typer.Typer) -> None:
@@ -63,9 +64,13 @@ def agent(
             help="Start nothing on a node that cannot do that, instead of running ranks as the runner's user.",
         ),
     ] = False,
-    environments_gib: Annotated[
-        float, typer.Option(envvar="PHALANX_ENVIRONMENTS_GIB", min=1, help="Space for jobs' environments on each node.")
-    ] = 20.0,
+    environments_disk: Annotated[
+        str,
+        typer.Option(
+            envvar="PHALANX_ENVIRONMENTS_DISK",
+            help="Space for jobs' environments on each node, such as 20GiB.",
+        ),
+    ] = "20GiB",
     allow_mount: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,8 +108,11 @@ def agent(
     try:
         allow_mounts = [mounts.Allowed.read(text).as_written for text in allow_mount or []]
         disk_bytes = sizes.read(attempt_disk)
+        environments_bytes = sizes.read(environments_disk)
     except ValueError as error:
         raise _usage(str(error)) from None
+    if environments_bytes < LEAST_ENVIRONMENTS_BYTES:
+        raise _usage(f"--environments-disk is {environments_disk}: give at least 1GiB")
     try:
         address = ray_address or read_ray_file(ray_file or Path())
     except (TimeoutError, PermissionError) as error:
@@ -120,7 +128,7 @@ def agent(
         checkpoint_root=checkpoint_root,
         own_users=own_users,
         require_own_users=require_own_users,
-        environments_bytes=int(environments_gib * (1 << 30)),
+        environments_bytes=environments_bytes,
         allow_mounts=tuple(allow_mounts),
         disk_bytes=disk_bytes,
     )
