@@ -38,6 +38,7 @@ OK = Group(epoch=3, state=GroupState.ENDED, exits=(RankExit(0, exit_code=0), Ran
 UNTOLD = replace(OK, delivered=False)
 VANISHED = replace(UP, state=GroupState.VANISHED)
 LOST = replace(UP, state=GroupState.LOST)
+PREPARING = Group(epoch=3, state=GroupState.PREPARING)
 OLD = replace(UP, epoch=2)
 BOTH = frozenset({"a", "b"})
 
@@ -102,6 +103,14 @@ TABLE: dict[str, tuple[World, list[Step]]] = {
         [Start(RUN, remains=True)],
     ),
     "unless it is to be stopped": (world(STOP, shown={"a": {"att_1": UP}, "b": {}}), [Adopt(STOP, {"a": UP})]),
+    "what is prepared on every node has no ranks to adopt": (
+        world(RUN, shown={"a": {"att_1": PREPARING}, "b": {"att_1": PREPARING}}),
+        [Start(RUN, remains=True)],
+    ),
+    "nor is it adopted to be stopped": (
+        world(STOP, shown={"a": {"att_1": PREPARING}, "b": {}}),
+        [Refuse(STOP, "stopped before it started")],
+    ),
     "what did run is never started again": (world(RAN), [Adopt(RAN, {})]),
     "adoption does not wait for a dead node": (
         world(RAN, shown={"a": {"att_1": UP}}, living=frozenset({"a"})),
@@ -164,6 +173,10 @@ TABLE: dict[str, tuple[World, list[Step]]] = {
         [Clear("att_1", 3, BOTH)],
     ),
     "an ended stranger too": (world(None, None, {"a": {"att_1": OK}, "b": {}}), [Clear("att_1", 3, frozenset({"a"}))]),
+    "also one that is only prepared": (
+        world(None, None, {"a": {"att_1": PREPARING}, "b": {}}),
+        [Clear("att_1", 3, frozenset({"a"}))],
+    ),
     "a placement group without an attempt is cleared": (
         world(placed=frozenset({"att_9"})),
         [Clear("att_9", 0, frozenset())],

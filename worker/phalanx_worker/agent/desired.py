@@ -18,8 +18,9 @@ DELIVERY_WAIT_S = 30.0  # for what ended ranks left behind to reach a server tha
 
 
 class GroupState(StrEnum):
-    """Of one group on its node. The first three are the runner's words."""
+    """Of one group on its node. The first four are the runner's words."""
 
+    PREPARING = "preparing"  # no rank was started yet: it is being prepared, or waits prepared for the other nodes
     RUNNING = "running"
     FAILING = "failing"  # a rank failed, others still run
     ENDED = "ended"
@@ -202,12 +203,13 @@ def _is_told(gang: Gang, world: World) -> bool:
 def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
     """An attempt that this agent does not hold: new, or begun by an agent before it."""
     nodes = [group.node for group in attempt.groups]
-    seen = {node: table[attempt.attempt_id] for node, table in world.tables.items() if attempt.attempt_id in table}
-    stale = [group.epoch for group in seen.values() if group.epoch != attempt.epoch]
+    shown = {node: table[attempt.attempt_id] for node, table in world.tables.items() if attempt.attempt_id in table}
+    seen = {node: group for node, group in shown.items() if group.state is not GroupState.PREPARING}
+    stale = [group.epoch for group in shown.values() if group.epoch != attempt.epoch]
     silent = [node for node in nodes if node in world.living and node not in world.tables]
     overdue = world.now_s - world.desired_since_s.get(attempt.attempt_id, world.now_s) > READY_DEADLINE_S
     if stale:
-        yield Clear(attempt.attempt_id, stale[0], frozenset(seen))
+        yield Clear(attempt.attempt_id, stale[0], frozenset(shown))
     elif silent and not overdue:
         return
     elif seen and (silent or attempt.started or attempt.action == "stop" or len(seen) == len(nodes)):
@@ -218,7 +220,7 @@ def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
         message = f"the runner of node {silent[0]} did not answer within {READY_DEADLINE_S:.0f} s"
         yield Refuse(attempt, message, silent[0])
     elif not silent:
-        yield _beginning(attempt, remains=bool(seen) or attempt.attempt_id in world.placement_groups)
+        yield _beginning(attempt, remains=bool(shown) or attempt.attempt_id in world.placement_groups)
 
 
 def _beginning(attempt: DesiredAttempt, *, remains: bool) -> Step:

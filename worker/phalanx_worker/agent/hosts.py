@@ -263,8 +263,11 @@ class Hosts:
 
 
 def read_table(facts: dict[str, Any]) -> dict[str, Group]:
-    """A runner's answer to `next_facts` as groups by attempt."""
-    return {
+    """A runner's answer to `next_facts` as groups by attempt; a runner of before says nothing of what has no ranks."""
+    preparing = {
+        str(row["attempt_id"]): Group(int(row["epoch"]), GroupState.PREPARING) for row in facts.get("preparing", [])
+    }
+    return preparing | {
         str(row["attempt_id"]): Group(
             epoch=int(row["epoch"]),
             state=GroupState(row["state"]),

@@ -316,9 +316,11 @@ def look_at(gang: Gang, node: str, host: Host | None) -> None:
 
 
 def _shown(gang: Gang, host: Host | None) -> Group | None:
-    """The group as its node shows it now."""
+    """The group as its node shows it now; a table of before its start shows none."""
     group = host.table.get(gang.attempt_id) if host is not None and host.alive and host.table is not None else None
-    return group if group is not None and group.epoch == gang.epoch else None
+    if group is None or group.state is GroupState.PREPARING:
+        return None
+    return group if group.epoch == gang.epoch else None
 
 
 def _asked_s(error: ServerAway | ServerRefused) -> float | None:

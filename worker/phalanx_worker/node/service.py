@@ -59,7 +59,7 @@ class Runner:
         self._starts: dict[str, tuple[int, asyncio.Task[Group]]] = {}
         self._preparing: dict[str, tuple[int, asyncio.Task[None]]] = {}
         # And not started yet: other nodes may still prepare theirs. With the monotonic time until which that may be so:
-        # an agent that has died meanwhile stops nothing, and the next knows only of what has ranks.
+        # an agent that has died meanwhile stops nothing.
         self._prepared: dict[str, tuple[GroupOrder, float]] = {}
         self._listeners: dict[str, socket.socket] = {}
         self._seq = time.time_ns() // 1_000_000  # an agent that knew the runner before this one must see a change
@@ -110,7 +110,8 @@ class Runner:
         if preparing is None:
             preparing = asyncio.create_task(self._prepare(duties, read))
             self._preparing[read.attempt_id] = (epoch, preparing)
-            preparing.add_done_callback(lambda _: self._preparing.pop(read.attempt_id))
+            preparing.add_done_callback(lambda _: self._end_preparing(read.attempt_id))
+            self._note_change()
         _expect_epoch(epoch, read)
         await _unless_stopped(preparing)
         return {}
@@ -169,7 +170,8 @@ class Runner:
                 await asyncio.wait_for(self._changed.wait(), wait_s)
         self._look_for_delivered()
         groups = [_facts(group) for group in self._groups()]
-        return {"seq": self._seq, "groups": groups, "warm_ready": self._open_duties().is_warm}
+        preparing = [protocol.encode(ref) for ref in self._without_ranks()]
+        return {"seq": self._seq, "groups": groups, "preparing": preparing, "warm_ready": self._open_duties().is_warm}
 
     async def close(self) -> None:
         """End every rank and hand what is unsent to the spool."""
@@ -193,6 +195,10 @@ class Runner:
     async def _prepare(self, duties: Duties, order: GroupOrder) -> None:
         await duties.launcher.prepare(order, duties.outbox.put)
         self._prepared[order.attempt_id] = (order, time.monotonic() + PREPARED_S)
+
+    def _end_preparing(self, attempt_id: str) -> None:
+        del self._preparing[attempt_id]
+        self._note_change()
 
     async def _start(self, duties: Duties, order: GroupOrder) -> Group:
         listener = self._listeners.get(order.attempt_id) if order.hosts_rendezvous else None
@@ -233,7 +239,8 @@ class Runner:
             if not preparing.cancelling():
                 preparing.cancel()
             await asyncio.wait([preparing])
-        self._prepared.pop(attempt_id, None)
+        if self._prepared.pop(attempt_id, None) is not None:
+            self._note_change()
 
     def _groups(self) -> list[Group]:
         done = [start for _, start in self._starts.values() if start.done() and not start.cancelled()]
@@ -251,6 +258,11 @@ class Runner:
         begun = [*self._starts.items(), *self._preparing.items()]
         starting = [AttemptRef(name, epoch) for name, (epoch, start) in begun if not start.done()]
         return list(dict.fromkeys([*starting, *(AttemptRef(each.attempt_id, each.epoch) for each in self._orders())]))
+
+    def _without_ranks(self) -> list[AttemptRef]:
+        """Of those that are present, what is prepared, being prepared or being started."""
+        with_ranks = {group.order.attempt_id for group in self._groups()}
+        return [ref for ref in self._present() if ref.attempt_id not in with_ranks]
 
     def _drop_listener(self, attempt_id: str) -> None:
         listener = self._listeners.pop(attempt_id, None)
