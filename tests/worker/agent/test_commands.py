@@ -9,6 +9,8 @@ import pytest
 import typer
 from phalanx_worker import commands
 from phalanx_worker.agent import main, ray_environment
+from phalanx_worker.agent.nodes import NodeSettings
+from phalanx_worker.agent.service import RunnerSettings
 from typer.testing import CliRunner, Result
 
 NEEDED = ["--server", "http://server", "--data", "/data", "--checkpoint-root", "/ckpt", "--ray-address", "ray:6379"]
@@ -74,3 +76,12 @@ def test_the_token_comes_from_the_environment_or_again_and_again_from_its_file(a
     assert agent("--token-file", str(kept)).exit_code == 0 and agent.settings.token() == "first"
     kept.write_text("second\n")
     assert agent.settings.token() == "second"
+
+
+def test_what_is_asked_for_reaches_the_agent_and_its_runners(agent: Agent) -> None:
+    options = ["--gpu-type", "h100", "--local-checkpoints", "--no-own-users", "--runner-silent-s", "5"]
+    assert agent(*options, "--allow-mount", "/sets:ro", "--allow-mount", "/scratch").exit_code == 0
+    assert agent.settings.nodes == NodeSettings(gpu_type="h100", shared_checkpoints=False)
+    runner = RunnerSettings("http://server", "/data", "/ckpt", own_users=False, allow_mounts=("/sets:ro", "/scratch"))
+    assert agent.settings.runner == runner
+    assert (agent.settings.ray_address, agent.settings.runner_silent_s) == ("ray:6379", 5.0)

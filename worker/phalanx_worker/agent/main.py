@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from phalanx_worker.agent.gang import PlacementGroups
@@ -33,10 +32,6 @@ class AgentSettings:
     runner: RunnerSettings
     nodes: NodeSettings
     runner_silent_s: float
-
-
-def file_token(path: Path) -> Callable[[], str]:
-    return lambda: path.read_text().strip()
 
 
 def run(settings: AgentSettings) -> int:
