@@ -129,6 +129,22 @@ async def test_a_waiting_job_explains_itself(alice: httpx.AsyncClient, world: An
     assert shown["hold"] == why["hold"] and shown["replicas"] == 2 and shown["gpus_per_replica"] == 4
 
 
+async def test_a_job_that_waits_to_be_tried_again_says_how_its_last_attempt_ended(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    (job,) = await submit(alice, job_file())
+    said = "could not start: mount /etc: the operator allows nothing to be mounted (--allow-mount)"
+    async with world.engine.begin() as conn:
+        await conn.execute(update(jobs).values(message=said).where(jobs.c.id == ids.parse("job", job)))
+    before = (await alice.get(f"/v1/jobs/{job}/explain")).json()
+    assert f"Its last attempt is over: {said}." in before["text"], "before any pass has looked at it"
+    hold = {"reason": "backoff", "message": "pauses after its last attempt", "since": datetime.now(UTC)}
+    async with world.engine.begin() as conn:
+        await conn.execute(insert(holds).values(hold | {"job_id": ids.parse("job", job), "unblocks": []}))
+    why = (await alice.get(f"/v1/jobs/{job}/explain")).json()
+    assert why["hold"]["reason"] == "backoff" and f"Its last attempt is over: {said}." in why["text"]
+
+
 # ------------------------------------------------------------------ what ran
 
 

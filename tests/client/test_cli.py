@@ -299,6 +299,13 @@ def test_a_node_says_whose_users_run_its_ranks(wired: FakeServer, run: Run) -> N
     assert "the runner's own, for every tenant" in run("nodes", "show", "node-0").stdout
 
 
+def test_show_tells_of_a_waiting_job_how_its_last_attempt_ended_too(wired: FakeServer, run: Run) -> None:
+    hold = {"reason": "backoff", "message": "pauses until 12:00", "unblocks": []}
+    wired.on(f"GET /v1/jobs/{JOB_ID}", answer(job(hold=hold, message="could not start: no mount")))
+    text = run("show", JOB_ID).stdout
+    assert "pauses until 12:00 [backoff]" in text and "could not start: no mount" in text
+
+
 def test_explain_is_the_server_s_sentence(wired: FakeServer, run: Run) -> None:
     wired.on(f"GET /v1/jobs/{JOB_ID}/explain", answer({"job_id": JOB_ID, "text": "It waits for 4 more GPUs."}))
     assert run("explain", JOB_ID).stdout == "It waits for 4 more GPUs.\n"

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_server import AT, JOB_ID, FakeServer, answer, job, problem, stream
+from phalanx.cli import describe
 from phalanx.cli.app import app
 from phalanx.cli.board import LiveBoard, Pace, PlainBoard
 from phalanx.cli.follow import follow
@@ -122,6 +123,19 @@ def test_away_from_a_terminal_there_is_a_line_for_each_state(following) -> None:
         f"lm {JOB_ID}: running",
         f"lm {JOB_ID}: succeeded",
     ]
+
+
+BACKOFF = {"reason": "backoff", "message": "pauses until 12:00", "unblocks": []}
+NO_START = "could not start: mount /etc: the operator allows nothing to be mounted (--allow-mount)"
+
+
+def test_a_job_that_is_tried_again_says_meanwhile_what_went_wrong(following) -> None:
+    result = following(job(hold=BACKOFF, message=NO_START), running(1), ended("succeeded"), code=0)
+    assert f"queued: pauses until 12:00 [backoff]; its last attempt: {NO_START}" in result.stderr
+    board = LiveBoard()
+    board.show(Job.from_json(job(hold=BACKOFF, message=NO_START)))
+    assert f"its last attempt: {NO_START}" in rendered(board)
+    assert describe.last_end(Job.from_json(job("failed", message=NO_START))) is None, "it waits no more"
 
 
 def test_a_job_that_failed_shows_the_stderr_of_the_rank_that_failed(following) -> None:

@@ -105,7 +105,8 @@ class PlainBoard:
 def _headline(job: Job) -> str:
     """What a plain reader is told when it changes: without the parts that always do (position, expected start)."""
     if job.state == "queued" and job.hold:
-        return f"queued: {job.hold.message or job.hold.reason} [{job.hold.reason}]"
+        told = f"; {last_end}" if (last_end := describe.last_end(job)) else ""
+        return f"queued: {job.hold.message or job.hold.reason} [{job.hold.reason}]{told}"
     return describe.state(job)
 
 
@@ -167,7 +168,8 @@ class LiveBoard:
 
         if waits_for := describe.hold(job):
             unblocks = [f"  would unblock it: {what}" for what in (job.hold.unblocks if job.hold else [])[:3]]
-            return [Text(f"  {waits_for}"), *(Text(line, style="dim") for line in unblocks)]
+            told = [Text(f"  {last_end}", style="yellow")] if (last_end := describe.last_end(job)) else []
+            return [Text(f"  {waits_for}"), *told, *(Text(line, style="dim") for line in unblocks)]
         if job.state == "starting" and self._told:
             return [Text(f"  {self._told}", style="dim")]
         if job.state in ("running", "stopping"):

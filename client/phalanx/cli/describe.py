@@ -28,6 +28,11 @@ def hold(job: Job) -> str | None:
     return f"{place}{job.hold.message or job.hold.reason} [{job.hold.reason}]{start}"
 
 
+def last_end(job: Job) -> str | None:
+    """How the last attempt of a waiting job ended; None where it has had none, or does not wait."""
+    return f"its last attempt: {job.message}" if job.state == "queued" and job.message else None
+
+
 def asked(job: Job) -> str:
     resources = job.spec.get("resources") or {}
     replicas, gpus = resources.get("replicas") or 1, resources.get("gpus_per_replica") or 0

@@ -86,7 +86,7 @@ def _print_job(job: Job) -> None:
         [
             ("job", f"{job.name}  {job.id}"),
             ("state", describe.state(job)),
-            ("message", None if job.hold else message),
+            ("message", message),
             ("waits for", describe.hold(job)),
             ("tenant", f"{job.tenant}  (by {job.created_by}, priority {job.priority})"),
             ("asked", describe.asked(job)),

@@ -54,6 +54,7 @@ def sentences(job: Job) -> str:
 
 def _waiting(job: Job) -> str:
     place = f" It is number {job.position} in the queue." if job.position else ""
+    place += f" Its last attempt is over: {job.message}." if job.message else ""
     if job.hold is None:
         return f"{job.name} waits for the scheduler to look at it.{place}"
     hold = job.hold

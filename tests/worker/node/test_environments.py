@@ -322,8 +322,9 @@ async def test_a_build_cannot_have_files_of_others_opened_to_its_tenant(world_re
     os.chown(place, 70123, 70123)
     secret.touch(mode=0o600)
     (place / "linked").hardlink_to(secret)
-    with pytest.raises(StartFailed, match="link 'linked', which belongs to user 0"):
+    with pytest.raises(StartFailed, match="link 'linked', which belongs to user 0") as refused:
         pip_build._seal(place, 70123)
+    assert not refused.value.permanent, "where tenants have no users of their own it is no matter"
     assert (secret.stat().st_mode & 0o777, secret.stat().st_gid) == (0o600, os.getegid())
 
 
@@ -575,6 +576,13 @@ async def test_what_the_end_of_pip_means(code: int, output: str, permanent: bool
     error = failure(code, output)
     assert error.permanent is permanent
     assert said in str(error)
+
+
+async def test_an_environment_too_large_for_this_node_may_fit_on_another(tmp_path: Path) -> None:
+    (tmp_path / "library").write_bytes(b"x" * (3 << 20))
+    with pytest.raises(StartFailed, match="takes more than 2 MiB") as refused:
+        await pip_build._expect_size(tmp_path, tmp_path / "log", 2 << 20)
+    assert not refused.value.permanent, "its bound is this agent's setting"
 
 
 async def test_packages_are_named_in_few_words() -> None:

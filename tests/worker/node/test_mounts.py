@@ -97,8 +97,9 @@ async def test_mounting_opens_no_directory_that_is_closed_to_the_ranks_user(data
     (home / "work").mkdir(parents=True)
     home.chmod(0o700)
     source = str(home / "work")
-    with pytest.raises(StartFailed, match=f"{source}: the job's user may not enter it"):
+    with pytest.raises(StartFailed, match=f"{source}: the job's user may not enter it") as refused:
         planned(Mount(source, "/data"), str(datasets), uid=70002)
+    assert not refused.value.permanent, "it may on another node"
     assert planned(Mount(source, "/data"), source, uid=70002), "the operator has opened it by name"
 
 
@@ -114,16 +115,18 @@ async def test_a_link_leads_nowhere_else(datasets: Path) -> None:
         (Mount("/etc", "/data"), [], "/etc: the operator allows nothing to be mounted"),
         (Mount("{}2", "/data"), ["{}"], "the operator allows"),
         (Mount("{}/mnist", "/data", read_only=False), ["{}:ro"], r"allows .* \(read-only\), so it needs read_only"),
+        (Mount("{}", "/data", read_only=False), ["{}", "{}/mnist:ro"], "mount what lies beside it"),
         (Mount("{}/absent", "/data"), ["{}"], "there is no such directory on this node"),
         (Mount("{}/mnist/train.bin", "/data"), ["{}"], "there is no such directory on this node"),
     ],
 )
-async def test_what_is_not_allowed_is_refused_by_name(
+async def test_what_is_not_allowed_is_refused_by_name_and_for_this_node_only(
     datasets: Path, mount: Mount, allowed: list[str], said: str
 ) -> None:
     mount = Mount(mount.source.format(datasets), mount.target, mount.read_only)
-    with pytest.raises(StartFailed, match=said):
+    with pytest.raises(StartFailed, match=said) as refused:
         planned(mount, *(text.format(datasets) for text in allowed))
+    assert not refused.value.permanent, "another node may have it, or another list"
 
 
 async def test_without_mounting_only_what_is_already_so_is_had(datasets: Path) -> None:

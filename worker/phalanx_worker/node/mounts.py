@@ -57,7 +57,8 @@ def _is_within(path: str, root: str) -> bool:
 def plan(
     mounts: Iterable[Mount], allowed: list[Allowed], *, private: bool, may_write: MayWrite, may_enter: MayEnter
 ) -> list[MountSpec]:
-    """What is to be mounted, with its source as it really is. Raises StartFailed naming the source, and what may be.
+    """What is to be mounted, with its source as it really is. Raises StartFailed naming the source, and what may be:
+    for this node only, another may have another list and other directories.
 
     Where ranks cannot have mounts of their own (`private` is false) nothing can be, and only a directory at its own
     path, as it is, is had without. `may_write` tells whether the ranks' user may write to one, `may_enter` whether it
@@ -74,7 +75,7 @@ def plan(
             _expect_as_it_is(mount, source, target, may_write)
             continue
         if not any(may_enter(source, each.root) for each in holders):
-            raise StartFailed(f"mount {mount.source}: the job's user may not enter it", permanent=True)
+            raise StartFailed(f"mount {mount.source}: the job's user may not enter it")
         planned.append(MountSpec(source, target, mount.read_only))
     return planned
 
@@ -87,16 +88,16 @@ def _expect_allowed(mount: Mount, source: str, allowed: list[Allowed]) -> list[A
         through = f" (which is {source})" if leads_out else ""
         listed = ", ".join(map(str, allowed)) or "nothing"
         said = f"mount {mount.source}{through}: the operator allows {listed} to be mounted (--allow-mount)"
-        raise StartFailed(said, permanent=True)
+        raise StartFailed(said)
     if mount.read_only:
         return holders
     nearest = max(holders, key=lambda each: (len(each.root), each.read_only))
     if nearest.read_only:
         said = f"mount {mount.source}: the operator allows {nearest}, so it needs read_only: true"
-        raise StartFailed(said, permanent=True)
+        raise StartFailed(said)
     if inner := next((each for each in allowed if each.read_only and _is_within(each.root, source)), None):
         said = f"mount {mount.source}: it holds {inner.path}, which the operator allows only to be read; set "
-        raise StartFailed(f"{said}read_only: true, or mount what lies beside it", permanent=True)
+        raise StartFailed(f"{said}read_only: true, or mount what lies beside it")
     return holders
 
 

@@ -15,7 +15,7 @@ from phalanx_worker.protocol import DesiredAttempt, GroupPlacement
 
 class StartFailed(Exception):
     """A group could not be started; nothing of it runs. The message, one line, is for the user. `permanent`: another
-    try, here or elsewhere, would end the same."""
+    try would end the same on any node of any cluster, whatever its operator has set."""
 
     def __init__(self, message: str, *, permanent: bool = False) -> None:
         super().__init__(message)

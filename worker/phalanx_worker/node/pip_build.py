@@ -156,7 +156,7 @@ async def _ended(process: subprocess.Popen[bytes], place: Path, log_path: Path, 
 
 async def _expect_size(place: Path, log_path: Path, most_bytes: int) -> None:
     if await to_its_end(measure, place, log_path) > most_bytes:
-        raise StartFailed(f"its environment takes more than {most_bytes >> 20} MiB", permanent=True)
+        raise StartFailed(f"its environment takes more than {most_bytes >> 20} MiB")
 
 
 def measure(directory: Path, *files: Path) -> int:
@@ -216,8 +216,7 @@ def _seal_entry(name: str, parent_fd: int, uid: int, sealed: Set[int]) -> int:
     before it."""
     found = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
     if found.st_uid != uid and found.st_ino not in sealed:  # a hard link: it would change wherever else it is
-        told = f"its environment has a link {name!r}, which belongs to user {found.st_uid}"
-        raise StartFailed(told, permanent=True)
+        raise StartFailed(f"its environment has a link {name!r}, which belongs to user {found.st_uid}")
     os.chown(name, 0, uid, dir_fd=parent_fd, follow_symlinks=False)
     mode = os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_mode
     if not stat.S_ISLNK(mode):
