@@ -7,10 +7,10 @@ piece per tick, so that a crash finds it anywhere in between.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 
-from machines import KILLED, LONGEST_STEP_S, SEEN_DEAD_AFTER_S, TERMINATED, Machine
+from machines import FOR_GOOD, LONGEST_STEP_S, SEEN_DEAD_AFTER_S, Machine, Runner
 from network import Away, Network
 from phalanx_server.domain import messages as m
 from phalanx_server.domain.errors import Superseded
@@ -38,6 +38,7 @@ from phalanx_worker.agent.hosts import Host
 from phalanx_worker.agent.service import adopt, look_at
 
 Work = Iterator[None]  # one step under way; every `next` is a tick later
+Problem = tuple[str, str | None]  # why a gang cannot be started (any further), and the node to blame
 
 
 @dataclass
@@ -149,6 +150,10 @@ class FakeAgent:
         machine = self.cluster.machines[node]
         return machine if machine.runner is not None and not machine.is_cut(self.now_s) else None
 
+    def _runner(self, node: str) -> Runner | None:
+        machine = self._reached(node)
+        return machine.runner if machine is not None else None
+
     def _observe(self) -> None:
         """As `agent/hosts.py`: follow the runners of living nodes, count their lives, keep what they show."""
         for name, machine in self.cluster.machines.items():
@@ -235,10 +240,10 @@ class FakeAgent:
         nodes = [group.node for group in attempt.groups]
         self.cluster.placement_groups.pop(gang.attempt_id, None)
         for node in nodes:  # what an earlier agent may have begun
-            machine = self._reached(node)
-            if machine is not None and machine.runner is not None:
-                self._kill(gang.attempt_id, node)
-                machine.runner.table.pop(gang.attempt_id, None)
+            runner = self._runner(node)
+            if runner is not None:
+                runner.kill(gang.attempt_id, self.now_s)
+                runner.forget(gang.attempt_id)
         began_s = self.now_s
         while not self.cluster.fits(attempt) and self.now_s < began_s + 30 and not gang.aborting:
             yield
@@ -246,6 +251,8 @@ class FakeAgent:
         if problem is None:
             self.cluster.placement_groups[gang.attempt_id] = {g.node: len(g.gpu_indices) for g in attempt.groups}
             self._tell(gang, "gang_ready")
+            if attempt.launch.environment is not None:
+                problem = yield from self._prepare(gang, attempt)
             for group in attempt.groups:
                 if self.dice.random() < 0.2:
                     yield
@@ -261,8 +268,39 @@ class FakeAgent:
         self._tell(gang, "started", ranks_started=_starts(attempt, self.now_s))
         gang.phase = Phase.RUNNING
 
-    def _problem(self, gang: Gang, attempt: protocol.DesiredAttempt) -> tuple[str, str | None] | None:
-        """Why the gang cannot be started (any further), and the node to blame."""
+    def _prepare(self, gang: Gang, attempt: protocol.DesiredAttempt) -> Generator[None, None, Problem | None]:
+        """On every node at once, until the last is ready or one says no."""
+        nodes = [group.node for group in attempt.groups]
+        for node in nodes:
+            machine = self._reached(node)
+            if machine is None:
+                return f"node {node} is not alive", node
+            gang.generations[node] = self.hosts[node].generation
+            machine.prepare(attempt, self.now_s)
+        while True:
+            if gang.aborting:
+                return "stopped before it started", None
+            ready = [self._prepared(gang, node) for node in nodes]
+            wrong = next((each for each in ready if isinstance(each, tuple)), None)
+            if wrong or all(ready):
+                return wrong
+            yield
+
+    def _prepared(self, gang: Gang, node: str) -> Problem | bool:
+        """Whether a node has the environment; while nobody reaches it, its answer is waited for."""
+        host = self.hosts[node]
+        if not host.alive or host.generation != gang.generations[node]:
+            return f"runner of node {node}: it is gone", node
+        runner = self._runner(node)
+        preparation = runner.prepared.get(gang.attempt_id) if runner is not None else None
+        if runner is None or preparation is None or preparation.ready_at_s > self.now_s:
+            return False
+        if preparation.wrong:
+            del runner.prepared[gang.attempt_id]
+            return preparation.wrong, node
+        return True
+
+    def _problem(self, gang: Gang, attempt: protocol.DesiredAttempt) -> Problem | None:
         if gang.aborting:
             return "stopped before it started", None
         if not self.cluster.fits(attempt) and gang.attempt_id not in self.cluster.placement_groups:
@@ -285,7 +323,8 @@ class FakeAgent:
         if all(cleared.values()):
             gang.phase = Phase.CLOSING
             nodes = [group.node for group in attempt.groups]
-            yield from self._finish(gang, nodes, "start_failed", message=message, node=node)
+            permanent = message == FOR_GOOD
+            yield from self._finish(gang, nodes, "start_failed", message=message, node=node, permanent=permanent)
             return
         for name, is_clear in cleared.items():
             gang.groups[name] = Group(gang.epoch, GroupState.ENDED if is_clear else GroupState.LOST)
@@ -296,29 +335,23 @@ class FakeAgent:
         host = self.hosts.get(node)
         if host is None or not host.alive:
             return False
-        if self._reached(node) is None:
+        runner = self._runner(node)
+        if runner is None:
             return None
-        self._kill(attempt_id, node)
+        runner.kill(attempt_id, self.now_s)
         return True
 
-    def _kill(self, attempt_id: str, node: str) -> None:
-        machine = self.cluster.machines[node]
-        if machine.runner is not None and attempt_id in machine.runner.table:
-            machine.runner.table[attempt_id].end(self.now_s, signal=KILLED)
-
     def _stop(self, gang: Gang, grace_s: float) -> Work:
-        """Ranks take their time within the grace, some save and exit with 0; asked again where nobody answers."""
-        told: dict[str, float] = {}
-        while gang.phase is Phase.RUNNING and not all(group.over for group in gang.groups.values()):
-            for node in gang.groups:
-                machine = self._reached(node)
-                ranks = machine.runner.table.get(gang.attempt_id) if machine and machine.runner else None
-                if ranks is None:
+        """Every group that is not over; asked again where nobody answers."""
+        told: set[str] = set()
+        while gang.phase is Phase.RUNNING and not gang.over:
+            for node, group in gang.groups.items():
+                runner = self._runner(node)
+                if node in told or runner is None or group.state not in (GroupState.RUNNING, GroupState.FAILING):
                     continue
-                until_s = told.setdefault(node, self.now_s + self.dice.choice([0.0, 1.0, grace_s]))
-                if self.now_s >= until_s:
-                    clean = self.dice.random() < 0.5
-                    ranks.end(self.now_s, code=0 if clean else None, signal=None if clean else TERMINATED)
+                told.add(node)
+                if gang.attempt_id in runner.table:
+                    runner.table[gang.attempt_id].stop(self.now_s, grace_s, self.dice)
             yield
 
     def _close(self, gang: Gang) -> Work:
@@ -359,9 +392,10 @@ class FakeAgent:
 
     def _forget(self, gang: Gang, nodes: list[str]) -> None:
         for node in nodes:
-            machine = self._reached(node)
-            if machine is not None and machine.runner is not None:
-                machine.runner.table.pop(gang.attempt_id, None)
+            runner = self._runner(node)
+            if runner is not None:
+                runner.kill(gang.attempt_id, self.now_s)
+                runner.forget(gang.attempt_id)
                 host = self.hosts[node]
                 if host.table is not None:
                     host.table.pop(gang.attempt_id, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection
 from datetime import datetime
 
 from machines import Machine, Ranks
@@ -51,6 +51,20 @@ _BROKEN = text(
     SELECT 'an attempt resumes from what its job never registered', a.id::text FROM attempts a
     WHERE a.resume_from IS NOT NULL AND NOT EXISTS (
         SELECT FROM checkpoints c WHERE c.job_id = a.job_id AND c.url = a.resume_from)
+    UNION ALL
+    SELECT 'a job goes on though it can never start', a.id::text FROM attempts a JOIN jobs j ON j.id = a.job_id
+    WHERE a.outcome = 'start_failed' AND a.message LIKE '%for good' AND j.state <> 'failed'
+    UNION ALL
+    SELECT 'a job that was done before it was stopped has not succeeded', id::text FROM attempts
+    WHERE state = 'ended' AND exits <> '[]' AND outcome NOT IN ('succeeded', 'cancelled') AND NOT EXISTS (
+        SELECT FROM jsonb_array_elements(exits) AS e
+        WHERE e->>'exit_code' IS DISTINCT FROM '0' OR e->>'before_stop' <> 'true')
+    UNION ALL
+    SELECT 'a job that gave way counts as done', id::text FROM attempts
+    WHERE stop_cause IN ('preemption', 'resize', 'migration', 'drain') AND outcome = 'succeeded'
+    AND NOT finished_called AND NOT EXISTS (
+        SELECT FROM jsonb_array_elements(exits) AS e WHERE (e->>'finished')::boolean)
+    AND EXISTS (SELECT FROM jsonb_array_elements(exits) AS e WHERE NOT (e->>'before_stop')::boolean)
     """
 )
 _HELD = text(
@@ -67,13 +81,14 @@ _STEPS = text(
 )
 
 
-async def broken(conn: AsyncConnection, machines: Iterable[Machine], *, now: datetime) -> list[str]:
+async def broken(conn: AsyncConnection, machines: Collection[Machine], *, now: datetime) -> list[str]:
     """Everything that is wrong now, in words."""
     running = [(machine, ranks) for machine in machines for ranks in machine.running()]
+    collecting = [(machine, ranks) for machine in machines for ranks in machine.collecting()]
     return [
         *(f"{row.what}: {row.which}" for row in await conn.execute(_BROKEN, {"now": now})),
         *_collisions(running),
-        *await _uncharged(conn, running),
+        *await _uncharged(conn, [*running, *collecting]),
     ]
 
 

@@ -1,7 +1,8 @@
 """Machines of a fake cluster: what really runs there, and the runner that tells the server of it.
 
-Owns the physical truth that the invariants look at: which ranks run on which GPUs. A machine can be cut off, its raylet
-and its runner can be killed, and a cut-off runner ends its ranks when its fence has run out.
+Owns the physical truth that the invariants look at: which ranks run on which GPUs, what is prepared for ranks, what of
+theirs is collected. A machine can be cut off, its raylet and its runner can be killed, and a cut-off runner ends its
+ranks when its fence has run out.
 """
 
 from __future__ import annotations
@@ -17,20 +18,38 @@ from phalanx_worker.agent.desired import Group, GroupState
 FENCE_S = 60.0
 SEEN_DEAD_AFTER_S = 5.0  # how long Ray takes to call a cut-off node dead
 LONGEST_STEP_S = 5.0  # of the world: nothing passes between two looks
+COLLECT_S = 5.0  # at least, for the outputs of a group that is being stopped
+FOR_NOW, FOR_GOOD = "no mirror answers", "there is no such package, for good"  # why a preparation fails
 KILLED = 9
 TERMINATED = 15
 
 
 @dataclass
+class Preparation:
+    """An environment on a machine: built by `ready_at_s`, or found then to be `wrong`; kept until the ranks start."""
+
+    attempt: protocol.DesiredAttempt
+    ready_at_s: float
+    wrong: str = ""
+
+
+@dataclass
 class Ranks:
-    """One group of an attempt on a machine, from its fork to the end of its last rank."""
+    """One group of an attempt on a machine, from its fork until its outputs, if it leaves any, are collected."""
 
     attempt: protocol.DesiredAttempt
     place: protocol.GroupPlacement
-    ends_at_s: float  # by itself, with `code`
-    code: int
+    ends_at_s: float  # by itself or by a stop, with `code` or `signal`
+    code: int | None
+    signal: int | None = None
     finished: bool = False
+    collects_s: float = 0.0  # what it leaves takes so long
     exits: list[protocol.RankExit] = field(default_factory=list)
+    first_failed_rank: int | None = None
+    stopping: bool = False
+    stop_at_s: float | None = None  # the grace of a stop is over
+    collected_at_s: float | None = None  # no rank runs any more, and then nothing is left
+    over: bool = False
     last_report: int = 0  # the newest report that says something of it
 
     @property
@@ -38,20 +57,61 @@ class Ranks:
         return not self.exits
 
     def end(self, now_s: float, *, code: int | None = None, signal: int | None = None) -> None:
-        if self.runs:
-            ranks = range(self.place.first_rank, self.place.first_rank + self.place.ranks)
-            self.exits = [
-                protocol.RankExit(
-                    rank=rank, exit_code=code, signal=signal, ended_at=now_s, finished=self.finished and code == 0
-                )
-                for rank in ranks
-            ]
+        """No rank runs any more; what they left is collected, within the grace where they were stopped."""
+        if not self.runs:
+            return
+        ranks = range(self.place.first_rank, self.place.first_rank + self.place.ranks)
+        finished = self.finished and code == 0
+        self.exits = [
+            protocol.RankExit(rank, code, signal, now_s, finished=finished, before_stop=not self.stopping)
+            for rank in ranks
+        ]
+        if code != 0 and not self.stopping:
+            self.first_failed_rank = self.place.first_rank
+        self.collected_at_s = now_s + self.collects_s
+        if self.stop_at_s is not None:
+            self._cut(max(self.stop_at_s, now_s + COLLECT_S))
+        self.pass_time(now_s)
+
+    def stop(self, now_s: float, grace_s: float, dice: random.Random) -> None:
+        """They take their time within the grace; some save and exit with 0."""
+        self.stopping = True
+        if self.first_failed_rank is None:
+            self.stop_at_s = now_s + grace_s
+            if self.collected_at_s is not None:
+                self._cut(max(self.stop_at_s, self.exits[0].ended_at + COLLECT_S))  # type: ignore[operator]
+        ends_at_s = now_s + dice.choice([0.0, 1.0, grace_s])
+        clean = dice.random() < 0.5
+        if ends_at_s < self.ends_at_s:
+            self.ends_at_s, self.code, self.signal = ends_at_s, 0 if clean else None, None if clean else TERMINATED
+
+    def kill(self, now_s: float) -> None:
+        """By whoever wants nothing more of it."""
+        self.stopping = True
+        self.end(now_s, signal=KILLED)
+        self._cut(now_s)
+        self.pass_time(now_s)
+
+    def pass_time(self, now_s: float) -> None:
+        if self.runs and self.ends_at_s <= now_s:
+            self.end(now_s, code=self.code, signal=self.signal)
+        if self.collected_at_s is not None and self.collected_at_s <= now_s:
+            self.over = True
+
+    def _cut(self, until_s: float) -> None:
+        assert self.collected_at_s is not None
+        self.collected_at_s = min(self.collected_at_s, until_s)
 
     def shown(self, taken: int) -> Group:
         """As the runner's table says; `taken`: the newest report that the server has."""
-        failed = next((end.rank for end in self.exits if end.exit_code != 0), None)
-        state = GroupState.RUNNING if self.runs else GroupState.ENDED
-        return Group(self.attempt.epoch, state, tuple(self.exits), failed, delivered=self.last_report <= taken)
+        state = GroupState.RUNNING if self.first_failed_rank is None else GroupState.FAILING
+        return Group(
+            self.attempt.epoch,
+            GroupState.ENDED if self.over else state,
+            tuple(self.exits),
+            self.first_failed_rank,
+            delivered=self.over and self.last_report <= taken,
+        )
 
 
 @dataclass
@@ -61,6 +121,7 @@ class Runner:
     boot: str
     contact_s: float  # when it last reached the agent or Ray
     table: dict[str, Ranks] = field(default_factory=dict)
+    prepared: dict[str, Preparation] = field(default_factory=dict)
     waiting: list[m.NodeReport] = field(default_factory=list)
     seq: int = 0
 
@@ -69,13 +130,33 @@ class Runner:
         return self.waiting[0].seq - 1 if self.waiting else self.seq
 
     def shown(self) -> dict[str, Group]:
-        return {attempt_id: ranks.shown(self.taken) for attempt_id, ranks in self.table.items()}
+        preparing = {
+            attempt_id: Group(each.attempt.epoch, GroupState.PREPARING) for attempt_id, each in self.prepared.items()
+        }
+        return preparing | {attempt_id: ranks.shown(self.taken) for attempt_id, ranks in self.table.items()}
+
+    def kill(self, attempt_id: str, now_s: float) -> None:
+        self.prepared.pop(attempt_id, None)
+        if attempt_id in self.table:
+            self.table[attempt_id].kill(now_s)
+
+    def forget(self, attempt_id: str) -> None:
+        self.prepared.pop(attempt_id, None)
+        self.table.pop(attempt_id, None)
+
+    def present(self) -> list[m.AttemptRef]:
+        """What has ranks, leaves outputs or is prepared for ranks."""
+        attempts = [
+            *(each.attempt for each in self.prepared.values()),
+            *(ranks.attempt for ranks in self.table.values() if not ranks.over),
+        ]
+        return [m.AttemptRef(attempt_id=each.attempt_id, epoch=each.epoch) for each in attempts]
 
     def report(self, now_s: float, marks: list[m.Mark]) -> None:
-        """Queue a report of what runs now."""
-        running = [ranks for ranks in self.table.values() if ranks.runs]
-        refs = [m.AttemptRef(attempt_id=r.attempt.attempt_id, epoch=r.attempt.epoch) for r in running]
-        beat = m.Heartbeat(attempts=refs, stats=m.NodeStats(cpu_utilization=0.5, memory_bytes=1 << 30), warm_ready=True)
+        """Queue a report of what is there now."""
+        beat = m.Heartbeat(
+            attempts=self.present(), stats=m.NodeStats(cpu_utilization=0.5, memory_bytes=1 << 30), warm_ready=True
+        )
         if self.waiting and not marks:
             return  # a heartbeat is told with the next report that gets through
         self.seq += 1
@@ -87,12 +168,10 @@ class Runner:
         """The oldest report that was not taken yet, with the heartbeat of now."""
         if not self.waiting:
             return None
-        running = [ranks for ranks in self.table.values() if ranks.runs]
-        refs = [m.AttemptRef(attempt_id=r.attempt.attempt_id, epoch=r.attempt.epoch) for r in running]
         oldest = self.waiting[0]
         assert oldest.heartbeat is not None
         return oldest.model_copy(
-            update={"sent_at": now_s, "heartbeat": oldest.heartbeat.model_copy(update={"attempts": refs})}
+            update={"sent_at": now_s, "heartbeat": oldest.heartbeat.model_copy(update={"attempts": self.present()})}
         )
 
 
@@ -134,8 +213,11 @@ class Machine:
     def running(self) -> list[Ranks]:
         return [ranks for ranks in self.runner.table.values() if ranks.runs] if self.runner else []
 
+    def collecting(self) -> list[Ranks]:
+        return [each for each in self.runner.table.values() if not each.runs and not each.over] if self.runner else []
+
     def pass_time(self, now_s: float) -> None:
-        """What happens by itself: the raylet comes back, ranks end, the fence runs out."""
+        """What happens by itself: the raylet comes back, ranks end, outputs are collected, the fence runs out."""
         if self.ray_id is None and now_s >= self.back_at_s:
             self.start(now_s)
         if self.runner is None:
@@ -145,11 +227,17 @@ class Machine:
                 return self.kill_raylet(now_s, back_in_s=3.0)  # Ray never takes back a node that it called dead
             self.runner.contact_s = now_s
         cut_off = now_s - self.runner.contact_s >= FENCE_S
-        for ranks in self.running():
-            if ranks.ends_at_s <= now_s:
-                ranks.end(now_s, code=ranks.code)
-            elif cut_off:
-                ranks.end(now_s, signal=KILLED)
+        for ranks in [*self.running(), *self.collecting()]:
+            ranks.pass_time(now_s)
+            if cut_off:
+                ranks.kill(now_s)
+
+    def prepare(self, attempt: protocol.DesiredAttempt, now_s: float) -> None:
+        """Begin to build its environment. Whether that will do is drawn now."""
+        assert self.runner is not None
+        wrong = self.dice.choice(["", "", "", "", "", FOR_NOW, FOR_GOOD])
+        ready_at_s = now_s + self.dice.choice([0.0, 3.0, 15.0, 60.0])
+        self.runner.prepared[attempt.attempt_id] = Preparation(attempt, ready_at_s, wrong)
 
     def fork(self, attempt: protocol.DesiredAttempt, place: protocol.GroupPlacement, now_s: float) -> None:
         """Start a group; starting it again changes nothing. How it will end is drawn now."""
@@ -158,6 +246,9 @@ class Machine:
             dice = self.dice
             lasts_s = dice.choice([2, 10, 40, 120])
             code = dice.choice([0, 0, 0, 1])
+            finished = dice.random() < 0.3
+            collects_s = dice.choice([0.0, 2.0, 15.0, 60.0]) if attempt.launch.outputs else 0.0
+            self.runner.prepared.pop(attempt.attempt_id, None)
             self.runner.table[attempt.attempt_id] = Ranks(
-                attempt, place, now_s + lasts_s, code, finished=dice.random() < 0.3
+                attempt, place, now_s + lasts_s, code, finished=finished, collects_s=collects_s
             )

@@ -179,12 +179,16 @@ class World:
     async def _is_quiet(self) -> None:
         """With every job ended nothing runs and nothing is held any more, lost attempts included, after a while."""
         for _ in range(SETTLE_ROUNDS):
-            running = [machine.name for machine in self.cluster.machines.values() if machine.running()]
+            running = [
+                machine.name
+                for machine in self.cluster.machines.values()
+                if machine.runner and machine.runner.present()
+            ]
             held = [row.attempt_id.hex for row in await self.plane.rows(placements) if row.released_at is None]
             if not running and not held and not self.cluster.placement_groups:
                 return
             await self.step(LONGEST_STEP_S, trouble=False)
-        raise self._broken([f"{running} still run something, {held} still hold something"])
+        raise self._broken([f"{running} still have something, {held} still hold something"])
 
     async def _operators_make_ready(self) -> None:
         for row in await self.plane.rows(jobs, jobs.c.id):
@@ -229,14 +233,20 @@ class World:
         dice = self.dice
         shape = {"replicas": dice.choice([1, 1, 2, 3]), "gpus": dice.choice([0, 1, 1, 1, 2, 2, 4])}
         retries = {"max": dice.choice([0, 2]), "backoff": dice.choice([0, 20])}
+        run: dict[str, Any] = {"command": "python t.py"}
+        if dice.random() < 0.3:
+            run["environment"] = {"requirements": ["numpy"]}
+        if dice.random() < 0.3:
+            run["outputs"] = ["out/**"]
         job_id = await self.plane.submit(
             **shape,
+            run=run,
             retries=retries,
             priority=dice.choice([-1, 0, 0, 1]),
             time_limit=dice.choice([None, None, 15, 60]),
             tenant_id=dice.choice(self.tenants),
         )
-        self._tell(f"submit {job_id.hex[-8:]} {shape}")
+        self._tell(f"submit {job_id.hex[-8:]} {shape} {' with '.join(run)}")
 
     async def meddle(self) -> None:
         """A user changes their mind, or an operator tends a node."""
