@@ -45,3 +45,22 @@ async def history(plane: ControlPlane, seed: int) -> list[tuple[object, ...]]:
 
 async def test_a_seed_reproduces_its_world(plane: ControlPlane, other_plane: ControlPlane) -> None:
     assert await history(plane, 4) == await history(other_plane, 4)
+
+
+async def test_what_a_dead_agent_had_prepared_is_cleared_by_the_next(plane: ControlPlane) -> None:
+    """Its attempt is lost meanwhile, so nobody wants it, but its runner lists it: its GPUs would stay charged."""
+    with seeded_ids(plane, 5):
+        world = await World(plane, 5).open()
+        world.network.faults = False
+        run = {"command": "python t.py", "environment": {"requirements": ["numpy"]}}
+        for _ in range(3):
+            await plane.submit(run=run, tenant_id=world.tenants[0])
+        preparing: list[str] = []
+        while not preparing:
+            assert world.steps < 100, "nothing was ever prepared: another seed may do"
+            await world.step(1.0, trouble=False)
+            machines = world.cluster.machines.values()
+            preparing = [each.name for each in machines if each.runner is not None and each.runner.prepared]
+        world.agent, world.agent_back_at_s = None, world.now_s + 2.0
+        await plane.lose(preparing[0])
+        await world.settle()
