@@ -218,7 +218,7 @@ IMPOSSIBLE = {
         "largest node has 4",
     ),
     "more CPUs": ({"gpus_per_replica": 1, "cpus_per_replica": 65}, "cpus_per_replica", "largest node has 64"),
-    "more memory": ({"gpus_per_replica": 1, "memory_per_gpu": "1TiB"}, "memory_per_replica", "bytes of memory"),
+    "more memory": ({"gpus_per_replica": 1, "memory_per_gpu": "1TiB"}, "memory_per_replica", "1,024.0 GiB of memory"),
 }
 
 
@@ -229,6 +229,17 @@ async def test_what_no_node_could_ever_hold_is_refused(with_nodes, submitter, se
         await submitter.submit(submission(job(resources=resources)))
     assert refused.value.errors[0].field == f"resources.{field}"
     assert message in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    ("shm", "memory", "said"),
+    [("300GiB", None, "the largest node has 256.0 GiB"), ("3GiB", "1GiB", "more than the 2.0 GiB of memory")],
+)
+async def test_shared_memory_is_memory_of_the_node_and_of_the_job(with_nodes, submitter, shm, memory, said):
+    resources = {"replicas": 2, "gpus_per_replica": 1, "memory_per_replica": memory}
+    with pytest.raises(Impossible, match=said) as refused:
+        await submitter.submit(submission(job(resources=resources, run={"command": "true", "shm": shm})))
+    assert refused.value.errors[0].field == "run.shm"
 
 
 async def test_an_unknown_gpu_type_is_answered_with_the_known_ones(with_nodes, submitter):

@@ -60,6 +60,8 @@ def jobs(
     with connected() as client:
         pages = client.jobs(tenant=tenant, state=state or (), name=name, labels=labels, limit=limit)
         output.items(islice(pages, limit), JOB_COLUMNS, output_as, empty="no jobs")
+        if any(True for _ in pages):
+            output.console(stderr=True).print(f"the newest {limit}; --limit shows more", style="dim")
 
 
 def _label(text: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from phalanx.cli import chart, describe, output
 from phalanx.cli.failures import INVALID, CommandError
 from phalanx.cli.output import Column
 from phalanx.cli.session import JobArgument, connected, job_id
-from phalanx.models import LogLine, Point, Progress, Series
+from phalanx.models import Job, LogLine, Point, Progress, Series
 
 SPARKLINE_WIDTH = 32
 CHART_POINTS = 500
@@ -42,8 +42,15 @@ def logs(
             pieces = [client.logs(found, rank=rank, stream=stream, attempt=attempt, tail_lines=tail)]
         if output_as is not output.Format.TABLE:
             return output.data({"job_id": found, "text": "".join(pieces)}, output_as)
-        for piece in pieces:
-            sys.stdout.write(piece)
+        written = [sys.stdout.write(piece) for piece in pieces]
+        if not any(written):
+            _tell_of_silence(client.job(found))
+
+
+def _tell_of_silence(job: Job) -> None:
+    """Beside the log, which is empty: whether anything is to come, and what became of the job."""
+    said = f"{job.state}: {job.message}" if job.message else job.state
+    output.console(stderr=True).print(f"nothing was printed ({said})", style="dim", markup=False)
 
 
 def _follow_logs(lines: Iterable[LogLine], output_as: output.Format, *, named: bool) -> None:

@@ -66,7 +66,8 @@ class AttemptChange:
         self.attempt |= {"started_at": at, "ranks": list(ranks)}
         if self.state is AttemptState.STARTING:
             self.state = AttemptState.RUNNING
-            self._enter(JobState.RUNNING, f"Attempt {self.row.number} runs with {len(ranks)} ranks.", at)
+            counted = "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
+            self._enter(JobState.RUNNING, f"Attempt {self.row.number} runs with {counted}.", at)
         else:
             self.job["state"] = self.job_state.value  # a pass reads an attempt again when its job's row has changed
 

@@ -44,11 +44,12 @@ async def cancel_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: da
 
 async def _cancel_waiting(conn: AsyncConnection, job: LockedJob, actor: Actor, now: datetime) -> None:
     state = advance(JobState(job.state), JobState.CANCELLED)
-    message = f"Cancelled by {actor.name} before it started."
+    message = f"cancelled by {actor.name} before it started"
     values = {"state": state, "cancel_requested_at": now, "finished_at": now, "reason": "cancelled", "message": message}
     await change_job(conn, job.id, values)
     await delete_holds(conn, [job.id])
-    await record_events(conn, [Event(at=now, kind=EventKind.CANCELLED, message=message, job_id=job.id)])
+    told = f"C{message[1:]}."
+    await record_events(conn, [Event(at=now, kind=EventKind.CANCELLED, message=told, job_id=job.id)])
     payload = {
         "job_id": ids.encode("job", job.id),
         "name": job.name,

@@ -114,6 +114,7 @@ def _refusal(request: Request, facts: Facts) -> PhalanxError | None:
         where = request.where(index)
         invalid += _tenant_errors(request, spec, where, facts) or _errors_within_tenant(request, spec, where, facts)
         impossible += _named(_too_large(spec.resources, facts.hardware), where)
+        impossible += _too_much_shm(spec, facts.hardware, where)
         invalid += _named(_unknown_types(spec.resources, facts.hardware), where)
     if invalid:
         return Invalid.fields(invalid + impossible)
@@ -145,6 +146,23 @@ def _named(error: tuple[str, str, str | None] | None, where: str) -> list[FieldE
     return [FieldError(field_of(where, "resources", error[0]), error[1], error[2])] if error else []
 
 
+def _too_much_shm(spec: JobSpec, hardware: Mapping[str, Largest], where: str) -> list[FieldError]:
+    """Shared memory is memory: of the job, where it has a limit, and of the node."""
+    asked, limit = spec.run.shm or 0, spec.resources.memory_per_replica * spec.resources.replicas
+    most = max((each.memory_bytes for each in hardware.values()), default=asked)
+    if asked > most:
+        message = f"{_in_gib(asked)} on one node, but the largest node has {_in_gib(most)} of memory"
+    elif limit and asked > limit:
+        message = f"{_in_gib(asked)} is more than the {_in_gib(limit)} of memory that the job asks for"
+    else:
+        return []
+    return [FieldError(field_of(where, "run", "shm"), message, "what is in /dev/shm counts as memory of the job")]
+
+
+def _in_gib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 30):,.1f} GiB"
+
+
 def _unknown_types(asked: Resources, hardware: Mapping[str, Largest]) -> tuple[str, str, str | None] | None:
     """A gang needs one type that it accepts; types that other clusters have may be named too."""
     known = sorted(filter(None, hardware))
@@ -159,10 +177,13 @@ def _too_large(asked: Resources, hardware: Mapping[str, Largest]) -> tuple[str, 
     wanted = (
         ("gpus_per_replica", asked.gpus_per_replica, "gpus", "GPUs"),
         ("cpus_per_replica", asked.cpus_per_replica, "cpus", "CPUs"),
-        ("memory_per_replica", asked.memory_per_replica, "memory_bytes", "bytes of memory"),
+        ("memory_per_replica", asked.memory_per_replica, "memory_bytes", "of memory"),
     )
     for field, amount, attribute, unit in wanted:
         most = max((getattr(each, attribute) for each in accepted.values()), default=amount)
         if amount > most:
-            return field, f"{amount} {unit} on one node, but the largest node has {most}", "a replica never spans nodes"
+            given, there = (
+                f"{_in_gib(n)} {unit}" if attribute == "memory_bytes" else f"{n} {unit}" for n in (amount, most)
+            )
+            return field, f"{given} on one node, but the largest node has {there}", "a replica never spans nodes"
     return None
