@@ -107,9 +107,13 @@ TABLE: dict[str, tuple[World, list[Step]]] = {
         world(RUN, shown={"a": {"att_1": PREPARING}, "b": {"att_1": PREPARING}}),
         [Start(RUN, remains=True)],
     ),
-    "nor is it adopted to be stopped": (
+    "what is to be stopped is over only when nothing of it is being started any more": (
         world(STOP, shown={"a": {"att_1": PREPARING}, "b": {}}),
-        [Refuse(STOP, "stopped before it started")],
+        [Clear("att_1", 3, frozenset({"a"}))],
+    ),
+    "nor does one node end it while another still starts": (
+        world(STOP, shown={"a": {"att_1": UP}, "b": {"att_1": PREPARING}}),
+        [Clear("att_1", 3, frozenset({"a", "b"}))],
     ),
     "what did run is never started again": (world(RAN), [Adopt(RAN, {})]),
     "adoption does not wait for a dead node": (
