@@ -149,7 +149,8 @@ class Environments:
         build.waiters += 1
         tell(f"building its environment ({describe(wanted.lines)})")
         try:
-            built, took_s = await asyncio.wait_for(asyncio.shield(build.task), WAIT_TIMEOUT_S)
+            async with asyncio.timeout(WAIT_TIMEOUT_S):
+                built, took_s = await asyncio.shield(build.task)
         except TimeoutError:
             raise StartFailed(f"its environment was not built within {WAIT_TIMEOUT_S:.0f} s") from None
         finally:

@@ -74,7 +74,8 @@ class Fence:
         if self._gcs_alive is None:
             return False
         with contextlib.suppress(Exception):  # whatever the client raises, it did not answer
-            return await asyncio.wait_for(self._gcs_alive(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._gcs_alive()
         return False
 
 

@@ -105,7 +105,8 @@ class Link:
     async def run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._something_to_send(), max(0.0, self._heartbeat_due - time.monotonic()))
+                async with asyncio.timeout(max(0.0, self._heartbeat_due - time.monotonic())):
+                    await self._something_to_send()
             began_at = time.monotonic()
             try:
                 await self.deliver()
@@ -135,7 +136,8 @@ class Link:
         self._flushes.append(done)
         self._urgent.set()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(done.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await done.wait()
 
     def holds(self, attempt: AttemptKey) -> bool:
         """Whether anything of an attempt of this runner has not reached the server yet, but for logs that find no
@@ -378,7 +380,8 @@ class Link:
     async def _pause(self) -> None:
         """Back off, for as long as the server asks and then some; a new configuration ends the pause."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._urgent.wait(), self._pause_s())
+            async with asyncio.timeout(self._pause_s()):
+                await self._urgent.wait()
 
     def _pause_s(self) -> float:
         first, longest = _BACKOFF_S

@@ -147,6 +147,7 @@ async def finish(streams: list[LogStream], timeout_s: float) -> None:
     for stream in streams:
         stream.drain()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.gather(*(stream.ended.wait() for stream in streams)), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.gather(*(stream.ended.wait() for stream in streams))
     for stream in streams:
         stream.close()

@@ -93,7 +93,8 @@ class Group:
     async def start(self, warm: WarmProcess, group_spec: spec.GroupSpec, listener: socket.socket | None) -> None:
         """Fork the group. Raises StartFailed, with nothing left behind."""
         try:
-            await asyncio.wait_for(self._start(warm, group_spec, listener), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._start(warm, group_spec, listener)
         except TimeoutError:
             await self._abandon()
             raise StartFailed(f"the ranks were not started in {START_TIMEOUT_S:.0f} s") from None

@@ -152,7 +152,8 @@ class Runner:
             if group.state != "ended":
                 group.kill()
             try:
-                await asyncio.wait_for(group.ended.wait(), _KILLED_S)
+                async with asyncio.timeout(_KILLED_S):
+                    await group.ended.wait()
             except TimeoutError:
                 raise RuntimeError(f"processes of {attempt_id} do not die; it cannot be forgotten yet") from None
             await group.dismiss()
@@ -167,7 +168,8 @@ class Runner:
         self._open_duties().fence.touch()
         if self._seq == after:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
         self._look_for_delivered()
         groups = [_facts(group) for group in self._groups()]
         preparing = [protocol.encode(ref) for ref in self._without_ranks()]

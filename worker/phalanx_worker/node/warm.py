@@ -70,7 +70,8 @@ class WarmProcess:
     async def ready(self) -> WarmState:
         """Wait until it can fork. Raises StartFailed when that takes too long."""
         try:
-            return await asyncio.wait_for(asyncio.shield(self._state), READY_TIMEOUT_S)
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                return await asyncio.shield(self._state)
         except TimeoutError:
             raise StartFailed(f"the warm process was not ready in {READY_TIMEOUT_S:.0f} s") from None
 
@@ -126,7 +127,8 @@ class WarmProcess:
     async def _loaded(self, connection: socket.socket) -> dict[str, Any] | None:
         """What it says when it can fork; None if it ended, or hangs."""
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(self._receive(connection), READY_TIMEOUT_S)
+            async with asyncio.timeout(READY_TIMEOUT_S):  # `wait_for` may lose a cancel that comes with the message
+                return await self._receive(connection)
         return None
 
     async def _without_torch(self, connection: socket.socket) -> None:
