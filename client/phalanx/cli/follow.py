@@ -50,7 +50,8 @@ async def follow(client: AsyncClient, job_id: str, board: Board, *, poll_s: floa
                     raise
                 board.note(f"{error}; the job goes on, trying again")
             with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), poll_s)
+                async with asyncio.timeout(poll_s):  # `wait_for` may lose a Ctrl-C that comes with a change
+                    await changed.wait()
             changed.clear()
     finally:
         listener.cancel()

@@ -176,7 +176,7 @@ async def test_a_fork_of_the_base_enters_an_environment(
 ) -> None:
     """As where ranks have their tenant's user; here they keep the runner's, since torch need not be open to others."""
     interpreters = workbench.runners[0]._duties.launcher.interpreters
-    choose = interpreters._interpreter
+    choose, kept = interpreters._interpreter, interpreters.warm_keys
     monkeypatch.setattr(interpreters, "_interpreter", lambda built, uid: choose(built, 70123))
     script = workbench.script(
         PRINT_TINY + "    import subprocess; subprocess.run([sys.executable, '-c', 'import phx_tiny'])\n"
@@ -186,7 +186,7 @@ async def test_a_fork_of_the_base_enters_an_environment(
     assert attempt.starts[0]["warm"]
     assert workbench.server.text(attempt.id, rank=0) == "tiny True True\n"
     assert workbench.server.text(attempt.id, rank=0, stream="stderr") == ""
-    assert not interpreters.warm_keys
+    assert interpreters.warm_keys == kept
 
 
 @pytest.mark.parametrize(
