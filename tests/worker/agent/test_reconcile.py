@@ -107,13 +107,9 @@ TABLE: dict[str, tuple[World, list[Step]]] = {
         world(RUN, shown={"a": {"att_1": PREPARING}, "b": {"att_1": PREPARING}}),
         [Start(RUN, remains=True)],
     ),
-    "what is to be stopped is over only when nothing of it is being started any more": (
+    "nor is it adopted to be stopped": (
         world(STOP, shown={"a": {"att_1": PREPARING}, "b": {}}),
-        [Clear("att_1", 3, frozenset({"a"}))],
-    ),
-    "nor does one node end it while another still starts": (
-        world(STOP, shown={"a": {"att_1": UP}, "b": {"att_1": PREPARING}}),
-        [Clear("att_1", 3, frozenset({"a", "b"}))],
+        [Refuse(STOP, "stopped before it started")],
     ),
     "what did run is never started again": (world(RAN), [Adopt(RAN, {})]),
     "adoption does not wait for a dead node": (

@@ -212,8 +212,6 @@ def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
         yield Clear(attempt.attempt_id, stale[0], frozenset(shown))
     elif silent and not overdue:
         return
-    elif attempt.action == "stop" and len(seen) < len(shown):  # a start under way would have ranks when it is over
-        yield Clear(attempt.attempt_id, attempt.epoch, frozenset(shown))
     elif seen and (silent or attempt.started or attempt.action == "stop" or len(seen) == len(nodes)):
         yield Adopt(attempt, seen)
     elif not world.living.issuperset(nodes):
