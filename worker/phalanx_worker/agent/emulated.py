@@ -80,8 +80,7 @@ class Emulation:
     respawn: bool = False
 
     def cpus(self) -> int:
-        """Of a node. One for each of its GPUs is kept for them; the machine's own are there for jobs without GPUs."""
-        return self.cpus_per_node or self.gpus_per_node + (os.cpu_count() or 1)
+        return self.cpus_per_node or max(os.cpu_count() or 1, self.gpus_per_node)
 
     def memory_bytes(self) -> int:
         return self.memory_bytes_per_node or int(psutil.virtual_memory().total * 0.8) // max(self.nodes, 1)
