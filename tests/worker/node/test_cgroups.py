@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,24 @@ def test_a_limit_that_cannot_be_set_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "phalanx").mkdir()
     with pytest.raises(OSError, match=r"pids\.max"):
         Cgroups(1, {"pids": tmp_path / "phalanx"}).make("att-0", Limits())
+
+
+def test_groups_come_and_go_beside_each_other_in_the_same_parent() -> None:
+    """The last one to leave removes the parent, at any moment of another's coming. A runner that starts meanwhile finds
+    the same controllers as before."""
+    found = Cgroups.find()
+    if not found.parents:
+        pytest.skip(found.problem)
+
+    def come_and_go(name: str) -> None:
+        for _ in range(300):
+            found.make(name, Limits()).remove()
+
+    with ThreadPoolExecutor(4) as threads:
+        going = [threads.submit(come_and_go, f"test-{os.getpid()}-{i}") for i in range(3)]
+        finding = [threads.submit(Cgroups.find) for _ in range(100)]
+        assert {str(each.result()) for each in finding} == {str(found)}
+        assert [each.result() for each in going] == [None] * 3
 
 
 def test_what_is_enforced_is_said_of_each_limit(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ container, or one that systemd has delegated.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +31,10 @@ _LEAST_QUOTA_US = 1_000
 _CONTROLLERS = ("memory", "cpu", "pids")
 _PARENT, _LEAF = "phalanx", "phalanx.node"
 _MOVES = 50
+_MAKES = 100
 _KILLS, _KILL_AGAIN_S = 250, 0.02
+# The last group to leave removes the parent, also while another makes its own in it. EEXIST: there, then no directory.
+_GOING = frozenset({errno.ENOENT, errno.EEXIST, errno.ENODEV})
 _OPTIONAL = frozenset({"memory.swap.max", "memory.memsw.limit_in_bytes"})  # a kernel may account for no swap
 
 
@@ -127,14 +132,14 @@ class Cgroups:
         )
 
     def _make(self, directory: Path) -> None:
-        for again in (True, False):
+        for again in reversed(range(_MAKES)):
             try:
-                directory.parent.mkdir(exist_ok=True)  # the last one to leave removed it
+                directory.parent.mkdir(exist_ok=True)
                 if self.version == 2:
                     _hand_down(directory.parent)  # also where another runner has just made it, and not come to this
                 return directory.mkdir(exist_ok=True)
-            except FileNotFoundError:  # ... at this moment
-                if not again:
+            except OSError as error:
+                if error.errno not in _GOING or not again:
                     raise
 
 
@@ -236,12 +241,12 @@ def _version_2(own: Path) -> Cgroups:
     if (own / "cgroup.events").exists():  # not the machine's root, which may have both
         _empty(own)
     _hand_down(own)
-    parent = own / _PARENT
-    parent.mkdir(exist_ok=True)
-    _hand_down(parent)
-    controllers = [name for name in _CONTROLLERS if name in _available(parent)]
+    handed_down = (own / "cgroup.subtree_control").read_text().split()
+    controllers = [name for name in _CONTROLLERS if name in handed_down]
     missing = [name for name in _CONTROLLERS if name not in controllers]
-    return Cgroups(2, dict.fromkeys(controllers, parent), f"no controller {', '.join(missing)}" if missing else "")
+    return Cgroups(
+        2, dict.fromkeys(controllers, own / _PARENT), f"no controller {', '.join(missing)}" if missing else ""
+    )
 
 
 def _is_ours(own: Path) -> bool:
@@ -276,13 +281,10 @@ def _version_1(own: dict[str, Path]) -> Cgroups:
     for controller in _CONTROLLERS:
         try:
             parent = own[controller] / _PARENT
-            parent.mkdir(exist_ok=True)
-            if lacking := _lacking(parent, controller):
+            if lacking := _lacking(own[controller], controller):
                 problems.append(f"the kernel has no {lacking}")
             else:
                 parents[controller] = parent
-            with contextlib.suppress(OSError):  # it was only tried out: `make` makes it again
-                parent.rmdir()
         except KeyError:
             problems.append(f"no controller {controller}")
         except OSError as error:
@@ -290,10 +292,15 @@ def _version_1(own: dict[str, Path]) -> Cgroups:
     return Cgroups(1, parents, "; ".join(problems))
 
 
-def _lacking(directory: Path, controller: str) -> str:
-    """The file that a limit needs and that is not there, such as those for CPU time in a kernel without; "" if none."""
+def _lacking(own: Path, controller: str) -> str:
+    """The file that a limit needs and that a control group made here lacks, such as those for CPU time in a kernel
+    without; "" if none. Tried out beside the parent, which other runners' groups come to and leave meanwhile."""
     needed = [file for file, _ in _SETTINGS[1, controller](Limits(1, 1.0)) if file not in _OPTIONAL]
-    return next((file for file in needed if not (directory / file).exists()), "")
+    trial = Path(tempfile.mkdtemp(prefix=f"{_PARENT}-", dir=own))
+    try:
+        return next((file for file in needed if not (trial / file).exists()), "")
+    finally:
+        trial.rmdir()
 
 
 def _pids_in(directory: Path) -> list[int]:
