@@ -6,7 +6,7 @@ Owns the steps of a locked attempt (gang ready, started, stopping, over), each w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,17 +15,39 @@ from uuid import UUID
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from phalanx_server.domain.attempt import ATTEMPT_LIVE, AttemptState, End, EndFacts, Outcome, RankEnd, StopCause
+from phalanx_server.domain.attempt import (
+    ATTEMPT_LIVE,
+    GOES_ON,
+    AttemptState,
+    End,
+    EndFacts,
+    Outcome,
+    RankEnd,
+    StopCause,
+)
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.job import TERMINAL, JobState, advance
+from phalanx_server.domain.reason import HoldReason
+from phalanx_server.domain.stop import GAVE_WAY
+from phalanx_server.scheduling.snapshot import Seat
 from phalanx_server.store import ids
 from phalanx_server.store.attempts import release, update_attempts, update_jobs
 from phalanx_server.store.events import Event, record_events
+from phalanx_server.store.holds import HoldRow, upsert_holds
 from phalanx_server.store.outbox import Notice, post_notices
+from phalanx_server.store.seats import read_seat
 from phalanx_server.store.wakeups import notify
 
 AVOID_NODES_MAX = 16
 REASON_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class StopOrder:
+    """What is stored with an attempt that a plan stops (columns of `attempts`), and said with the event."""
+
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,6 +63,7 @@ class AttemptChange:
     events: list[Event] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     released: bool = False
+    kept: Seat | None = None  # where the job goes on
 
     def __post_init__(self) -> None:
         self.state = AttemptState(self.row.state)
@@ -71,23 +94,27 @@ class AttemptChange:
         else:
             self.job["state"] = self.job_state.value  # a pass reads an attempt again when its job's row has changed
 
-    def stop(self, cause: StopCause, *, grace_s: float, message: str) -> None:
-        """The attempt shall end. An earlier cause stays, unless it is overruled by a cancel."""
+    def stop(self, cause: StopCause, *, grace_s: float, message: str, order: StopOrder | None = None) -> None:
+        """The attempt shall end. An earlier cause stays, unless it is overruled by a cancel: then the job goes on
+        nowhere."""
         if not self.live or (self.state is AttemptState.STOPPING and cause is not StopCause.CANCEL):
             return
         if self.get("stop_cause") == cause:
             return
         first = self.state is not AttemptState.STOPPING
-        self.attempt |= {"stop_cause": cause.value, "grace_s": grace_s}
+        self.attempt |= {"stop_cause": cause.value, "grace_s": grace_s, "next": None}
         if first:
-            self.attempt["stop_requested_at"] = self.now
+            order = order or StopOrder()
+            self.attempt |= {"stop_requested_at": self.now, **order.columns}
             self.state = AttemptState.STOPPING
-            self._enter(JobState.STOPPING, message, self.now)
+            self._enter(JobState.STOPPING, message, self.now, cause=cause.value, **order.data)
 
     def end(self, end: End, *, at: datetime, exits: Sequence[dict[str, Any]] = (), avoid: UUID | None = None) -> None:
         """Every rank is gone, on every node: all that it held is free."""
         self.state = AttemptState.ENDED
         self.released = True
+        if end.outcome in GOES_ON and end.job_state is JobState.QUEUED:
+            self.kept = read_seat(self.get("next"))
         self._over(end, outcome=end.outcome, at=at, exits=exits)
         self._leave(end, backoff_until=_after(self.now, end.backoff_s), avoid=avoid)
 
@@ -96,7 +123,7 @@ class AttemptChange:
         against the quota until they have certainly ended by themselves."""
         self.state = AttemptState.LOST
         self._over(end, outcome=Outcome.NODE_LOST, at=self.now, exits=())
-        self.attempt |= {"message": message, "certain_at": certain_at}
+        self.attempt |= {"message": message, "certain_at": certain_at, "next": None}
         self._leave(end, backoff_until=backoff_until, avoid=None)
 
     def end_facts(self, *, default_cause: StopCause | None = None) -> EndFacts:
@@ -110,6 +137,7 @@ class AttemptChange:
             failures=self.row.failures,
             max_retries=retries["max"],
             backoff_s=retries["backoff"],
+            gave_way=GAVE_WAY.get(self.row.stop_reason, ""),
         )
 
     def _over(self, end: End, *, outcome: Outcome, at: datetime, exits: Sequence[dict[str, Any]]) -> None:
@@ -129,15 +157,19 @@ class AttemptChange:
             if end.avoid_node and avoid is not None:
                 others = [node for node in self.row.avoid_nodes if node != avoid]
                 self.job["avoid_nodes"] = [*others, avoid][-AVOID_NODES_MAX:]
-        self._enter(end.job_state, _sentence(end), self.now)
+        self._enter(end.job_state, self._sentence(end), self.now)
 
-    def _enter(self, state: JobState, message: str, at: datetime) -> None:
+    def _sentence(self, end: End) -> str:
+        again = " It goes on where its place is kept." if self.kept else " It is queued again."
+        return f"{end.message[:1].upper()}{end.message[1:]}.{again if end.job_state is JobState.QUEUED else ''}"
+
+    def _enter(self, state: JobState, message: str, at: datetime, **data: Any) -> None:
         self.attempt["state"] = self.state.value
         self.job_state = advance(self.job_state, state)
         self.job["state"] = state.value
         if state is JobState.RUNNING and self.row.job_started_at is None:
             self.job["started_at"] = at
-        self._event(EventKind(state), message, at)
+        self._event(EventKind(state), message, at, **data)
         self._notice(state, message)
 
     def _event(self, kind: EventKind, message: str, at: datetime, **data: Any) -> None:
@@ -180,9 +212,10 @@ def _after(now: datetime, delay_s: float) -> datetime | None:
     return now + timedelta(seconds=delay_s) if delay_s else None
 
 
-def _sentence(end: End) -> str:
-    again = " It is queued again." if end.job_state is JobState.QUEUED else ""
-    return f"{end.message[:1].upper()}{end.message[1:]}.{again}"
+def _going_on(change: AttemptChange) -> HoldRow:
+    """Until the next pass starts it there, which honours what is kept before all else."""
+    message = "its ranks have stopped, and its next place is kept for it"
+    return HoldRow(change.row.job_id, HoldReason.VICTIMS.value, message, (), None, change.kept)
 
 
 async def write(conn: AsyncConnection, changes: Sequence[AttemptChange], *, now: datetime) -> None:
@@ -193,6 +226,7 @@ async def write(conn: AsyncConnection, changes: Sequence[AttemptChange], *, now:
     await update_jobs(conn, [{"id": c.row.job_id} | c.job for c in changed if c.job])
     await update_attempts(conn, [{"id": c.row.id} | c.attempt for c in changed if c.attempt])
     await release(conn, [c.row.id for c in changed if c.released], now=now)
+    await upsert_holds(conn, [_going_on(c) for c in changed if c.kept], now=now)
     await record_events(conn, [event for change in changed for event in change.events])
     await post_notices(conn, [notice for change in changed for notice in change.notices], now=now)
     topics = [f"job:{change.row.job_id.hex}" for change in changed]

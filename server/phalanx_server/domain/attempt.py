@@ -117,6 +117,7 @@ class EndFacts:
     failures: int = 0
     max_retries: int = 0
     backoff_s: float = 30.0
+    gave_way: str = ""  # to whom or what, in words, where the cause alone does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,10 @@ _GIVES_WAY = {
     StopCause.MIGRATION: Outcome.MIGRATED,
     StopCause.DRAIN: Outcome.DRAINED,
 }
+
+
+GOES_ON = frozenset({Outcome.RESIZED, Outcome.MIGRATED})
+"""Attempts after which the job goes on at a place that is kept for it."""
 
 
 def _row(
@@ -269,6 +274,8 @@ def _message(facts: EndFacts, outcome: Outcome) -> str:
         return f"could not start: {facts.start_error}"
     if outcome is Outcome.NODE_LOST and facts.cause is None:
         return "nobody saw how it ended; treated as a lost node"
+    if outcome in _GIVES_WAY.values() and facts.gave_way:
+        return facts.gave_way
     if outcome in _SENTENCES:
         return _SENTENCES[outcome]
     return _describe(next((each for each in facts.exits if each.rank == _blamed(facts)), None))

@@ -1,6 +1,7 @@
-"""Holds: why each queued job waits, as the last pass said.
+"""Holds: why each queued job waits, as the last pass said, and the place that is kept for it.
 
 Owns the rows. A job that is not queued gets none, and how long a reason has held is kept when only its words change.
+What is kept is part of a job's scheduling state: where it changes, the job's row does (a trigger), and is locked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.scheduling.snapshot import Seat
 from phalanx_server.store.engine import dump_json
+from phalanx_server.store.seats import dump_seat
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +27,21 @@ class HoldRow:
     message: str
     unblocks: tuple[str, ...]
     estimated_start: datetime | None
+    kept: Seat | None = None
 
 
 _UPSERT = text(
     """
-    INSERT INTO holds AS old (job_id, reason, message, unblocks, estimated_start, since)
-    SELECT j.id, hold.reason, hold.message, CAST(hold.unblocks AS jsonb), hold.estimated_start, :now
+    INSERT INTO holds AS old (job_id, reason, message, unblocks, estimated_start, since, kept)
+    SELECT j.id, hold.reason, hold.message, CAST(hold.unblocks AS jsonb), hold.estimated_start, :now,
+           CAST(hold.kept AS jsonb)
     FROM unnest(CAST(:jobs AS uuid[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
-                CAST(:unblocks AS text[]), CAST(:estimates AS timestamptz[]))
-         AS hold (job_id, reason, message, unblocks, estimated_start)
+                CAST(:unblocks AS text[]), CAST(:estimates AS timestamptz[]), CAST(:kept AS text[]))
+         AS hold (job_id, reason, message, unblocks, estimated_start, kept)
     JOIN jobs j ON j.id = hold.job_id AND j.state = 'queued'
     ON CONFLICT (job_id) DO UPDATE SET
         reason = EXCLUDED.reason, message = EXCLUDED.message, unblocks = EXCLUDED.unblocks,
-        estimated_start = EXCLUDED.estimated_start,
+        estimated_start = EXCLUDED.estimated_start, kept = EXCLUDED.kept,
         since = CASE WHEN old.reason = EXCLUDED.reason THEN old.since ELSE EXCLUDED.since END
     """
 )
@@ -53,6 +58,7 @@ async def upsert_holds(conn: AsyncConnection, rows: Sequence[HoldRow], *, now: d
         "messages": [row.message for row in rows],
         "unblocks": [dump_json(row.unblocks) for row in rows],
         "estimates": [row.estimated_start for row in rows],
+        "kept": [dump_json(dump_seat(row.kept)) if row.kept else None for row in rows],
     }
     await conn.execute(_UPSERT, values)
 

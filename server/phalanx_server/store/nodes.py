@@ -104,8 +104,8 @@ async def set_wanted_state(conn: AsyncConnection, node_id: UUID, *, wanted: str)
 # Weaker than the lock of lock_node, which it waits for, and compatible with the runner's own reports.
 _PLACING = text(
     """
-    SELECT id, cluster_id, name, state, alive, gpus, cpus, memory_bytes FROM nodes WHERE id = ANY(CAST(:ids AS uuid[]))
-    ORDER BY id FOR KEY SHARE
+    SELECT id, cluster_id, name, state, alive, gpu_type, gpus, cpus, memory_bytes
+    FROM nodes WHERE id = ANY(CAST(:ids AS uuid[])) ORDER BY id FOR KEY SHARE
     """
 )
 

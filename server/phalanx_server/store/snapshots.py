@@ -4,15 +4,17 @@ Owns the mapping from rows to the snapshot's values. Names there: a job is its u
 its uuid in hex, a cluster its name. Refuses to decide anything.
 
 * `starting` and `running` jobs are `running`, charged on every placement that is not released.
+* A `stopping` job carries whom it stops for and, if it goes on elsewhere, its `next`; a queued one the place that is
+  kept for it, unless it is on hold.
 * What a `lost` attempt holds where its ranks are not yet confirmed gone is charged by a `stopping` job of its own,
   named by the attempt's uuid; its job is queued beside it. On lost nodes, which take nothing anyway, only until its
   ranks have certainly ended by themselves (docs/decisions/0010).
 * A node takes nothing new (`cordoned`) while its agent says that it is gone, and while the agent itself is silent.
 * The cursor is a transaction id (docs/decisions/0001): rows changed at or above it are read again, and jobs whose
   checkpoints are. (A new checkpoint does not touch its job's row: it comes with its attempt locked, and jobs come
-  before attempts.) It also carries the version of every queued job that the pass was told of, for `commit_plan` to
-  compare; and what comes with time and changes no row: whose agents were silent (where it is different now, the nodes
-  are read again), and which jobs have ranks that may still run on lost nodes.
+  before attempts.) It also carries the version of every job that the pass was told of, for `commit_plan` to compare,
+  and what is kept for queued ones; and what comes with time and changes no row: whose agents were silent (where it is
+  different now, the nodes are read again), and which jobs have ranks that may still run on lost nodes.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ from phalanx_server.scheduling.snapshot import (
     Policy,
     Preemption,
     Quota,
+    Seat,
     Snapshot,
     Tenant,
 )
+from phalanx_server.store.seats import read_seat
 
 GIB = 1 << 30
 PIECE_ROWS = 2_000
@@ -53,11 +57,14 @@ AGENT_SILENT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where the next `load_changes` goes on, the version of each queued job as the pass knows it, by name, the clusters
-    that were silent, and the jobs of lost attempts whose ranks might still run."""
+    """Where the next `load_changes` goes on, the version of each queued job and of each running one as the pass knows
+    it, by name, what is kept for queued jobs, the clusters that were silent, and the jobs of lost attempts whose ranks
+    might still run."""
 
     xid: int
     versions: Mapping[str, int]
+    running: Mapping[str, int]
+    kept: Mapping[str, Seat]
     silent: frozenset[UUID] = frozenset()
     uncertain: frozenset[UUID] = frozenset()
 
@@ -75,12 +82,11 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
     """Everything. `conn` must see one moment throughout: see `reading`."""
     xid, _, _ = await _horizon(conn, since=0)
     jobs: list[Job] = []
-    versions: dict[str, int] = {}
+    known = _Known({}, {}, {})
     async for rows in _in_pieces(conn, _JOBS_LIVE, {}):
-        jobs += map(_job, rows)
+        jobs += known.read(rows)
     async for rows in _in_pieces(conn, _JOBS_QUEUED, {}):
-        jobs += map(_job, rows)
-        versions |= {_name(row): row.version for row in rows}
+        jobs += known.read(rows)
     charged = await conn.execute(_CHARGED_LOST, {"job_ids": None, "now": now})
     silent = await silent_clusters(conn, now=now)
     snapshot = Snapshot(
@@ -90,7 +96,7 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
         nodes=tuple(_node(row, silent) for row in await conn.execute(_NODES, {"since": "0", "clusters": []})),
         jobs=(*jobs, *map(_leftover, charged)),
     )
-    return snapshot, Cursor(xid, versions, silent, await _uncertain_jobs(conn, now))
+    return snapshot, known.cursor(xid, silent, await _uncertain_jobs(conn, now))
 
 
 async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
@@ -107,14 +113,16 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
     if nodes_changed:
         concerned |= set((await conn.execute(_LOST_ON_CHANGED, since)).scalars())
     leftovers, gone = await _leftovers(conn, concerned, now)
+    known = _Known.of(cursor)
+    known.forget(over)
     changes = Changes(
         now=now.timestamp(),
-        jobs=tuple(_job(row) for row in rows) + leftovers,
+        jobs=tuple(known.read(rows)) + leftovers,
         removed_jobs=tuple(job_id.hex for job_id in over) + gone,
         nodes=tuple(_node(row, silent) for row in node_rows),
         tenants=await _load_tenants(conn) if tenants_changed else None,
     )
-    return changes, Cursor(xid, _versions(cursor.versions, rows, over), silent, uncertain)
+    return changes, known.cursor(xid, silent, uncertain)
 
 
 async def _in_pieces(
@@ -127,18 +135,42 @@ async def _in_pieces(
         await asyncio.sleep(0)
 
 
-def _versions(known: Mapping[str, int], rows: Sequence[Row[Any]], over: Sequence[UUID]) -> Mapping[str, int]:
-    if not rows and not over:
-        return known
-    versions = dict(known)
-    for job_id in over:
-        versions.pop(job_id.hex, None)
-    for row in rows:
-        if row.state == "queued":
-            versions[row.id.hex] = row.version
-        else:
-            versions.pop(row.id.hex, None)
-    return versions
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a cursor knows of jobs, while it is brought up to date."""
+
+    versions: dict[str, int]
+    running: dict[str, int]
+    kept: dict[str, Seat]
+
+    @classmethod
+    def of(cls, cursor: Cursor) -> _Known:
+        return cls(dict(cursor.versions), dict(cursor.running), dict(cursor.kept))
+
+    def cursor(self, xid: int, silent: frozenset[UUID], uncertain: frozenset[UUID]) -> Cursor:
+        return Cursor(xid, self.versions, self.running, self.kept, silent, uncertain)
+
+    def read(self, rows: Sequence[Row[Any]]) -> list[Job]:
+        """The jobs that the rows say, their versions noted."""
+        jobs = [_job(row) for row in rows]
+        for row, job in zip(rows, jobs, strict=True):
+            self._drop(job.id)
+            if job.state == "queued":
+                self.versions[job.id] = row.version
+            elif job.state == "running":
+                self.running[job.id] = row.version
+            if job.kept is not None:
+                self.kept[job.id] = job.kept
+        return jobs
+
+    def forget(self, over: Sequence[UUID]) -> None:
+        for job_id in over:
+            self._drop(job_id.hex)
+
+    def _drop(self, job: str) -> None:
+        self.versions.pop(job, None)
+        self.running.pop(job, None)
+        self.kept.pop(job, None)
 
 
 # ------------------------------------------------------------------ horizon
@@ -167,14 +199,23 @@ _COLUMNS = """
     CASE WHEN j.attempts > 0 THEN (
         SELECT sum(extract(epoch FROM past.ended_at - past.started_at)) FROM attempts past
         WHERE past.job_id = j.id AND past.ended_at IS NOT NULL
-    ) END AS done_s
+    ) END AS done_s,
+    CASE WHEN j.attempts > 0 THEN (
+        SELECT max(past.ended_at) FROM attempts past WHERE past.job_id = j.id AND past.outcome = 'resized'
+    ) END AS last_resized_at
 """
 _LIVE_COLUMNS = f"""
     {_COLUMNS}, a.gpu_type, coalesce(a.started_at, a.created_at) AS started_at, placed.nodes, placed.replicas,
-    (SELECT max(registered_at) FROM checkpoints c WHERE c.job_id = j.id) AS checkpointed_at
+    (SELECT max(registered_at) FROM checkpoints c WHERE c.job_id = j.id) AS checkpointed_at,
+    CASE WHEN a.state = 'stopping' THEN a.stop_for END AS for_job,
+    CASE WHEN a.state = 'stopping' THEN a.next END AS next, NULL AS kept
 """
 _NOT_LIVE_COLUMNS = f"""
-    {_COLUMNS}, NULL AS gpu_type, NULL AS started_at, NULL AS nodes, NULL AS replicas, NULL AS checkpointed_at
+    {_COLUMNS}, NULL AS gpu_type, NULL AS started_at, NULL AS nodes, NULL AS replicas, NULL AS checkpointed_at,
+    NULL AS for_job, NULL AS next, CASE WHEN NOT j.held THEN h.kept END AS kept
+"""
+_NOT_LIVE_FROM = """
+    FROM jobs j JOIN tenants t ON t.id = j.tenant_id LEFT JOIN holds h ON h.job_id = j.id AND h.kept IS NOT NULL
 """
 _LIVE_FROM = """
     FROM jobs j JOIN tenants t ON t.id = j.tenant_id
@@ -187,13 +228,12 @@ _LIVE_FROM = """
 """
 _SINCE = "j.changed_xid >= CAST(CAST(:since AS text) AS xid8)"
 _JOBS_QUEUED = text(
-    f"SELECT {_NOT_LIVE_COLUMNS} FROM jobs j JOIN tenants t ON t.id = j.tenant_id WHERE j.state = 'queued'"
+    f"SELECT {_NOT_LIVE_COLUMNS} {_NOT_LIVE_FROM} WHERE j.state = 'queued'"
 )
 _JOBS_LIVE = text(f"SELECT {_LIVE_COLUMNS} {_LIVE_FROM} WHERE j.state IN ('starting', 'running', 'stopping')")
 _JOBS_CHANGED = text(
     f"""
-    SELECT {_NOT_LIVE_COLUMNS} FROM jobs j JOIN tenants t ON t.id = j.tenant_id
-    WHERE {_SINCE} AND j.state = 'queued'
+    SELECT {_NOT_LIVE_COLUMNS} {_NOT_LIVE_FROM} WHERE {_SINCE} AND j.state = 'queued'
     UNION ALL
     SELECT {_LIVE_COLUMNS} {_LIVE_FROM} WHERE {_SINCE} AND j.state IN ('starting', 'running', 'stopping')
     UNION ALL
@@ -210,7 +250,7 @@ def _job(row: Row[Any]) -> Job:
     return Job(
         id=_name(row),
         tenant=row.tenant,
-        replicas=sum(row.replicas) if row.replicas else ask.replicas,
+        replicas=ask.replicas,
         gpus_per_replica=ask.gpus,
         submitted_at=row.submitted_at.timestamp(),
         state=_STATES[row.state],
@@ -219,6 +259,8 @@ def _job(row: Row[Any]) -> Job:
         gpu_type=row.gpu_type or None,
         cpus_per_replica=ask.cpus,
         memory_gib_per_replica=ask.memory_gib,
+        min_replicas=ask.min_replicas,
+        max_replicas=ask.max_replicas,
         not_before=_seconds(row.not_before),
         held=row.held,
         backoff_until=_seconds(row.backoff_until),
@@ -228,8 +270,12 @@ def _job(row: Row[Any]) -> Job:
         preemptible=rules.preemptible,
         protected_until=None if started_at is None else started_at + rules.min_runtime_s,
         started_at=started_at,
+        last_resized_at=_seconds(row.last_resized_at),
         checkpointed_at=_seconds(row.checkpointed_at),
         placement=_placement(row),
+        for_job=_hex(row.for_job) if row.for_job else None,
+        next=read_seat(row.next),
+        kept=read_seat(row.kept),
     )
 
 
@@ -242,6 +288,8 @@ class _Ask:
     gpu_types: tuple[str, ...]
     cpus: int
     memory_gib: int
+    min_replicas: int | None
+    max_replicas: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +302,15 @@ class _Rules:
 @lru_cache(maxsize=16_384)
 def _ask(resources: str) -> _Ask:
     asked = json.loads(resources)
+    elastic = asked.get("elastic") or {}
     return _Ask(
         replicas=asked["replicas"],
         gpus=asked["gpus_per_replica"],
         gpu_types=tuple(asked["gpu_types"]),
         cpus=asked["cpus_per_replica"],
         memory_gib=math.ceil(asked["memory_per_replica"] / GIB),
+        min_replicas=elastic.get("min_replicas"),
+        max_replicas=elastic.get("max_replicas"),
     )
 
 
