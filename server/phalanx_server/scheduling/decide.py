@@ -1,104 +1,163 @@
-"""Owns the decision about one job whose turn it is: the place where it starts, or the reason why it does not.
+"""Owns the decision about one job whose turn it is: it starts, room is made for it, or it is told why it waits.
 
 Refuses to know whose turn comes next. What did not fit on the nodes once is not tried again in the same pass, whichever
-tenant or priority asks for it, because what is free only shrinks.
+tenant or priority asks for it, because what is free now only shrinks.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from phalanx_server.domain.reason import Explanation, TopologyUnsupported
+from phalanx_server.domain.reason import Explanation, Reserved, WaitsForVictims
 from phalanx_server.domain.resources import Demand
-from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.draft import Draft, Room
 from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weakest
 from phalanx_server.scheduling.fit import holds_gang
 from phalanx_server.scheduling.gates import closed_gate
-from phalanx_server.scheduling.order import NO_GATES, Ask, ClassKey, JobClass
+from phalanx_server.scheduling.lend import Lending
+from phalanx_server.scheduling.make_room import make_room
+from phalanx_server.scheduling.order import NO_GATES, Ask, ClassKey, JobClass, Turn, sized
 from phalanx_server.scheduling.place import Spot
+from phalanx_server.scheduling.plan import HoldGroup
 from phalanx_server.scheduling.possible import Option, explain_impossible, options_of
+from phalanx_server.scheduling.snapshot import Seat
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """A job waits for others to stop, and this is kept for it."""
+
+    spot: Spot
+    room: Room | None
 
 
 class Desk:
     """Decides against a draft, and remembers refusals."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: Draft, lending: Lending) -> None:
         self._draft = draft
-        self._refused: dict[tuple[Ask, str | None, str | None], Explanation | None] = {}
+        self._lending = lending
+        self._no_room: dict[tuple[Ask, str | None, str], Explanation | None] = {}
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
+        self._hopeless: set[tuple[ClassKey, int]] = set()
 
     def refuse(self, group: JobClass) -> Explanation | None:
-        """Why no job of the class can start any more, as far as is known without a search; None = it may be tried."""
-        key = group.key
-        options = options_of(self._draft.world, group)
-        if not options:
-            return explain_impossible(self._draft.world, key)
-        return self._closed_gate(key) or self._refusal(key, options)
+        """Why no job of the class can start or be made room for, whatever happens in this pass; None = it may be
+        tried."""
+        if not options_of(self._draft.world, group):
+            return explain_impossible(self._draft.world, group.key)
+        gates = group.key.gates
+        if gates is NO_GATES:
+            return None
+        return closed_gate(gates, self._draft.world.now, self._draft.array_jobs)
 
-    def decide(self, group: JobClass) -> Spot | Explanation:
-        """For the first option, best first, that the quotas and the nodes allow: the place. Else why none does. To be
-        asked about a class that is not refused."""
+    def decide(self, turn: Turn) -> Spot | Waits | Explanation:
+        """For the first option, best first, that the quotas and the nodes allow: the place. Else the same with what
+        others leave, or are made to leave. Else why there is none. To be asked about a class that is not refused."""
         refusals: list[Explanation] = []
-        for option in self._options(group):
-            answer = self._decide_on(group.key, option)
+        options = self._options(turn.group)
+        for option in options:
+            answer = self._start(turn.key, option)
             if isinstance(answer, Spot):
                 return answer
             refusals.append(answer)
-        return weakest(refusals)
+        why = weakest(refusals)
+        lendable = [o for o in options if not self._is_kept_from(turn.key, o)]
+        return self._with_what_leaves(turn.key, lendable) or self._with_room_made(turn, lendable) or why
+
+    def demand(self, group: JobClass) -> Demand:
+        """What a job of the class takes of the quotas, by its first option."""
+        return options_of(self._draft.world, group)[0].demand
 
     def borrows(self, group: JobClass) -> bool:
         """Would a job of the class use others' nominal quota, whatever option is taken?"""
         return all(self._borrows_by(group.key, option) for option in options_of(self._draft.world, group))
 
-    def _closed_gate(self, key: ClassKey) -> Explanation | None:
-        if key.gates is NO_GATES:
-            return None
-        return closed_gate(key.gates, self._draft.world.now, self._draft.array_jobs)
+    def options(self, group: JobClass) -> Sequence[Option]:
+        """How a job of the class may run, best first."""
+        return self._options(group)
 
-    def _refusal(self, key: ClassKey, options: Sequence[Option]) -> Explanation | None:
-        refusals: list[Explanation] = []
-        for option in options:
-            refusal = self._quota_refusal(key, option) or self._room_refusal(key, option)
-            if refusal is None:
-                return None
-            refusals.append(refusal)
-        return weakest(refusals)
+    # ------------------------------------------------------------------ starting
 
-    def _decide_on(self, key: ClassKey, option: Option) -> Spot | Explanation:
-        over = self._quota_refusal(key, option)
-        if over is not None:
-            return over
-        question = (key.ask, option.gpu_type, self._draft.account(key))
-        refused = self._refused.get(question)
-        if refused is not None:
-            return refused
-        spot = self._draft.spot(key, option.gpu_type, self._draft.both)
-        if spot is None:
-            why: Explanation = explain_nodes(self._draft, key, option.gpu_type)
-        elif key.ask.bound_to is not None and len(spot.columns) > 1:
-            why = TopologyUnsupported(key.ask.bound_to)
-        else:
+    def _start(self, key: ClassKey, option: Option) -> Spot | Explanation:
+        least = key.ask.shape.demand(option.gpu_type, key.ask.least_replicas)
+        refusal = self._quota_refusal(key, least) or self._room_refusal(key, option)
+        if refusal is not None:
+            return refusal
+        if ahead := self._lending.refuses(key, option) if self._borrows_by(key, option) else ():
+            return Reserved(ahead)
+        spot = self._largest(key, option)
+        return spot if spot is not None else Reserved(tuple(self._draft.ahead))
+
+    def _largest(self, key: ClassKey, option: Option) -> Spot | None:
+        """The place for as many replicas as are asked for; or, of an elastic job, for as many as there is room."""
+        spot = self._spot(key, option, key.ask.replicas)
+        low, high = key.ask.least_replicas, key.ask.replicas - 1
+        if spot is not None or low > high:
             return spot
-        self._refused[question] = why
-        return why
+        while low <= high:
+            middle = (low + high + 1) // 2
+            found = self._spot(key, option, middle)
+            if found is not None:
+                spot, low = found, middle + 1
+            else:
+                high = middle - 1
+        return spot
+
+    def _spot(self, key: ClassKey, option: Option, replicas: int) -> Spot | None:
+        books = self._draft.until(self._draft.ends_at(key))
+        if not self._draft.is_in_quota(key.tenant, key.ask.shape.demand(option.gpu_type, replicas), books):
+            return None
+        return self._draft.spot(key, option.gpu_type, books, replicas=replicas)
 
     def _room_refusal(self, key: ClassKey, option: Option) -> Explanation | None:
+        """Why the nodes have no room now or soon, reservations apart."""
         draft = self._draft
         question = (key.ask, option.gpu_type, draft.account(key))
-        if question not in self._refused:
-            free, allowed = draft.usable(key.ask, draft.both), draft.allowed(key, draft.both)
-            fits = holds_gang(draft.table, free, key.ask, option.gpu_type, allowed)
-            self._refused[question] = None if fits else explain_nodes(draft, key, option.gpu_type)
-        return self._refused[question]
-
-    def _quota_refusal(self, key: ClassKey, option: Option) -> Explanation | None:
-        if self._is_in_quota(key, option):
+        known = self._no_room.get(question)
+        if known is not None:
+            return known
+        books = (draft.now, draft.soon)
+        least = sized(key.ask, key.ask.least_replicas)
+        if holds_gang(draft.table, draft.usable(key.ask, books), least, option.gpu_type, draft.allowed(key, books)):
             return None
-        question = (key.tenant, option.demand)
+        why = self._no_room[question] = explain_nodes(draft, key, option.gpu_type)
+        return why
+
+    def _quota_refusal(self, key: ClassKey, demand: Demand) -> Explanation | None:
+        if self._draft.is_in_quota(key.tenant, demand, (self._draft.now, self._draft.soon)):
+            return None
+        question = (key.tenant, demand)
         if question not in self._over_quota:
             self._over_quota[question] = explain_quota(self._draft, *question)
         return self._over_quota[question]
 
-    def _is_in_quota(self, key: ClassKey, option: Option) -> bool:
-        return self._draft.is_in_quota(key.tenant, option.demand, self._draft.both)
+    # ------------------------------------------------------------------ waiting for others to stop
+
+    def _with_what_leaves(self, key: ClassKey, options: Sequence[Option]) -> Waits | None:
+        draft = self._draft
+        if not draft.leaving:
+            return None
+        books = draft.soon_until(draft.ends_at(key))
+        for option in options:
+            replicas = key.ask.least_replicas
+            if draft.is_in_quota(key.tenant, key.ask.shape.demand(option.gpu_type, replicas), books):
+                spot = draft.spot(key, option.gpu_type, books, replicas=replicas)
+                if spot is not None:
+                    return Waits(spot, None)
+        return None
+
+    def _with_room_made(self, turn: Turn, options: Sequence[Option]) -> Waits | None:
+        question = (turn.key, self._draft.version)
+        if question in self._hopeless:
+            return None
+        room = make_room(self._draft, turn.key, turn.submitted_at, options)
+        if room is None:
+            self._hopeless.add(question)
+            return None
+        return Waits(room.spot, room)
+
+    def _is_kept_from(self, key: ClassKey, option: Option) -> bool:
+        return self._borrows_by(key, option) and bool(self._lending.refuses(key, option))
 
     def _options(self, group: JobClass) -> Sequence[Option]:
         """The options, best first; where the job names no GPU type, those first by which it borrows nothing."""
@@ -109,3 +168,27 @@ class Desk:
 
     def _borrows_by(self, key: ClassKey, option: Option) -> bool:
         return self._draft.now.use.borrows(key.tenant, option.demand)
+
+
+def hold_for(draft: Draft, job: str, spot: Spot) -> HoldGroup:
+    """The hold of a job for which this place is kept until others have left it."""
+    seat = Seat(gpu_type=spot.gpu_type, placement=spot.placement(draft.table))
+    starts_at = draft.world.now + draft.world.policy.restart_s
+    return HoldGroup((job,), WaitsForVictims(_victims(draft, job, seat), starts_at), seat)
+
+
+def _victims(draft: Draft, job: str, seat: Seat) -> tuple[str, ...]:
+    """Who stops for it, or on the nodes that are kept for it."""
+    nodes = {p.node for p in seat.placement}
+    made = {
+        d.job
+        for d in (*draft.decided.preemptions, *draft.decided.resizes, *draft.decided.migrations)
+        if d.for_job == job
+    }
+    return tuple(
+        sorted(
+            j.id
+            for j in draft.leaving.values()
+            if j.for_job == job or j.id in made or not nodes.isdisjoint(p.node for p in j.placement)
+        )
+    )

@@ -1,45 +1,84 @@
 """Owns a plan in the making: what is still free, and what quotas still leave, after the decisions taken so far in a
-pass.
+pass, at every moment that matters.
 
-Refuses to know whose turn it is and why a job has to wait. There are two books. *Now* is what is so, with what was
-started. *Soon* is when all that is stopping has stopped, or goes on at its `next`, and what is kept for waiting jobs
-is theirs. Whatever starts must be in order in both: so nothing that is kept is given away, at neither step of an
-eviction.
+Refuses to know whose turn it is and why a job has to wait. There is a book for each moment. *Now* is what is so, with
+what was started. *Soon* is when all that is stopping has stopped, or goes on at its `next`, and what is kept for
+waiting jobs is theirs. After that there is one for the start of each reservation. Whatever starts must be in order in
+all of them up to its own end: so nothing that is kept or reserved is given away, at neither step of an eviction.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
 from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.fit import room, usable_by
 from phalanx_server.scheduling.nodes import Amounts, Mask, Occupants, Windows, amounts_of
-from phalanx_server.scheduling.order import Ask, ClassKey
+from phalanx_server.scheduling.order import Ask, ClassKey, sized
 from phalanx_server.scheduling.place import Spot, find_spot
-from phalanx_server.scheduling.plan import Start
+from phalanx_server.scheduling.plan import Migration, Preemption, Resize, Start
 from phalanx_server.scheduling.quota import QuotaUse
 from phalanx_server.scheduling.snapshot import Job, Seat, spread
-from phalanx_server.scheduling.world import World, states_of
+from phalanx_server.scheduling.world import Load, Running, World, states_of
 
 
 class Book:
     """What is free on the nodes, what is used of the quotas, and who shares which node, at one moment."""
 
-    __slots__ = ("free", "occupants", "use")
+    __slots__ = ("at", "free", "occupants", "use")
 
-    def __init__(self, free: Amounts, use: QuotaUse, occupants: Occupants | None) -> None:
-        self.free = free.copy()
-        self.use = use.copy()
+    def __init__(self, at: float, free: Amounts, use: QuotaUse, occupants: Occupants | None) -> None:
+        self.at = at
+        self.free = free
+        self.use = use
         self.occupants = occupants
 
-    def take(self, tenant: str, demand: Demand, columns: list[int], amounts: Amounts, *, times: int = 1) -> None:
-        """Take so much on these nodes and of the tenant's quotas; `times` -1 gives it back."""
-        self.free[:, columns] -= times * amounts
-        self.use.charge(tenant, demand, times)
+    def copy(self, at: float | None = None) -> "Book":
+        """The same, to be changed apart from this one; of another moment, if one is given."""
+        occupants = None if self.occupants is None else self.occupants.copy()
+        return Book(self.at if at is None else at, self.free.copy(), self.use.copy(), occupants)
+
+    def take(self, load: Load, times: int = 1) -> None:
+        """Take what a job takes; `times` -1 gives it back."""
+        self.free[:, load.columns] -= times * load.amounts
+        self.use.charge(load.tenant, load.demand, times)
+        if self.occupants is not None:
+            self.occupants.enter(load.account, load.columns, times=times)
 
 
 Books = Sequence[Book]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A waiting job's expected start, with what it will take then."""
+
+    job: str
+    load: Load
+    starts_at: float
+    ends_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How room is made for a waiting job: who gives up what, and the place that it gets."""
+
+    spot: Spot
+    evicted: tuple[tuple[Running, str], ...] = ()
+    shrunk: tuple[tuple[Running, Seat], ...] = ()
+    moved: tuple[tuple[Running, Seat], ...] = ()
+
+
+@dataclass(slots=True)
+class _Decisions:
+    starts: list[Start] = field(default_factory=list)
+    preemptions: list[Preemption] = field(default_factory=list)
+    resizes: list[Resize] = field(default_factory=list)
+    migrations: list[Migration] = field(default_factory=list)
 
 
 class Draft:
@@ -49,65 +88,97 @@ class Draft:
         self.world = world
         self.table = world.table
         self.windows = Windows(world.maintenance, world.table, world.now)
-        self.now = Book(world.free, world.use, self._who_is_where(states_of))
+        self.now = Book(world.now, world.free.copy(), world.use.copy(), self._who_is_where())
         self.soon = self._soon()
-        self.both = (self.now,) if self.soon is self.now else (self.now, self.soon)
-        self._free_in_both: Amounts = np.minimum(self.now.free, self.soon.free)
+        self.later: list[Book] = []
+        self.reservations: list[Reservation] = []
         self.array_jobs = Counter(world.array_jobs)
-        self.starts: list[Start] = []
+        self.decided = _Decisions()
         self.ahead: list[str] = []
         self.has_loosened = False
+        self.version = 0
+        """Grows whenever room is made or reserved: what was refused before may be different now."""
+        self.leaving: dict[str, Job] = dict(world.stopping)
+        self.disturbed: set[str] = set()
+        self.ends: list[tuple[float, str]] = []
+        """When what was started or kept in this pass is expected to end."""
+        self.taken: dict[str, Load] = {}
+        self.following: dict[str, Load] = {}
+        """What jobs that shrink, grow or move will take."""
         self._clear: dict[float | None, Mask] = {}
 
     def _soon(self) -> Book:
-        """Where nothing is stopping, soon is now, and nothing can be kept: a claim is met or has lapsed."""
-        if not self.world.stopping:
-            return self.now
-        soon = Book(self.world.free, self.world.use, self._who_is_where(_states_soon))
+        soon = self.now.copy()
         for job in self.world.stopping.values():
-            for states, times in ((states_of(job), -1), (_states_soon(job), 1)):
-                columns, amounts = self.world.on_nodes(job, states)
-                soon.take(job.tenant, self.world.demand(job, states), columns, amounts, times=times)
+            soon.take(self.world.load(job, states_of(job)), -1)
+            if job.next is not None:
+                soon.take(self.world.load(job, [job.next]))
         return soon
 
-    def _who_is_where(self, states: Callable[[Job], list[Seat]]) -> Occupants | None:
+    def _who_is_where(self) -> Occupants | None:
         if self.world.policy.share_nodes == "all":
             return None
         occupants = Occupants(len(self.table.names))
         for job in self.world.jobs.values():
             if job.state != "queued":
-                occupants.enter(self._account(job.tenant, job.id), self.world.on_nodes(job, states(job))[0])
+                columns, _ = self.world.on_nodes(job, states_of(job))
+                occupants.enter(self.world.account(job.tenant, job.id), columns)
         return occupants
 
-    def _account(self, tenant: str, job: str = "") -> str:
-        return job if self.world.policy.share_nodes == "none" else self.world.forest.branch(tenant)
+    # ------------------------------------------------------------------ what is free
 
-    def account(self, key: ClassKey) -> str | None:
-        """New jobs of one account may enter the same nodes; None = nodes are shared by all."""
-        return None if self.now.occupants is None else self._account(key.tenant)
+    def until(self, ends_at: float) -> list[Book]:
+        """The books that a job must be in order in that starts now and ends then."""
+        return [self.now, *self.soon_until(ends_at)]
+
+    def soon_until(self, ends_at: float) -> list[Book]:
+        """The same for one that starts as soon as what stops has stopped."""
+        return [self.soon, *self.later[: bisect_left(self.later, ends_at, key=lambda book: book.at)]]
+
+    def ends_at(self, key: ClassKey, starts_at: float | None = None) -> float:
+        """When a job of the class would be expected to end."""
+        starts = self.world.now if starts_at is None else starts_at
+        return inf if key.run_s is None else starts + key.run_s
+
+    def account(self, key: ClassKey, job: str = "") -> str:
+        """New jobs of one account may enter the same nodes."""
+        return self.world.account(key.tenant, job)
 
     def accepting(self, key: ClassKey, books: Books) -> Mask:
         """The nodes that may take new jobs of this class, windows and room apart."""
         mask = self.world.empty.accepting(key.ask)
         for book in books:
             if book.occupants is not None:
-                mask = mask & book.occupants.open_to(self._account(key.tenant))
+                mask = mask & book.occupants.open_to(self.account(key))
         return mask
 
-    def allowed(self, key: ClassKey, books: Books) -> Mask:
-        """The nodes that may take new jobs of this class, room apart."""
+    def allowed(self, key: ClassKey, books: Books, at: float | None = None) -> Mask:
+        """The nodes that may take new jobs of this class, now or at a later time, room apart."""
         limit_s = key.ask.run_limit_s
+        if at is not None:
+            return self.accepting(key, books) & self.windows.clear(limit_s, at=at)
         if limit_s not in self._clear:
             self._clear[limit_s] = self.windows.clear(limit_s)
         return self.accepting(key, books) & self._clear[limit_s]
 
     def usable(self, ask: Ask, books: Books) -> Amounts:
         """What replicas of an ask may take, in all of these books."""
-        return usable_by(self._free_in_both if books == self.both else books[0].free, self.table, ask)
+        if ask.shape.is_cpu_only:
+            return np.minimum.reduce([usable_by(book.free, self.table, ask) for book in books])
+        return books[0].free if len(books) == 1 else np.minimum.reduce([book.free for book in books])
 
-    def spot(self, key: ClassKey, gpu_type: str | None, books: Books) -> Spot | None:
-        """Where a gang of this class would go by these books."""
-        return find_spot(self.table, self.usable(key.ask, books), key.ask, gpu_type, self.allowed(key, books))
+    def spot(
+        self,
+        key: ClassKey,
+        gpu_type: str | None,
+        books: Books,
+        *,
+        replicas: int | None = None,
+        at: float | None = None,
+    ) -> Spot | None:
+        """Where a gang of this class would go by these books, now or at a later time."""
+        free, allowed = self.usable(key.ask, books), self.allowed(key, books, at)
+        return find_spot(self.table, free, sized(key.ask, replicas), gpu_type, allowed)
 
     def spot_at(self, seat: Seat, gpu_type: str | None) -> Spot | None:
         """The very place of a seat, if all its nodes exist."""
@@ -125,36 +196,87 @@ class Draft:
         """Could a gang start at this very place by these books, quotas included?"""
         if not self.is_in_quota(key.tenant, key.ask.shape.demand(spot.gpu_type, sum(spot.replicas)), books):
             return False
-        counts = room(self.usable(key.ask, books)[:, spot.columns], key.ask.shape, key.ask.replicas)
+        counts = room(self.usable(key.ask, books)[:, spot.columns], key.ask.shape, sum(spot.replicas))
         return bool((counts * self.allowed(key, books)[spot.columns] >= spot.replicas).all())
+
+    # ------------------------------------------------------------------ what is decided
 
     def start(self, job: str, key: ClassKey, spot: Spot) -> None:
         """Decide that the job starts there."""
-        self._take(job, key, spot, self.both)
-        self.starts.append(Start(job, spot.gpu_type, sum(spot.replicas), spot.placement(self.table)))
+        self._enter(job, key, spot, self.until(self.ends_at(key)))
+        self.decided.starts.append(Start(job, spot.gpu_type, sum(spot.replicas), spot.placement(self.table)))
         # Its GPUs no longer keep their share of CPUs, which may be more than it takes itself.
         self.has_loosened |= not key.ask.shape.is_cpu_only
 
     def keep(self, job: str, key: ClassKey, spot: Spot) -> None:
         """Decide that the job waits, and that this place is kept for it."""
-        self._take(job, key, spot, (self.soon,))
+        self._enter(job, key, spot, self.soon_until(self.ends_at(key)))
         self.ahead.append(job)
 
-    def _take(self, job: str, key: ClassKey, spot: Spot, books: Books) -> None:
-        columns = spot.columns
-        amounts = np.outer(amounts_of(key.ask.shape), np.array(spot.replicas, dtype=np.int64))
-        demand = key.ask.shape.demand(spot.gpu_type, sum(spot.replicas))
+    def _enter(self, job: str, key: ClassKey, spot: Spot, books: Books) -> None:
+        load = self.taken[job] = self.load(job, key, spot)
         for book in books:
-            book.take(key.tenant, demand, columns, amounts)
-            if book.occupants is not None:
-                book.occupants.enter(self._account(key.tenant, job), columns)
-        self._free_in_both[:, columns] = np.minimum(self.now.free[:, columns], self.soon.free[:, columns])
+            book.take(load)
+        insort(self.ends, (self.ends_at(key), job))
         if key.gates.array is not None:
             self.array_jobs[key.gates.array.id] += 1
 
+    def load(self, job: str, key: ClassKey, spot: Spot) -> Load:
+        """What a job of the class would take there."""
+        amounts = np.outer(amounts_of(key.ask.shape), np.array(spot.replicas, dtype=np.int64))
+        demand = key.ask.shape.demand(spot.gpu_type, sum(spot.replicas))
+        return Load(key.tenant, self.account(key, job), demand, spot.columns, amounts)
 
-def _states_soon(job: Job) -> list[Seat]:
-    """What a job takes once all that is stopping has stopped."""
-    if job.state != "stopping":
-        return states_of(job)
-    return [] if job.next is None else [job.next]
+    def make(self, room: Room, for_job: str | None) -> None:
+        """Decide who stops, shrinks and moves."""
+        now, restart_s = self.world.now, self.world.policy.restart_s
+        for victim, reason in room.evicted:
+            self._leave(victim, None)
+            lost_gpu_s = victim.loss(now, restart_s) - victim.gpus * restart_s
+            self.decided.preemptions.append(Preemption(victim.job.id, for_job, reason, lost_gpu_s))
+        for job, seat in room.shrunk:
+            self._leave(job, seat)
+            replicas = sum(item.replicas for item in seat.placement)
+            self.decided.resizes.append(Resize(job.job.id, for_job, replicas, seat.placement))
+        for job, seat in room.moved:
+            self._leave(job, seat)
+            self.decided.migrations.append(Migration(job.job.id, for_job, seat.placement))
+        self.version += 1
+
+    def _leave(self, running: Running, next_: Seat | None) -> None:
+        """From now on it stops; until it is gone it takes the larger of what it has and what it will have."""
+        job = running.job
+        self.disturbed.add(job.id)
+        self.leaving[job.id] = job
+        for book in (self.soon, *self.overlapping(running)):
+            book.take(running.load, -1)
+        if next_ is None:
+            return
+        following = self.following[job.id] = self.world.load(job, [next_])
+        for book in (self.soon, *self.overlapping(running)):
+            book.take(following)
+        both = self.world.load(job, [*states_of(job), next_])
+        self.now.take(running.load, -1)
+        self.now.take(both)
+
+    def overlapping(self, running: Running) -> list[Book]:
+        """The later books in which a running job still counts as running."""
+        ends = self.world.expected_end(running.job)
+        return [book for book in self.later if book.at < ends]
+
+    def reserve(self, reservation: Reservation, book: Book) -> None:
+        """Reserve a start; `book` is that of its moment, without it."""
+        for other in self.later:
+            if reservation.starts_at <= other.at < reservation.ends_at:
+                other.take(reservation.load)
+        book.take(reservation.load)
+        self.later.insert(bisect_left(self.later, book.at, key=lambda b: b.at), book)
+        self.reservations.append(reservation)
+        self.ahead.append(reservation.job)
+        self.version += 1
+
+    def columns_mask(self, columns: Iterable[int]) -> Mask:
+        """These nodes."""
+        mask = np.zeros(len(self.table.names), dtype=np.bool_)
+        mask[list(columns)] = True
+        return mask

@@ -7,14 +7,14 @@ place stays its own; else what was kept has lapsed, and it takes its turn like a
 
 import itertools
 
-from phalanx_server.domain.reason import WaitsForVictims
+from phalanx_server.scheduling.decide import hold_for
 from phalanx_server.scheduling.draft import Books, Draft
 from phalanx_server.scheduling.gates import closed_gate
 from phalanx_server.scheduling.order import ClassKey
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup
 from phalanx_server.scheduling.possible import possible_options
-from phalanx_server.scheduling.snapshot import Job, Seat
+from phalanx_server.scheduling.snapshot import Job
 
 
 def honour_claims(draft: Draft) -> list[tuple[Job, HoldGroup | None]]:
@@ -38,32 +38,19 @@ def _claim(draft: Draft, job: Job, key: ClassKey) -> Spot | None:
             return spot
     if not any(other.for_job == job.id for other in draft.world.stopping.values()):
         return None
-    ways = itertools.product((draft.both, (draft.soon,)), possible_options(draft.world, key))
+    ways = itertools.product(((draft.now, draft.soon), (draft.soon,)), possible_options(draft.world, key))
     spots = (_spot_in_quota(draft, key, option.gpu_type, books) for books, option in ways)
     return next((spot for spot in spots if spot is not None), None)
 
 
 def _spot_in_quota(draft: Draft, key: ClassKey, gpu_type: str | None, books: Books) -> Spot | None:
-    spot = draft.spot(key, gpu_type, books)
-    if spot is None or (key.ask.bound_to is not None and len(spot.columns) > 1):
-        return None
-    return spot if draft.is_open(key, spot, books) else None
+    spot = draft.spot(key, gpu_type, books, replicas=key.ask.least_replicas)
+    return spot if spot is not None and draft.is_open(key, spot, books) else None
 
 
 def _settle(draft: Draft, job: Job, key: ClassKey, spot: Spot) -> HoldGroup | None:
-    if draft.is_open(key, spot, draft.both):
+    if draft.is_open(key, spot, (draft.now, draft.soon)):
         draft.start(job.id, key, spot)
         return None
     draft.keep(job.id, key, spot)
-    seat = Seat(gpu_type=spot.gpu_type, placement=spot.placement(draft.table))
-    starts_at = draft.world.now + draft.world.policy.restart_s
-    return HoldGroup((job.id,), WaitsForVictims(_victims(draft, job, seat), starts_at), seat)
-
-
-def _victims(draft: Draft, job: Job, seat: Seat) -> tuple[str, ...]:
-    """Who stops for it, or on the nodes that are kept for it."""
-    nodes = {p.node for p in seat.placement}
-    stopping = draft.world.stopping.values()
-    return tuple(
-        sorted(j.id for j in stopping if j.for_job == job.id or not nodes.isdisjoint(p.node for p in j.placement))
-    )
+    return hold_for(draft, job.id, spot)

@@ -4,6 +4,7 @@ Refuses to know the queue and quotas. Arrays of amounts have one row per resourc
 column per node; columns are sorted by cluster, GPU type and name, so that the nodes of one pool are one slice.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -64,6 +65,21 @@ class NodeTable:
             return [Domain(cluster, columns) for (_, cluster), columns in self._of_cluster]
         return [Domain(cluster, columns) for ((_, cluster), of), columns in self._of_pool if of == gpu_type]
 
+    def of_type(self, gpu_type: str | None) -> Mask:
+        """The nodes where a job of this GPU type, or a CPU job, may lie."""
+        mask = np.zeros(len(self.names), dtype=np.bool_)
+        for domain in self.domains(gpu_type):
+            mask[domain.columns] = True
+        return mask
+
+    def in_cluster_of(self, columns: Sequence[int]) -> Mask:
+        """All nodes of the cluster that these nodes are of."""
+        mask = np.zeros(len(self.names), dtype=np.bool_)
+        for _, of in self._of_cluster:
+            if columns and of.start <= columns[0] < of.stop:
+                mask[of] = True
+        return mask
+
     def of_types(self, gpu_types: Iterable[str]) -> Mask:
         """Which nodes are of one of these types; of any, if none is named."""
         wanted = set(gpu_types)
@@ -113,15 +129,20 @@ class Windows:
         self._width = len(table.names)
         self._windows = [(w.starts_at, w.ends_at, table.mask_of(w.nodes)) for w in maintenance if w.ends_at > now]
 
-    def clear(self, run_limit_s: float | None, *, once_past: float | None = None) -> Mask:
-        """The nodes on which a job that starts now is sure to end before a window starts; windows that end by
-        `once_past` do not count."""
-        run_ends_at = float("inf") if run_limit_s is None else self._now + run_limit_s
+    def clear(self, run_limit_s: float | None, *, at: float | None = None, once_past: float | None = None) -> Mask:
+        """The nodes on which a job that starts now, or `at` a later time, is sure to end before a window starts; windows
+        that end by `once_past`, or before it starts, do not count."""
+        starts = self._now if at is None else at
+        run_ends_at = float("inf") if run_limit_s is None else starts + run_limit_s
         mask = np.ones(self._width, dtype=np.bool_)
         for starts_at, ends_at, nodes in self._windows:
-            if starts_at < run_ends_at and (once_past is None or ends_at > once_past):
+            if starts_at < run_ends_at and ends_at > starts and (once_past is None or ends_at > once_past):
                 mask &= ~nodes
         return mask
+
+    def closed(self) -> Mask:
+        """The nodes that are in a window now."""
+        return ~self.clear(0.0, at=np.nextafter(self._now, np.inf))
 
     @property
     def ends(self) -> list[float]:
@@ -136,19 +157,25 @@ class Occupants:
 
     def __init__(self, width: int) -> None:
         self.sole: Amounts = np.zeros(width, dtype=np.int64)
+        self._on: dict[int, Counter[int]] = {}
         self._numbers: dict[str, int] = {}
 
     def copy(self) -> "Occupants":
         """The same occupants, to be changed apart from these."""
         twin = Occupants(0)
         twin.sole, twin._numbers = self.sole.copy(), self._numbers
+        twin._on = {i: Counter(owners) for i, owners in self._on.items()}
         return twin
 
-    def enter(self, owner: str, columns: Iterable[int]) -> None:
-        """The owner has something on these nodes."""
+    def enter(self, owner: str, columns: Iterable[int], *, times: int = 1) -> None:
+        """The owner has something more on these nodes; `times` -1: something less."""
         mine = self._numbers.setdefault(owner, len(self._numbers) + 1)
         for i in columns:
-            self.sole[i] = mine if self.sole[i] in (self.EMPTY, mine) else self.MIXED
+            on = self._on.setdefault(i, Counter())
+            on[mine] += times
+            if not on[mine]:
+                del on[mine]
+            self.sole[i] = self.MIXED if len(on) > 1 else next(iter(on), self.EMPTY)
 
     def open_to(self, owner: str) -> Mask:
         """The nodes that are empty or its own alone."""

@@ -4,17 +4,23 @@ Refuses to know what is free. Jobs of one tenant that ask for the same, with the
 one class: a pass considers its head, and once that does not fit none of the others can, because within a pass what is
 free only shrinks.
 
-The order: a request within nominal before one that borrows, then priority, then the oldest submission, then the id.
+The order: a request within nominal before one that borrows, then priority, then the tenant's own order, then the oldest
+submission, then the id. (Under fair sharing the share of the tenants comes before the priority: see `fair`.)
+
+A tenant's own order is `fifo`, or `shortest`: by submission plus `AGING` seconds for each GPU-second that the job is
+expected to need. So a job may be overtaken only by jobs that are submitted within `AGING` × its GPU-seconds after it:
+that bounds its wait, whatever comes.
 """
 
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakValueDictionary
 
+from phalanx_server.domain.reason import Explanation
 from phalanx_server.domain.resources import Shape
-from phalanx_server.scheduling.snapshot import ArrayLimit, Dependency, Job
+from phalanx_server.scheduling.snapshot import ArrayLimit, Dependency, Job, Policy
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -39,6 +45,11 @@ class Ask:
         return f"{self.replicas} × ({self.shape.describe(named)})"
 
 
+def sized(ask: Ask, replicas: int | None) -> Ask:
+    """The same for another number of replicas, None = as it is."""
+    return ask if replicas is None or replicas == ask.replicas else replace(ask, replicas=replicas)
+
+
 @dataclass(frozen=True, slots=True)
 class Gates:
     """What must open before a job may start, whatever is free."""
@@ -54,14 +65,25 @@ class Gates:
 NO_GATES = Gates(held=False, after=(), array=None, not_before=None, backoff_until=None, delay_until=None)
 
 
+AGING = 1.0
+"""Seconds of head start in the queue that a job loses for each GPU-second that it needs, with `order: shortest`."""
+
+UNKNOWN_RUN_S = 86_400.0
+"""What a job without limit and prediction is taken to run, in that order only."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClassKey:
-    """What makes two queued jobs identical to a pass."""
+    """What makes two queued jobs identical to a pass. `run_s`: how long it is expected to run, None = nobody knows.
+    `order_s`: what its place in the tenant's own order is behind its submission."""
 
     tenant: str
     priority: int
     ask: Ask
     gates: Gates
+    run_s: float | None
+    order_s: float
+    preemptible: bool
 
 
 class JobClass:
@@ -94,10 +116,10 @@ class JobClass:
 
 
 class Queue:
-    """All queued jobs by class. `run_limits_matter`: only then do jobs with other time limits differ."""
+    """All queued jobs by class. `run_limits_matter`: only then do other time limits mean other places to run."""
 
-    def __init__(self, *, default_run_limit_s: float | None, run_limits_matter: bool) -> None:
-        self._default_run_limit_s = default_run_limit_s
+    def __init__(self, policy: Policy, *, run_limits_matter: bool) -> None:
+        self._policy = policy
         self._run_limits_matter = run_limits_matter
         self._classes: dict[ClassKey, JobClass] = {}
         self._asks: WeakValueDictionary[tuple[object, ...], Ask] = WeakValueDictionary()
@@ -123,10 +145,35 @@ class Queue:
     def key_of(self, job: Job) -> ClassKey:
         """The class that a queued job belongs to."""
         gates = Gates(job.held, job.after, job.array, job.not_before, job.backoff_until, job.delay_until)
-        return ClassKey(job.tenant, job.priority, self._ask_of(job), NO_GATES if gates == NO_GATES else gates)
+        run_s = self._run_s(job)
+        return ClassKey(
+            tenant=job.tenant,
+            priority=job.priority,
+            ask=self._ask_of(job),
+            gates=NO_GATES if gates == NO_GATES else gates,
+            run_s=run_s,
+            order_s=self._order_s(job, run_s),
+            preemptible=job.preemptible,
+        )
+
+    def _limit_s(self, job: Job) -> float | None:
+        return self._policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+
+    def _run_s(self, job: Job) -> float | None:
+        """What is left to run as predicted, at most its time limit."""
+        limit_s = self._limit_s(job)
+        if job.predicted_s is None or job.predicted_s <= job.done_s:
+            return limit_s
+        left_s = job.predicted_s - job.done_s
+        return left_s if limit_s is None else min(left_s, limit_s)
+
+    def _order_s(self, job: Job, run_s: float | None) -> float:
+        if self._policy.order == "fifo":
+            return 0.0
+        return AGING * (UNKNOWN_RUN_S if run_s is None else run_s) * job.replicas * max(1, job.gpus_per_replica)
 
     def _ask_of(self, job: Job) -> Ask:
-        limit = self._default_run_limit_s if job.time_limit_s is None else job.time_limit_s
+        limit = self._limit_s(job)
         values = (
             Shape(job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica),
             job.replicas,
@@ -148,6 +195,15 @@ def _bound_to(job: Job) -> str | None:
     return job.topology.required or (job.topology.slice.level if job.topology.slice else None)
 
 
+Rank = tuple[int, float, float, str]
+"""A place in the queue; the smallest is first."""
+
+
+def rank_of(key: ClassKey, submitted_at: float, id_: str) -> Rank:
+    """The place of a member of a class."""
+    return -key.priority, submitted_at + key.order_s, submitted_at, id_
+
+
 @dataclass(slots=True)
 class Turn:
     """A class within one pass; `at` is the member whose turn it is, `number` the class's own in `Turns`."""
@@ -157,6 +213,9 @@ class Turn:
     number: int = 0
     at: int = 0
     is_deferred: bool = False
+    held_at: int = -1
+    why: Explanation | None = None
+    """Why the members from `held_at` on wait."""
 
     @property
     def key(self) -> ClassKey:
@@ -167,16 +226,28 @@ class Turn:
         return self.members[self.at][1]
 
     @property
-    def rank(self) -> tuple[int, float, str]:
+    def submitted_at(self) -> float:
+        return self.members[self.at][0]
+
+    @property
+    def rank(self) -> Rank:
         """Where the member whose turn it is stands in the queue, apart from borrowing."""
-        return -self.group.key.priority, *self.members[self.at]
+        return self.rank_at(self.at)
+
+    def rank_at(self, at: int) -> Rank:
+        """Where another member stands."""
+        return rank_of(self.group.key, *self.members[at])
+
+    def hold(self, why: Explanation) -> None:
+        """This member and all after it wait: they are identical."""
+        self.held_at, self.why = self.at, why
 
     @property
     def waiting(self) -> Sequence[str]:
-        """The ids of this member and those after it."""
+        """The ids of the members that are held."""
         if self.members is self.group.members:
-            return self.group.ids[self.at :]
-        return [id_ for _, id_ in self.members[self.at :]]
+            return self.group.ids[self.held_at :]
+        return [id_ for _, id_ in self.members[self.held_at :]]
 
 
 def turn_of(group: JobClass, settled: Set[str]) -> Turn | None:
@@ -189,7 +260,7 @@ def turn_of(group: JobClass, settled: Set[str]) -> Turn | None:
 
 class Turns:
     """Whose turn it is: one entry per class. Whoever is given a turn says what became of it: `again`, `defer`, or
-    nothing, and then the class is out."""
+    nothing, and then the class is out. `fair.FairTurns` does the same under fair sharing."""
 
     def __init__(self, turns: Iterable[Turn]) -> None:
         self._turns = list(turns)
@@ -204,7 +275,7 @@ class Turns:
             yield self._turns[heapq.heappop(self._heap)[-1]]
 
     def again(self, turn: Turn) -> None:
-        """Its member started: the class comes again with the next one, if there is one."""
+        """Its member is settled: the class comes again with the next one, if there is one."""
         turn.at += 1
         if turn.at < len(turn.members):
             self._push(turn)

@@ -2,28 +2,23 @@
 
 Refuses to know the clock, the database and what becomes of the plan. The same snapshot always gives the same plan, in
 whatever order its lists are, and `Planner.apply` gives what `schedule` gives on the whole.
-
-What this version does not act upon yet, although it reads it: it evicts, shrinks, grows and moves nobody
-(`preemption`, `preemptible`, `protected_until`, `consolidation`, draining nodes just take nothing new); it reserves
-nothing for a job that waits for room, so that any job that fits starts (`backfill`, `predicted_s`, `done_s`,
-`deadline`), and the start that it expects for a job that waits for room or quota looks no further than the next time
-limits of running jobs (`expect`); it orders as `fifo` without
-fair sharing (`order`, `fair_sharing`, `weight`, `usage`). An elastic job starts with exactly `replicas`. A gang with
-required topology or slices starts on a single node, which meets any of them, or is held with `topology`; a preference
-is ignored.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from phalanx_server.domain.reason import Explanation
-from phalanx_server.scheduling.decide import Desk
+from phalanx_server.scheduling.decide import Desk, Waits, hold_for
+from phalanx_server.scheduling.drain import empty_nodes
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.expect import expected_starts
+from phalanx_server.scheduling.elastic import grow
+from phalanx_server.scheduling.fair import FairTurns
 from phalanx_server.scheduling.honour import honour_claims
-from phalanx_server.scheduling.order import Turn, Turns, turn_of
+from phalanx_server.scheduling.lend import Lending
+from phalanx_server.scheduling.order import Rank, Turn, Turns, rank_of, turn_of
+from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup, Plan
+from phalanx_server.scheduling.reserve import MOST_RESERVATIONS, WAITING_HELPS, reserve
 from phalanx_server.scheduling.snapshot import Changes, Snapshot
 from phalanx_server.scheduling.world import World
 
@@ -32,10 +27,13 @@ def schedule(snapshot: Snapshot) -> Plan:
     """The plan for a snapshot:
 
     1. Honour first what is kept for waiting jobs, and what others stop for.
-    2. Refuse whoever could not start even first: impossible, before a closed gate, over quota, without room.
-    3. Let the others take their turns: who still fits in quota and on nodes starts, who does not is told why.
+    2. Empty the nodes that are going away: move what can go elsewhere, stop what is in a window.
+    3. Let the waiting jobs take their turns, fairly between tenants, then by priority, then in the tenant's own order.
+       Who fits in quota and on nodes, and delays no reservation, starts. For who does not, room is made: others are
+       moved, shrunk or evicted, the least that will do. If that cannot be, it is told why and the earliest moment at
+       which it could run is reserved for it.
     4. Let CPU jobs try again if GPU jobs started, which may have taken less than their share of CPUs.
-    5. Look ahead for the jobs at the head of the queue: when will room be made for them?
+    5. Give what is left to elastic jobs, where it buys the most progress.
     """
     return _run(World(snapshot))
 
@@ -45,68 +43,137 @@ def _run(world: World) -> Plan:
     settled = honour_claims(draft)
     for job, hold in settled:
         if hold is not None:
-            holds.add((-job.priority, job.submitted_at, job.id), hold)
+            holds.add(rank_of(world.queue.key_of(job), job.submitted_at, job.id), hold)
+    empty_nodes(draft)
     done = {job.id for job, _ in settled}
-    turns = [turn_of(group, done) for group in world.queue.classes()]
-    waiting = _take_turns(draft, [turn for turn in turns if turn is not None])
+    turns = [turn for turn in (turn_of(group, done) for group in world.queue.classes()) if turn is not None]
+    counter = _Counter(draft, holds)
+    counter.serve(turns)
     if draft.has_loosened:
-        again = [turn for turn, _ in waiting if turn.key.ask.shape.is_cpu_only]
-        waiting = [w for w in waiting if not w[0].key.ask.shape.is_cpu_only] + _take_turns(draft, again)
-    expected = expected_starts(draft, waiting)
-    for turn, why in waiting:
-        for group in _groups(turn, why, expected):
-            holds.add(turn.rank, group)
-    return Plan(starts=tuple(draft.starts), hold_groups=holds.in_order())
-
-
-def _groups(turn: Turn, why: Explanation, expected: Mapping[str, float]) -> Iterator[HoldGroup]:
-    """The waiting jobs of a class: those with an expected start of their own, then the others."""
-    jobs = turn.waiting
-    head = list(takewhile(expected.__contains__, jobs))
-    for job in head:
-        yield HoldGroup((job,), why, expected_start=expected[job])
-    if len(head) < len(jobs):
-        yield HoldGroup(jobs[len(head) :] if head else jobs, why)
+        counter.serve_again([turn for turn in turns if turn.why is not None and turn.key.ask.shape.is_cpu_only])
+    for turn in turns:
+        for group in counter.groups(turn):
+            holds.add(turn.rank_at(turn.held_at), group)
+    grow(draft, _next_changes(draft))
+    decided = draft.decided
+    return Plan(
+        starts=tuple(decided.starts),
+        preemptions=tuple(decided.preemptions),
+        resizes=tuple(decided.resizes),
+        migrations=tuple(decided.migrations),
+        hold_groups=holds.in_order(),
+    )
 
 
 class _Holds:
     """Hold groups with the place of their first job in the queue."""
 
     def __init__(self) -> None:
-        self._groups: list[tuple[tuple[int, float, str], HoldGroup]] = []
+        self._groups: list[tuple[Rank, HoldGroup]] = []
 
-    def add(self, rank: tuple[int, float, str], group: HoldGroup) -> None:
+    def add(self, rank: Rank, group: HoldGroup) -> None:
         self._groups.append((rank, group))
 
     def in_order(self) -> tuple[HoldGroup, ...]:
         return tuple(group for _, group in sorted(self._groups, key=lambda entry: entry[0]))
 
 
-def _take_turns(draft: Draft, turns: Sequence[Turn]) -> list[tuple[Turn, Explanation]]:
-    """Start who fits. Gives each class that has jobs left, with what holds them: what is free only shrinks, so once one
-    does not fit, the identical ones after it do not either."""
-    desk = Desk(draft)
-    waiting: list[tuple[Turn, Explanation]] = []
-    hopeful: list[Turn] = []
-    for turn in turns:
-        why = desk.refuse(turn.group)
-        if why is None:
-            hopeful.append(turn)
+class _Counter:
+    """Serves the queue, one job after the other."""
+
+    def __init__(self, draft: Draft, holds: _Holds) -> None:
+        self._draft, self._holds = draft, holds
+        self._lending = Lending(draft)
+        self._desk = Desk(draft, self._lending)
+        self._expected: dict[str, float] = {}
+
+    def serve(self, turns: Sequence[Turn]) -> None:
+        """Settle them all. Jobs of one class are identical, and what is free now only shrinks: once one has to wait for
+        room, so have those after it, and only what is reserved may still differ."""
+        order = self._in_order(turns)
+        for turn in order:
+            if turn.why is not None:
+                if self._reserve(turn):
+                    order.again(turn)
+                continue
+            if (why := self._desk.refuse(turn.group)) is not None:
+                turn.hold(why)
+                continue
+            if not turn.is_deferred and self._desk.borrows(turn.group):
+                order.defer(turn)
+                continue
+            self._settle(turn, order)
+
+    def serve_again(self, turns: Sequence[Turn]) -> None:
+        """Let those try again that were held before more became free for them."""
+        self._desk = Desk(self._draft, self._lending)
+        for turn in turns:
+            turn.at, turn.why, turn.is_deferred = turn.held_at, None, False
+        self.serve(turns)
+
+    def _in_order(self, turns: Sequence[Turn]) -> Turns | FairTurns:
+        if self._draft.world.policy.fair_sharing:
+            return FairTurns((t for t in turns if not self._hold_hopeless(t)), self._draft, self._desk.demand)
+        return Turns(turns)
+
+    def _hold_hopeless(self, turn: Turn) -> bool:
+        why = self._desk.refuse(turn.group)
+        if why is not None:
+            turn.hold(why)
+        return why is not None
+
+    def _settle(self, turn: Turn, order: Turns | FairTurns) -> None:
+        answer = self._desk.decide(turn)
+        if isinstance(answer, Spot):
+            self._draft.start(turn.job, turn.key, answer)
+        elif isinstance(answer, Waits):
+            if answer.room is not None:
+                self._draft.make(answer.room, turn.job)
+            self._draft.keep(turn.job, turn.key, answer.spot)
+            self._holds.add(turn.rank, hold_for(self._draft, turn.job, answer.spot))
         else:
-            waiting.append((turn, why))
-    order = Turns(hopeful)
-    for turn in order:
-        why = desk.refuse(turn.group)
-        if why is None and not turn.is_deferred and desk.borrows(turn.group):
-            order.defer(turn)
-            continue
-        answer = why or desk.decide(turn.group)
-        if isinstance(answer, Explanation):
-            waiting.append((turn, answer))
-        else:
-            draft.start(turn.job, turn.key, answer)
-            order.again(turn)
-    return waiting
+            turn.hold(answer)
+            if not self._reserve(turn):
+                return
+        order.again(turn)
+
+    def _reserve(self, turn: Turn) -> bool:
+        """Reserve a start for the member of a held class whose turn it is; False if none can or may be."""
+        draft, options = self._draft, self._desk.options(turn.group)
+        assert turn.why is not None, "only who waits needs a reservation"
+        starts_at = None
+        if draft.world.policy.backfill and turn.why.reason in WAITING_HELPS:
+            if len(draft.reservations) < MOST_RESERVATIONS:
+                starts_at = reserve(draft, turn.job, turn.key, turn.submitted_at, options)
+        for option in options:
+            self._lending.want(turn.job, turn.key, option, starts_at)
+        if starts_at is not None:
+            self._expected[turn.job] = starts_at
+        return starts_at is not None
+
+    def groups(self, turn: Turn) -> Iterator[HoldGroup]:
+        """The waiting jobs of a class: those with an expected start of their own, then the others."""
+        if turn.why is None:
+            return
+        jobs = turn.waiting
+        head = list(takewhile(self._expected.__contains__, jobs))
+        for job in head:
+            yield HoldGroup((job,), turn.why, expected_start=self._expected[job])
+        if len(head) < len(jobs):
+            yield HoldGroup(jobs[len(head) :] if head else jobs, turn.why)
+
+
+def _next_changes(draft: Draft) -> dict[str | None, float]:
+    """By cluster, when the pass expects the next end or start."""
+    world, names = draft.world, draft.table.names
+    changes = [(at, world.running[id_].load) for at, id_ in world.upcoming_ends() if id_ not in draft.disturbed]
+    changes += [(at, draft.taken[id_]) for at, id_ in draft.ends]
+    changes += [(r.starts_at, r.load) for r in draft.reservations]
+    first: dict[str | None, float] = {}
+    for at, load in changes:
+        cluster = world.nodes[names[load.columns[0]]].cluster if load.columns else None
+        first[cluster] = min(at, first.get(cluster, at))
+    return first
 
 
 @dataclass(frozen=True, slots=True)

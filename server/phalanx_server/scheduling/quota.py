@@ -47,6 +47,10 @@ class QuotaForest:
         resources = sorted({name for t in self.tenants for name in t.quotas})
         self.limits = {name: self._limits(name) for name in resources}
         idle = QuotaUse(self)
+        self._own_and_pools = {
+            r: [sum(limits.nominal[j] for j in self.way_up(t.name)) for t in self.tenants]
+            for r, limits in self.limits.items()
+        }
         self._most = {r: [idle.left(i, r) for i in range(len(self.tenants))] for r in resources}
 
     def most(self, tenant: str, resource: str) -> int | None:
@@ -54,12 +58,37 @@ class QuotaForest:
         by_tenant = self._most.get(resource)
         return None if by_tenant is None else by_tenant[self.number[tenant]]
 
+    def most_of(self, i: int, resource: str) -> int:
+        """The same by the tenant's number; 0 where there is no limit."""
+        return self._most[resource][i] or 0
+
+    def may_borrow(self, i: int, resource: str) -> bool:
+        """Could tenant number `i` ever use more than its nominal quota and the pools above it?"""
+        return self.most_of(i, resource) > self._own_and_pools[resource][i]
+
     def branch(self, tenant: str) -> str:
         """The root's child above a tenant, or the root itself."""
         i = self.number[tenant]
         while self.parent[i] >= 0 and self.parent[self.parent[i]] >= 0:
             i = self.parent[i]
         return self.tenants[i].name
+
+    def way_up(self, tenant: str) -> list[int]:
+        """The numbers of a tenant and all above it, root last."""
+        way = [self.number[tenant]]
+        while (above := self.parent[way[-1]]) >= 0:
+            way.append(above)
+        return way
+
+    def parting(self, tenant: str, other: str) -> tuple[int, int] | None:
+        """The numbers of two tenants' ancestors, or themselves, just below the lowest that they share; None if they
+        share none, or one is above the other."""
+        mine, theirs = self.way_up(tenant), self.way_up(other)
+        while mine and theirs and mine[-1] == theirs[-1]:
+            mine.pop()
+            theirs.pop()
+        is_one_tree = len(mine) < len(self.way_up(tenant))
+        return (mine[-1], theirs[-1]) if mine and theirs and is_one_tree else None
 
     def _children_first(self) -> list[int]:
         depth = [0] * len(self.tenants)
@@ -168,7 +197,7 @@ class QuotaUse:
 
     def _reaches_others(self, i: int, resource: str, amount: int) -> bool:
         limits = self.forest.limits.get(resource)
-        if limits is None or not limits.limited[i]:
+        if limits is None or not limits.limited[i] or not self.forest.may_borrow(i, resource):
             return False
         load = self._over[resource]
         while i >= 0:
@@ -178,3 +207,23 @@ class QuotaUse:
                 return False
             amount, i = after - before, self.forest.parent[i]
         return True
+
+    def excess(self, i: int, resource: str) -> int:
+        """What the subtree of tenant number `i` uses above all that belongs to it; negative: what it leaves unused."""
+        limits = self.forest.limits.get(resource)
+        return 0 if limits is None or not limits.limited[i] else self._used[resource][i] - limits.have[i]
+
+    def share(self, i: int) -> float:
+        """The dominant share of tenant number `i`: the largest over resources of what its subtree uses above its own
+        quota, by what the tree could lend there, over its weight. The sums are those of Kueue's fair sharing
+        (pkg/cache/scheduler/fair_sharing.go), which takes them from Dominant Resource Fairness (NSDI'11)."""
+        largest, above = 0.0, self.forest.parent[i]
+        for resource in self.forest.limits:
+            borrowed = self.excess(i, resource)
+            if borrowed > 0:
+                lendable = self.forest.most_of(above if above >= 0 else i, resource)
+                largest = max(largest, borrowed / max(1, lendable))
+        weight = self.forest.tenants[i].weight
+        if largest and weight <= 0:
+            return float("inf")
+        return largest / weight if largest else 0.0

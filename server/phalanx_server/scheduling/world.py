@@ -5,18 +5,63 @@ Refuses to decide anything. `absorb` must leave what a new `World` of the change
 changes touch is taken back as it was counted and counted anew.
 """
 
+import heapq
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import inf
 
 import numpy as np
 
 from phalanx_server.domain.resources import Demand, Shape
 from phalanx_server.scheduling.fit import EmptyCluster
-from phalanx_server.scheduling.nodes import Amounts, NodeTable, amounts_of, same_pool
+from phalanx_server.scheduling.nodes import GPUS, Amounts, NodeTable, amounts_of, same_pool
 from phalanx_server.scheduling.order import Queue
 from phalanx_server.scheduling.quota import QuotaForest, QuotaUse
-from phalanx_server.scheduling.snapshot import Changes, Job, Node, Seat, Snapshot, changed, spread
+from phalanx_server.scheduling.snapshot import Changes, Job, Node, Policy, Seat, Snapshot, changed, spread
+from phalanx_server.scheduling.speedup import progress
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one job takes: so much on these nodes, and of its tenant's quotas. `account`: who shares nodes with it."""
+
+    tenant: str
+    account: str
+    demand: Demand
+    columns: list[int]
+    amounts: Amounts
+
+    def without(self, parts: Iterable["Load"]) -> "Load":
+        """What is left of it without these parts, each on nodes of its own."""
+        amounts, demand = self.amounts.copy(), Counter(dict(self.demand))
+        for part in parts:
+            amounts[:, [self.columns.index(column) for column in part.columns]] -= part.amounts
+            demand.subtract(dict(part.demand))
+        return replace(self, amounts=amounts, demand=tuple((r, n) for r, n in demand.items() if n))
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A job that runs, with what it takes."""
+
+    job: Job
+    load: Load
+    gpus: int
+    gpu_type: str | None
+
+    def loss(self, now: float, restart_s: float) -> float:
+        """The GPU-seconds that stopping it now costs, `restart_s` for its next start included."""
+        since = max(self.job.started_at or now, self.job.checkpointed_at or float("-inf"))
+        return self.gpus * (max(0.0, now - since) + restart_s)
+
+    def may_be_disturbed(self, now: float, *, even_protected: bool = False) -> bool:
+        """Is it outside its minimum run time? And not started at this very moment, which no job waits for in vain: so
+        passes over the same moment come to rest."""
+        if self.job.started_at is not None and self.job.started_at >= now:
+            return False
+        return even_protected or self.job.protected_until is None or self.job.protected_until <= now
 
 
 class World:
@@ -35,10 +80,10 @@ class World:
         self.free: Amounts = self.table.total.copy()
         self.forest = QuotaForest(snapshot.tenants)
         self.use = QuotaUse(self.forest)
-        self.queue = Queue(
-            default_run_limit_s=snapshot.policy.default_time_limit_s, run_limits_matter=bool(snapshot.maintenance)
-        )
+        self.queue = Queue(snapshot.policy, run_limits_matter=bool(snapshot.maintenance))
         self.array_jobs: Counter[str] = Counter()
+        self.running: dict[str, Running] = {}
+        self.of_tenant: dict[str, dict[str, Running]] = {}
         self.stopping: dict[str, Job] = {}
         self.kept: set[str] = set()
         for job in snapshot.jobs:
@@ -127,22 +172,53 @@ class World:
         self.kept.discard(id_)
 
     def _end_of(self, job: Job) -> tuple[float, str] | None:
-        """When its time limit ends a running job, and its id; None = nothing does."""
-        limit_s = self.policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
-        if job.state != "running" or job.started_at is None or limit_s is None:
-            return None
-        return job.started_at + limit_s, job.id
+        """When a running job is first expected to end, and its id; None = nothing tells."""
+        ends = expected_ends(job, self.policy)
+        return (ends[0], job.id) if ends and job.state == "running" else None
+
+    def upcoming_ends(self) -> Iterator[tuple[float, str]]:
+        """When running jobs are expected to end, earliest first: as predicted, and once that has passed by their time
+        limit. Not before now; those of which nothing is known are left out."""
+        overdue = bisect_left(self.ends, (self.now, chr(0x10FFFF)))
+        late = [(self.expected_end(self.jobs[id_]), id_) for _, id_ in self.ends[:overdue]]
+        return heapq.merge(sorted(entry for entry in late if entry[0] < inf), self.ends[overdue:])
+
+    def expected_end(self, job: Job) -> float:
+        """When a running job is expected to end; not before now. Infinite if nothing tells."""
+        ends = expected_ends(job, self.policy)
+        if not ends or (ends[-1] <= self.now and self._limit_of(job) is None):
+            return inf
+        return max(self.now, next((end for end in ends if end > self.now), ends[-1]))
+
+    def _limit_of(self, job: Job) -> float | None:
+        return self.policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
 
     def _charge(self, job: Job, *, times: int) -> None:
-        columns, amounts = self.on_nodes(job, states_of(job))
-        self.free[:, columns] -= times * amounts
-        self.use.charge(job.tenant, self.demand(job, states_of(job)), times)
+        load = self.load(job, states_of(job))
+        self.free[:, load.columns] -= times * load.amounts
+        self.use.charge(load.tenant, load.demand, times)
         if job.array is not None:
             self.array_jobs[job.array.id] += times
         if job.state == "stopping" and times > 0:
             self.stopping[job.id] = job
         else:
             self.stopping.pop(job.id, None)
+        if job.state == "running" and times > 0:
+            gpu_type = self.gpu_type_of(job, Seat(gpu_type=job.gpu_type, placement=job.placement))
+            running = Running(job, load, int(load.amounts[GPUS].sum()), gpu_type)
+            self.running[job.id] = self.of_tenant.setdefault(job.tenant, {})[job.id] = running
+        else:
+            self.running.pop(job.id, None)
+            self.of_tenant.get(job.tenant, {}).pop(job.id, None)
+
+    def load(self, job: Job, states: Sequence[Seat]) -> Load:
+        """What a job takes that has these states: the largest of them, on each node and of each resource."""
+        columns, amounts = self.on_nodes(job, states)
+        return Load(job.tenant, self.account(job.tenant, job.id), self.demand(job, states), columns, amounts)
+
+    def account(self, tenant: str, job: str) -> str:
+        """Jobs of one account may share a node, as far as `policy.share_nodes` cares."""
+        return {"all": "", "tenant": self.forest.branch(tenant), "none": job}[self.policy.share_nodes]
 
     def on_nodes(self, job: Job, states: Iterable[Seat]) -> tuple[list[int], Amounts]:
         """(columns, what is taken there): on each node the largest of the states."""
@@ -166,6 +242,21 @@ class World:
             return job.gpu_types[0]
         on = sorted(p.node for p in seat.placement if p.node in self.nodes)
         return self.nodes[on[0]].gpu_type if on else None
+
+
+def expected_ends(job: Job, policy: Policy) -> list[float]:
+    """When a job that has started is expected to end: as predicted for the number of its replicas, then by its time
+    limit; either may be missing."""
+    if job.started_at is None:
+        return []
+    limit_s = policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+    by_limit = [] if limit_s is None else [job.started_at + limit_s]
+    if job.predicted_s is None:
+        return by_limit
+    replicas = sum(item.replicas for item in job.placement)
+    left_s = max(0.0, job.predicted_s - job.done_s) * progress(job, job.replicas) / progress(job, replicas)
+    predicted = job.started_at + left_s
+    return [predicted, *by_limit] if not by_limit or predicted < by_limit[0] else by_limit
 
 
 def states_of(job: Job) -> list[Seat]:

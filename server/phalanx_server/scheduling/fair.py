@@ -1,0 +1,132 @@
+"""Owns whose turn it is under fair sharing: a tournament over the tenant tree.
+
+Refuses to know what is free. Two tenants are compared at their ancestors just below the lowest that they share: by the
+dominant share that each would have with its next job started, then by decayed past use, then by the jobs' own places in
+the queue. A job that starts counts at once, and as past use of `ENTRY_PENALTY_S`, so that a burst does not get ahead of
+the accounts. (Dominant Resource Fairness, NSDI'11; the tournament and the entry penalty are Kueue's.)
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+
+from phalanx_server.domain.resources import Demand
+from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.order import JobClass, Rank, Turn
+
+ENTRY_PENALTY_S = 600.0
+
+_Key = tuple[float, float, Rank]
+
+
+class FairTurns:
+    """As `order.Turns`. `demand_of`: what a job of a class takes of the quotas."""
+
+    def __init__(self, turns: Iterable[Turn], draft: Draft, demand_of: Callable[[JobClass], Demand]) -> None:
+        self._draft, self._demand_of = draft, demand_of
+        self._forest = draft.world.forest
+        count = len(self._forest.tenants)
+        self._children: list[list[int]] = [[] for _ in range(count)]
+        for i, above in enumerate(self._forest.parent):
+            if above >= 0:
+                self._children[above].append(i)
+        self._past = self._past_use()
+        self._turns: list[Turn] = []
+        self._waiting: tuple[list[list[tuple[Rank, int]]], ...] = (
+            [[] for _ in range(count)],
+            [[] for _ in range(count)],
+        )
+        self._best: tuple[dict[int, int | None], ...] = ({}, {})
+        self._seen = draft.version
+        for turn in turns:
+            turn.number = len(self._turns)
+            self._turns.append(turn)
+            self._push(turn)
+
+    def __iter__(self) -> Iterator[Turn]:
+        """Each next turn, for as long as there are any: first of those that stay within nominal."""
+        while (turn := self._next(deferred=False) or self._next(deferred=True)) is not None:
+            yield turn
+
+    def again(self, turn: Turn) -> None:
+        """Its member is settled: the class comes again with the next one, if there is one."""
+        if turn.why is None:
+            self._enter(turn)
+        turn.at += 1
+        if turn.at < len(turn.members):
+            self._push(turn)
+
+    def defer(self, turn: Turn) -> None:
+        """It borrows: the class comes again after all that stay within nominal."""
+        turn.is_deferred = True
+        self._push(turn)
+
+    def _enter(self, turn: Turn) -> None:
+        way = self._forest.way_up(turn.key.tenant)
+        for resource, amount in self._demand_of(turn.group):
+            for i in way:
+                past = self._past[i]
+                past[resource] = past.get(resource, 0.0) + amount * ENTRY_PENALTY_S
+        self._forget(way)
+
+    def _forget(self, way: Iterable[int]) -> None:
+        for best in self._best:
+            for i in way:
+                best.pop(i, None)
+
+    def _push(self, turn: Turn) -> None:
+        i = self._forest.number[turn.key.tenant]
+        heapq.heappush(self._waiting[turn.is_deferred][i], (turn.rank, turn.number))
+        self._forget(self._forest.way_up(turn.key.tenant))
+
+    def _next(self, *, deferred: bool) -> Turn | None:
+        if self._seen != self._draft.version:
+            self._seen = self._draft.version
+            for best in self._best:
+                best.clear()
+        roots = [i for i, above in enumerate(self._forest.parent) if above < 0]
+        found = [w for w in (self._winner(i, deferred) for i in roots) if w is not None]
+        if not found:
+            return None
+        turn = min((self._turns[number] for number in found), key=lambda t: t.rank)
+        heapq.heappop(self._waiting[deferred][self._forest.number[turn.key.tenant]])
+        self._forget(self._forest.way_up(turn.key.tenant))
+        return turn
+
+    def _winner(self, i: int, deferred: bool) -> int | None:
+        """The number of the turn that wins in the subtree."""
+        best = self._best[deferred]
+        if i not in best:
+            waiting = self._waiting[deferred][i]
+            own = [waiting[0][1]] if waiting else []
+            below = [(c, w) for c in self._children[i] if (w := self._winner(c, deferred)) is not None]
+            below.sort(key=lambda entry: self._key(*entry))
+            best[i] = next(iter([*own, *(w for _, w in below)]), None)
+        return best[i]
+
+    def _key(self, i: int, number: int) -> _Key:
+        turn = self._turns[number]
+        use, demand = self._draft.soon.use, self._demand_of(turn.group)
+        use.charge(turn.key.tenant, demand)
+        share = use.share(i)
+        use.charge(turn.key.tenant, demand, -1)
+        return share, self._past_share(i), turn.rank
+
+    # ------------------------------------------------------------------ past use
+
+    def _past_use(self) -> list[dict[str, float]]:
+        past = [dict(t.usage) for t in self._forest.tenants]
+        for i in self._forest.upward:
+            if (above := self._forest.parent[i]) >= 0:
+                for resource, used in past[i].items():
+                    past[above][resource] = past[above].get(resource, 0.0) + used
+        return past
+
+    def _past_share(self, i: int) -> float:
+        """Decayed past use of the subtree by what the tree could have lent it in a half-life, over its weight."""
+        above, half_life_s = self._forest.parent[i], max(1.0, self._draft.world.policy.usage_half_life_s)
+        largest = 0.0
+        for resource, used in self._past[i].items():
+            lendable = self._forest.most(self._forest.tenants[above if above >= 0 else i].name, resource)
+            largest = max(largest, used / (max(1, lendable or 1) * half_life_s))
+        weight = self._forest.tenants[i].weight
+        return largest / weight if weight > 0 else (float("inf") if largest else 0.0)

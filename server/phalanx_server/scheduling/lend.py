@@ -1,0 +1,69 @@
+"""Owns what idle nominal quota is not lent: what its owner waits for, and could not take back.
+
+Refuses to keep anything from whom the owner may evict, or from whom has left again before the owner is expected to
+start.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.possible import Option
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """An owner's idle nominal for which a job of its own waits. `starts_at`: when that is expected to start."""
+
+    tenant: str
+    priority: int
+    reclaim: str
+    job: str
+    amounts: tuple[tuple[str, int], ...]
+    starts_at: float | None
+
+
+class Lending:
+    """Who waits for nominal quota of its own, in one pass."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._wanted: list[_Wanted] = []
+        self._seen: set[str] = set()
+
+    def want(self, job: str, key: ClassKey, option: Option, starts_at: float | None) -> None:
+        """A job waits that its tenant's nominal quota would hold."""
+        forest, use = self._draft.world.forest, self._draft.soon.use
+        i = forest.number[key.tenant]
+        idle = {}
+        for resource, amount in option.demand:
+            limits = forest.limits.get(resource)
+            if limits is None or not limits.limited[i]:
+                continue
+            if amount > limits.nominal[i]:
+                return
+            idle[resource] = max(0, min(amount, -use.excess(i, resource)))
+        if key.tenant not in self._seen and any(idle.values()):
+            self._seen.add(key.tenant)
+            reclaim = forest.tenants[i].preemption.reclaim
+            self._wanted.append(_Wanted(key.tenant, key.priority, reclaim, job, tuple(idle.items()), starts_at))
+
+    def refuses(self, key: ClassKey, option: Option) -> tuple[str, ...]:
+        """The jobs for which a borrower has to wait; () = it may borrow."""
+        ends_at = self._draft.ends_at(key)
+        against = [w for w in self._wanted if self._is_kept(w, key, ends_at)]
+        if not against:
+            return ()
+        use = self._draft.soon.use.copy()
+        for wanted in against:
+            use.charge(wanted.tenant, tuple(Counter(dict(wanted.amounts)).items()))
+        return tuple(w.job for w in against) if use.shortage(key.tenant, option.demand) is not None else ()
+
+    def _is_kept(self, wanted: _Wanted, key: ClassKey, ends_at: float) -> bool:
+        if wanted.tenant == key.tenant or (wanted.starts_at is not None and ends_at <= wanted.starts_at):
+            return False
+        could_reclaim = wanted.reclaim == "any" or (
+            wanted.reclaim == "lower_priority" and key.priority < wanted.priority
+        )
+        return not (could_reclaim and key.preemptible)

@@ -1,0 +1,226 @@
+"""Owns whom a waiting job may evict, in which order, and when that is allowed to happen at all.
+
+Refuses to know where the job would go. There are three rights. *Nominal*: to one's own nominal quota and pools, at the
+cost of whoever borrows them (`reclaim`), and of one's own lesser jobs (`within_tenant`). *Fair share*: to a share that
+is no larger than what the victim's side keeps, or smaller than what it has. *Borrowing*: where the tenant's
+`preemption.borrow` says so (`reclaim_while_borrowing`). They are tried in this order; nobody is evicted unless the job
+fits afterwards. The rules are those of Kueue (pkg/scheduler/preemption), the two of fair share those of its
+`LessThanOrEqualToFinalShare` and `LessThanInitialShare`.
+
+No loops: a right to nominal quota is never turned against a tenant within its own; a fair share that was taken is no
+larger than the one that is left, so that the victim, back in the queue, finds nobody above its own share.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from phalanx_server.scheduling.quota import QuotaUse
+from phalanx_server.scheduling.trial import Piece, Trial
+from phalanx_server.scheduling.world import Running
+
+WITHIN, RECLAIM, BORROWING, FAIR = "within_tenant", "reclaim", "reclaim_while_borrowing", "fair_share"
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """One right of a waiting job: whom it lets it evict, in order, and what must hold once that is done."""
+
+    victims: Callable[[], Iterator[Piece]]
+    ends_well: Callable[[], bool]
+
+
+class Claim:
+    """The rights of one waiting job in a trial. `submitted_at`: with `lower_or_newer_equal` it matters."""
+
+    def __init__(self, trial: Trial, submitted_at: float, *, spare_protected: bool = True) -> None:
+        self._trial, self._submitted_at = trial, submitted_at
+        self._spare_protected = spare_protected
+        self._world, self._forest = trial.draft.world, trial.draft.world.forest
+        self._tenant, self._priority = trial.key.tenant, trial.key.priority
+        self._rules = self._forest.tenants[self._forest.number[self._tenant]].preemption
+        self._me = self._forest.number[self._tenant]
+        use = trial.book.use
+        self._limited = [(r, n) for r, n in trial.demand if use.left(self._me, r) is not None]
+        self._before = {(i, r): use.excess(i, r) for i in self._forest.way_up(self._tenant) for r, _ in self._limited}
+        self._parting: dict[str, tuple[int, int] | None] = {}
+
+    def rights(self) -> Iterator[Right]:
+        """One after the other, the least costly to others first."""
+        yield Right(self._by_nominal, self._within_nominal)
+        if self._limited and self._world.policy.fair_sharing:
+            yield Right(self._by_fair_share, self._whatever)
+        if self._limited and self._rules.borrow is not None:
+            yield Right(self._by_borrowing, self._whatever)
+
+    # ------------------------------------------------------------------ who may be evicted
+
+    def _may_go(self, running: Running) -> bool:
+        draft = self._trial.draft
+        if not running.job.preemptible or running.job.id in draft.disturbed:
+            return False
+        if not running.may_be_disturbed(self._world.now, even_protected=not self._spare_protected):
+            return False
+        return all(self._world.nodes[item.node].state != "lost" for item in running.job.placement)
+
+    def _own(self) -> Iterator[Running]:
+        rule = self._rules.within_tenant
+        for running in self._world.of_tenant.get(self._tenant, {}).values():
+            job = running.job
+            is_lower = job.priority < self._priority
+            is_newer = job.priority == self._priority and job.submitted_at > self._submitted_at
+            if (
+                rule != "never"
+                and (is_lower or (is_newer and rule == "lower_or_newer_equal"))
+                and self._may_go(running)
+            ):
+                yield running
+
+    def _others(self) -> Iterator[Running]:
+        """The jobs of tenants that borrow what this one asks for."""
+        if not self._limited or self._rules.reclaim == "never":
+            return
+        for tenant, jobs in self._world.of_tenant.items():
+            parting = self._parted(tenant)
+            if not jobs or parting is None or not self._borrows(parting[1]):
+                continue
+            for running in jobs.values():
+                is_lower = running.job.priority < self._priority
+                if (is_lower or self._rules.reclaim == "any") and self._may_go(running):
+                    yield running
+
+    def _parted(self, tenant: str) -> tuple[int, int] | None:
+        if tenant not in self._parting:
+            self._parting[tenant] = None if tenant == self._tenant else self._forest.parting(self._tenant, tenant)
+        return self._parting[tenant]
+
+    def _borrows(self, i: int) -> bool:
+        return any(self._use.excess(i, resource) > 0 for resource, _ in self._limited)
+
+    @property
+    def _use(self) -> QuotaUse:
+        return self._trial.book.use
+
+    def _piece(self, running: Running, reason: str) -> Piece:
+        taken = [p.load for p in self._trial.taken if p.running is running]
+        load = running.load.without(taken) if taken else running.load
+        return Piece(running, load, reason, self._world.expected_end(running.job))
+
+    def _in_order(self, running: Running) -> tuple[int, float, float, str]:
+        job = running.job
+        return (
+            job.priority,
+            running.loss(self._world.now, self._world.policy.restart_s),
+            -(job.started_at or 0.0),
+            job.id,
+        )
+
+    # ------------------------------------------------------------------ nominal
+
+    def _by_nominal(self) -> Iterator[Piece]:
+        promising = {i for i, _ in filter(None, map(self._parted, self._world.of_tenant)) if self._is_below(i)}
+        others = [r for r in self._others() if (p := self._parted(r.job.tenant)) is not None and p[0] in promising]
+        for running in self._ordered(others):
+            parting = self._parted(running.job.tenant)
+            if parting is not None and self._borrows(parting[1]):
+                yield self._piece(running, RECLAIM)
+        for running in sorted(self._own(), key=self._in_order):
+            yield self._piece(running, WITHIN)
+
+    def _is_below(self, i: int) -> bool:
+        """Did the subtree leave some of its own unused, of all that is asked for, before anybody was evicted?"""
+        return all(self._before[i, r] < 0 for r, _ in self._limited)
+
+    def _me_with_pools(self) -> int:
+        """The highest ancestor whose quota is the tenant's own and its pools', and not all of the tree's."""
+        way = self._forest.way_up(self._tenant)
+        return way[-2] if len(way) > 1 else way[0]
+
+    def _within_nominal(self) -> bool:
+        """Does it end within what belongs to its side, seen from each victim; and with its own victims alone, within its
+        nominal quota and pools, or borrowing no more than before?"""
+        reclaimed = {piece.running.job.tenant for piece in self._trial.taken if piece.reason == RECLAIM}
+        if sides := {parting[0] for parting in map(self._parted, reclaimed) if parting is not None}:
+            return all(self._after(i, r, n) <= 0 for i in sides for r, n in self._limited)
+        if not any(piece.reason for piece in self._trial.taken) or not self._use.borrows(
+            self._tenant, self._trial.demand
+        ):
+            return True
+        return all(self._after(self._me, r, n) <= self._before[self._me, r] for r, n in self._limited)
+
+    def _after(self, i: int, resource: str, amount: int) -> int:
+        """The excess of one of its ancestors with the job started."""
+        demand = ((resource, amount),)
+        self._use.charge(self._tenant, demand)
+        excess = self._use.excess(i, resource)
+        self._use.charge(self._tenant, demand, -1)
+        return excess
+
+    # ------------------------------------------------------------------ fair share
+
+    def _by_fair_share(self) -> Iterator[Piece]:
+        refused: list[Running] = []
+        for running in self._by_share(list(self._others())):
+            mine, _, after = self._shares(running)
+            if mine <= after:
+                yield self._piece(running, FAIR)
+            else:
+                refused.append(running)
+        for running in self._by_share(refused):
+            mine, before, _ = self._shares(running)
+            if mine < before:
+                yield self._piece(running, FAIR)
+
+    def _shares(self, running: Running) -> tuple[float, float, float]:
+        """(this side's share with the job started, the victim's side's before and after its eviction)."""
+        parting = self._parted(running.job.tenant)
+        assert parting is not None, "jobs of other trees are no candidates"
+        use = self._use
+        before = use.share(parting[1])
+        use.charge(running.job.tenant, running.load.demand, -1)
+        after = use.share(parting[1])
+        use.charge(running.job.tenant, running.load.demand)
+        use.charge(self._tenant, self._trial.demand)
+        mine = use.share(parting[0])
+        use.charge(self._tenant, self._trial.demand, -1)
+        return mine, before, after
+
+    def _ordered(self, candidates: list[Running]) -> Iterator[Running]:
+        if self._world.policy.fair_sharing:
+            yield from self._by_share(candidates)
+        else:
+            yield from sorted(candidates, key=self._in_order)
+
+    def _by_share(self, candidates: list[Running]) -> Iterator[Running]:
+        """Each time the first candidate of the tenant whose side has the largest share, looked at from the root down,
+        and still borrows."""
+        waiting: dict[str, list[Running]] = {}
+        for running in sorted(candidates, key=self._in_order, reverse=True):
+            waiting.setdefault(running.job.tenant, []).append(running)
+        while waiting:
+            tenant = min(waiting, key=lambda name: (self._path(name), self._in_order(waiting[name][-1])))
+            running = waiting[tenant].pop()
+            if not waiting[tenant]:
+                del waiting[tenant]
+            parting = self._parted(tenant)
+            if parting is not None and self._borrows(parting[1]):
+                yield running
+
+    def _path(self, tenant: str) -> tuple[float, ...]:
+        return tuple(-self._use.share(i) for i in reversed(self._forest.way_up(tenant)[:-1]))
+
+    # ------------------------------------------------------------------ borrowing
+
+    def _by_borrowing(self) -> Iterator[Piece]:
+        assert self._rules.borrow is not None
+        most = min(self._rules.borrow.max_priority, self._priority - 1)
+        others = [r for r in self._others() if r.job.priority <= most] if self._is_below(self._me_with_pools()) else []
+        for running in self._ordered(others):
+            parting = self._parted(running.job.tenant)
+            if parting is not None and self._borrows(parting[1]):
+                yield self._piece(running, BORROWING)
+        for running in sorted(self._own(), key=self._in_order):
+            if running.job.priority <= self._rules.borrow.max_priority:
+                yield self._piece(running, WITHIN)
+
+    def _whatever(self) -> bool:
+        return True

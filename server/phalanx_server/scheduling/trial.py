@@ -1,0 +1,94 @@
+"""Owns "what if": the books of a waiting job's run with some running jobs, or parts of them, taken away.
+
+Refuses to know whom one may take away. A trial changes copies; what comes of it is decided with `Draft.make`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from phalanx_server.scheduling.draft import Book, Draft
+from phalanx_server.scheduling.fit import room
+from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.place import Spot
+from phalanx_server.scheduling.possible import Option
+from phalanx_server.scheduling.world import Load, Running
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """What a running job would give up: all of it, or replicas that it can spare."""
+
+    running: Running
+    load: Load
+    reason: str = ""
+    ends_at: float = inf
+    spared: tuple[str, int] | None = None
+    """The node and the number of replicas, if it is not all of it."""
+
+
+class Trial:
+    """One waiting job, one way to run it, and what is taken away for it."""
+
+    def __init__(self, draft: Draft, key: ClassKey, option: Option, replicas: int, *, at: float | None = None) -> None:
+        self.draft, self.key, self.option, self.replicas = draft, key, option, replicas
+        self.demand = key.ask.shape.demand(option.gpu_type, replicas)
+        self.books = [book.copy() for book in draft.soon_until(draft.ends_at(key, at))]
+        self.taken: list[Piece] = []
+
+    @property
+    def book(self) -> Book:
+        """That of the moment when all has gone."""
+        return self.books[0]
+
+    def lift(self, piece: Piece, times: int = 1) -> None:
+        """Take a piece away; `times` -1 puts it back."""
+        self.book.take(piece.load, -times)
+        for book in self.books[1:]:
+            if book.at < piece.ends_at:
+                book.take(piece.load, -times)
+
+    def is_in_quota(self) -> bool:
+        """Do the quotas leave the job its demand?"""
+        return self.draft.is_in_quota(self.key.tenant, self.demand, self.books)
+
+    def spot(self) -> Spot | None:
+        """Where the job would go, quotas apart."""
+        if not self._may_fit():
+            return None
+        return self.draft.spot(self.key, self.option.gpu_type, self.books, replicas=self.replicas)
+
+    def _may_fit(self) -> bool:
+        free, allowed = self.draft.usable(self.key.ask, self.books), self.draft.allowed(self.key, self.books)
+        columns = self.draft.table.of_type(self.option.gpu_type)
+        counts = room(free[:, columns], self.key.ask.shape, self.replicas) * allowed[columns]
+        return int(np.sum(counts)) >= self.replicas
+
+    def fits(self, ends_well: Callable[[], bool]) -> bool:
+        """Would the job be in order now?"""
+        return self.is_in_quota() and ends_well() and self.spot() is not None
+
+    def take_until_it_fits(self, pieces: Iterable[Piece], ends_well: Callable[[], bool]) -> bool:
+        """Take pieces in order until the job fits, then give back in reverse order whatever it does not need. What is
+        taken in the end is in `taken`. False, and nothing taken, if all of them are not enough."""
+        for piece in pieces:
+            self.lift(piece)
+            self.taken.append(piece)
+            if self.fits(ends_well):
+                self._spare(ends_well)
+                return True
+        for piece in self.taken:
+            self.lift(piece, -1)
+        self.taken = []
+        return False
+
+    def _spare(self, ends_well: Callable[[], bool]) -> None:
+        for piece in reversed(list(self.taken)):
+            self.lift(piece, -1)
+            self.taken.remove(piece)
+            if not self.fits(ends_well):
+                self.lift(piece)
+                self.taken.append(piece)
+        self.taken.reverse()
