@@ -1,9 +1,9 @@
-"""Commit a plan: start what can still start, and store why the others wait.
+"""Commit a plan: start what can still start, let give way what still should, and store why the others wait.
 
 Owns the last word on a decision. The plan was made on a snapshot; here, under the scheduler's lease and with nodes and
 jobs locked, each start is checked against the ledger again: the job is queued at the version that the pass saw, its
 nodes take work, their agent is heard, the GPUs are free. A start that no longer holds is dropped, and a gang is all or
-nothing. Commits are serial, because each locks the lease.
+nothing. What gives way is checked in `give_way`. Commits are serial, because each locks the lease.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.actions.expect_lease import expect_lease
+from phalanx_server.actions.give_way import Seen, give_way, jobs_of, nodes_of, orders_of
+from phalanx_server.actions.ledger import Ledger
+from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.event import EventKind
-from phalanx_server.domain.gang import Group, Seat, lay_out
-from phalanx_server.domain.node import NodeState
+from phalanx_server.domain.gang import Group
 from phalanx_server.scheduling.plan import Plan, Start
 from phalanx_server.store.attempts import (
-    Charge,
     NewAttempt,
     NewPlacement,
-    charges,
     create_attempts,
     last_checkpoints,
+    lock_jobs,
     lock_queued_jobs,
 )
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.leases import Lease
-from phalanx_server.store.nodes import lock_nodes_for_placing
-from phalanx_server.store.snapshots import silent_clusters
 from phalanx_server.store.wakeups import notify
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What became of the plan: `started` jobs with their new attempts, and `dropped` ones with why."""
+    """What became of the plan: `started` jobs with their new attempts, `stopped` ones with the cause, and `dropped` ones
+    with why. `unheld`: waiting jobs whose hold was not stored, because nobody gives way for them after all."""
 
-    started: Mapping[str, UUID]
-    dropped: Mapping[str, str]
+    started: Mapping[str, UUID] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    stopped: Mapping[str, StopCause] = field(default_factory=dict)
+    unheld: frozenset[str] = frozenset()
 
 
 async def commit_plan(
@@ -55,27 +57,58 @@ async def commit_plan(
     *,
     versions: Mapping[str, int],
     now: datetime,
+    running: Mapping[str, int] | None = None,
     holds: Sequence[HoldRow] = (),
 ) -> Committed:
-    """Start the plan's jobs and store `holds`, those of the plan that are news (see `store.holds`).
+    """Carry out the plan's decisions and store `holds`, those of the plan that are news (see `store.holds`).
 
-    `versions` are the versions of the queued jobs that the pass was made on. Raises LeaseLost.
+    `versions` are the versions of the queued jobs that the pass was made on, `running` those of the running ones.
+    Raises LeaseLost.
     """
     async with engine.begin() as conn:
         await expect_lease(conn, lease)
-        committed = await _start(conn, plan.starts, versions, now) if plan.starts else Committed({}, {})
-        await upsert_holds(conn, [row for row in holds if row.job_id.hex not in committed.started], now=now)
+        committed = await _carry_out(conn, plan, versions, running or {}, holds, now)
+        over = committed.started.keys() | committed.unheld
+        await upsert_holds(conn, [row for row in holds if row.job_id.hex not in over], now=now)
     return committed
 
 
-async def _start(
-    conn: AsyncConnection, starts: Sequence[Start], versions: Mapping[str, int], now: datetime
+async def _carry_out(
+    conn: AsyncConnection,
+    plan: Plan,
+    versions: Mapping[str, int],
+    running: Mapping[str, int],
+    holds: Sequence[HoldRow],
+    now: datetime,
 ) -> Committed:
-    node_ids = {UUID(hex=item.node) for start in starts for item in start.placement}
-    nodes = await lock_nodes_for_placing(conn, list(node_ids))
-    jobs = {row.id: row for row in await lock_queued_jobs(conn, [UUID(hex=start.job) for start in starts])}
-    ledger = Ledger.of(nodes, await charges(conn, node_ids), silent=await silent_clusters(conn, now=now))
-    resume = await last_checkpoints(conn, [row.id for row in jobs.values() if row.attempts])
+    """Locks in the order of `store.attempts`: nodes, then jobs, those of the holds that are about a kept place too."""
+    orders = orders_of(plan)
+    starting = [UUID(hex=start.job) for start in plan.starts]
+    nodes = nodes_of(orders) | {UUID(hex=item.node) for start in plan.starts for item in start.placement}
+    ledger = await Ledger.open(conn, nodes, now=now, soon=bool(orders))
+    claims = [row.job_id for row in holds if row.kept is not None]
+    await lock_jobs(conn, [*starting, *jobs_of(orders), *claims], held=[row.job_id for row in holds])
+    wanted = {*starting, *(order.for_job for order in orders if order.for_job is not None)}
+    waiting = {row.id: row for row in await lock_queued_jobs(conn, wanted)} if wanted else {}
+    committed = await _start(conn, plan.starts, ledger, waiting, versions, now)
+    if not orders:
+        return committed
+    still_waiting = {job: row for job, row in waiting.items() if job.hex not in committed.started}
+    gave_way = await give_way(conn, orders, ledger, Seen(versions, running, still_waiting), now=now)
+    dropped = {**committed.dropped, **gave_way.dropped}
+    return Committed(committed.started, dropped, gave_way.stopped, gave_way.in_vain)
+
+
+async def _start(
+    conn: AsyncConnection,
+    starts: Sequence[Start],
+    ledger: Ledger,
+    jobs: Mapping[UUID, Row[Any]],
+    versions: Mapping[str, int],
+    now: datetime,
+) -> Committed:
+    again = [job.id for start in starts if (job := jobs.get(UUID(hex=start.job))) is not None and job.attempts]
+    resume = await last_checkpoints(conn, again) if again else {}
     launches: list[Launch] = []
     dropped: dict[str, str] = {}
     for start in starts:
@@ -105,85 +138,10 @@ def _launch(
         return "the job has changed since the pass looked at it"
     if job.held or job.cancel_requested_at is not None:
         return "the job is held or being cancelled"
-    groups = ledger.place(start, job.spec["resources"])
+    groups = ledger.place(start.placement, job.spec["resources"])
     if isinstance(groups, str):
         return groups
-    return Launch(start, job, ledger.cluster_of(start), groups, resume.get(job.id), now)
-
-
-@dataclass
-class Free:
-    """What is left of a node."""
-
-    gpu_indices: list[int]
-    cpus: float
-    memory_bytes: int
-
-
-@dataclass
-class Ledger:
-    """Free resources of the locked nodes, and what each start of this commit takes of them; and the clusters that are
-    silent."""
-
-    nodes: Mapping[UUID, Row[Any]]
-    silent: frozenset[UUID]
-    free: dict[UUID, Free] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, nodes: Mapping[UUID, Row[Any]], charged: Mapping[UUID, Charge], *, silent: frozenset[UUID]) -> Ledger:
-        ledger = cls(nodes, silent)
-        for node_id, node in nodes.items():
-            charge = charged.get(node_id, Charge())
-            indices = [index for index in range(node.gpus) if index not in charge.gpu_indices]
-            ledger.free[node_id] = Free(indices, node.cpus - charge.cpus, node.memory_bytes - charge.memory_bytes)
-        return ledger
-
-    def cluster_of(self, start: Start) -> UUID:
-        return self.nodes[UUID(hex=start.placement[0].node)].cluster_id
-
-    def place(self, start: Start, resources: Mapping[str, Any]) -> tuple[Group, ...] | str:
-        """Take what the whole gang needs and lay it out, nodes by name; or take nothing and say why."""
-        replicas: dict[UUID, int] = {}
-        for item in start.placement:
-            node_id = UUID(hex=item.node)
-            replicas[node_id] = replicas.get(node_id, 0) + item.replicas
-        for node_id, count in replicas.items():
-            reason = self._refusal(node_id, count, resources)
-            if reason is not None:
-                return reason
-        if len({self.nodes[node_id].cluster_id for node_id in replicas}) > 1:
-            return "a gang does not span clusters"
-        in_order = sorted(replicas, key=lambda node_id: (self.nodes[node_id].name, node_id))
-        groups = lay_out(
-            [Seat(node_id.hex, replicas[node_id], self.free[node_id].gpu_indices) for node_id in in_order],
-            gpus_per_replica=resources["gpus_per_replica"],
-            ranks_per_replica=resources["ranks_per_replica"],
-        )
-        if groups is None:
-            return "GPUs are no longer free"
-        for group in groups:
-            self._take(group, resources)
-        return groups
-
-    def _refusal(self, node_id: UUID, replicas: int, resources: Mapping[str, Any]) -> str | None:
-        node, free = self.nodes.get(node_id), self.free.get(node_id)
-        if node is None or free is None or node.state != NodeState.READY or not node.alive:
-            return "a node does not take work"
-        if node.cluster_id in self.silent:
-            return f"the agent of {node.name} is silent"
-        if replicas * resources["gpus_per_replica"] > len(free.gpu_indices):
-            return f"GPUs of {node.name} are no longer free"
-        if replicas * resources["cpus_per_replica"] > free.cpus:
-            return f"CPUs of {node.name} are no longer free"
-        if replicas * resources["memory_per_replica"] > free.memory_bytes:
-            return f"memory of {node.name} is no longer free"
-        return None
-
-    def _take(self, group: Group, resources: Mapping[str, Any]) -> None:
-        free = self.free[UUID(hex=group.node)]
-        free.gpu_indices = [index for index in free.gpu_indices if index not in group.gpu_indices]
-        free.cpus -= group.replicas * resources["cpus_per_replica"]
-        free.memory_bytes -= group.replicas * resources["memory_per_replica"]
+    return Launch(start, job, ledger.cluster_of(start.placement), groups, resume.get(job.id), now)
 
 
 @dataclass(frozen=True, slots=True)

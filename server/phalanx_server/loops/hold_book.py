@@ -1,6 +1,7 @@
 """Which holds are news: what the last passes said of each waiting job, and what of it is stored.
 
-Owns the comparison. A job whose reason changed comes first, then those whose words changed. At most `limit` holds per
+Owns the comparison. Whatever is news of a kept place is stored at once: who stops for a job stops for that place. Then
+a job whose reason changed comes first, then those whose words changed. At most `limit` of these holds per
 commit are news, so that a plan about a hundred thousand jobs costs the database little at a time; each time it is the
 turn of those behind the last that had one, so that words which change in every pass keep nobody from theirs.
 """
@@ -18,6 +19,7 @@ import structlog
 
 from phalanx_server.domain.reason import date_of
 from phalanx_server.scheduling.plan import HoldGroup, Plan
+from phalanx_server.scheduling.snapshot import Seat
 from phalanx_server.store.holds import HoldRow
 
 log = structlog.get_logger()
@@ -98,19 +100,26 @@ class HoldBook:
             estimate = _steps(row.estimated_start.timestamp() if row.estimated_start else None)
             self._stored[row.job_id.hex] = self._intern(Words(row.reason, row.message, tuple(row.unblocks), estimate))
 
-    def news(self, plan: Plan) -> list[tuple[HoldRow, Words]]:
-        """The holds to store, at most `limit`; call `stored` with them once they are."""
+    def news(self, plan: Plan, *, kept: Mapping[str, Seat] | None = None) -> list[tuple[HoldRow, Words]]:
+        """The holds to store: those about a kept place, and at most `limit` others; call `stored` with them once they
+        are. `kept` is what was stored of such places when the pass began."""
+        kept = kept or {}
+        claims: list[News] = []
         places = count()
         for group in plan.hold_groups:
             words = self._words(group)
             for job, place in zip(group.jobs, places, strict=False):
+                if (kept or group.kept) and kept.get(job) != group.kept:
+                    claims.append(News(place, job, group, words))
+                    continue
                 known = self._stored.get(job)
                 if known is words:
                     continue
                 rota = self._reasons if known is None or known.reason != words.reason else self._others
                 rota.offer(News(place, job, group, words))
         first = self._reasons.take(self._limit)
-        return [(_row(news), news.words) for news in first + self._others.take(self._limit - len(first))]
+        others = self._others.take(self._limit - len(first))
+        return [(_row(news), news.words) for news in claims + first + others]
 
     def stored(self, news: Sequence[tuple[HoldRow, Words]], *, over: Iterable[str]) -> None:
         """These were stored; those that are `over` (started, cancelled) have no hold any more."""
@@ -146,7 +155,7 @@ class HoldBook:
 def _row(news: News) -> HoldRow:
     words, start = news.words, news.group.estimated_start
     estimated = None if start is None or words.estimate is None else date_of(start)
-    return HoldRow(UUID(hex=news.job), words.reason, words.message, words.unblocks, estimated)
+    return HoldRow(UUID(hex=news.job), words.reason, words.message, words.unblocks, estimated, news.group.kept)
 
 
 def _steps(at_s: float | None) -> int | None:

@@ -1,7 +1,7 @@
 """The scheduling loop: load what changed, plan, commit.
 
-Owns the planner in memory, and when it is thrown away: on election, when a commit says that another leads, when a start
-is dropped that was dropped the time before too (the pass does not learn why), and after any error. Refuses to decide
+Owns the planner in memory, and when it is thrown away: on election, when a commit says that another leads, when a
+decision is dropped that was dropped the time before too (the pass does not learn why), and after any error. Refuses to decide
 anything.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -22,7 +23,7 @@ from phalanx_server.actions.expect_lease import LeaseLost
 from phalanx_server.loops.hold_book import HoldBook
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import Pace, Pulse, tick_forever
-from phalanx_server.scheduling.plan import Plan
+from phalanx_server.scheduling.plan import Migration, Plan, Preemption, Resize
 from phalanx_server.scheduling.planner import Planner, Size
 from phalanx_server.scheduling.snapshot import Changes, Policy
 from phalanx_server.store.holds import load_holds
@@ -40,6 +41,8 @@ PASSES_BURST, PASSES_EVERY_S = 5, 0.05
 SLOW_PASS_S = 1.0
 # A commit locks the lease, which must be renewed in time: so many starts take about a second.
 STARTS_MAX = 2_000
+# So many jobs give way in one commit, and all that give way for the first of the waiting jobs.
+STOPS_MAX = 500
 # From so many queued jobs on a pass runs in a thread, so that the lease is renewed beside it.
 THREAD_JOBS = 2_000
 
@@ -132,23 +135,28 @@ class ScheduleLoop:
         return await _run(len(cursor.versions), lambda: memory.planner.apply(changes))
 
     async def _commit(self, memory: Memory, plan: Plan, now: datetime) -> Committed | None:
-        news = self.holds.news(plan)
-        if not plan.starts and not news:
-            return Committed({}, {})
+        cursor = memory.cursor
+        part, later = _first_part(plan)
+        news = self.holds.news(plan, kept=cursor.kept)
+        news = [each for each in news if each[0].job_id.hex not in later]
+        if not (part.starts or part.preemptions or part.resizes or part.migrations or news):
+            return Committed()
         try:
             committed = await commit_plan(
                 self._engine,
-                replace(plan, starts=plan.starts[:STARTS_MAX]),
+                part,
                 memory.lease,
-                versions=memory.cursor.versions,
+                versions=cursor.versions,
+                running=cursor.running,
                 now=now,
                 holds=[row for row, _ in news],
             )
         except LeaseLost as lost:
             log.warning("plan not committed", why=str(lost))
             return None
-        self.holds.stored(news, over=committed.started)
-        if len(plan.starts) > STARTS_MAX and committed.started:
+        stored = [each for each in news if each[0].job_id.hex not in committed.unheld]
+        self.holds.stored(stored, over=committed.started)
+        if (len(plan.starts) > STARTS_MAX and committed.started) or (later and committed.stopped):
             self.pause_s = 0.0
         return committed
 
@@ -156,7 +164,7 @@ class ScheduleLoop:
         self.last = done
         self._told(done)
         for job, why in done.committed.dropped.items():
-            log.info("start dropped", job=job, why=why)
+            log.info("decision dropped", job=job, why=why)
         if done.seconds > SLOW_PASS_S:
             log.warning("slow pass", seconds=round(done.seconds, 3), starts=len(done.plan.starts))
         return done
@@ -174,6 +182,30 @@ class ScheduleLoop:
                 await pace.turn()
 
             await tick_forever(self.tick, wait, name="schedule", pulse=self.pulse)
+
+
+def _first_part(plan: Plan) -> tuple[Plan, frozenset[str]]:
+    """As much of a plan as one commit takes; and the waiting jobs for which others give way only later, as the passes
+    that follow at once decide again. What gives way for one job is never parted."""
+    sizes = Counter(_for_whom(each) for each in (*plan.preemptions, *plan.resizes, *plan.migrations))
+    taken: set[str] = set()
+    room = STOPS_MAX
+    for whom, size in sizes.items():
+        if size <= room or not taken:
+            taken.add(whom)
+            room -= size
+    part = replace(
+        plan,
+        starts=plan.starts[:STARTS_MAX],
+        preemptions=tuple(each for each in plan.preemptions if _for_whom(each) in taken),
+        resizes=tuple(each for each in plan.resizes if _for_whom(each) in taken),
+        migrations=tuple(each for each in plan.migrations if _for_whom(each) in taken),
+    )
+    return part, frozenset(sizes.keys() - taken)
+
+
+def _for_whom(decision: Preemption | Resize | Migration) -> str:
+    return decision.for_job or decision.job
 
 
 def _count(changes: Changes) -> int:

@@ -66,10 +66,25 @@ async def lock_attempts_on(conn: AsyncConnection, node_ids: Iterable[UUID]) -> l
 
 _LOCK_QUEUED = text(
     """
-    SELECT id, version, epoch, attempts, held, cancel_requested_at, submitted_at, spec FROM jobs
-    WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' ORDER BY id FOR NO KEY UPDATE
+    SELECT j.id, j.version, j.epoch, j.attempts, j.held, j.cancel_requested_at, j.submitted_at, j.spec, j.name,
+           t.path AS tenant
+    FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.state = 'queued' ORDER BY j.id FOR NO KEY UPDATE OF j
     """
 )
+_LOCK_JOBS = text(
+    """
+    SELECT id FROM jobs WHERE id = ANY(ARRAY(
+        SELECT unnest(CAST(:ids AS uuid[])) UNION
+        SELECT job_id FROM holds WHERE kept IS NOT NULL AND job_id = ANY(CAST(:held AS uuid[]))))
+    ORDER BY id FOR NO KEY UPDATE
+    """
+)
+
+
+async def lock_jobs(conn: AsyncConnection, ids: Iterable[UUID], *, held: Iterable[UUID]) -> None:
+    """Lock these jobs, and those of `held` for which a place is kept: all at once, so in one order."""
+    await conn.execute(_LOCK_JOBS, {"ids": list(ids), "held": list(held)})
 
 
 async def lock_queued_jobs(conn: AsyncConnection, ids: Iterable[UUID]) -> list[Row[Any]]:
@@ -208,34 +223,6 @@ async def load_groups(conn: AsyncConnection, attempt_ids: Iterable[UUID]) -> dic
     for row in await conn.execute(_GROUPS, {"ids": list(attempt_ids)}):
         groups.setdefault(row.attempt_id, []).append(row)
     return groups
-
-
-_CHARGES = text(
-    """
-    SELECT node_id, array_agg(index) FILTER (WHERE index IS NOT NULL) AS gpu_indices,
-           sum(cpus) FILTER (WHERE first) AS cpus, sum(memory_bytes) FILTER (WHERE first)::bigint AS memory_bytes
-    FROM (
-        SELECT p.node_id, p.cpus, p.memory_bytes, gpu.index, coalesce(gpu.place, 1) = 1 AS first
-        FROM placements p LEFT JOIN LATERAL unnest(p.gpu_indices) WITH ORDINALITY AS gpu (index, place) ON true
-        WHERE p.node_id = ANY(CAST(:ids AS uuid[])) AND p.released_at IS NULL
-    ) charged GROUP BY node_id
-    """
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Charge:
-    """What is taken of a node."""
-
-    gpu_indices: frozenset[int] = frozenset()
-    cpus: float = 0.0
-    memory_bytes: int = 0
-
-
-async def charges(conn: AsyncConnection, node_ids: Iterable[UUID]) -> dict[UUID, Charge]:
-    """What is charged on these nodes; a node with nothing charged is missing."""
-    rows = await conn.execute(_CHARGES, {"ids": list(node_ids)})
-    return {row.node_id: Charge(frozenset(row.gpu_indices or ()), row.cpus, int(row.memory_bytes)) for row in rows}
 
 
 @dataclass(frozen=True, slots=True)
