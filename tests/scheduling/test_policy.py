@@ -193,10 +193,10 @@ HELD = {
         "needs 2 × (6 h100): enough is free, but in pieces that hold 1 of 2 replicas",
         None,
     ),
-    "topology is not supported": (
+    "a gang that no rack ever holds is impossible; nodes without a label are racks of their own": (
         queued("a", 5, 2, topology={"required": "rack"}),
-        "topology",
-        "must be placed by rack, which this version does not do",
+        "impossible",
+        "can never start: needs 2 × (5 gpu), but the largest rack holds 1 of 2 replicas on h100",
         None,
     ),
 }

@@ -251,33 +251,39 @@ class Fragmented(Explanation):
         return ("enough becomes free together on one node for each replica",)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Apart(Explanation):
-    """Enough is free on nodes, but not within one domain of the level; the cluster is the outermost level."""
+    """Enough is free on nodes, but not within one domain of the level; the cluster is the outermost level.
 
-    reason = HoldReason.TOPOLOGY
-    gang: str
-    level: str
-
-    def message(self) -> str:
-        return f"needs {self.gang} within one {self.level}: enough is free, but not within one {self.level}"
-
-    def unblocks(self) -> tuple[str, ...]:
-        return (f"enough becomes free within one {self.level}",)
-
-
-@dataclass(frozen=True, slots=True)
-class TopologyUnsupported(Explanation):
-    """It must stay within a topology domain, and this version places no gangs by topology."""
+    `free` of the `asks` units of a resource are free in the domain with the most room, for `fit` of the replicas.
+    `slices` (replicas, level): so many replicas at a time stay in one domain of that level. `excluded`: why other
+    domains have no node for it at all, and how many.
+    """
 
     reason = HoldReason.TOPOLOGY
     level: str
+    resource: str
+    asks: int
+    free: int
+    replicas: int
+    fit: int
+    slices: tuple[int, str] | None = None
+    excluded: tuple[tuple[str, int], ...] = ()
 
     def message(self) -> str:
-        return f"must be placed by {self.level}, which this version does not do"
+        needs = f"needs {self.asks} {self.resource} in one {self.level}{in_slices(self.slices)}"
+        pieces = f", in pieces that hold {self.fit} of {self.replicas} replicas" if self.free >= self.asks else ""
+        return f"{needs}; the best {self.level} has {self.free} free{pieces}{self._exclusions()}"
+
+    def _exclusions(self) -> str:
+        if not self.excluded:
+            return ""
+        total = sum(number for _, number in self.excluded)
+        why = ", ".join(f"{number} {reason}" for reason, number in self.excluded)
+        return f"; {total} {self.level}{'' if total == 1 else 's'} excluded: {why}"
 
     def unblocks(self) -> tuple[str, ...]:
-        return ("the job is submitted without required topology and slices",)
+        return (f"enough becomes free within one {self.level}{in_slices(self.slices)}",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +298,14 @@ class Reserved(Explanation):
 
     def unblocks(self) -> tuple[str, ...]:
         return tuple(f"{job} starts and leaves enough" for job in self.ahead)
+
+
+def in_slices(slices: tuple[int, str] | None) -> str:
+    """`, each 4 replicas on one node`; nothing without slices."""
+    if slices is None:
+        return ""
+    replicas, level = slices
+    return f", each {replicas} replicas {'on' if level == 'node' else 'in'} one {level}"
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

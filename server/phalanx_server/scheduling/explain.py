@@ -4,6 +4,7 @@ Refuses to decide and to word it (`domain.reason` does). Where a job accepts sev
 one that comes last in the order of precedence: to lift that one alone is enough.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,9 +21,10 @@ from phalanx_server.domain.reason import (
 )
 from phalanx_server.domain.resources import CPU, MEMORY, Demand
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.fit import holds_gang, rooms
-from phalanx_server.scheduling.nodes import Amounts, Mask
+from phalanx_server.scheduling.fit import holds_gang, room
+from phalanx_server.scheduling.nodes import Amounts, Mask, amounts_of
 from phalanx_server.scheduling.order import Ask, ClassKey
+from phalanx_server.scheduling.topology import rooms_by_depth, rule_of
 
 _PRECEDENCE = {reason: i for i, reason in enumerate(HoldReason)}
 
@@ -68,10 +70,56 @@ def _room(draft: Draft, ask: Ask, gpu_type: str | None, free: Amounts, allowed: 
         have = int(np.maximum(row, 0)[everywhere].sum())
         if have < each * ask.replicas:
             return NoRoom(gang=gang, resource=name, asks=each * ask.replicas, free=have)
-    fit = rooms(draft.table, free, ask, gpu_type, allowed)
-    if sum(fit) >= ask.replicas:
-        return Apart(gang, "cluster")
-    return Fragmented(gang, replicas=ask.replicas, fit=sum(fit))
+    counts = room(free, ask.shape, ask.replicas) * everywhere
+    if counts.sum() >= ask.replicas:
+        return _apart(draft, ask, gpu_type, free, allowed)
+    return Fragmented(gang, replicas=ask.replicas, fit=int(counts.sum()))
+
+
+def _apart(draft: Draft, ask: Ask, gpu_type: str | None, free: Amounts, allowed: Mask) -> Apart:
+    """What the domain with the most room has, of the level that the gang may not leave."""
+    resource = next(r for r, each in enumerate(amounts_of(ask.shape).tolist()) if each)
+    rule = rule_of(ask.topology, draft.table.levels)
+    best = (-1, -1)
+    for tree in draft.table.trees(gpu_type):
+        counts = (room(free, ask.shape, ask.replicas) * allowed)[tree.columns]
+        amounts = (np.maximum(free[resource], 0) * allowed)[tree.columns]
+        fits = rooms_by_depth(tree, rule, counts)[rule.bound]
+        best = max(best, *zip(fits.tolist(), tree.of_nodes(amounts, rule.bound).tolist(), strict=True))
+    return Apart(
+        level=ask.bound,
+        resource=(gpu_type or "gpu", CPU, MEMORY)[resource],
+        asks=ask.replicas * int(amounts_of(ask.shape)[resource]),
+        free=best[1],
+        replicas=ask.replicas,
+        fit=min(best[0], ask.replicas),
+        slices=ask.slices,
+        excluded=_excluded(draft, ask, gpu_type, allowed),
+    )
+
+
+def _excluded(draft: Draft, ask: Ask, gpu_type: str | None, allowed: Mask) -> tuple[tuple[str, int], ...]:
+    """How many domains of the level have no node that may take the job, by the reason why the last of their nodes may
+    not."""
+    table, rule = draft.table, rule_of(ask.topology, draft.table.levels)
+    typed = _columns_mask(draft, gpu_type)
+    accepting = draft.world.empty.accepting(ask) & typed
+    filters = (
+        ("wrong type", typed),
+        ("", typed & table.ready),
+        ("avoided", accepting),
+        ("in maintenance", accepting & draft.windows.clear(ask.run_limit_s)),
+        ("used by others", allowed & typed),
+    )
+    reasons: Counter[str] = Counter()
+    for tree in table.trees(None):
+        left = np.ones(len(tree.starts[rule.bound]), dtype=np.bool_)
+        for reason, mask in filters:
+            lost = left & (tree.of_nodes(mask[tree.columns].astype(np.int64), rule.bound) == 0)
+            left &= ~lost
+            firsts = tree.columns[tree.starts[rule.bound][lost]]
+            reasons.update(reason or table.states[i] for i in firsts.tolist())
+    return tuple(sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def _columns_mask(draft: Draft, gpu_type: str | None) -> Mask:

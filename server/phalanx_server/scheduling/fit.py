@@ -1,10 +1,9 @@
 """Owns the question whether nodes have room for a gang: how many of its replicas each could take, now or when empty.
 
 Refuses to choose among nodes that do (`place`), and to know quotas and the queue. A replica never spans nodes; a gang
-fits in a domain when all of its replicas do, at once.
+fits in a domain when all of its replicas do, at once, and its slices each within a domain of their own level.
 """
 
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from phalanx_server.domain.resources import Shape
 from phalanx_server.scheduling.nodes import Amounts, Mask, NodeTable, amounts_of, usable
 from phalanx_server.scheduling.order import Ask
+from phalanx_server.scheduling.topology import rooms_by_depth, rule_of
 
 
 def room(free: Amounts, shape: Shape, most: int) -> Amounts:
@@ -28,15 +28,30 @@ def usable_by(free: Amounts, table: NodeTable, ask: Ask) -> Amounts:
     return usable(free, table.total, by_cpu_jobs=ask.shape.is_cpu_only)
 
 
-def rooms(table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask) -> list[int]:
-    """For how many of its replicas each domain has room on the allowed nodes. `free` is what it may use."""
+def rooms(
+    table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask, *, replicas: int | None = None
+) -> list[int]:
+    """For how many of its replicas, or of so many, there is room on the allowed nodes of each domain that the gang may
+    not leave: of the level that it requires, else of the pools. Whole slices count. `free` is what it may use."""
+    most = ask.replicas if replicas is None else replicas
     columns = [d.columns for d in table.domains(gpu_type)]
-    return [int((room(free[:, c], ask.shape, ask.replicas) * allowed[c]).sum()) for c in columns]
+    counts = [room(free[:, c], ask.shape, most) * allowed[c] for c in columns]
+    if ask.topology is None:
+        return [int(c.sum()) for c in counts]
+    rule = rule_of(ask.topology, table.levels)
+    trees = zip(table.trees(gpu_type), columns, counts, strict=True)
+    found = [rooms_by_depth(tree, rule, c[tree.columns - at.start])[rule.bound] for tree, at, c in trees]
+    return [n // ask.step * ask.step for ns in found for n in ns.tolist()]
 
 
-def holds_gang(table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask) -> bool:
-    """Has one domain room for the whole gang on the allowed nodes?"""
-    return max(rooms(table, free, ask, gpu_type, allowed), default=0) >= ask.replicas
+def holds_gang(
+    table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask, *, replicas: int | None = None
+) -> bool:
+    """Has one domain room for the whole gang, or for so many replicas, on the allowed nodes?"""
+    wanted = ask.replicas if replicas is None else replicas
+    if wanted % ask.step:
+        return False
+    return max(rooms(table, free, ask, gpu_type, allowed, replicas=wanted), default=0) >= wanted
 
 
 class EmptyCluster:
@@ -54,9 +69,9 @@ class EmptyCluster:
         """For how many of the least number of replicas there is room, counting nodes of any state."""
         by_type = self._largest.setdefault(ask, {})
         if gpu_type not in by_type:
-            least = replace(ask, replicas=ask.least_replicas)
-            found = rooms(self._table, self._table.total, least, gpu_type, self._table.of_types(ask.gpu_types))
-            by_type[gpu_type] = min(ask.least_replicas, max(found, default=0))
+            total, accepted, least = self._table.total, self._table.of_types(ask.gpu_types), ask.least_replicas
+            found = rooms(self._table, total, ask, gpu_type, accepted, replicas=least)
+            by_type[gpu_type] = min(least, max(found, default=0))
         return by_type[gpu_type]
 
     def accepting(self, ask: Ask) -> Mask:

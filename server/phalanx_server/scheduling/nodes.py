@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from phalanx_server.domain.resources import Shape
 from phalanx_server.scheduling.snapshot import Maintenance, Node
+from phalanx_server.scheduling.topology import Tree
 
 Amounts = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -33,15 +34,20 @@ class Domain:
 
 
 class NodeTable:
-    """What the nodes have, whatever runs on them."""
+    """What the nodes have, whatever runs on them. `levels` are the node labels that make topology domains, outermost
+    first."""
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    def __init__(self, nodes: Iterable[Node], levels: Sequence[str] = ()) -> None:
         rows = sorted(nodes, key=_pool_and_name)
+        self.levels = tuple(levels)
         self.names = [n.name for n in rows]
         self.column = {name: i for i, name in enumerate(self.names)}
         self.total: Amounts = np.array([_amounts(n) for n in rows], dtype=np.int64).reshape(-1, 3).T.copy()
         self.ready: Mask = np.array([n.state == "ready" for n in rows], dtype=np.bool_)
+        self.states: list[str] = [n.state for n in rows]
         self.types = [n.gpu_type for n in rows]
+        self._paths = [tuple(n.labels.get(level) for level in self.levels) for n in rows]
+        self._trees: dict[str | None, list[Tree]] = {}
         self._of_cluster = _runs([_cluster_key(n) for n in rows])
         self._of_pool = _runs([(_cluster_key(n), n.gpu_type) for n in rows])
         self.gpu_types = self._types_with_gpus()
@@ -52,6 +58,7 @@ class NodeTable:
         grown = np.array(_amounts(node), dtype=np.int64) - self.total[:, i]
         self.total[:, i] += grown
         self.ready[i] = node.state == "ready"
+        self.states[i] = node.state
         if grown[GPUS]:
             self.gpu_types = self._types_with_gpus()
         return grown
@@ -80,6 +87,13 @@ class NodeTable:
                 mask[of] = True
         return mask
 
+    def trees(self, gpu_type: str | None) -> list[Tree]:
+        """The topology of each of `domains`."""
+        if gpu_type not in self._trees:
+            spans = [range(d.columns.start, d.columns.stop) for d in self.domains(gpu_type)]
+            self._trees[gpu_type] = [Tree(s, self._paths[s.start : s.stop], len(self.levels)) for s in spans]
+        return self._trees[gpu_type]
+
     def of_types(self, gpu_types: Iterable[str]) -> Mask:
         """Which nodes are of one of these types; of any, if none is named."""
         wanted = set(gpu_types)
@@ -98,8 +112,8 @@ class NodeTable:
 
 
 def same_pool(a: Node, b: Node) -> bool:
-    """Would the one stand where the other stands, in the sorted columns?"""
-    return (a.cluster, a.gpu_type) == (b.cluster, b.gpu_type)
+    """Would the one stand where the other stands, in the sorted columns and in the topology?"""
+    return (a.cluster, a.gpu_type, a.labels) == (b.cluster, b.gpu_type, b.labels)
 
 
 def amounts_of(shape: Shape) -> Amounts:

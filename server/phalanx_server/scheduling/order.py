@@ -20,15 +20,15 @@ from weakref import WeakValueDictionary
 
 from phalanx_server.domain.reason import Explanation
 from phalanx_server.domain.resources import Shape
-from phalanx_server.scheduling.snapshot import ArrayLimit, Dependency, Job, Policy
+from phalanx_server.scheduling.snapshot import ArrayLimit, Dependency, Job, Policy, Topology
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Ask:
     """What a job asks of the nodes. A queue has one object for all that ask for the same, so that they compare quickly.
 
-    `run_limit_s` None: it may run for ever. `bound_to`: a topology level that it must keep to. `least_replicas` is
-    `replicas`, or the minimum of an elastic job.
+    `run_limit_s` None: it may run for ever. `least_replicas` is `replicas`, or the minimum of an elastic job, in whole
+    slices.
     """
 
     shape: Shape
@@ -37,7 +37,24 @@ class Ask:
     gpu_types: tuple[str, ...]
     avoid_nodes: tuple[str, ...]
     run_limit_s: float | None
-    bound_to: str | None
+    topology: Topology | None
+
+    @property
+    def bound(self) -> str:
+        """The level of which one domain holds the whole gang; the cluster is the outermost."""
+        return self.topology.required or "cluster" if self.topology else "cluster"
+
+    @property
+    def slices(self) -> tuple[int, str] | None:
+        """(replicas, level): so many replicas at a time stay in one domain of the level."""
+        if self.topology is None or self.topology.slice is None:
+            return None
+        return self.topology.slice.replicas, self.topology.slice.level
+
+    @property
+    def step(self) -> int:
+        """The gang has a multiple of so many replicas: whole slices."""
+        return self.slices[0] if self.slices else 1
 
     def describe(self, gpu_type: str | None = None) -> str:
         """For people: `2 × (8 h100)`."""
@@ -177,11 +194,11 @@ class Queue:
         values = (
             Shape(job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica),
             job.replicas,
-            job.min_replicas or job.replicas,
+            _least_replicas(job),
             job.gpu_types,
             tuple(sorted(job.avoid_nodes)),
             limit if self._run_limits_matter else None,
-            _bound_to(job),
+            job.topology,
         )
         ask = self._asks.get(values)
         if ask is None:
@@ -189,10 +206,9 @@ class Queue:
         return ask
 
 
-def _bound_to(job: Job) -> str | None:
-    if job.topology is None:
-        return None
-    return job.topology.required or (job.topology.slice.level if job.topology.slice else None)
+def _least_replicas(job: Job) -> int:
+    step = job.topology.slice.replicas if job.topology and job.topology.slice else 1
+    return -(-(job.min_replicas or job.replicas) // step) * step
 
 
 Rank = tuple[int, float, float, str]

@@ -2,7 +2,7 @@
 
 Refuses to know quotas and the queue. Best fit keeps large holes whole for large gangs; a gang spreads over as few
 nodes as possible, the fullest share first, its last node chosen by best fit. CPU jobs stay off nodes with GPUs while
-they can.
+they can. A job with a topology is placed by domains (`topology`).
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from phalanx_server.scheduling.fit import room
 from phalanx_server.scheduling.nodes import CPUS, GPUS, MEMORY, Amounts, Mask, NodeTable
 from phalanx_server.scheduling.order import Ask
 from phalanx_server.scheduling.snapshot import PlacementItem
+from phalanx_server.scheduling.topology import MOST, Choice, Rooms, choose, rule_of
 
 _BITS = 20
 _MOST = (1 << _BITS) - 1
@@ -32,20 +33,47 @@ class Spot:
         return tuple(PlacementItem(name, r) for name, r in named)
 
 
-def find_spot(table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask) -> Spot | None:
-    """The best place for a whole gang within one domain, or None if no domain has room. `free` is what it may use."""
+def find_spot(
+    table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask, *, replicas: int | None = None
+) -> Spot | None:
+    """The best place for a whole gang, or for so many of its replicas, or None if there is no room within one domain of
+    the pool and its topology. `free` is what it may use."""
+    wanted = ask.replicas if replicas is None else replicas
+    if ask.topology is not None:
+        return _spot_by_topology(table, free, ask, gpu_type, allowed, wanted)
     best: tuple[int, int, int] | None = None
     spot = None
     for number, domain in enumerate(table.domains(gpu_type)):
         columns = domain.columns
-        counts = room(free[:, columns], ask.shape, ask.replicas) * allowed[columns]
-        if int(counts.sum()) < ask.replicas:
+        counts = room(free[:, columns], ask.shape, wanted) * allowed[columns]
+        if int(counts.sum()) < wanted:
             continue
         tightness = _tightness(free[:, columns], table.total[:, columns], ask.shape.is_cpu_only)
-        nodes, replicas = choose_nodes(counts, tightness, ask.replicas)
+        nodes, on_each = choose_nodes(counts, tightness, wanted)
         rank = (len(nodes), int(tightness[nodes].max()), number)
         if best is None or rank < best:
-            best, spot = rank, Spot(gpu_type, [columns.start + i for i in nodes], replicas)
+            best, spot = rank, Spot(gpu_type, [columns.start + i for i in nodes], on_each)
+    return spot
+
+
+def _spot_by_topology(
+    table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask, wanted: int
+) -> Spot | None:
+    """The place with the fewest domains at each level, then with the best fit, then the first."""
+    if wanted % ask.step:
+        return None
+    rule = rule_of(ask.topology, table.levels)
+    best: Choice | None = None
+    spot = None
+    for tree in table.trees(gpu_type):
+        there, usable = free[:, tree.columns], allowed[tree.columns]
+        counts = room(there, ask.shape, max(wanted, MOST)) * usable
+        amounts = np.maximum(there[CPUS if ask.shape.is_cpu_only else GPUS], 0) * usable
+        spared = (table.total[GPUS, tree.columns] > 0) * counts if ask.shape.is_cpu_only else None
+        choice = choose(Rooms(tree, rule, counts, amounts, spared), wanted)
+        if choice is not None and (best is None or choice.rank < best.rank):
+            best = choice
+            spot = Spot(gpu_type, tree.columns[choice.nodes].tolist(), choice.replicas.tolist())
     return spot
 
 

@@ -6,7 +6,7 @@ Refuses to know what runs. Nodes of any state count, and the quotas with everybo
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phalanx_server.domain.reason import Impossible
+from phalanx_server.domain.reason import Impossible, in_slices
 from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.fit import EmptyCluster
 from phalanx_server.scheduling.order import Ask, ClassKey, JobClass
@@ -56,8 +56,11 @@ def _named_types(world: World, ask: Ask) -> Sequence[str | None]:
 def _limit(world: World, tenant: str, ask: Ask, gpu_type: str | None) -> str | None:
     largest = world.empty.largest_gang(ask, gpu_type)
     if largest < ask.least_replicas:
-        where = "in one cluster" if gpu_type is None else f"on {gpu_type} in one cluster"
-        return f"all nodes together hold {largest} of {ask.least_replicas} replicas {where}"
+        replicas = f"{largest} of {ask.least_replicas} replicas" + (f" on {gpu_type}" if gpu_type else "")
+        replicas += in_slices(ask.slices)
+        if ask.bound == "cluster":
+            return f"all nodes together hold {replicas} in one cluster"
+        return f"the largest {ask.bound} holds {replicas}"
     for resource, amount in ask.shape.demand(gpu_type, ask.least_replicas):
         most = world.forest.most(tenant, resource)
         if most is not None and amount > most:

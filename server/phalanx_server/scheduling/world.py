@@ -75,7 +75,7 @@ class World:
         self.tenants, self.maintenance = snapshot.tenants, snapshot.maintenance
         self.nodes = {n.name: n for n in snapshot.nodes}
         self.jobs: dict[str, Job] = {}
-        self.table = NodeTable(snapshot.nodes)
+        self.table = NodeTable(snapshot.nodes, snapshot.policy.topology_levels)
         self.empty = EmptyCluster(self.table)
         self.free: Amounts = self.table.total.copy()
         self.forest = QuotaForest(snapshot.tenants)
