@@ -46,6 +46,7 @@ OURS = {
             "migrate": "Bring the database to this version.",
             "new-token": "Print a token for a first start.",
             "plan": "Compute plans from snapshot files.",
+            "simulate": "Replay a trace through the scheduler.",
         },
         hidden=frozenset({"new-token"}),
     ),
