@@ -14,11 +14,12 @@ from phalanx_server.simulation.trace import TraceJob
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """From when to when a job held which GPUs."""
+    """From when to when a job held which GPUs, and for how much of that it made progress."""
 
     job: str
     began_at: float
     ended_at: float
+    progressed_s: float
     placement: tuple[PlacementItem, ...]
 
     @property
@@ -31,13 +32,13 @@ class Course:
 
     __slots__ = (
         "_left",
+        "_progressed_s",
         "_progresses_from",
         "_restart_s",
         "_speed",
         "attempts",
         "ended_at",
         "job",
-        "lost_gpu_s",
         "row",
         "said",
         "total_s",
@@ -51,13 +52,13 @@ class Course:
         """Its run time at `job.replicas`."""
         self.attempts: list[Attempt] = []
         self.ended_at: float | None = None
-        self.lost_gpu_s = 0.0
         self.said: Expectation | None = None
         """What was expected when it was submitted."""
         self.turn = 0
         """Counts what happened to it: an event that was foreseen at another turn is out of date."""
         self._left = total_s * self._pace(job.replicas)
         self._progresses_from = 0.0
+        self._progressed_s = 0.0
         self._restart_s = restart_s
         self._speed = 1.0
 
@@ -101,7 +102,8 @@ class Course:
 
     def stop(self, now: float, for_job: str | None, following: Seat | None) -> None:
         """It is asked to stop, to go on elsewhere if so told."""
-        self._left -= max(0.0, now - self._progresses_from) * self._speed
+        self._progressed_s = max(0.0, now - self._progresses_from)
+        self._left -= self._progressed_s * self._speed
         self.turn += 1
         self.job = replace(self.job, state="stopping", for_job=for_job, next=following)
 
@@ -125,6 +127,7 @@ class Course:
 
     def end(self, now: float) -> None:
         """It has done its work."""
+        self._progressed_s = self._left / self._speed
         self._left = 0.0
         self._close(now)
         self.turn += 1
@@ -133,10 +136,7 @@ class Course:
     def _close(self, now: float) -> None:
         began_at = self.job.started_at
         assert began_at is not None, "it ran"
-        attempt = Attempt(self.job.id, began_at, now, self.job.placement)
-        idle_s = min(self._progresses_from, now) - began_at
-        self.lost_gpu_s += idle_s * attempt.replicas * self.job.gpus_per_replica
-        self.attempts.append(attempt)
+        self.attempts.append(Attempt(self.job.id, began_at, now, self._progressed_s, self.job.placement))
 
     def attained_s(self, now: float) -> float:
         """How long it would have run by now at `job.replicas`."""

@@ -42,7 +42,7 @@ def figures_of(replays: Sequence[Replayed], *, skipped: int = 0) -> dict[str, An
         "preemptions": sum(done.preemptions for done in replays),
         "resizes": sum(done.resizes for done in replays),
         "migrations": sum(done.migrations for done in replays),
-        "lost_gpu_s": round(sum(c.lost_gpu_s for c in courses), 3),
+        "lost_gpu_s": round(sum(_lost_gpu_s(c) for c in courses), 3),
         "avg_slowdown": _mean(np.array([_slowdown(c) for c in ended])),
         "fairness": {"jain": _jain([1 / t["avg_slowdown"] for t in tenants.values()]), "tenants": tenants},
         "predictions": sum((done.calibration for done in replays), Calibration()).document(),
@@ -88,6 +88,12 @@ def _slowdown(course: Course) -> float:
 
 def _gpu_s(course: Course) -> float:
     return sum((a.ended_at - a.began_at) * a.replicas for a in course.attempts) * course.job.gpus_per_replica
+
+
+def _lost_gpu_s(course: Course) -> float:
+    """Held without progress: while stopping and restarting."""
+    lost = ((a.ended_at - a.began_at - a.progressed_s) * a.replicas for a in course.attempts)
+    return max(0.0, sum(lost)) * course.job.gpus_per_replica
 
 
 def _mean(values: np.ndarray) -> float:
