@@ -135,7 +135,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     url = settings.required_database_url
     engine, links = _engine(settings, _user_connections(settings)), _engine(settings, _link_connections(settings))
     async with Wakeups(url) as wakeups:
-        submitter = Submitter(engine, on_flush=app.state.measures.observe_flush)
+        policy = _policy(settings)
+        submitter = Submitter(engine, policy=policy, on_flush=app.state.measures.observe_flush)
         await submitter.start()
         try:
             app.state.services = Services(
@@ -148,11 +149,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 submitter=submitter,
                 authenticator=Authenticator(engine, cache_s=settings.token_cache_s),
                 measures=app.state.measures,
-                what_if=WhatIf(engine, _policy(settings)),
+                what_if=WhatIf(engine, policy),
                 gates=app.state.gates,
                 log_files=LogFiles(settings.storage_root),
                 bundle_files=BundleFiles(settings.storage_root),
                 output_files=OutputFiles(settings.storage_root),
+                policy=policy,
             )
             app.state.measures.watch(Fullness(app.state.services))
             yield

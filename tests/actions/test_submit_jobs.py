@@ -290,7 +290,7 @@ async def test_code_must_be_uploaded_for_the_tenant_first(ready, submitter):
 
 
 async def test_a_database_that_is_away_fails_the_submits_and_not_the_flusher(ready, submitter, monkeypatch):
-    async def away(*_):
+    async def away(*_, **__):
         raise ConnectionRefusedError("away")
 
     with monkeypatch.context() as patch:

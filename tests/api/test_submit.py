@@ -43,7 +43,7 @@ BAD_FIELDS = [
     ),
     ("an unknown tenant", {"tenant": "research/nlq"}, "invalid_request", "tenant", "research/nlp"),
     ("no such bundle", {"run": {"command": "x", "bundle": "0" * 64}}, "invalid_request", "run.bundle", "PUT"),
-    ("a later feature", {"array": {"indices": "0-9"}}, "invalid_request", "array", "not supported"),
+    ("a later feature", {"checkpoint": {"keep_last": 2}}, "invalid_request", "checkpoint.keep_last", "not supported"),
     ("no body at all", None, "invalid_json", "", "line 1, column 1"),
 ]
 

@@ -30,6 +30,15 @@ FULL = {
     "restart": "eager",
     "not_before": "2026-11-21T01:00:00+01:00",
     "labels": {"team": "nlp"},
+    "deadline": "2026-11-22T00:00:00Z",
+    "after": {"ok": [f"job_{'0' * 32}"], "any": [f"array_{'1' * 32}"]},
+    "array": {"indices": "0, 3, 7-9:2", "max_running": 2},
+}
+SHAPED = {
+    "replicas": 4,
+    "gpus_per_replica": 2,
+    "elastic": {"min_replicas": 2, "max_replicas": 8},
+    "topology": {"required": "rack", "slice": {"level": "node", "replicas": 2}},
 }
 
 
@@ -57,10 +66,49 @@ def test_a_full_job_file_is_written_out_in_seconds_and_bytes():
     assert parse_job(FULL).world_size == 16
 
 
-@pytest.mark.parametrize("document", [SMALL, FULL, changed(resources__gpus_per_replica=0, resources__replicas=3)])
+@pytest.mark.parametrize(
+    "document",
+    [SMALL, FULL, changed(resources__gpus_per_replica=0, resources__replicas=3), {**SMALL, "resources": SHAPED}],
+)
 def test_what_is_stored_reads_back_to_the_same(document):
     spec = parse_job(document)
     assert parse_job(json.loads(json.dumps(spec.dump()))) == spec
+
+
+def test_an_array_stands_for_a_job_of_each_index():
+    assert parse_job(FULL).indices == (0, 3, 7, 9)
+    assert parse_job(changed(array={"indices": 5})).indices == (5,)
+    assert parse_job(SMALL).indices == (None,)
+    assert len(parse_job(changed(array={"indices": "0-9999"})).indices) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"elastic": {"min_replicas": 5, "max_replicas": 8}}, "around it"),
+        ({"elastic": {"min_replicas": 4, "max_replicas": 20_000}}, "at most 10000"),
+        ({"elastic": {"min_replicas": 3, "max_replicas": 2}}, "more than max_replicas"),
+        ({"elastic": {"min_replicas": 1, "max_replicas": 8}}, "does not divide min_replicas, 1"),
+        ({"replicas": 5}, "does not divide replicas, 5"),
+    ],
+)
+def test_the_size_of_a_gang_agrees_with_its_range_and_its_slices(changes, said):
+    with pytest.raises(Invalid, match=said) as refused:
+        parse_job({**SMALL, "resources": SHAPED | changes})
+    assert refused.value.errors[0].field.startswith(("resources.elastic", "resources.topology"))
+
+
+def test_the_short_form_may_be_elastic_and_stay_together():
+    asked = {key: value for key, value in SHAPED.items() if key in ("elastic", "topology")}
+    resources = parse_job({**SMALL, "resources": {"gpus": 4, **asked}}).resources
+    assert resources.replicas == 4 and resources.elastic and resources.topology
+    assert (resources.elastic.max_replicas, resources.topology.required) == (8, "rack")
+
+
+def test_a_deadline_before_the_earliest_start_is_refused():
+    with pytest.raises(Invalid, match="not after not_before") as refused:
+        parse_job(changed(not_before="2026-11-21T00:00:00Z", deadline="2026-11-20T00:00:00Z"))
+    assert refused.value.errors[0].field == "deadline"
 
 
 def test_gpus_is_short_for_replicas_of_one_gpu():
@@ -104,6 +152,15 @@ BAD = {
     ],
     "labels": [{"a": True}, {"": "x"}, {"a=b": "x"}, {str(n): "x" for n in range(65)}, {"a": "x" * 257}],
     "held": ["yes", 1],
+    "deadline": [5, "2026-11-21T00:00:00", "9001-01-01T00:00:00Z"],
+    "after": [["job_1"], {"ok": [f"job_{'0' * 32}"], "any": [f"job_{'0' * 32}"]}],
+    "after.ok": ["job_1", ["job_1"], ["train"], [f"att_{'0' * 32}"], [f"job_{n:032x}" for n in range(257)]],
+    "array": ["0-9", {}, {"max_running": 2}],
+    "array.indices": ["", "a", "-1", "1-", "3-1", "0-9:0", "0,0", "0-3,2", "0-10000", "0-999999999", "0," * 9999, True],
+    "resources.elastic": [{"min_replicas": 2}, {"min_replicas": 2, "max_replicas": 3}, 4],
+    "resources.elastic.min_replicas": [0, "1"],
+    "resources.topology": [{}, "rack", {"required": "rack", "preferred": "node"}],
+    "resources.topology.required": ["", "no level", 3],
     "checkpoint.url": ["bucket", "", "x" * 3000],
 }
 CASES = [(field, value) for field, values in BAD.items() for value in values if value is not type(None)]
@@ -128,6 +185,10 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
         ("retries__backof", "backoff"),
         ("checkpoint__keeplast", "keep_last"),
         ("lables", "labels"),
+        ("after__okay", "ok"),
+        ("array__max_runing", "max_running"),
+        ("resources__elastic__min_replica", "min_replicas"),
+        ("resources__topology__require", "required"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_valid_one(field, nearest):
@@ -140,15 +201,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_valid_one(field, nearest):
 @pytest.mark.parametrize(
     "field",
     [
-        "resources__elastic",
-        "resources__topology",
         "run__environment__image",
         "run__secrets",
         "run__recipe",
         "run__args",
         "checkpoint__keep_last",
-        "after",
-        "array",
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name_and_never_ignored(field):

@@ -16,8 +16,10 @@ from phalanx_server.actions.desired import desired
 from phalanx_server.actions.lose_node import Loss, lose_node
 from phalanx_server.actions.record_agent_report import record_agent_report
 from phalanx_server.actions.record_node_report import record_node_report
+from phalanx_server.actions.submit_jobs import Accepted, Submission, Submitter
 from phalanx_server.actions.update_inventory import update_inventory
 from phalanx_server.domain import messages as m
+from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.spec import parse_job
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.schedule import ScheduleLoop
@@ -46,6 +48,7 @@ class ControlPlane:
     cluster_id: UUID = field(default_factory=ids.new_id)
     instance: str = "agent-1"
     silent: bool = False  # the agent: it is not heard while time passes
+    policy: Policy = field(default_factory=Policy)  # of the settings file
     facts: dict[str, m.NodeFacts] = field(default_factory=dict)
     seqs: dict[str, int] = field(default_factory=dict)
     leader: Leader = field(init=False)
@@ -57,7 +60,7 @@ class ControlPlane:
             await conn.execute(insert(clusters).values(id=self.cluster_id, name="main"))
         self.files = LogFiles(self.storage.as_uri())
         self.leader = self.new_leader("scheduler-1")
-        self.scheduler = ScheduleLoop(self.engine, self.leader, policy=Policy())
+        self.scheduler = ScheduleLoop(self.engine, self.leader, policy=self.policy)
         await self.leader.tick(self.now)
         return self
 
@@ -131,6 +134,17 @@ class ControlPlane:
         async with self.engine.begin() as conn:
             await insert_jobs(conn, [row])
         return job_id
+
+    async def submit_file(self, **fields: Any) -> Accepted:
+        """Submit a job file the way that the API does: checked, with what it waits for and all jobs of an array."""
+        document = {"name": "job", "tenant": "default", "resources": {"gpus": 1}, "run": {"command": "python t.py"}}
+        submission = Submission(specs=[parse_job(document | fields)], actor=SYSTEM, received_at=self.now)
+        submitter = Submitter(self.engine, policy=self.policy, clock=lambda: self.now)
+        await submitter.start()
+        try:
+            return await submitter.submit(submission)
+        finally:
+            await submitter.close()
 
     async def job(self, job_id: UUID) -> Row[Any]:
         return await self._one(jobs, jobs.c.id == job_id)

@@ -15,6 +15,7 @@ from uuid import UUID
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.actions.settle_dependents import settle_dependents
 from phalanx_server.domain.attempt import (
     ATTEMPT_LIVE,
     GOES_ON,
@@ -229,6 +230,7 @@ async def write(conn: AsyncConnection, changes: Sequence[AttemptChange], *, now:
     await upsert_holds(conn, [_going_on(c) for c in changed if c.kept], now=now)
     await record_events(conn, [event for change in changed for event in change.events])
     await post_notices(conn, [notice for change in changed for notice in change.notices], now=now)
+    await settle_dependents(conn, [c.row.job_id for c in changed if c.job and c.job_state in TERMINAL], now=now)
     topics = [f"job:{change.row.job_id.hex}" for change in changed]
     topics += [f"desired:{change.row.cluster_id.hex}" for change in changed]
     await notify(conn, *topics, *(["queue"] if any(change.job for change in changed) else []))

@@ -1,14 +1,17 @@
-"""Cancels a job: at once where it waits; where it holds GPUs, its attempt is asked to stop, and its end decides.
+"""Cancels a job or the jobs of an array: at once where one waits; where it holds GPUs, its attempt is asked to stop, and
+its end decides.
 
 Owns the intent (`cancel_requested_at`). Asking again is harmless.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.actions.request_stop import request_stop
+from phalanx_server.actions.settle_dependents import settle_dependents
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.errors import Conflict, NotFound
@@ -17,10 +20,11 @@ from phalanx_server.domain.job import TERMINAL, JobState, advance
 from phalanx_server.store import ids
 from phalanx_server.store.attempts import lock_live_attempts
 from phalanx_server.store.audit import record_audit
-from phalanx_server.store.events import Event, record_events
+from phalanx_server.store.dependencies import forget_all
+from phalanx_server.store.events import Event, record_alike
 from phalanx_server.store.holds import delete_holds
-from phalanx_server.store.jobs import LockedJob, change_job, lock_job
-from phalanx_server.store.outbox import Notice, post_notices
+from phalanx_server.store.jobs import LockedJob, change_jobs, lock_array, lock_job
+from phalanx_server.store.outbox import post_notices, state_notice
 from phalanx_server.store.wakeups import notify
 
 
@@ -30,41 +34,61 @@ async def cancel_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: da
         job = await lock_job(conn, job_id)
         if job is None:
             raise NotFound(f"there is no job {ids.encode('job', job_id)}")
-        if job.state == JobState.CANCELLED or job.cancel_requested_at is not None:
-            return
-        if job.state in TERMINAL:
+        if job.state in TERMINAL and job.state != JobState.CANCELLED:
             raise Conflict(f"{job.name} is already {job.state}; it cannot be cancelled any more")
-        if job.state == JobState.QUEUED:
-            await _cancel_waiting(conn, job, actor, now)
-        else:
-            await _cancel_live(conn, job, actor, now)
-        await record_audit(conn, actor, "cancel_job", ids.encode("job", job_id), {"state": job.state})
-        await notify(conn, "queue", f"job:{job_id.hex}")
+        if await _cancel(conn, [job], actor, now):
+            await record_audit(conn, actor, "cancel_job", ids.encode("job", job_id), {"state": job.state})
 
 
-async def _cancel_waiting(conn: AsyncConnection, job: LockedJob, actor: Actor, now: datetime) -> None:
-    state = advance(JobState(job.state), JobState.CANCELLED)
+async def cancel_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
+    """Cancel the jobs of an array that have not ended. Raises NotFound, and Conflict where all have."""
+    async with engine.begin() as conn:
+        jobs = await lock_array(conn, array_id)
+        name = ids.encode("array", array_id)
+        if not jobs:
+            raise NotFound(f"there is no array {name}")
+        if all(job.state in TERMINAL for job in jobs) and any(job.state != JobState.CANCELLED for job in jobs):
+            raise Conflict(f"all jobs of {name} have ended; it cannot be cancelled any more")
+        cancelled = await _cancel(conn, jobs, actor, now)
+        if cancelled:
+            await record_audit(conn, actor, "cancel_array", name, {"jobs": cancelled})
+
+
+async def _cancel(conn: AsyncConnection, jobs: Sequence[LockedJob], actor: Actor, now: datetime) -> int:
+    """Of locked jobs those that have not ended and were not asked to end before; how many."""
+    open_ = [job for job in jobs if job.state not in TERMINAL and job.cancel_requested_at is None]
+    await _cancel_live(conn, [job.id for job in open_ if job.state != JobState.QUEUED], actor, now)
+    await _cancel_waiting(conn, [job for job in open_ if job.state == JobState.QUEUED], actor, now)
+    if open_:
+        await notify(conn, "queue", *(f"job:{job.id.hex}" for job in open_))
+    return len(open_)
+
+
+async def _cancel_waiting(conn: AsyncConnection, jobs: Sequence[LockedJob], actor: Actor, now: datetime) -> None:
+    if not jobs:
+        return
+    job_ids = [job.id for job in jobs]
+    state = advance(JobState.QUEUED, JobState.CANCELLED)
     message = f"cancelled by {actor.name} before it started"
     values = {"state": state, "cancel_requested_at": now, "finished_at": now, "reason": "cancelled", "message": message}
-    await change_job(conn, job.id, values)
-    await delete_holds(conn, [job.id])
-    told = f"C{message[1:]}."
-    await record_events(conn, [Event(at=now, kind=EventKind.CANCELLED, message=told, job_id=job.id)])
-    payload = {
-        "job_id": ids.encode("job", job.id),
-        "name": job.name,
-        "tenant": job.tenant,
-        "state": state.value,
-        "attempt": job.attempts,
-        "message": message,
-        "at": now.isoformat().replace("+00:00", "Z"),
-    }
-    await post_notices(conn, [Notice("job.cancelled", payload)], now=now)
+    await change_jobs(conn, job_ids, values | {"unmet": 0})
+    await forget_all(conn, job_ids)
+    await delete_holds(conn, job_ids)
+    event = Event(at=now, kind=EventKind.CANCELLED, message=f"C{message[1:]}.")
+    await record_alike(conn, job_ids, event)
+    notices = [
+        state_notice(j.id, name=j.name, tenant=j.tenant, state=state, attempt=j.attempts, message=message, now=now)
+        for j in jobs
+    ]
+    await post_notices(conn, notices, now=now)
+    await settle_dependents(conn, job_ids, now=now)
 
 
-async def _cancel_live(conn: AsyncConnection, job: LockedJob, actor: Actor, now: datetime) -> None:
+async def _cancel_live(conn: AsyncConnection, job_ids: Sequence[UUID], actor: Actor, now: datetime) -> None:
     """An attempt that stops for another reason already goes on stopping; that it is cancelled decides its end."""
-    await change_job(conn, job.id, {"cancel_requested_at": now})
-    message = f"{actor.name} cancelled it."
-    await record_events(conn, [Event(at=now, kind=EventKind.CANCEL_REQUESTED, message=message, job_id=job.id)])
-    await request_stop(conn, await lock_live_attempts(conn, [job.id]), cause=StopCause.CANCEL, now=now)
+    if not job_ids:
+        return
+    await change_jobs(conn, job_ids, {"cancel_requested_at": now})
+    event = Event(at=now, kind=EventKind.CANCEL_REQUESTED, message=f"{actor.name} cancelled it.")
+    await record_alike(conn, job_ids, event)
+    await request_stop(conn, await lock_live_attempts(conn, job_ids), cause=StopCause.CANCEL, now=now)

@@ -1,5 +1,5 @@
 """Whether jobs can be accepted as things are: their tenant exists, their code is uploaded, the environment that they
-name is registered, some node could hold them.
+name is registered, what they wait for exists and may still succeed, some node could hold them.
 
 Owns the checks that need the database; what a job file may say by itself is `domain.spec`'s. Quotas and free places are
 not looked at: a job that has to wait is accepted, and told why it waits.
@@ -12,12 +12,18 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.actions.awaited_jobs import Unmet, after_errors, awaited_by, unmet_of
 from phalanx_server.actions.named_environments import Registered, environment_errors, filled_in, load_registered
 from phalanx_server.domain.access import Actor
+from phalanx_server.domain.array import ARRAY_MAX_JOBS
 from phalanx_server.domain.errors import FieldError, Impossible, Invalid, PhalanxError
+from phalanx_server.domain.gang_spec import LEVEL_NODE
 from phalanx_server.domain.spec import JobSpec, Resources, field_of
 from phalanx_server.domain.tenant import ROOT, nearest
+from phalanx_server.scheduling.snapshot import Policy
+from phalanx_server.store.dependencies import Target, load_targets
 from phalanx_server.store.jobs import Largest, largest_nodes, missing_bundles
+from phalanx_server.store.policies import load_policy
 from phalanx_server.store.tenants import all_paths, find_tenants
 
 HARDWARE_TTL_S = 5.0
@@ -45,6 +51,7 @@ class Checked:
 
     specs: Sequence[JobSpec]
     tenants: Mapping[str, UUID]
+    unmet: Sequence[Unmet]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,8 @@ class Facts:
     missing: frozenset[tuple[UUID, str]]
     registered: Registered
     hardware: Mapping[str, Largest]
+    awaited: Mapping[UUID, Target]
+    levels: Sequence[str]  # of the policy, outermost first, and the node; only where a job names one
 
 
 class Hardware:
@@ -74,14 +83,23 @@ class Hardware:
 
 
 async def check_jobs(
-    conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware
+    conn: AsyncConnection,
+    requests: Sequence[Request],
+    hardware: Hardware,
+    *,
+    policy: Policy,
+    lock: bool = False,
 ) -> list[Checked | PhalanxError]:
-    """For each request its jobs with what the server fills in, or why it is refused."""
-    facts = await _load(conn, requests, hardware)
+    """For each request its jobs with what the server fills in, or why it is refused. `policy` is that of the settings
+    file. Locked, what the jobs wait for does not end, and the policy does not change, before the transaction ends."""
+    facts = await _load(conn, requests, hardware, policy, lock)
     return [_refusal(request, facts) or _accepted(request, facts) for request in requests]
 
 
-async def _load(conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware) -> Facts:
+async def _load(
+    conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware, policy: Policy, lock: bool
+) -> Facts:
+    specs = [spec for request in requests for spec in request.specs]
     paths = {request.tenant_of(spec) for request in requests for spec in request.specs}
     tenants = await find_tenants(conn, sorted(paths))
     wanted = {
@@ -98,27 +116,69 @@ async def _load(conn: AsyncConnection, requests: Sequence[Request], hardware: Ha
             conn, [(request.tenant_of(spec), spec) for request in requests for spec in request.specs]
         ),
         await hardware.load(conn, requests),
+        await load_targets(conn, {id_ for spec in specs for *_, id_ in awaited_by(spec)}, lock=lock),
+        await _levels(conn, policy, lock) if any(spec.resources.topology for spec in specs) else (),
     )
+
+
+async def _levels(conn: AsyncConnection, policy: Policy, lock: bool) -> Sequence[str]:
+    stored = await load_policy(conn, lock="SHARE" if lock else "")
+    return (*stored.over(policy).topology_levels, LEVEL_NODE)
 
 
 def _accepted(request: Request, facts: Facts) -> Checked:
     return Checked(
-        [filled_in(spec, request.tenant_of(spec), facts.registered) for spec in request.specs], facts.tenants
+        [filled_in(spec, request.tenant_of(spec), facts.registered) for spec in request.specs],
+        facts.tenants,
+        [unmet_of(spec, facts.awaited) for spec in request.specs],
     )
 
 
 def _refusal(request: Request, facts: Facts) -> PhalanxError | None:
-    invalid: list[FieldError] = []
+    invalid: list[FieldError] = _too_many(request)
     impossible: list[FieldError] = []
     for index, spec in enumerate(request.specs):
         where = request.where(index)
         invalid += _tenant_errors(request, spec, where, facts) or _errors_within_tenant(request, spec, where, facts)
+        invalid += after_errors(spec, request.actor, facts.awaited, where=where)
+        invalid += _level_errors(spec, where, facts.levels)
         impossible += _named(_too_large(spec.resources, facts.hardware), where)
         impossible += _too_much_shm(spec, facts.hardware, where)
         invalid += _named(_unknown_types(spec.resources, facts.hardware), where)
     if invalid:
         return Invalid.fields(invalid + impossible)
     return Impossible.fields(impossible) if impossible else None
+
+
+def _too_many(request: Request) -> list[FieldError]:
+    """Arrays count with all of their jobs."""
+    jobs = sum(len(spec.indices) for spec in request.specs)
+    if jobs <= ARRAY_MAX_JOBS:
+        return []
+    return [FieldError("jobs", f"are {jobs} jobs with those of arrays, at most {ARRAY_MAX_JOBS} at once")]
+
+
+def _level_errors(spec: JobSpec, where: str, levels: Sequence[str]) -> list[FieldError]:
+    """Levels that the policy does not have, and slices that are no part of the domain that the gang stays in."""
+    topology = spec.resources.topology
+    if topology is None:
+        return []
+    errors = []
+    for path, level in topology.levels():
+        if level not in levels:
+            close = nearest(level, levels)
+            hint = (f"did you mean {close}? " if close else "") + f"the levels are {', '.join(levels)}"
+            errors.append(FieldError(field_of(where, *_TOPOLOGY, *path), f"there is no level {level!r}", hint))
+    if not errors and topology.slice is not None:
+        outer = topology.required or topology.preferred or ""
+        if levels.index(topology.slice.level) < levels.index(outer):
+            message = f"{topology.slice.level} is a larger domain than {outer}, in which the whole gang stays"
+            hint = f"the levels are {', '.join(levels)}, outermost first"
+            errors.append(FieldError(field_of(where, *_TOPOLOGY, "slice", "level"), message, hint))
+    return errors
+
+
+_TOPOLOGY = ("resources", "topology")
 
 
 def _tenant_errors(request: Request, spec: JobSpec, where: str, facts: Facts) -> list[FieldError]:

@@ -15,6 +15,7 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.domain.array import size_of
 from phalanx_server.domain.attempt import AttemptState
 from phalanx_server.domain.messages import Desired, DesiredAttempt, Environment, GroupPlacement, Launch, Mount
 from phalanx_server.store import ids
@@ -22,7 +23,7 @@ from phalanx_server.store import ids
 _LIVE = text(
     """
     SELECT a.id, a.job_id, a.number, a.epoch, a.state, a.grace_s, a.resume_from, a.started_at IS NOT NULL AS started,
-           j.name AS job_name, j.spec, j.bundle, j.traceparent, t.path AS tenant, t.uid AS tenant_uid,
+           j.name AS job_name, j.spec, j.bundle, j.traceparent, j.array_id, j.array_index, t.path AS tenant, t.uid AS tenant_uid,
            placed.groups, placed.cpus, placed.memory
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
     CROSS JOIN LATERAL (
@@ -88,7 +89,7 @@ def _launch(row: Row[Any]) -> Launch:
     run = row.spec["run"]
     return Launch(
         command=run["command"],
-        env=run["env"],
+        env=run["env"] | _array_variables(row),
         world_size=sum(group["ranks"] for group in row.groups),
         bundle=row.bundle,
         cpus_per_group=row.cpus,
@@ -100,6 +101,17 @@ def _launch(row: Row[Any]) -> Launch:
         outputs=run.get("outputs") or [],
         shm_bytes=run.get("shm") or 0,
     )
+
+
+def _array_variables(row: Row[Any]) -> dict[str, str]:
+    """What a rank is told of the array that its job is of."""
+    if row.array_id is None:
+        return {}
+    return {
+        "PHALANX_ARRAY_ID": ids.encode("array", row.array_id),
+        "PHALANX_ARRAY_INDEX": str(row.array_index),
+        "PHALANX_ARRAY_SIZE": str(size_of(row.spec["array"]["indices"])),
+    }
 
 
 def _environment(asked: dict[str, Any] | None) -> Environment | None:

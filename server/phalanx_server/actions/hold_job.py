@@ -1,47 +1,56 @@
-"""Puts a job on hold, and releases it: a held job is not started, one that runs goes on running.
+"""Puts a job, or the jobs of an array, on hold, and releases them: a held job is not started, one that runs goes on.
 
 Owns the intent (`held`). Doing it twice is harmless.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from phalanx_server.actions.open_jobs import open_jobs, open_jobs_of_array
 from phalanx_server.domain.access import Actor
-from phalanx_server.domain.errors import Conflict, NotFound
 from phalanx_server.domain.event import EventKind
-from phalanx_server.domain.job import TERMINAL
-from phalanx_server.store import ids
 from phalanx_server.store.audit import record_audit
-from phalanx_server.store.events import Event, record_events
-from phalanx_server.store.jobs import change_job, lock_job
+from phalanx_server.store.events import Event, record_alike
+from phalanx_server.store.jobs import LockedJob, change_jobs
 from phalanx_server.store.wakeups import notify
 
 
 async def hold_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for a job that has ended."""
-    await _set_held(engine, job_id, held=True, actor=actor, now=now)
+    async with engine.begin() as conn:
+        await _set_held(conn, *await open_jobs(conn, job_id), held=True, actor=actor, now=now)
 
 
 async def release_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for a job that has ended."""
-    await _set_held(engine, job_id, held=False, actor=actor, now=now)
-
-
-async def _set_held(engine: AsyncEngine, job_id: UUID, *, held: bool, actor: Actor, now: datetime) -> None:
-    name = ids.encode("job", job_id)
-    kind = EventKind.HELD if held else EventKind.RELEASED
     async with engine.begin() as conn:
-        job = await lock_job(conn, job_id)
-        if job is None:
-            raise NotFound(f"there is no job {name}")
-        if job.state in TERMINAL:
-            raise Conflict(f"{job.name} is already {job.state}")
-        if job.held == held:
-            return
-        await change_job(conn, job_id, {"held": held})
-        message = f"{'Put on hold' if held else 'Released'} by {actor.name}."
-        await record_events(conn, [Event(at=now, kind=kind, message=message, job_id=job_id)])
-        await record_audit(conn, actor, "hold_job" if held else "release_job", name)
-        await notify(conn, "queue", f"job:{job_id.hex}")
+        await _set_held(conn, *await open_jobs(conn, job_id), held=False, actor=actor, now=now)
+
+
+async def hold_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
+    """Raises NotFound, and Conflict for an array whose jobs have all ended."""
+    async with engine.begin() as conn:
+        await _set_held(conn, *await open_jobs_of_array(conn, array_id), held=True, actor=actor, now=now)
+
+
+async def release_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
+    """Raises NotFound, and Conflict for an array whose jobs have all ended."""
+    async with engine.begin() as conn:
+        await _set_held(conn, *await open_jobs_of_array(conn, array_id), held=False, actor=actor, now=now)
+
+
+async def _set_held(
+    conn: AsyncConnection, name: str, jobs: Sequence[LockedJob], *, held: bool, actor: Actor, now: datetime
+) -> None:
+    job_ids = [job.id for job in jobs if job.held != held]
+    if not job_ids:
+        return
+    await change_jobs(conn, job_ids, {"held": held})
+    message = f"{'Put on hold' if held else 'Released'} by {actor.name}."
+    kind = EventKind.HELD if held else EventKind.RELEASED
+    await record_alike(conn, job_ids, Event(at=now, kind=kind, message=message))
+    await record_audit(conn, actor, "hold_job" if held else "release_job", name)
+    await notify(conn, "queue", *(f"job:{job_id.hex}" for job_id in job_ids))

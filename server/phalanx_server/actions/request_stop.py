@@ -20,6 +20,7 @@ MESSAGES = {
     StopCause.CANCEL: "Cancel was requested; its ranks are being ended.",
     StopCause.TIME_LIMIT: "Its time limit is reached; its ranks are being ended.",
     StopCause.DRAIN: "Its node is being drained; its ranks are being ended.",
+    StopCause.REQUEUE: "It is put back into the queue; its ranks are being ended.",
     StopCause.PREEMPTION: "It gives way to another job; its ranks are being ended.",
     StopCause.RESIZE: "It goes on with another number of replicas; its ranks are being ended.",
     StopCause.MIGRATION: "It goes on elsewhere; its ranks are being ended.",

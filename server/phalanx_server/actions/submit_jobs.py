@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -24,16 +24,18 @@ from phalanx_server.domain.errors import Invalid, PhalanxError, Unavailable
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.job import JobState
 from phalanx_server.domain.spec import JobSpec
+from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store import ids
 from phalanx_server.store.audit import AuditEntry, record_audits
 from phalanx_server.store.engine import is_of_the_data
-from phalanx_server.store.events import Event, record_events
+from phalanx_server.store.events import Event, record_alike, record_events
 from phalanx_server.store.idempotency import Kept, KeyRow, read_keys, take_keys
-from phalanx_server.store.jobs import JobRow, insert_jobs
+from phalanx_server.store.jobs import ArrayRow, JobRow, insert_jobs
 from phalanx_server.store.wakeups import notify
 
 FLUSH_MAX_JOBS = 4000
 WAITING_MAX_JOBS = 100_000
+_DEFAULTS = Policy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class NewJob:
     checkpoint_url: str | None = None
     checkpoint_step: int | None = None
     checkpoint_at: datetime | None = None
+    array_id: UUID | None = None
+    array_index: int | None = None
 
 
 Render = Callable[[Sequence[NewJob]], Any]
@@ -95,10 +99,16 @@ class Submission:
     def request(self) -> Request:
         return Request(self.specs, self.actor, self.batch)
 
+    @property
+    def size_jobs(self) -> int:
+        """How many jobs these are, with all of each array."""
+        return sum(len(spec.indices) for spec in self.specs)
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The answer. A replayed one has no jobs, only the response that was given the first time."""
+    """The answer: of an array its first job. A replayed one has no jobs, only the response that was given the first
+    time."""
 
     jobs: Sequence[NewJob] = ()
     response: Any = None
@@ -145,11 +155,13 @@ class Submitter:
         self,
         engine: AsyncEngine,
         *,
+        policy: Policy = _DEFAULTS,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         on_flush: Callable[[int], None] = lambda jobs: None,
     ) -> None:
-        """`on_flush` is told how many jobs shared each transaction."""
+        """`policy` is that of the settings file. `on_flush` is told how many jobs shared each transaction."""
         self._engine = engine
+        self._policy = policy
         self._clock = clock
         self._on_flush = on_flush
         self._hardware = Hardware()
@@ -179,11 +191,11 @@ class Submitter:
 
     async def submit(self, submission: Submission) -> Accepted:
         """Accept the jobs, durably. Raises Invalid, Impossible, IdempotencyConflict, Unavailable."""
-        if self._task is None or self._waiting_jobs + len(submission.specs) > WAITING_MAX_JOBS:
+        if self._task is None or self._waiting_jobs + submission.size_jobs > WAITING_MAX_JOBS:
             raise Unavailable("too many submits are waiting; try again shortly")
         pending = _Pending(submission, asyncio.get_running_loop().create_future())
         self._waiting.append(pending)
-        self._waiting_jobs += len(submission.specs)
+        self._waiting_jobs += submission.size_jobs
         self._arrived.set()
         return await pending.answer
 
@@ -207,13 +219,13 @@ class Submitter:
         put_back: list[_Pending] = []
         keys: set[tuple[str, str]] = set()
         jobs = 0
-        while self._waiting and (not taken or jobs + len(self._waiting[0].submission.specs) <= FLUSH_MAX_JOBS):
+        while self._waiting and (not taken or jobs + self._waiting[0].submission.size_jobs <= FLUSH_MAX_JOBS):
             pending = self._waiting.popleft()
             if pending.key in keys:
                 put_back.append(pending)
                 continue
             keys |= {pending.key} if pending.key else set()
-            jobs += len(pending.submission.specs)
+            jobs += pending.submission.size_jobs
             taken.append(pending)
         self._waiting_jobs -= jobs
         self._waiting.extendleft(reversed(put_back))
@@ -228,7 +240,7 @@ class Submitter:
             if not is_of_the_data(error):
                 raise
             good = await self._carry_out(taken, _write_each)
-        self._on_flush(sum(len(pending.jobs) for pending in good))
+        self._on_flush(sum(len(row.job_ids) for pending in good for row in pending.rows))
         for pending in taken:
             pending.settle()
 
@@ -245,7 +257,8 @@ class Submitter:
         now = self._clock()
         for pending in taken:
             pending.begin()
-        for pending, checked in zip(taken, await check_jobs(conn, requests, self._hardware), strict=True):
+        answers = await check_jobs(conn, requests, self._hardware, policy=self._policy, lock=True)
+        for pending, checked in zip(taken, answers, strict=True):
             if isinstance(checked, PhalanxError):
                 pending.result = checked
             else:
@@ -263,19 +276,32 @@ def _fail_all(taken: Sequence[_Pending], error: BaseException) -> None:
 def _build(pending: _Pending, checked: Checked, now: datetime) -> None:
     submission = pending.submission
     request = submission.request()
-    for spec in checked.specs:
+    for spec, unmet in zip(checked.specs, checked.unmet, strict=True):
         path = request.tenant_of(spec)
-        job = _new_job(spec.for_tenant(path), path, submission, max(now, submission.received_at))
+        array = _array_of(spec)
+        job = _new_job(spec.for_tenant(path), path, submission, max(now, submission.received_at), array)
         pending.jobs.append(job)
-        pending.rows.append(_row_of(job, spec, checked.tenants[path], submission.traceparent))
+        row = _row_of(job, spec, checked.tenants[path], submission.traceparent)
+        pending.rows.append(replace(row, after=unmet, array=array))
     pending.response = submission.render(pending.jobs) if submission.render else None
 
 
-def _new_job(spec: JobSpec, path: str, submission: Submission, submitted_at: datetime) -> NewJob:
+def _array_of(spec: JobSpec) -> ArrayRow | None:
+    if spec.array is None:
+        return None
+    indices = [index for index in spec.indices if index is not None]
+    job_ids = [ids.new_id() for _ in indices]  # they grow: the queue takes them in the order of their indices
+    return ArrayRow(id=ids.new_id(), job_ids=job_ids, indices=indices, max_running=spec.array.max_running)
+
+
+def _new_job(
+    spec: JobSpec, path: str, submission: Submission, submitted_at: datetime, array: ArrayRow | None
+) -> NewJob:
+    """The job; of an array its first."""
     return NewJob(
-        id=ids.new_id(),
+        id=array.job_ids[0] if array else ids.new_id(),
         tenant=path,
-        name=spec.name,
+        name=f"{spec.name}[{array.indices[0]}]" if array else spec.name,
         priority=spec.priority_value,
         spec=spec.dump(),
         labels=dict(spec.labels),
@@ -285,6 +311,8 @@ def _new_job(spec: JobSpec, path: str, submission: Submission, submitted_at: dat
         submitted_at=submitted_at,
         queued_at=submitted_at,
         held=spec.held,
+        array_id=array.id if array else None,
+        array_index=array.indices[0] if array else None,
     )
 
 
@@ -292,7 +320,7 @@ def _row_of(job: NewJob, spec: JobSpec, tenant_id: UUID, traceparent: str | None
     return JobRow(
         id=job.id,
         tenant_id=tenant_id,
-        name=job.name,
+        name=spec.name,
         priority=job.priority,
         spec=job.spec,
         labels=job.labels,
@@ -303,6 +331,7 @@ def _row_of(job: NewJob, spec: JobSpec, tenant_id: UUID, traceparent: str | None
         submitted_at=job.submitted_at,
         held=job.held,
         not_before=spec.not_before,
+        deadline=spec.deadline,
     )
 
 
@@ -332,7 +361,10 @@ async def _write(conn: AsyncConnection, good: Sequence[_Pending]) -> None:
     rows = [row for pending in fresh for row in pending.rows]
     if rows:
         await insert_jobs(conn, rows)
-        await record_events(conn, [_submitted(row) for row in rows])
+        await record_events(conn, [_submitted(row) for row in rows if row.array is None])
+        for row in rows:
+            if row.array is not None:
+                await record_alike(conn, row.job_ids, _submitted(row))
         await record_audits(conn, [_audit_of(pending) for pending in fresh])
         await notify(conn, "queue")
 
@@ -362,12 +394,12 @@ async def _replay_refused(conn: AsyncConnection, refused: Sequence[_Pending]) ->
 
 def _submitted(row: JobRow) -> Event:
     held = ", on hold" if row.held else ""
-    return Event(
-        at=row.submitted_at, kind=EventKind.SUBMITTED, message=f"Submitted by {row.created_by}{held}.", job_id=row.id
-    )
+    array = f" in {ids.encode('array', row.array.id)}" if row.array else ""
+    message = f"Submitted by {row.created_by}{array}{held}."
+    return Event(at=row.submitted_at, kind=EventKind.SUBMITTED, message=message, job_id=row.id)
 
 
 def _audit_of(pending: _Pending) -> AuditEntry:
-    made = [ids.encode("job", job.id) for job in pending.jobs]
+    made = [ids.encode("job", job_id) for row in pending.rows for job_id in row.job_ids]
     detail = {"jobs": len(made), "last": made[-1]} if len(made) > 1 else {"name": pending.jobs[0].name}
     return AuditEntry(pending.submission.actor, "submit_jobs", made[0], detail)

@@ -21,6 +21,7 @@ from phalanx_server.api.auth import Authenticator, Principal
 from phalanx_server.api.errors import Problem, not_found
 from phalanx_server.api.measures import Measures
 from phalanx_server.api.what_if import WhatIf
+from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
 from phalanx_server.store.bundles import BundleFiles
@@ -49,6 +50,8 @@ class Services:
     gates: Gates
     bundle_files: BundleFiles
     output_files: OutputFiles
+    policy: Policy = field(default_factory=Policy)
+    """Of the settings file; what is set through the API goes over it."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait(self, subscription: Subscription, timeout_s: float) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from phalanx_server.actions.check_jobs import Hardware, Request, check_jobs
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Services, now
-from phalanx_server.api.job_documents import Hold
+from phalanx_server.api.job_documents import Hold, too_late
 from phalanx_server.api.what_if import Outcome, hypothetical
 from phalanx_server.domain.errors import PhalanxError
 from phalanx_server.domain.spec import JobSpec
@@ -26,7 +26,7 @@ class WouldPlace(BaseModel):
 
 
 class Would(BaseModel):
-    """What the next pass would do with the job."""
+    """What the next pass would do with the job; of an array, with its first."""
 
     start: bool
     hold: Hold | None
@@ -44,16 +44,17 @@ async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> Dr
     """Raises what a submit would raise; stores nothing."""
     request = Request([spec], principal.actor)
     async with services.engine.connect() as conn:
-        (checked,) = await check_jobs(conn, [request], Hardware())
+        (checked,) = await check_jobs(conn, [request], Hardware(), policy=services.policy)
         if isinstance(checked, PhalanxError):
             raise checked
         spec = checked.specs[0].for_tenant(request.tenant_of(spec))
         warnings = await _warnings(conn, spec)
-    job = hypothetical(spec, id=ids.new_id().hex, submitted_at=now())
+    job = hypothetical(spec, id=ids.new_id().hex, submitted_at=now(), unmet=checked.unmet[0])
     outcome = await services.what_if.with_jobs([job])
     async with services.reads.connect() as conn:
         would = await _would(conn, outcome, job.id)
-    return DryRun(spec=spec.dump(), would=would, warnings=warnings)
+    late = too_late(would.hold.estimated_start if would.hold else None, spec.deadline)
+    return DryRun(spec=spec.dump(), would=would, warnings=[*warnings, *late])
 
 
 async def _warnings(conn: AsyncConnection, spec: JobSpec) -> list[str]:

@@ -61,4 +61,5 @@ def _waiting(job: Job) -> str:
     unblocks = f" It could start when {', or when '.join(hold.unblocks)}." if hold.unblocks else ""
     at = hold.estimated_start
     expected = f" It is expected to start at {at:%Y-%m-%dT%H:%M:%SZ}." if at else ""
-    return f"{job.name} waits ({hold.reason}): {hold.message}.{unblocks}{expected}{place}"
+    warned = "".join(f" It {warning}." for warning in job.warnings)
+    return f"{job.name} waits ({hold.reason}): {hold.message}.{unblocks}{expected}{warned}{place}"

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel, Field
 from sqlalchemy import Row
 
+from phalanx_server.domain.array import size_of
 from phalanx_server.store import ids
 
 JobRow: TypeAlias = Any
@@ -51,6 +52,20 @@ class Placement(BaseModel):
     address: str
 
 
+class NextItem(BaseModel):
+    """So many replicas on one node."""
+
+    node: str
+    replicas: int
+
+
+class NextPlace(BaseModel):
+    """Where a job goes on that is resized or moved."""
+
+    gpu_type: str | None
+    placement: list[NextItem]
+
+
 class Attempt(BaseModel):
     """One try at running a job."""
 
@@ -70,6 +85,9 @@ class Attempt(BaseModel):
     rendezvous_at: datetime | None
     first_step_at: datetime | None
     stop_cause: str | None
+    stop_reason: str | None = Field(description="Why it was preempted, as in a plan: `within_tenant`, `reclaim`, …")
+    stop_for: str | None = Field(description="The job that it gave way to; null, too, where that is not to be seen.")
+    next: NextPlace | None = Field(description="Where the job was to go on when it was resized or moved.")
     stop_requested_at: datetime | None
     ended_at: datetime | None
     placements: list[Placement]
@@ -93,6 +111,15 @@ class LastCheckpoint(BaseModel):
     url: str
     step: int
     at: datetime
+
+
+class ArrayPlace(BaseModel):
+    """Which job of which array it is."""
+
+    id: str
+    index: int
+    size: int = Field(description="Jobs of the array.")
+    max_running: int | None = Field(description="So many of them run at once; null = as many as fit.")
 
 
 class Job(BaseModel):
@@ -122,6 +149,8 @@ class Job(BaseModel):
     bundle: str | None
     created_by: str
     version: int
+    array: ArrayPlace | None
+    warnings: list[str] = Field(description="What its owner should know, such as a deadline that it will miss.")
 
 
 class Event(BaseModel):
@@ -169,7 +198,32 @@ def job_document(row: JobRow, *, position: int | None = None) -> Job:
         bundle=row.bundle,
         created_by=row.created_by,
         version=row.version,
+        array=array_place(row),
+        warnings=too_late(row.estimated_start, _time(row.spec.get("deadline"))),
     )
+
+
+def array_place(row: Any) -> ArrayPlace | None:
+    """Of a row with `array_id`, `array_index` and the spec."""
+    if row.array_id is None:
+        return None
+    asked = row.spec["array"]
+    return ArrayPlace(
+        id=ids.encode("array", row.array_id),
+        index=row.array_index,
+        size=size_of(asked["indices"]),
+        max_running=asked["max_running"],
+    )
+
+
+def too_late(expected: datetime | None, deadline: datetime | None) -> list[str]:
+    """The warning of a job that is expected to start only after its deadline."""
+    if expected is None or deadline is None or expected <= deadline:
+        return []
+    return [f"is expected to start at {expected:{_SHOWN}}, after its deadline, {deadline:{_SHOWN}}"]
+
+
+_SHOWN = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def hold_document(row: JobRow) -> Hold | None:
@@ -217,11 +271,12 @@ def attempt_document(
     queued_at = _time(stored["requeued_at"]) or submitted_at
     fields = {name: stored[name] for name in Attempt.model_fields if name in stored}
     timeline = phases(received_at if stored["number"] == 1 else None, queued_at, times)
-    return Attempt(**{**fields, **times, "id": _attempt_id(stored["id"]), "phases": timeline})
+    named = {"id": _named("attempt", stored["id"]), "stop_for": _named("job", stored["stop_for"])}
+    return Attempt(**{**fields, **times, **named, "phases": timeline})
 
 
-def _attempt_id(text: str) -> str:
-    return f"{ids.PREFIXES['attempt']}_{text.replace('-', '')}"
+def _named(kind: str, text: str | None) -> str | None:
+    return None if text is None else f"{ids.PREFIXES[kind]}_{text.replace('-', '')}"
 
 
 def _time(text: str | None) -> datetime | None:

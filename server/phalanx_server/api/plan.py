@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
+from phalanx_server.actions.awaited_jobs import Unmet
 from phalanx_server.actions.check_jobs import Hardware, Request, check_jobs
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.bodies import Given, body_as, takes
@@ -79,18 +80,20 @@ async def _outcome(services: Services, principal: Principal, question: PlanQuest
         field = "snapshot" if question.snapshot is not None else "changes"
         raise Invalid.field(field, str(error)) from error
     specs = [parse_job(job, where=f"jobs[{index}]") for index, job in enumerate(question.jobs or ())]
-    specs = await _checked(services, principal, specs)
-    jobs = [hypothetical(spec, id=ids.new_id().hex, submitted_at=now()) for spec in specs]
+    jobs = [
+        hypothetical(spec, id=ids.new_id().hex, submitted_at=now(), unmet=unmet)
+        for spec, unmet in await _checked(services, principal, specs)
+    ]
     return await services.what_if.with_jobs(jobs), [f"job_{job.id}" for job in jobs]
 
 
-async def _checked(services: Services, principal: Principal, specs: list[JobSpec]) -> list[JobSpec]:
-    """The jobs with their tenants filled in. Raises what a submit would raise."""
+async def _checked(services: Services, principal: Principal, specs: list[JobSpec]) -> list[tuple[JobSpec, Unmet]]:
+    """The jobs with their tenants filled in, and what they wait for. Raises what a submit would raise."""
     if not specs:
         return []
     request = Request(specs, principal.actor, batch=True)
     async with services.engine.connect() as conn:
-        (checked,) = await check_jobs(conn, [request], Hardware())
+        (checked,) = await check_jobs(conn, [request], Hardware(), policy=services.policy)
     if isinstance(checked, PhalanxError):
         raise checked
-    return [spec.for_tenant(request.tenant_of(spec)) for spec in specs]
+    return [(spec.for_tenant(request.tenant_of(spec)), unmet) for spec, unmet in zip(specs, checked.unmet, strict=True)]

@@ -17,12 +17,22 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from phalanx_server.actions.awaited_jobs import Unmet, awaited_by
 from phalanx_server.api.errors import Problem
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Plan, dump_plan
 from phalanx_server.scheduling.planner import schedule
-from phalanx_server.scheduling.snapshot import Changes, Job, Policy, Snapshot, changed, checked, parse_changes
-from phalanx_server.store.snapshots import GIB, load_snapshot, reading
+from phalanx_server.scheduling.snapshot import (
+    Changes,
+    Dependency,
+    Job,
+    Policy,
+    Snapshot,
+    changed,
+    checked,
+    parse_changes,
+)
+from phalanx_server.store.snapshots import GIB, load_snapshot, reading, topology_of
 
 SNAPSHOT_AGE_S = 1.0
 MOST_WAITING = 8
@@ -123,9 +133,10 @@ def _internal(value: Any) -> Any:
     return [_internal(item) for item in value] if isinstance(value, list) else value
 
 
-def hypothetical(spec: JobSpec, *, id: str, submitted_at: datetime) -> Job:
-    """A job as the snapshot would have it, from a job file that names its tenant."""
-    resources = spec.resources
+def hypothetical(spec: JobSpec, *, id: str, submitted_at: datetime, unmet: Unmet = ()) -> Job:
+    """A job as the snapshot would have it, from a job file that names its tenant. An array is one job here."""
+    resources, elastic = spec.resources, spec.resources.elastic
+    arrays = {id_ for *_, name, id_ in awaited_by(spec) if name.startswith("array_")}
     return Job(
         id=id,
         tenant=spec.tenant or "",
@@ -135,6 +146,11 @@ def hypothetical(spec: JobSpec, *, id: str, submitted_at: datetime) -> Job:
         gpu_types=resources.gpu_types,
         cpus_per_replica=resources.cpus_per_replica,
         memory_gib_per_replica=math.ceil(resources.memory_per_replica / GIB),
+        min_replicas=elastic.min_replicas if elastic else None,
+        max_replicas=elastic.max_replicas if elastic else None,
+        topology=topology_of(resources.topology.model_dump() if resources.topology else None),
+        after=tuple(Dependency(job=f"{'array_' * (on in arrays)}{on.hex}", on=kind) for on, kind in unmet),
+        deadline=spec.deadline.timestamp() if spec.deadline else None,
         time_limit_s=spec.time_limit,
         preemptible=spec.preemption.preemptible,
         held=spec.held,

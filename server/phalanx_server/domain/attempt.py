@@ -41,6 +41,7 @@ class StopCause(StrEnum):
     RESIZE = "resize"
     MIGRATION = "migration"
     DRAIN = "drain"
+    REQUEUE = "requeue"
     NODE_LOST = "node_lost"
 
 
@@ -57,6 +58,7 @@ class Outcome(StrEnum):
     RESIZED = "resized"
     MIGRATED = "migrated"
     DRAINED = "drained"
+    REQUEUED = "requeued"
     NODE_LOST = "node_lost"
 
 
@@ -150,6 +152,7 @@ _GIVES_WAY = {
     StopCause.RESIZE: Outcome.RESIZED,
     StopCause.MIGRATION: Outcome.MIGRATED,
     StopCause.DRAIN: Outcome.DRAINED,
+    StopCause.REQUEUE: Outcome.REQUEUED,
 }
 
 
@@ -265,6 +268,7 @@ _SENTENCES = {
     Outcome.RESIZED: "stopped to go on with another number of replicas",
     Outcome.MIGRATED: "stopped to go on elsewhere",
     Outcome.DRAINED: "its node is being drained",
+    Outcome.REQUEUED: "was put back into the queue",
     Outcome.NODE_LOST: "a node was lost",
 }
 

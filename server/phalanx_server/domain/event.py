@@ -21,6 +21,9 @@ class EventKind(StrEnum):
     HELD = "held"
     RELEASED = "released"
     CANCEL_REQUESTED = "cancel_requested"
+    REQUEUE_REQUESTED = "requeue_requested"
+    PRIORITY = "priority"
+    DEPENDENCY_MET = "dependency_met"
 
     ENVIRONMENT = "environment"
     GANG_READY = "gang_ready"

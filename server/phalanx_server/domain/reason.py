@@ -4,6 +4,7 @@ Refuses to know how a pass found out. An explanation holds facts only; words are
 pass over many jobs renders nothing. Times are seconds since the Unix epoch.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ class WaitsForJobs(Explanation):
         return f"waits for {' and '.join(self._conditions('to succeed', 'to end'))}"
 
     def unblocks(self) -> tuple[str, ...]:
-        return tuple(f"{job} succeeds" for job in self.to_succeed) + tuple(f"{job} ends" for job in self.to_end)
+        return (
+            *(f"{_known_as(job)} succeeds" for job in self.to_succeed),
+            *(f"{_known_as(job)} ends" for job in self.to_end),
+        )
 
     def _conditions(self, succeed: str, end: str) -> list[str]:
         wanted = ((self.to_succeed, succeed), (self.to_end, end))
@@ -191,7 +195,7 @@ class WaitsForVictims(Explanation):
         return f"waits for {_some(self.victims)} to stop" if self.victims else "waits for its kept place to become free"
 
     def unblocks(self) -> tuple[str, ...]:
-        return tuple(f"{job} stops" for job in self.victims)
+        return tuple(f"{_known_as(job)} stops" for job in self.victims)
 
     @property
     def estimated_start(self) -> float | None:
@@ -297,7 +301,7 @@ class Reserved(Explanation):
         return f"what it needs is kept for {_some(self.ahead)}"
 
     def unblocks(self) -> tuple[str, ...]:
-        return tuple(f"{job} starts and leaves enough" for job in self.ahead)
+        return tuple(f"{_known_as(job)} starts and leaves enough" for job in self.ahead)
 
 
 def in_slices(slices: tuple[int, str] | None) -> str:
@@ -309,8 +313,16 @@ def in_slices(slices: tuple[int, str] | None) -> str:
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
+    shown = ", ".join(map(_known_as, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _known_as(job: str) -> str:
+    """A job as people know it: a live pass names it by the 32 hex digits of its id."""
+    return f"job_{job}" if _BARE_ID.fullmatch(job) else job
+
+
+_BARE_ID = re.compile(r"[0-9a-f]{32}")
 
 
 # What a date can say, with room for rounding.

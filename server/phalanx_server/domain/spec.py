@@ -10,11 +10,14 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from phalanx_server.domain.array import Array, parse_indices
+from phalanx_server.domain.dependency import After
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.field_errors import check_text, explain, join
 from phalanx_server.domain.field_types import Duration, Name, Part, Size, Switch, Text, Unsupported, Whole
+from phalanx_server.domain.gang_spec import Elastic, Topology
 from phalanx_server.domain.job import priority_of
 from phalanx_server.domain.run_spec import Run
 from phalanx_server.domain.tenant import check_path
@@ -24,7 +27,7 @@ REPLICAS_MAX = 10_000
 GPUS_PER_REPLICA_MAX = 1_024
 LABELS_MAX = 64
 # Far from the last date that there is, whose arithmetic ends in errors.
-NOT_BEFORE_YEAR_MAX = 9_000
+TIME_YEAR_MAX = 9_000
 
 
 def _as_written(schema: dict[str, Any]) -> None:
@@ -48,8 +51,8 @@ class Resources(Part):
     memory_per_gpu: Size | None = None
     memory_per_replica: Size = 0
     gpus: None = None
-    elastic: Unsupported = None
-    topology: Unsupported = None
+    elastic: Elastic | None = None
+    topology: Topology | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -71,6 +74,30 @@ class Resources(Part):
         if len(set(types)) < len(types):
             raise ValueError(f"names a type twice: {', '.join(types)}")
         return types
+
+    @field_validator("elastic")
+    @classmethod
+    def _around_replicas(cls, elastic: Elastic | None, info: ValidationInfo) -> Elastic | None:
+        replicas = info.data.get("replicas")
+        if elastic is None or replicas is None:
+            return elastic
+        if not elastic.min_replicas <= replicas <= elastic.max_replicas:
+            raise ValueError(f"replicas is {replicas}: choose min_replicas and max_replicas around it")
+        if elastic.max_replicas > REPLICAS_MAX:
+            raise ValueError(f"max_replicas is {elastic.max_replicas}, at most {REPLICAS_MAX}")
+        return elastic
+
+    @field_validator("topology")
+    @classmethod
+    def _slices_divide_the_gang(cls, topology: Topology | None, info: ValidationInfo) -> Topology | None:
+        if topology is None or topology.slice is None:
+            return topology
+        elastic, each = info.data.get("elastic"), topology.slice.replicas
+        sizes = {"replicas": info.data.get("replicas")} | (elastic.model_dump() if elastic else {})
+        for name, size in sizes.items():
+            if size is not None and size % each:
+                raise ValueError(f"slice.replicas is {each}, which does not divide {name}, {size}")
+        return topology
 
 
 def _write_out_gpus(given: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +178,11 @@ class JobSpec(Part):
     checkpoint: Checkpoint = Checkpoint()
     restart: Literal["fenced", "eager"] = "fenced"
     not_before: datetime | None = None
+    deadline: datetime | None = None
     labels: dict[str, Text] = Field(default_factory=dict)
     held: Switch = False
-    after: Unsupported = None
-    array: Unsupported = None
+    after: After | None = None
+    array: Array | None = None
 
     @field_validator("tenant")
     @classmethod
@@ -172,14 +200,14 @@ class JobSpec(Part):
         priority_of(given)
         return given
 
-    @field_validator("not_before", mode="before")
+    @field_validator("not_before", "deadline", mode="before")
     @classmethod
     def _is_text(cls, given: object) -> object:
         if given is not None and not isinstance(given, str | datetime):
             raise ValueError("expected a time like 2026-11-21T00:00:00Z")
         return given
 
-    @field_validator("not_before")
+    @field_validator("not_before", "deadline")
     @classmethod
     def _in_utc(cls, at: datetime | None) -> datetime | None:
         if at is not None and at.tzinfo is None:
@@ -188,9 +216,17 @@ class JobSpec(Part):
             at = at if at is None else at.astimezone(UTC)
         except OverflowError:
             at = datetime.max
-        if at is not None and at.year > NOT_BEFORE_YEAR_MAX:
-            raise ValueError(f"is not within the years 1 to {NOT_BEFORE_YEAR_MAX} in UTC")
+        if at is not None and at.year > TIME_YEAR_MAX:
+            raise ValueError(f"is not within the years 1 to {TIME_YEAR_MAX} in UTC")
         return at
+
+    @field_validator("deadline")
+    @classmethod
+    def _after_its_earliest_start(cls, deadline: datetime | None, info: ValidationInfo) -> datetime | None:
+        not_before = info.data.get("not_before")
+        if deadline is not None and not_before is not None and deadline <= not_before:
+            raise ValueError(f"is not after not_before, {not_before:%Y-%m-%dT%H:%M:%SZ}")
+        return deadline
 
     @field_validator("labels")
     @classmethod
@@ -208,6 +244,11 @@ class JobSpec(Part):
     def priority_value(self) -> int:
         """The number that the queue is ordered by."""
         return priority_of(self.priority)
+
+    @cached_property
+    def indices(self) -> tuple[int | None, ...]:
+        """The jobs that it stands for: their indices in the array, or one job that has none."""
+        return (None,) if self.array is None else parse_indices(self.array.indices)
 
     @property
     def world_size(self) -> int:

@@ -38,6 +38,22 @@ async def record_events(conn: AsyncConnection, rows: Sequence[Event]) -> None:
         await conn.execute(_INSERT, columns)
 
 
+async def record_alike(conn: AsyncConnection, job_ids: Sequence[UUID], event: Event) -> None:
+    """Insert the same event for each of these jobs, in one statement."""
+    if job_ids:
+        values = asdict(event) | {"data": dump_json(dict(event.data)), "job_ids": list(job_ids)}
+        await conn.execute(_INSERT_ALIKE, values)
+
+
+_INSERT_ALIKE = text(
+    """
+    INSERT INTO events (at, kind, message, job_id, data)
+    SELECT :at, :kind, :message, job_id, CAST(:data AS jsonb)
+    FROM unnest(CAST(:job_ids AS uuid[])) WITH ORDINALITY AS row (job_id, place) ORDER BY place
+    """
+)
+
+
 # Arrays are parsed much faster than rows of parameters; ids are given in the order of the rows.
 _INSERT = text(
     """

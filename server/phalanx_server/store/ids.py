@@ -9,7 +9,7 @@ import time
 from typing import Final, Literal
 from uuid import UUID
 
-Kind = Literal["job", "attempt", "node", "tenant", "token", "cluster", "user", "environment"]
+Kind = Literal["job", "attempt", "node", "tenant", "token", "cluster", "user", "environment", "array"]
 
 PREFIXES: Final[dict[str, str]] = {
     "job": "job",
@@ -20,6 +20,7 @@ PREFIXES: Final[dict[str, str]] = {
     "cluster": "clu",
     "user": "usr",
     "environment": "env",
+    "array": "array",
 }
 _HEX = frozenset("0123456789abcdef")
 _lock = threading.Lock()

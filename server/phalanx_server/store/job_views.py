@@ -19,6 +19,7 @@ from phalanx_server.store.engine import dump_json
 
 # The checkpoint is the one that a resume would take (`attempts.last_checkpoints`).
 # One attempt as JSON; `a` is attempts, `b` the attempt before it (its end is when the job was queued again).
+# Whom it gives way to is said where its own tenant's people may see that job.
 _ATTEMPT = """
     to_jsonb(a) || jsonb_build_object(
         'cluster', (SELECT name FROM clusters WHERE id = a.cluster_id),
@@ -27,13 +28,23 @@ _ATTEMPT = """
             SELECT coalesce(jsonb_agg(jsonb_build_object(
                 'node', n.name, 'replicas', p.replicas, 'gpu_indices', p.gpu_indices, 'first_rank', p.first_rank,
                 'ranks', p.ranks, 'address', n.address) ORDER BY p.group_rank), '[]')
-            FROM placements p JOIN nodes n ON n.id = p.node_id WHERE p.attempt_id = a.id))
+            FROM placements p JOIN nodes n ON n.id = p.node_id WHERE p.attempt_id = a.id),
+        'stop_for', CASE WHEN a.stop_for IS NOT NULL THEN (
+            SELECT f.id FROM jobs f JOIN tenants other ON other.id = f.tenant_id
+            JOIN tenants own ON own.id = (SELECT tenant_id FROM jobs WHERE id = a.job_id)
+            WHERE f.id = a.stop_for AND (other.path = own.path OR starts_with(other.path, own.path || '/'))) END,
+        'next', CASE WHEN a.next IS NOT NULL THEN jsonb_build_object(
+            'gpu_type', a.next->'gpu_type', 'placement', (
+                SELECT jsonb_agg(jsonb_build_object('node', n.name, 'replicas', (item->>'replicas')::int)
+                                 ORDER BY n.name)
+                FROM jsonb_array_elements(a.next->'placement') AS item
+                JOIN nodes n ON n.id = CAST(item->>'node' AS uuid))) END)
 """
 
 _VIEW = f"""
 SELECT j.id, t.path AS tenant, j.name, j.state, j.version, j.priority, j.spec, j.labels, j.bundle, j.created_by,
        j.received_at, j.submitted_at, j.queued_at, j.started_at, j.finished_at, j.cancel_requested_at, j.held,
-       j.attempts, j.failures, j.reason, j.message,
+       j.attempts, j.failures, j.reason, j.message, j.array_id, j.array_index,
        h.reason AS hold_reason, h.message AS hold_message, h.unblocks, h.estimated_start, h.since AS hold_since,
        CASE WHEN a.id IS NOT NULL THEN {_ATTEMPT} END AS attempt,
        g.step, g.total_steps, g.values, g.at AS progress_at,

@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Row, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.domain.job import JobState
+from phalanx_server.store import ids
 from phalanx_server.store.schema import outbox
 
 
@@ -20,6 +23,22 @@ from phalanx_server.store.schema import outbox
 class Notice:
     topic: str
     payload: Mapping[str, Any]
+
+
+def state_notice(
+    job_id: UUID, *, name: str, tenant: str, state: JobState, attempt: int, message: str, now: datetime
+) -> Notice:
+    """That a job has entered a state."""
+    payload = {
+        "job_id": ids.encode("job", job_id),
+        "name": name,
+        "tenant": tenant,
+        "state": state.value,
+        "attempt": attempt,
+        "message": message,
+        "at": now.isoformat().replace("+00:00", "Z"),
+    }
+    return Notice(f"job.{state.value}", payload)
 
 
 _DUE = text(

@@ -58,6 +58,11 @@ def _object(name: str, *, nullable: bool = False) -> Column[Any]:
     return Column(name, JSONB, nullable=nullable, server_default=None if nullable else text("'{}'"))
 
 
+def _seat(name: str) -> Column[Any]:
+    """The place of a gang, as `store.seats` writes it."""
+    return Column(name, JSONB(none_as_null=True))
+
+
 def _array(name: str) -> Column[Any]:
     return Column(name, JSONB, nullable=False, server_default=text("'[]'"))
 
@@ -204,6 +209,11 @@ jobs = Table(
     Column("reason", Text),
     Column("message", Text),
     _changed_xid(),
+    Column("deadline", Time),
+    Column("array_id", Uuid),
+    Column("array_index", Integer),
+    Column("array_max_running", Integer),
+    _count("unmet"),
 )
 Index("jobs_queue", jobs.c.priority.desc(), jobs.c.submitted_at, jobs.c.id, postgresql_where=text("state = 'queued'"))
 Index("jobs_live", jobs.c.state, postgresql_where=text("state IN ('starting', 'running', 'stopping')"))
@@ -214,6 +224,28 @@ Index("jobs_changed", jobs.c.changed_xid)
 Index("jobs_bundle", jobs.c.tenant_id, jobs.c.bundle, postgresql_where=jobs.c.bundle.isnot(None))
 Index("jobs_labels", jobs.c.labels, postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"})
 
+_IN_ARRAY = jobs.c.array_id.isnot(None)
+Index("jobs_array", jobs.c.array_id, jobs.c.array_index, postgresql_where=_IN_ARRAY)
+Index("jobs_array_open", jobs.c.array_id, postgresql_where=_IN_ARRAY & jobs.c.finished_at.is_(None))
+
+dependencies = Table(
+    "dependencies",
+    metadata,
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("on_id", Uuid, primary_key=True),
+    Column("kind", Text, primary_key=True),
+)
+Index("dependencies_on", dependencies.c.on_id)
+
+policy = Table(
+    "policy",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    _object("settings"),
+    _version(),
+    _changed_xid(),
+)
+
 holds = Table(
     "holds",
     metadata,
@@ -223,7 +255,9 @@ holds = Table(
     _array("unblocks"),
     Column("estimated_start", Time),
     Column("since", Time, nullable=False),
+    _seat("kept"),
 )
+Index("holds_kept", holds.c.job_id, postgresql_where=holds.c.kept.isnot(None))
 
 attempts = Table(
     "attempts",
@@ -253,6 +287,9 @@ attempts = Table(
     _array("ranks"),
     _array("exits"),
     Column("certain_at", Time),
+    Column("stop_reason", Text),
+    Column("stop_for", Uuid),
+    _seat("next"),
     UniqueConstraint("job_id", "number"),
     UniqueConstraint("job_id", "epoch"),
 )
@@ -260,6 +297,7 @@ _LIVE = text("state IN ('starting', 'running', 'stopping')")
 Index("attempts_one_live", attempts.c.job_id, unique=True, postgresql_where=_LIVE)
 Index("attempts_desired", attempts.c.cluster_id, postgresql_where=_LIVE)
 Index("attempts_charged", attempts.c.cluster_id, postgresql_where=attempts.c.released_at.is_(None))
+Index("attempts_next", attempts.c.id, postgresql_where=text("state = 'stopping' AND next IS NOT NULL"))
 
 placements = Table(
     "placements",

@@ -10,6 +10,7 @@ its uuid in hex, a cluster its name. Refuses to decide anything.
   named by the attempt's uuid; its job is queued beside it. On lost nodes, which take nothing anyway, only until its
   ranks have certainly ended by themselves (docs/decisions/0010).
 * A node takes nothing new (`cordoned`) while its agent says that it is gone, and while the agent itself is silent.
+* A dependency on an array, which is one on all of its jobs, is named `array_` and the array's uuid in hex.
 * The cursor is a transaction id (docs/decisions/0001): rows changed at or above it are read again, and jobs whose
   checkpoints are. (A new checkpoint does not touch its job's row: it comes with its attempt locked, and jobs come
   before attempts.) It also carries the version of every job that the pass was told of, for `commit_plan` to compare,
@@ -35,8 +36,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.scheduling.documents import read_record
 from phalanx_server.scheduling.snapshot import (
+    ArrayLimit,
     BorrowRule,
     Changes,
+    Dependency,
     Job,
     Node,
     PlacementItem,
@@ -44,9 +47,12 @@ from phalanx_server.scheduling.snapshot import (
     Preemption,
     Quota,
     Seat,
+    Slice,
     Snapshot,
     Tenant,
+    Topology,
 )
+from phalanx_server.store.policies import load_policy
 from phalanx_server.store.seats import read_seat
 
 GIB = 1 << 30
@@ -59,12 +65,13 @@ AGENT_SILENT_S = 30.0
 class Cursor:
     """Where the next `load_changes` goes on, the version of each queued job and of each running one as the pass knows
     it, by name, what is kept for queued jobs, the clusters that were silent, and the jobs of lost attempts whose ranks
-    might still run."""
+    might still run. `base` is the policy of the settings file, over which the stored one goes."""
 
     xid: int
     versions: Mapping[str, int]
     running: Mapping[str, int]
     kept: Mapping[str, Seat]
+    base: Policy
     silent: frozenset[UUID] = frozenset()
     uncertain: frozenset[UUID] = frozenset()
 
@@ -79,8 +86,8 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) -> tuple[Snapshot, Cursor]:
-    """Everything. `conn` must see one moment throughout: see `reading`."""
-    xid, _, _ = await _horizon(conn, since=0)
+    """Everything. `policy` is that of the settings file. `conn` must see one moment throughout: see `reading`."""
+    xid = (await _horizon(conn, since=0)).xid
     jobs: list[Job] = []
     known = _Known({}, {}, {})
     async for rows in _in_pieces(conn, _JOBS_LIVE, {}):
@@ -91,26 +98,26 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
     silent = await silent_clusters(conn, now=now)
     snapshot = Snapshot(
         now=now.timestamp(),
-        policy=policy,
+        policy=(await load_policy(conn)).over(policy),
         tenants=await _load_tenants(conn),
         nodes=tuple(_node(row, silent) for row in await conn.execute(_NODES, {"since": "0", "clusters": []})),
         jobs=(*jobs, *map(_leftover, charged)),
     )
-    return snapshot, known.cursor(xid, silent, await _uncertain_jobs(conn, now))
+    return snapshot, known.cursor(xid, policy, silent, await _uncertain_jobs(conn, now))
 
 
 async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
     """What may have changed since `cursor`. `conn` must see one moment throughout: see `reading`."""
-    xid, tenants_changed, nodes_changed = await _horizon(conn, since=cursor.xid)
+    horizon = await _horizon(conn, since=cursor.xid)
     since = {"since": str(cursor.xid)}
     silent = await silent_clusters(conn, now=now)
     turned = list(silent ^ cursor.silent)
-    node_rows = await conn.execute(_NODES, since | {"clusters": turned}) if nodes_changed or turned else ()
+    node_rows = await conn.execute(_NODES, since | {"clusters": turned}) if horizon.nodes_changed or turned else ()
     rows = [row async for piece in _in_pieces(conn, _JOBS_CHANGED, since) for row in piece]
     over = list((await conn.execute(_JOBS_OVER, since)).scalars())
     uncertain = await _uncertain_jobs(conn, now)
     concerned = {row.id for row in rows} | set(over) | (cursor.uncertain - uncertain)
-    if nodes_changed:
+    if horizon.nodes_changed:
         concerned |= set((await conn.execute(_LOST_ON_CHANGED, since)).scalars())
     leftovers, gone = await _leftovers(conn, concerned, now)
     known = _Known.of(cursor)
@@ -120,9 +127,10 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
         jobs=tuple(known.read(rows)) + leftovers,
         removed_jobs=tuple(job_id.hex for job_id in over) + gone,
         nodes=tuple(_node(row, silent) for row in node_rows),
-        tenants=await _load_tenants(conn) if tenants_changed else None,
+        tenants=await _load_tenants(conn) if horizon.tenants_changed else None,
+        policy=(await load_policy(conn)).over(cursor.base) if horizon.policy_changed else None,
     )
-    return changes, known.cursor(xid, silent, uncertain)
+    return changes, known.cursor(horizon.xid, cursor.base, silent, uncertain)
 
 
 async def _in_pieces(
@@ -147,8 +155,8 @@ class _Known:
     def of(cls, cursor: Cursor) -> _Known:
         return cls(dict(cursor.versions), dict(cursor.running), dict(cursor.kept))
 
-    def cursor(self, xid: int, silent: frozenset[UUID], uncertain: frozenset[UUID]) -> Cursor:
-        return Cursor(xid, self.versions, self.running, self.kept, silent, uncertain)
+    def cursor(self, xid: int, base: Policy, silent: frozenset[UUID], uncertain: frozenset[UUID]) -> Cursor:
+        return Cursor(xid, self.versions, self.running, self.kept, base, silent, uncertain)
 
     def read(self, rows: Sequence[Row[Any]]) -> list[Job]:
         """The jobs that the rows say, their versions noted."""
@@ -179,15 +187,25 @@ _HORIZON = text(
     """
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text AS xid,
            EXISTS (SELECT FROM tenants WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS tenants_changed,
-           EXISTS (SELECT FROM nodes WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS nodes_changed
+           EXISTS (SELECT FROM nodes WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS nodes_changed,
+           EXISTS (SELECT FROM policy WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS policy_changed
     """
 )
 
 
-async def _horizon(conn: AsyncConnection, *, since: int) -> tuple[int, bool, bool]:
-    """Every transaction below this id had ended; and whether tenants, and nodes, changed at or above `since`."""
+@dataclass(frozen=True, slots=True)
+class _Horizon:
+    """Every transaction below `xid` had ended; and what changed at or above the one that was asked about."""
+
+    xid: int
+    tenants_changed: bool
+    nodes_changed: bool
+    policy_changed: bool
+
+
+async def _horizon(conn: AsyncConnection, *, since: int) -> _Horizon:
     row = (await conn.execute(_HORIZON, {"since": str(since)})).one()
-    return int(row.xid), row.tenants_changed, row.nodes_changed
+    return _Horizon(int(row.xid), row.tenants_changed, row.nodes_changed, row.policy_changed)
 
 
 # ------------------------------------------------------------------ jobs
@@ -195,7 +213,13 @@ async def _horizon(conn: AsyncConnection, *, since: int) -> tuple[int, bool, boo
 _COLUMNS = """
     j.id, j.state, j.version, t.path AS tenant, j.priority, j.submitted_at, j.held, j.not_before, j.backoff_until,
     j.avoid_nodes, CAST(j.spec->'resources' AS text) AS resources, CAST(j.spec->'preemption' AS text) AS preemption,
-    CAST(j.spec->>'time_limit' AS double precision) AS time_limit,
+    CAST(j.spec->>'time_limit' AS double precision) AS time_limit, j.deadline, j.array_id, j.array_max_running,
+    CASE WHEN j.unmet > 0 THEN (
+        SELECT json_agg(json_build_array(
+            CASE WHEN EXISTS (SELECT FROM jobs o WHERE o.id = d.on_id) THEN '' ELSE 'array_' END
+                || replace(CAST(d.on_id AS text), '-', ''), d.kind) ORDER BY d.on_id, d.kind)
+        FROM dependencies d WHERE d.job_id = j.id
+    ) END AS after,
     CASE WHEN j.attempts > 0 THEN (
         SELECT sum(extract(epoch FROM past.ended_at - past.started_at)) FROM attempts past
         WHERE past.job_id = j.id AND past.ended_at IS NOT NULL
@@ -227,9 +251,7 @@ _LIVE_FROM = """
     ) placed
 """
 _SINCE = "j.changed_xid >= CAST(CAST(:since AS text) AS xid8)"
-_JOBS_QUEUED = text(
-    f"SELECT {_NOT_LIVE_COLUMNS} {_NOT_LIVE_FROM} WHERE j.state = 'queued'"
-)
+_JOBS_QUEUED = text(f"SELECT {_NOT_LIVE_COLUMNS} {_NOT_LIVE_FROM} WHERE j.state = 'queued'")
 _JOBS_LIVE = text(f"SELECT {_LIVE_COLUMNS} {_LIVE_FROM} WHERE j.state IN ('starting', 'running', 'stopping')")
 _JOBS_CHANGED = text(
     f"""
@@ -261,7 +283,11 @@ def _job(row: Row[Any]) -> Job:
         memory_gib_per_replica=ask.memory_gib,
         min_replicas=ask.min_replicas,
         max_replicas=ask.max_replicas,
+        topology=ask.topology,
         not_before=_seconds(row.not_before),
+        deadline=_seconds(row.deadline),
+        after=tuple(Dependency(job=on, on=kind) for on, kind in row.after or ()),
+        array=ArrayLimit(id=_hex(row.array_id), max_running=row.array_max_running) if row.array_id else None,
         held=row.held,
         backoff_until=_seconds(row.backoff_until),
         avoid_nodes=tuple(map(_hex, row.avoid_nodes)),
@@ -290,6 +316,7 @@ class _Ask:
     memory_gib: int
     min_replicas: int | None
     max_replicas: int | None
+    topology: Topology | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +338,19 @@ def _ask(resources: str) -> _Ask:
         memory_gib=math.ceil(asked["memory_per_replica"] / GIB),
         min_replicas=elastic.get("min_replicas"),
         max_replicas=elastic.get("max_replicas"),
+        topology=topology_of(asked.get("topology")),
+    )
+
+
+def topology_of(asked: Mapping[str, Any] | None) -> Topology | None:
+    """The snapshot's topology from that of a job's stored spec."""
+    if asked is None:
+        return None
+    slice_ = asked["slice"]
+    return Topology(
+        required=asked["required"],
+        preferred=asked["preferred"],
+        slice=Slice(level=slice_["level"], replicas=slice_["replicas"]) if slice_ else None,
     )
 
 
