@@ -275,7 +275,7 @@ class Apart(Explanation):
     excluded: tuple[tuple[str, int], ...] = ()
 
     def message(self) -> str:
-        needs = f"needs {self.asks} {self.resource} in one {self.level}{in_slices(self.slices)}"
+        needs = f"needs {self.asks} {self.resource} {_within(self.level)}{in_slices(self.slices)}"
         pieces = f", in pieces that hold {self.fit} of {self.replicas} replicas" if self.free >= self.asks else ""
         return f"{needs}; the best {self.level} has {self.free} free{pieces}{self._exclusions()}"
 
@@ -287,7 +287,7 @@ class Apart(Explanation):
         return f"; {total} {self.level}{'' if total == 1 else 's'} excluded: {why}"
 
     def unblocks(self) -> tuple[str, ...]:
-        return (f"enough becomes free within one {self.level}{in_slices(self.slices)}",)
+        return (f"enough becomes free {_within(self.level)}{in_slices(self.slices)}",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +309,11 @@ def in_slices(slices: tuple[int, str] | None) -> str:
     if slices is None:
         return ""
     replicas, level = slices
-    return f", each {replicas} replicas {'on' if level == 'node' else 'in'} one {level}"
+    return f", each {replicas} replicas {_within(level)}"
+
+
+def _within(level: str) -> str:
+    return f"{'on' if level == 'node' else 'in'} one {level}"
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -65,7 +65,7 @@ def _maintenance(draft: Draft, key: ClassKey, gpu_type: str | None, free: Amount
 def _room(draft: Draft, ask: Ask, gpu_type: str | None, free: Amounts, allowed: Mask) -> Explanation:
     gang = ask.describe(gpu_type)
     names = (gpu_type or "gpu", CPU, MEMORY)
-    everywhere = _columns_mask(draft, gpu_type) & allowed
+    everywhere = draft.table.of_type(gpu_type) & allowed
     for name, each, row in zip(names, (ask.shape.gpus, ask.shape.cpus, ask.shape.memory_gib), free, strict=True):
         have = int(np.maximum(row, 0)[everywhere].sum())
         if have < each * ask.replicas:
@@ -99,34 +99,26 @@ def _apart(draft: Draft, ask: Ask, gpu_type: str | None, free: Amounts, allowed:
 
 
 def _excluded(draft: Draft, ask: Ask, gpu_type: str | None, allowed: Mask) -> tuple[tuple[str, int], ...]:
-    """How many domains of the level have no node that may take the job, by the reason why the last of their nodes may
-    not."""
+    """Domains of the level without a node that may take the job: (why the last of their nodes may not, how many), the
+    most first."""
     table, rule = draft.table, rule_of(ask.topology, draft.table.levels)
-    typed = _columns_mask(draft, gpu_type)
-    accepting = draft.world.empty.accepting(ask) & typed
     filters = (
-        ("wrong type", typed),
-        ("", typed & table.ready),
-        ("avoided", accepting),
-        ("in maintenance", accepting & draft.windows.clear(ask.run_limit_s)),
-        ("used by others", allowed & typed),
+        ("wrong type", table.of_type(gpu_type)),
+        *((state, table.states != state) for state in ("lost", "draining", "cordoned")),
+        ("avoided", draft.world.empty.accepting(ask)),
+        ("in maintenance", draft.windows.clear(ask.run_limit_s)),
+        ("used by others", allowed),
     )
     reasons: Counter[str] = Counter()
     for tree in table.trees(None):
-        left = np.ones(len(tree.starts[rule.bound]), dtype=np.bool_)
+        nodes = np.ones(len(tree.columns), dtype=np.bool_)
+        open_before = len(tree.starts[rule.bound])
         for reason, mask in filters:
-            lost = left & (tree.of_nodes(mask[tree.columns].astype(np.int64), rule.bound) == 0)
-            left &= ~lost
-            firsts = tree.columns[tree.starts[rule.bound][lost]]
-            reasons.update(reason or table.states[i] for i in firsts.tolist())
-    return tuple(sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0])))
-
-
-def _columns_mask(draft: Draft, gpu_type: str | None) -> Mask:
-    mask = np.zeros(len(draft.table.names), dtype=np.bool_)
-    for domain in draft.table.domains(gpu_type):
-        mask[domain.columns] = True
-    return mask
+            nodes &= mask[tree.columns]
+            still_open = int(np.count_nonzero(tree.of_nodes(nodes.astype(np.int64), rule.bound)))
+            reasons[reason] += open_before - still_open
+            open_before = still_open
+    return tuple(sorted((+reasons).items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def weakest(explanations: Sequence[Explanation]) -> Explanation:

@@ -28,20 +28,22 @@ def usable_by(free: Amounts, table: NodeTable, ask: Ask) -> Amounts:
     return usable(free, table.total, by_cpu_jobs=ask.shape.is_cpu_only)
 
 
-def rooms(
-    table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask, *, replicas: int | None = None
-) -> list[int]:
-    """For how many of its replicas, or of so many, there is room on the allowed nodes of each domain that the gang may
-    not leave: of the level that it requires, else of the pools. Whole slices count. `free` is what it may use."""
-    most = ask.replicas if replicas is None else replicas
-    columns = [d.columns for d in table.domains(gpu_type)]
-    counts = [room(free[:, c], ask.shape, most) * allowed[c] for c in columns]
-    if ask.topology is None:
-        return [int(c.sum()) for c in counts]
-    rule = rule_of(ask.topology, table.levels)
-    trees = zip(table.trees(gpu_type), columns, counts, strict=True)
-    found = [rooms_by_depth(tree, rule, c[tree.columns - at.start])[rule.bound] for tree, at, c in trees]
-    return [n // ask.step * ask.step for ns in found for n in ns.tolist()]
+def most_replicas(
+    table: NodeTable, free: Amounts, ask: Ask, gpu_type: str | None, allowed: Mask, *, at_most: int
+) -> int:
+    """How large the gang could be, up to so many replicas: in whole slices, on the allowed nodes of one domain of the
+    level that it requires. `free` is what it may use."""
+    found = 0
+    for number, domain in enumerate(table.domains(gpu_type)):
+        columns = domain.columns
+        counts = room(free[:, columns], ask.shape, at_most) * allowed[columns]
+        if ask.topology is None:
+            found = max(found, int(counts.sum()))
+            continue
+        tree, rule = table.trees(gpu_type)[number], rule_of(ask.topology, table.levels)
+        there = rooms_by_depth(tree, rule, counts[tree.columns - columns.start])
+        found = max(found, int(there[rule.bound].max()))
+    return min(found, at_most) // ask.step * ask.step
 
 
 def holds_gang(
@@ -49,9 +51,7 @@ def holds_gang(
 ) -> bool:
     """Has one domain room for the whole gang, or for so many replicas, on the allowed nodes?"""
     wanted = ask.replicas if replicas is None else replicas
-    if wanted % ask.step:
-        return False
-    return max(rooms(table, free, ask, gpu_type, allowed, replicas=wanted), default=0) >= wanted
+    return most_replicas(table, free, ask, gpu_type, allowed, at_most=wanted) == wanted
 
 
 class EmptyCluster:
@@ -70,8 +70,7 @@ class EmptyCluster:
         by_type = self._largest.setdefault(ask, {})
         if gpu_type not in by_type:
             total, accepted, least = self._table.total, self._table.of_types(ask.gpu_types), ask.least_replicas
-            found = rooms(self._table, total, ask, gpu_type, accepted, replicas=least)
-            by_type[gpu_type] = min(least, max(found, default=0))
+            by_type[gpu_type] = most_replicas(self._table, total, ask, gpu_type, accepted, at_most=least)
         return by_type[gpu_type]
 
     def accepting(self, ask: Ask) -> Mask:

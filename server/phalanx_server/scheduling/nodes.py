@@ -44,7 +44,7 @@ class NodeTable:
         self.column = {name: i for i, name in enumerate(self.names)}
         self.total: Amounts = np.array([_amounts(n) for n in rows], dtype=np.int64).reshape(-1, 3).T.copy()
         self.ready: Mask = np.array([n.state == "ready" for n in rows], dtype=np.bool_)
-        self.states: list[str] = [n.state for n in rows]
+        self.states: NDArray[np.str_] = np.array([n.state for n in rows], dtype="U8")
         self.types = [n.gpu_type for n in rows]
         self._paths = [tuple(n.labels.get(level) for level in self.levels) for n in rows]
         self._trees: dict[str | None, list[Tree]] = {}

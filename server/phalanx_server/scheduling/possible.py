@@ -57,10 +57,9 @@ def _limit(world: World, tenant: str, ask: Ask, gpu_type: str | None) -> str | N
     largest = world.empty.largest_gang(ask, gpu_type)
     if largest < ask.least_replicas:
         replicas = f"{largest} of {ask.least_replicas} replicas" + (f" on {gpu_type}" if gpu_type else "")
-        replicas += in_slices(ask.slices)
         if ask.bound == "cluster":
-            return f"all nodes together hold {replicas} in one cluster"
-        return f"the largest {ask.bound} holds {replicas}"
+            return f"all nodes together hold {replicas} in one cluster{in_slices(ask.slices)}"
+        return f"the largest {ask.bound} holds {replicas}{in_slices(ask.slices)}"
     for resource, amount in ask.shape.demand(gpu_type, ask.least_replicas):
         most = world.forest.most(tenant, resource)
         if most is not None and amount > most:
