@@ -107,6 +107,9 @@ class _Counter:
     def serve_again(self, turns: Sequence[Turn]) -> None:
         """Let those try again that were held before more became free for them."""
         self._desk = Desk(self._draft, self._lending)
+        held = {job for turn in turns for job in turn.waiting}
+        self._draft.free_reservations(held)
+        self._expected = {job: at for job, at in self._expected.items() if job not in held}
         for turn in turns:
             turn.at, turn.why, turn.is_deferred = turn.held_at, None, False
         self.serve(turns)

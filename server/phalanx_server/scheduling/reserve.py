@@ -47,7 +47,7 @@ def reserve(draft: Draft, job: str, key: ClassKey, submitted_at: float, options:
     if found is None:
         return None
     load = draft.load(job, key, found.spot)
-    draft.reserve(Reservation(job, load, found.at, draft.ends_at(key, found.at)), found.book)
+    draft.reserve(Reservation(job, load, found.at, draft.ends_at(key, found.at), found.book))
     return found.at
 
 
