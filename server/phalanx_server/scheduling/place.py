@@ -65,12 +65,15 @@ def _spot_by_topology(
     rule = rule_of(ask.topology, table.levels)
     best: Choice | None = None
     spot = None
-    for tree in table.trees(gpu_type):
-        there, usable = free[:, tree.columns], allowed[tree.columns]
-        counts = room(there, ask.shape, max(wanted, MOST)) * usable
-        amounts = np.maximum(there[CPUS if ask.shape.is_cpu_only else GPUS], 0) * usable
-        spared = (table.total[GPUS, tree.columns] > 0) * counts if ask.shape.is_cpu_only else None
-        choice = choose(Rooms(tree, rule, counts, amounts, spared), wanted)
+    resource = CPUS if ask.shape.is_cpu_only else GPUS
+    for domain, tree in zip(table.domains(gpu_type), table.trees(gpu_type), strict=True):
+        columns, order = domain.columns, tree.columns - domain.columns.start
+        counts = room(free[:, columns], ask.shape, max(wanted, MOST)) * allowed[columns]
+        if int(counts.sum()) < wanted:
+            continue
+        amounts = np.maximum(free[resource, columns], 0) * allowed[columns]
+        spared = (counts * (table.total[GPUS, columns] > 0))[order] if ask.shape.is_cpu_only else None
+        choice = choose(Rooms(tree, rule, counts[order], amounts[order], spared), wanted)
         if choice is not None and (best is None or choice.rank < best.rank):
             best = choice
             spot = Spot(gpu_type, tree.columns[choice.nodes].tolist(), choice.replicas.tolist())
