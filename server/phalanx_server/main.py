@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from phalanx_server.actions.submit_jobs import Submitter
 from phalanx_server.api import (
     agent_link,
+    arrays,
     bundles,
     clusters,
     environments,
@@ -37,6 +38,7 @@ from phalanx_server.api import (
     openapi,
     outputs,
     plan,
+    policy,
     queue,
     quotas,
     tenants,
@@ -60,8 +62,8 @@ from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-OF_JOBS = (jobs, events, explain, logs, outputs, metrics, queue, plan, bundles, environments)
-RESOURCES = (*OF_JOBS, nodes, tenants, quotas, tokens, clusters)
+OF_JOBS = (jobs, arrays, events, explain, logs, outputs, metrics, queue, plan, bundles, environments)
+RESOURCES = (*OF_JOBS, nodes, tenants, quotas, policy, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
 
@@ -135,8 +137,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     url = settings.required_database_url
     engine, links = _engine(settings, _user_connections(settings)), _engine(settings, _link_connections(settings))
     async with Wakeups(url) as wakeups:
-        policy = _policy(settings)
-        submitter = Submitter(engine, policy=policy, on_flush=app.state.measures.observe_flush)
+        base = _policy(settings)
+        submitter = Submitter(engine, policy=base, on_flush=app.state.measures.observe_flush)
         await submitter.start()
         try:
             app.state.services = Services(
@@ -149,12 +151,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 submitter=submitter,
                 authenticator=Authenticator(engine, cache_s=settings.token_cache_s),
                 measures=app.state.measures,
-                what_if=WhatIf(engine, policy),
+                what_if=WhatIf(engine, base),
                 gates=app.state.gates,
                 log_files=LogFiles(settings.storage_root),
                 bundle_files=BundleFiles(settings.storage_root),
                 output_files=OutputFiles(settings.storage_root),
-                policy=policy,
+                policy=base,
             )
             app.state.measures.watch(Fullness(app.state.services))
             yield

@@ -13,7 +13,7 @@ KILLED = RankEnd(rank=0, signal=15)
 OOM = RankEnd(rank=2, oom=True, signal=9)
 UNSEEN = RankEnd(rank=3)
 DONE = RankEnd(rank=0, signal=15, finished=True)
-STOPS = (StopCause.PREEMPTION, StopCause.RESIZE, StopCause.MIGRATION, StopCause.DRAIN)
+STOPS = (StopCause.PREEMPTION, StopCause.RESIZE, StopCause.MIGRATION, StopCause.DRAIN, StopCause.REQUEUE)
 
 SENTENCES = {
     "all ranks exit 0: succeeded": ({"exits": [OK]}, Outcome.SUCCEEDED, JobState.SUCCEEDED),

@@ -23,8 +23,8 @@ from phalanx_server.store import ids
 _LIVE = text(
     """
     SELECT a.id, a.job_id, a.number, a.epoch, a.state, a.grace_s, a.resume_from, a.started_at IS NOT NULL AS started,
-           j.name AS job_name, j.spec, j.bundle, j.traceparent, j.array_id, j.array_index, t.path AS tenant, t.uid AS tenant_uid,
-           placed.groups, placed.cpus, placed.memory
+           j.name AS job_name, j.spec, j.bundle, j.traceparent, j.array_id, j.array_index,
+           t.path AS tenant, t.uid AS tenant_uid, placed.groups, placed.cpus, placed.memory
     FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
     CROSS JOIN LATERAL (
         SELECT jsonb_agg(jsonb_build_object(

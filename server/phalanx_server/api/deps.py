@@ -24,6 +24,7 @@ from phalanx_server.api.what_if import WhatIf
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.settings import Settings
 from phalanx_server.store import ids
+from phalanx_server.store.array_views import tenant_of_array
 from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.job_views import tenant_of_job
 from phalanx_server.store.logs import LogFiles
@@ -118,6 +119,16 @@ async def visible_job(services: Services, principal: Principal, text: str) -> UU
     if tenant is None or not principal.sees(tenant):
         raise not_found(f"job {text}")
     return job_id
+
+
+async def visible_array(services: Services, principal: Principal, text: str) -> UUID:
+    """The id of an array that the caller may see. Another tenant's is a 404, like one that does not exist."""
+    array_id = parse_id("array", text)
+    async with services.reads.connect() as conn:
+        tenant = await tenant_of_array(conn, array_id)
+    if tenant is None or not principal.sees(tenant):
+        raise not_found(f"array {text}")
+    return array_id
 
 
 def narrowed(principal: Principal, tenant: str | None) -> str | None:

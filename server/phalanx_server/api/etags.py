@@ -34,6 +34,11 @@ async def version_for(services: Services, tenant: str, if_match: str | None) -> 
     return row.version
 
 
+def expected_version(if_match: str) -> int | None:
+    """The version that a change is for; None = whatever there is. Raises Problem 412 where none can match."""
+    return None if if_match.strip() == "*" else _version(if_match)
+
+
 def _version(if_match: str) -> int:
     digits = if_match.strip().removeprefix("W/").strip('"')
     if not digits.isascii() or not digits.isdigit() or len(digits) > 18:

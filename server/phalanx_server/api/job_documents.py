@@ -198,16 +198,15 @@ def job_document(row: JobRow, *, position: int | None = None) -> Job:
         bundle=row.bundle,
         created_by=row.created_by,
         version=row.version,
-        array=array_place(row),
+        array=array_place(row, row.spec.get("array")),
         warnings=too_late(row.estimated_start, _time(row.spec.get("deadline"))),
     )
 
 
-def array_place(row: Any) -> ArrayPlace | None:
-    """Of a row with `array_id`, `array_index` and the spec."""
-    if row.array_id is None:
+def array_place(row: Any, asked: Mapping[str, Any] | None) -> ArrayPlace | None:
+    """Of a row with `array_id` and `array_index`; `asked` is the spec's `array`."""
+    if row.array_id is None or asked is None:
         return None
-    asked = row.spec["array"]
     return ArrayPlace(
         id=ids.encode("array", row.array_id),
         index=row.array_index,

@@ -12,21 +12,33 @@ from uuid import UUID
 
 import pydantic_core
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, Field, field_validator
 
 from phalanx_server.actions.cancel_job import cancel_job
 from phalanx_server.actions.hold_job import hold_job, release_job
+from phalanx_server.actions.requeue_job import requeue_job
+from phalanx_server.actions.set_priority import set_priority
 from phalanx_server.actions.submit_jobs import Accepted, NewJob, Submission
 from phalanx_server.api.auth import Principal
-from phalanx_server.api.bodies import Given, job_body, jobs_body, takes
-from phalanx_server.api.deps import Looking, Services, Serving, Steering, Submitting, narrowed, now, visible_job
+from phalanx_server.api.bodies import Given, body_as, job_body, jobs_body, takes
+from phalanx_server.api.deps import (
+    Looking,
+    Services,
+    Serving,
+    Steering,
+    Submitting,
+    narrowed,
+    now,
+    parse_id,
+    visible_job,
+)
 from phalanx_server.api.dry_run import DryRun, dry_run
 from phalanx_server.api.errors import not_found
 from phalanx_server.api.idempotency import REPLAYED, IdempotencyKey, idempotency_of
 from phalanx_server.api.job_documents import Attempt, Job, attempt_document, job_document
 from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
 from phalanx_server.domain.errors import Invalid
-from phalanx_server.domain.job import JobState
+from phalanx_server.domain.job import JobState, priority_of
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.store import ids
 from phalanx_server.store.job_views import JobFilter, list_jobs, load_attempts, load_job
@@ -64,7 +76,8 @@ async def submit_job(
     idempotency_key: IdempotencyKey = None,
     traceparent: Annotated[str | None, Header(description="W3C trace context, handed down to the job.")] = None,
 ) -> Response:
-    """Submit a job file. The answer comes when the job is durably stored."""
+    """Submit a job file. The answer comes when the job is durably stored. One with an `array` makes all of its jobs, in
+    one transaction; the answer is the first of them."""
     if dry_run_only:
         return _json(await dry_run(services, principal, spec), status=200)
     accepted = await services.submitter.submit(
@@ -95,7 +108,8 @@ async def submit_jobs(
     idempotency_key: IdempotencyKey = None,
     traceparent: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Submit up to 1,000 jobs in one transaction: all of them, or none. Errors name `jobs[3].resources.replicas`."""
+    """Submit up to 1,000 jobs in one transaction: all of them, or none. Errors name `jobs[3].resources.replicas`. Of an
+    array the answer has the first job; with those of arrays they are at most 10,000."""
     accepted = await services.submitter.submit(
         Submission(
             specs=specs,
@@ -150,6 +164,7 @@ async def list_all_jobs(
     name: Annotated[str | None, Query(max_length=128)] = None,
     label: Annotated[list[str] | None, Query(max_length=LABELS_MAX, description="`key=value`; repeatable.")] = None,
     submitted_after: AwareDatetime | None = None,
+    array: Annotated[str | None, Query(max_length=64, description="Only the jobs of this array.")] = None,
     limit: Limit = 50,
     cursor: CursorText = None,
 ) -> Page[Job]:
@@ -160,6 +175,7 @@ async def list_all_jobs(
         name=name,
         labels=dict(_label(each) for each in label or ()),
         submitted_after=submitted_after,
+        array=parse_id("array", array) if array else None,
     )
     before = _id_of_cursor(cursor) if cursor else None
     async with services.reads.connect() as conn:
@@ -228,6 +244,40 @@ async def hold(job_id: str, services: Serving, principal: Steering) -> Job:
 async def release(job_id: str, services: Serving, principal: Steering) -> Job:
     """Let a held job start."""
     return await _steer(services, principal, job_id, release_job)
+
+
+@router.post("/v1/jobs/{job_id}/requeue", operation_id="requeue_job", status_code=202)
+async def requeue(job_id: str, services: Serving, principal: Steering) -> Job:
+    """End the attempt of a job that runs, with its grace time, and put the job back into the queue. No retry is used
+    up."""
+    return await _steer(services, principal, job_id, requeue_job)
+
+
+class JobChange(Given):
+    """What can be changed of a job that has not ended."""
+
+    priority: Annotated[str | int, Field(description="A priority class, or a number from -1000 to 1000.")]
+
+    @field_validator("priority", mode="before")
+    @classmethod
+    def _is_priority(cls, given: object) -> object:
+        if isinstance(given, bool) or not isinstance(given, str | int):
+            raise ValueError(f"expected a priority class or a whole number, got {given!r:.60}")
+        priority_of(given)
+        return given
+
+
+@router.patch("/v1/jobs/{job_id}", operation_id="change_job", openapi_extra=takes(JobChange))
+async def change(
+    job_id: str,
+    services: Serving,
+    principal: Steering,
+    given: Annotated[JobChange, Depends(body_as(JobChange))],
+) -> Job:
+    """Change the priority of a job that waits or runs. Its spec stays as it was submitted."""
+    id = await visible_job(services, principal, job_id)
+    await set_priority(services.engine, id, given.priority, actor=principal.actor, now=now())
+    return await read_job(services, id)
 
 
 async def _steer(services: Services, principal: Principal, job_id: str, action: Any) -> Job:

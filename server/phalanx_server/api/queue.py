@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from sqlalchemy import Row
 
 from phalanx_server.api.deps import Looking, Serving, narrowed
-from phalanx_server.api.job_documents import Hold, hold_document
+from phalanx_server.api.job_documents import ArrayPlace, Hold, array_place, hold_document
 from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.store import ids
@@ -30,6 +30,7 @@ class QueueItem(BaseModel):
     gpus_per_replica: int
     submitted_at: datetime
     hold: Hold | None
+    array: ArrayPlace | None
 
 
 @router.get("/v1/queue", operation_id="list_queue")
@@ -55,6 +56,7 @@ def _item(row: Row[Any]) -> QueueItem:
         gpus_per_replica=row.gpus_per_replica or 0,
         submitted_at=row.submitted_at,
         hold=hold_document(row),
+        array=array_place(row, row.array),
     )
 
 

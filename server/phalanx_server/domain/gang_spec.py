@@ -3,6 +3,7 @@
 Owns these keys and what they say about each other. Which levels there are is the policy's, not known here.
 """
 
+import re
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -11,6 +12,12 @@ from phalanx_server.domain.field_types import Part, Whole
 
 LEVEL_NODE = "node"
 _LEVEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?$"
+
+
+def is_level(name: str) -> bool:
+    """Whether a level may have that name: it is the key of a node's label."""
+    return re.fullmatch(_LEVEL_PATTERN, name) is not None
+
 
 Level = Annotated[str, Field(pattern=_LEVEL_PATTERN)]
 

@@ -88,6 +88,7 @@ class JobFilter:
     name: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     submitted_after: datetime | None = None
+    array: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,7 @@ def _conditions(wanted: JobFilter, before: UUID | None) -> tuple[list[str], dict
         "j.name = :name": ("name", wanted.name),
         "j.labels @> CAST(:labels AS jsonb)": ("labels", dump_json(dict(wanted.labels)) if wanted.labels else None),
         "j.submitted_at > :submitted_after": ("submitted_after", wanted.submitted_after),
+        "j.array_id = :array": ("array", wanted.array),
     }
     used = {condition: bound for condition, bound in given.items() if bound[1] is not None}
     return list(used), dict(used.values())

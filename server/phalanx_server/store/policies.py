@@ -5,11 +5,11 @@ Owns the one row of `policy` and how the two are put together. Which values a fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.scheduling.documents import read_record, write_record
@@ -46,6 +46,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+_JOB_WITH_LEVEL = text(
+    """
+    SELECT j.id, j.name, named.level
+    FROM jobs j CROSS JOIN LATERAL unnest(ARRAY[
+        j.spec #>> '{resources,topology,required}', j.spec #>> '{resources,topology,preferred}',
+        j.spec #>> '{resources,topology,slice,level}']) AS named (level)
+    WHERE j.state IN ('queued', 'starting', 'running', 'stopping') AND named.level = ANY(:levels) LIMIT 1
+    """
+)
 _READ = "SELECT settings, version FROM policy WHERE id = 1"
 _WRITE = text("UPDATE policy SET settings = CAST(:settings AS jsonb), version = version + 1 WHERE id = 1")
 
@@ -54,6 +63,11 @@ async def load_policy(conn: AsyncConnection, *, lock: str = "") -> StoredPolicy:
     """What was set. `lock`: "SHARE", so that it stays until the end of the transaction, or "UPDATE", to change it."""
     row = (await conn.execute(text(f"{_READ} FOR {lock}" if lock else _READ))).one_or_none()
     return StoredPolicy(row.settings, row.version) if row else StoredPolicy({}, 0)
+
+
+async def job_with_level(conn: AsyncConnection, levels: Sequence[str]) -> Row[Any] | None:
+    """A job that has not ended and names one of these levels, and which."""
+    return (await conn.execute(_JOB_WITH_LEVEL, {"levels": list(levels)})).one_or_none()
 
 
 async def write_policy(conn: AsyncConnection, settings: Mapping[str, Any]) -> None:

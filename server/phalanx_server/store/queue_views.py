@@ -53,7 +53,8 @@ def _within(ranges: Sequence[str]) -> str:
 _PAGE = """
 SELECT p.position, p.id, j.name, t.path AS tenant, p.priority, p.submitted_at,
        (j.spec->'resources'->>'replicas')::int AS replicas,
-       (j.spec->'resources'->>'gpus_per_replica')::int AS gpus_per_replica,
+       (j.spec->'resources'->>'gpus_per_replica')::int AS gpus_per_replica, j.array_id, j.array_index,
+       j.spec->'array' AS array,
        h.reason AS hold_reason, h.message AS hold_message, h.unblocks, h.estimated_start, h.since AS hold_since
 FROM ({chosen}) p
 JOIN jobs j ON j.id = p.id
