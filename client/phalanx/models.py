@@ -138,6 +138,20 @@ class RankExit(Model):
 
 
 @dataclass(frozen=True)
+class NextItem(Model):
+    node: str
+    replicas: int = 0
+
+
+@dataclass(frozen=True)
+class Next(Model):
+    """Where a job goes on that is resized or moved."""
+
+    gpu_type: str | None = None
+    placement: list[NextItem] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Attempt(Model):
     """One try at running a job."""
 
@@ -158,6 +172,9 @@ class Attempt(Model):
     first_step_at: datetime | None = None
     ended_at: datetime | None = None
     stop_cause: str | None = None
+    stop_reason: str | None = None
+    stop_for: str | None = None
+    next: Next | None = None
     placements: list[Placement] = field(default_factory=list)
     ranks: list[RankStart] = field(default_factory=list)
     exits: list[RankExit] = field(default_factory=list)
@@ -216,16 +233,23 @@ class Job(Model):
 
     @property
     def gpus(self) -> int:
-        """GPUs that the whole gang asks for."""
+        """GPUs of the whole gang: those that it has, or asks for while it waits."""
         asked = self.spec.get("resources") or {}
-        return int(asked.get("replicas") or 1) * int(asked.get("gpus_per_replica") or 0)
+        return self._replicas * int(asked.get("gpus_per_replica") or 0)
 
     @property
     def ranks(self) -> int:
         """The world size: ranks of the whole gang."""
         asked = self.spec.get("resources") or {}
         each = asked.get("ranks_per_replica") or asked.get("gpus_per_replica") or 1
-        return int(asked.get("replicas") or 1) * int(each)
+        return self._replicas * int(each)
+
+    @property
+    def _replicas(self) -> int:
+        """An elastic job may run with another number than it asked for."""
+        if self.state != "queued" and self.attempt is not None and self.attempt.replicas:
+            return self.attempt.replicas
+        return int((self.spec.get("resources") or {}).get("replicas") or 1)
 
 
 @dataclass(frozen=True)

@@ -340,7 +340,7 @@ async def test_a_job_is_moved_so_that_another_can_start(plane: ControlPlane) -> 
     )
     assert done.stopped == {job.hex: StopCause.MIGRATION}
     told = await stopping_event(plane, job)
-    assert told.message.startswith(f"Goes on on {other}, so that big (job_")
+    assert told.message.startswith(f"Moves to {other}, so that big (job_")
     await plane.tick()
     assert await plane.state(big) == "queued", "it would have had room on the other node"
     await plane.report(plane.ended(attempt, 0))

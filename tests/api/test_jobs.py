@@ -205,6 +205,23 @@ async def test_a_running_job_shows_attempt_placement_and_phases(
     assert nodes["n0"]["gpus_used"] == 4 and nodes["n0"]["jobs"] == [job] and nodes["n0"]["stats"] is None
 
 
+async def test_an_attempt_says_whom_it_gives_way_to_where_that_may_be_seen(
+    alice: httpx.AsyncClient, admin: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    job, other = await submit(alice, job_file(), job_file())
+    (foreign,) = await submit(admin, job_file(tenant="vision"))
+    _, attempt_id = await run(world, job)
+    for seat, whom, said in ((None, foreign, None), ("n1", other, other)):
+        place = seat and {"gpu_type": "h100", "placement": [{"node": world.nodes[seat].hex, "replicas": 2}]}
+        values = {"stop_cause": "resize", "stop_reason": "reclaim", "stop_for": ids.parse("job", whom), "next": place}
+        async with world.engine.begin() as conn:
+            await conn.execute(update(attempts).where(attempts.c.id == attempt_id).values(values))
+        shown = (await alice.get(f"/v1/jobs/{job}")).json()["attempt"]
+        assert (shown["stop_reason"], shown["stop_for"]) == ("reclaim", said)
+        assert shown["next"] == (seat and {"gpu_type": "h100", "placement": [{"node": "n1", "replicas": 2}]})
+        assert await items(alice, f"/v1/jobs/{job}/attempts") == [shown]
+
+
 async def test_the_checkpoint_that_is_shown_is_the_one_that_a_resume_would_take(
     alice: httpx.AsyncClient, world: Any, job_file: Any
 ) -> None:

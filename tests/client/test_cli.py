@@ -258,6 +258,30 @@ def test_show_tells_a_job_in_words(wired: FakeServer, run: Run) -> None:
         assert said in text, text
 
 
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        ({"stop_cause": "preemption", "stop_for": "job_2", "stop_reason": "reclaim"}, "gives way to job_2 (reclaim)"),
+        ({"stop_cause": "preemption"}, "gives way  "),
+        ({"stop_cause": "resize", "next": {"placement": [{"node": "n1", "replicas": 3}]}}, "with 3 replicas on n1"),
+        ({"stop_cause": "migration", "stop_for": "job_2"}, "is moved for job_2"),
+    ],
+)
+def test_show_tells_why_a_job_stops_and_where_it_goes_on(
+    wired: FakeServer, run: Run, stop: dict[str, Any], said: str
+) -> None:
+    attempt = RUNNING["attempt"] | {"state": "stopping"} | stop
+    wired.on(f"GET /v1/jobs/{JOB_ID}", answer(RUNNING | {"state": "stopping", "attempt": attempt}))
+    assert said in run("show", JOB_ID).stdout
+
+
+def test_an_elastic_job_shows_the_gpus_that_it_has(wired: FakeServer, run: Run) -> None:
+    """It asked for two replicas of two GPUs, and runs with three."""
+    grown = RUNNING | {"attempt": RUNNING["attempt"] | {"replicas": 3}}
+    wired.on("GET /v1/jobs", answer({"items": [grown], "next_cursor": None}))
+    assert run("jobs").stdout.splitlines()[1].split()[4] == "6"
+
+
 def test_lists_as_table_json_and_yaml(wired: FakeServer, run: Run) -> None:
     wired.on("GET /v1/jobs", answer({"items": [RUNNING | {"new_field": 1}], "next_cursor": None}))
     table = run("jobs", "--state", "running").stdout.splitlines()

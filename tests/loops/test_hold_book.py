@@ -9,6 +9,7 @@ import pytest
 from phalanx_server.domain.reason import Explanation, Held, HoldReason
 from phalanx_server.loops.hold_book import HoldBook
 from phalanx_server.scheduling.plan import HoldGroup, Plan
+from phalanx_server.scheduling.snapshot import PlacementItem, Seat
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,23 @@ def test_a_reason_that_changed_comes_first() -> None:
     book, (a, b, c, d) = HoldBook(limit=2), [f"{number:032x}" for number in range(4)]
     assert tell(book, HoldGroup([a, b], Counted(0))) + tell(book, HoldGroup([a, b, c, d], Counted(0))) == [a, b, c, d]
     assert tell(book, HoldGroup([a, b, c], Counted(1)), HoldGroup([d], Held())) == [d, a]
+
+
+def test_what_is_news_of_a_kept_place_is_stored_at_once() -> None:
+    """Whatever else is: others give way for that place in the same commit."""
+    book, waiting = HoldBook(limit=1), [f"{number:032x}" for number in range(4)]
+    seat, other = (Seat(placement=(PlacementItem(node, 1),)) for node in ("n0", "n1"))
+    groups = [HoldGroup([job], Counted(0), kept) for job, kept in zip(waiting, (None, seat, seat, None), strict=True)]
+    news = book.news(Plan(hold_groups=tuple(groups)), kept={waiting[2]: other, waiting[3]: seat})
+    assert [(row.job_id.hex, row.kept) for row, _ in news] == [
+        (waiting[1], seat),
+        (waiting[2], seat),
+        (waiting[3], None),
+        (waiting[0], None),
+    ]
+    book.stored(news, over=())
+    kept = dict.fromkeys(waiting[1:3], seat)
+    assert book.news(Plan(hold_groups=tuple(groups)), kept=kept) == []
 
 
 @pytest.mark.parametrize("at", [float("inf"), float("nan"), 1e300, -1e300])

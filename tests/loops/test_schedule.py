@@ -11,7 +11,8 @@ from control_plane import FENCE_S, LOSS_GRACE_S, START, ControlPlane
 from phalanx_server.actions.hold_job import hold_job, release_job
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.reason import NotBefore
-from phalanx_server.loops.schedule import INTERVAL_S, ScheduleLoop
+from phalanx_server.loops.schedule import INTERVAL_S, ScheduleLoop, _first_part
+from phalanx_server.scheduling.plan import Plan, Preemption, Resize
 from phalanx_server.scheduling.planner import Planner
 from phalanx_server.scheduling.snapshot import Policy, Snapshot
 from phalanx_server.store.schema import attempts, holds, jobs, leases, quotas
@@ -195,6 +196,17 @@ async def test_a_commit_is_bounded_and_the_rest_starts_at_once(
         pauses.append(plane.scheduler.pause_s)
     assert started == [{1, 3}, {2, 4}, {0}]
     assert pauses == [0, 0, INTERVAL_S]
+
+
+def test_what_gives_way_for_one_job_is_never_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx_server.loops.schedule.STOPS_MAX", 3)
+    victims = [Preemption(f"v{n}", whom, "reclaim", 0.0) for n, whom in enumerate(["a", "a", "b", "b", "a", None])]
+    resizes = (Resize("r0", "c", 1, ()), Resize("r1", None, 1, ()))
+    part, later = _first_part(Plan(preemptions=tuple(victims), resizes=resizes))
+    assert [each.job for each in part.preemptions] == ["v0", "v1", "v4"]
+    assert (part.resizes, later) == ((), {"b", "c", "v5", "r1"})
+    part, later = _first_part(Plan(preemptions=tuple(victims[:4]) * 2))
+    assert ({each.for_job for each in part.preemptions}, later) == ({"a"}, {"b"}), "the first is never too large"
 
 
 async def test_a_node_that_is_not_alive_takes_nothing_new(plane: ControlPlane) -> None:

@@ -9,6 +9,12 @@ from dataclasses import fields
 from phalanx.cli import output
 from phalanx.models import Attempt, Checkpoint, Job, Phases, Progress, RankExit
 
+GIVING_WAY = {
+    "preemption": "gives way",
+    "drain": "is moved off its node",
+    "resize": "is resized",
+    "migration": "is moved",
+}
 PHASE_NAMES = tuple(field.name for field in fields(Phases) if field.name not in ("raw", "total_s"))
 
 
@@ -46,6 +52,25 @@ def environment(job: Job) -> str | None:
     count = len(asked.get("requirements") or ())
     parts = [asked.get("name"), f"{count} requirement{'' if count == 1 else 's'}" if count else None]
     return ", ".join(filter(None, parts)) or None
+
+
+def gives_way(job: Job) -> str | None:
+    """Why a job that is stopping does, where the scheduler decided it, and where it goes on."""
+    found = job.attempt
+    if job.state != "stopping" or found is None or found.stop_cause not in GIVING_WAY:
+        return None
+    to = "to" if found.stop_cause == "preemption" else "for"
+    whom = f" {to} {found.stop_for}" if found.stop_for else ""
+    why = f" ({found.stop_reason})" if found.stop_reason else ""
+    return f"{GIVING_WAY[found.stop_cause]}{whom}{why}{_goes_on(found)}"
+
+
+def _goes_on(found: Attempt) -> str:
+    if found.next is None:
+        return ""
+    replicas = sum(item.replicas for item in found.next.placement)
+    counted = "1 replica" if replicas == 1 else f"{replicas} replicas"
+    return f", goes on with {counted} on {', '.join(item.node for item in found.next.placement)}"
 
 
 def attempt(job: Job) -> str | None:

@@ -90,6 +90,7 @@ def _print_job(job: Job) -> None:
             ("state", describe.state(job)),
             ("message", message),
             ("waits for", describe.hold(job)),
+            ("stops", describe.gives_way(job)),
             ("tenant", f"{job.tenant}  (by {job.created_by}, priority {job.priority})"),
             ("asked", describe.asked(job)),
             ("command", run.get("command")),

@@ -41,7 +41,7 @@ from phalanx_server.store.wakeups import notify
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What became of the plan: `started` jobs with their new attempts, `stopped` ones with the cause, and `dropped` ones
+    """What became of the plan: `started` jobs with their new attempts, `stopped` ones with the cause, `dropped` ones
     with why. `unheld`: waiting jobs whose hold was not stored, because nobody gives way for them after all."""
 
     started: Mapping[str, UUID] = field(default_factory=dict)

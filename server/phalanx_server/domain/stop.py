@@ -62,7 +62,7 @@ class GivingWay:
         if self.cause is StopCause.RESIZE:
             return f"Goes on with {_counted(self.next_replicas)} instead of {self.replicas}{self._so_that()}"
         if self.cause is StopCause.MIGRATION:
-            return f"Goes on on {_some(self.next_nodes)}{self._so_that()}"
+            return f"Moves to {_some(self.next_nodes)}{self._so_that()}"
         return f"{self._to_whom()}; {_lost(self.lost_gpu_s)}"
 
     def _to_whom(self) -> str:

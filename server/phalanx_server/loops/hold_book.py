@@ -1,9 +1,9 @@
 """Which holds are news: what the last passes said of each waiting job, and what of it is stored.
 
 Owns the comparison. Whatever is news of a kept place is stored at once: who stops for a job stops for that place. Then
-a job whose reason changed comes first, then those whose words changed. At most `limit` of these holds per
-commit are news, so that a plan about a hundred thousand jobs costs the database little at a time; each time it is the
-turn of those behind the last that had one, so that words which change in every pass keep nobody from theirs.
+a job whose reason changed comes first, then those whose words changed. At most `limit` of these holds per commit are
+news, so that a plan about a hundred thousand jobs costs the database little at a time; each time it is the turn of
+those behind the last that had one, so that words which change in every pass keep nobody from theirs.
 """
 
 from __future__ import annotations

@@ -65,8 +65,11 @@ class PassMeasures:
             registry=registry,
         )
         self._started = Counter(f"{_PREFIX}starts", "Jobs that passes started.", registry=registry)
+        self._stopped = Counter(
+            f"{_PREFIX}stops", "Jobs that passes let give way, by cause.", ("cause",), registry=registry
+        )
         self._dropped = Counter(
-            f"{_PREFIX}starts_dropped", "Starts that no longer held when they were committed.", registry=registry
+            f"{_PREFIX}starts_dropped", "Decisions that no longer held when they were committed.", registry=registry
         )
         self.passed_at_s = time.monotonic()
         """Of the last pass; before the first, of this object."""
@@ -75,6 +78,8 @@ class PassMeasures:
         self.passed_at_s = time.monotonic()
         self._seconds.observe(done.seconds)
         self._started.inc(len(done.committed.started))
+        for cause in done.committed.stopped.values():
+            self._stopped.labels(cause.value).inc()
         self._dropped.inc(len(done.committed.dropped))
 
 

@@ -1,8 +1,8 @@
 """The scheduling loop: load what changed, plan, commit.
 
 Owns the planner in memory, and when it is thrown away: on election, when a commit says that another leads, when a
-decision is dropped that was dropped the time before too (the pass does not learn why), and after any error. Refuses to decide
-anything.
+decision is dropped that was dropped the time before too (the pass does not learn why), and after any error. Refuses to
+decide anything.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ LAST_LOGS_S = 86_400.0  # a runner keeps logs for as long as the storage is full
 
 _LOCK = """
 SELECT a.id, a.job_id, a.cluster_id, a.number, a.epoch, a.state, a.created_at, a.gang_ready_at, a.started_at,
-       a.stop_cause, a.stop_reason, a.stop_for, a.stop_requested_at, a.next, a.grace_s, a.finished_called,
-       a.released_at, a.outcome, a.replicas, a.gpu_type,
-       j.state AS job_state, j.version AS job_version, j.epoch AS job_epoch, j.started_at AS job_started_at, j.name AS job_name, j.failures,
-       j.avoid_nodes, j.cancel_requested_at, j.spec, j.tenant_id, t.path AS tenant
+       a.stop_cause, a.stop_reason, a.stop_requested_at, a.next, a.grace_s, a.finished_called, a.released_at, a.outcome,
+       a.replicas, j.state AS job_state, j.version AS job_version, j.epoch AS job_epoch,
+       j.started_at AS job_started_at, j.name AS job_name, j.failures, j.avoid_nodes,
+       j.cancel_requested_at, j.spec, j.tenant_id, t.path AS tenant
 FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
 WHERE {condition}
 ORDER BY j.id, a.id FOR NO KEY UPDATE OF j, a
