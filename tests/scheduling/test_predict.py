@@ -107,3 +107,12 @@ def test_memory_is_bounded(monkeypatch):
     predictor = taught(*[({"user": f"u{i}"}, 10.0) for i in range(100)])
     assert len(predictor._groups) == 50
     assert predicted(predictor) == 10, "what is used stays"
+
+
+def test_an_edition_ends_with_each_tenth_more_that_is_known():
+    predictor, editions = Predictor(), []
+    for _ in range(1_000):
+        predictor.observe(work(), 10.0)
+        editions.append(predictor.edition)
+    assert editions[:3] == [1, 2, 3], "at first each end tells much"
+    assert editions[-1] < 70, "so that thousands of ends make few"

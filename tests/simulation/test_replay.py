@@ -93,6 +93,12 @@ def test_the_pass_sees_limits_and_history_but_no_true_run_times(monkeypatch):
     assert third.predicted_s == 70, "as long as a, which had ended by then"
 
 
+def test_jobs_that_wait_are_predicted_anew_as_others_end(monkeypatch):
+    by_time = dict(told(monkeypatch, rows((0, 70, 2), (1, 100, 2), (2, 100, 2))))
+    assert by_time[2]["c"].predicted_s == 200
+    assert by_time[70]["c"].predicted_s == 70
+
+
 def test_the_clairvoyant_pass_sees_true_run_times(monkeypatch):
     (_, jobs), *_ = told(monkeypatch, rows((0, 70, 2)), Rules(clairvoyant=True))
     assert (jobs["a"].predicted_s, jobs["a"].time_limit_s) == (70, 70)

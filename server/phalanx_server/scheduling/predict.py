@@ -37,6 +37,7 @@ _UNTRIED_ERROR = 1.5
 """Error of a level of which nothing is known: a factor of 4.5."""
 _DEVIATION_TO_Z90 = 1.2816 * math.sqrt(math.pi / 2)
 """From the mean absolute error to the 90 % quantile, of a normal distribution."""
+_EDITION_GROWTH = 1.1
 _FEW = 10
 """With fewer run times than these the interval comes from past errors, not from quantiles."""
 
@@ -99,11 +100,18 @@ class Predictor:
         self._groups: dict[Hashable, _Group] = {}
         self._levels: dict[str, _Error] = {}
         self.calibration = Calibration()
+        self.edition = 0
+        """Counts how often so much was learnt that it is worth the while to predict anew for all that wait."""
+        self._ends = self._ends_of_edition = 0
 
     def observe(self, work: Work, run_s: float, said: Expectation | None = None) -> None:
         """A job ended after running so long. `said`: what had been expected of it, for the calibration."""
         if said is not None:
             self.calibration.record(said, run_s)
+        self._ends += 1
+        if self._ends >= self._ends_of_edition * _EDITION_GROWTH:
+            self.edition += 1
+            self._ends_of_edition = self._ends
         ran = _log(run_s)
         for level, key, base in _groups_of(work):
             group = self._groups.pop(key, None)

@@ -75,7 +75,9 @@ class _Replay:
         self._changed: dict[str, Job] = {}
         self._gone: list[str] = []
         self._kept: set[str] = set()
-        self._queued = self._holding = self._elastic = 0
+        self._queued: set[int] = set()
+        self._edition = 0
+        self._holding = self._elastic = 0
         self._is_due = False
         self._preemptions = self._resizes = self._migrations = 0
         self._passes_s: list[float] = []
@@ -152,7 +154,7 @@ class _Replay:
         self._is_due = True
 
     def _enqueue(self, course: Course) -> None:
-        self._queued += 1
+        self._queued.add(self._of[course.job.id])
         self._predict(course)
         self._is_due = True
 
@@ -169,11 +171,20 @@ class _Replay:
             return Expectation(course.total_s, course.total_s, course.total_s)
         return self._predictor.expect(course.work, course.attained_s(self._now))
 
+    def _predict_anew(self) -> None:
+        """Early on, each job that ends may tell much about those that wait."""
+        if self._edition != self._predictor.edition and not self._rules.clairvoyant:
+            self._edition = self._predictor.edition
+            for number in self._queued:
+                self._predict(self._courses[number])
+
     def _predict(self, course: Course) -> None:
         expected = self._expected(course)
         if course.said is None:
             course.said = expected
-        course.job = replace(course.job, predicted_s=expected and expected.predicted_s)
+        predicted_s = None if expected is None else expected.predicted_s
+        if predicted_s != course.job.predicted_s:
+            course.job = replace(course.job, predicted_s=predicted_s)
         self._tell(course)
 
     def _foresee_outliving(self, course: Course) -> None:
@@ -191,6 +202,7 @@ class _Replay:
         return bool(self._queued or (policy.elastic and self._elastic) or (policy.consolidation and self._holding))
 
     def _pass(self) -> Plan:
+        self._predict_anew()
         if self._passes_now > MOST_PASSES_AT_ONE_MOMENT:
             raise Stuck(f"at {self._now:g} s planning never comes to rest; jobs {', '.join(list(self._changed)[:5])}")
         changes = Changes(now=self._now, jobs=tuple(self._changed.values()), removed_jobs=tuple(self._gone))
@@ -217,7 +229,7 @@ class _Replay:
         self._wake_for(plan)
 
     def _start(self, course: Course, start: Start) -> None:
-        self._queued -= 1
+        self._queued.discard(self._of[start.job])
         self._holding += 1
         self._elastic += course.is_elastic and not course.attempts
         self._kept.discard(start.job)
