@@ -1,5 +1,6 @@
 """The clients: `Client` blocks, `AsyncClient` awaits. This module owns the list of operations; what each one is stands
-in `job_requests.py`, `outputs.py`, `environments.py` and `fleet_requests.py`, how it is carried out in `transport.py`.
+in `job_requests.py`, `array_requests.py`, `outputs.py`, `environments.py` and `fleet_requests.py`, how it is carried
+out in `transport.py`.
 
     job_file = {"name": "hello", "resources": {"gpus": 2}, "run": {"command": "python train.py"}}
     with phalanx.Client() as client:  # the server of PHALANX_URL and PHALANX_TOKEN, else of `phalanx login`
@@ -16,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
+from phalanx import array_requests as arrays
 from phalanx import config
 from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
@@ -152,6 +154,8 @@ class Client:
     cancel = _call(work.cancel)
     hold = _call(work.hold)
     release = _call(work.release)
+    requeue = _call(work.requeue)
+    set_priority = _call(work.set_priority)
     wait = _run(work.wait)
     attempts = _call(work.attempts)
     explain = _call(work.explain)
@@ -165,6 +169,13 @@ class Client:
     outputs = _pages(files.outputs)
     download_output = _fetch(files.download_output)
     download_outputs = _run(files.download_outputs)
+    array = _call(arrays.array)
+    cancel_array = _call(arrays.cancel_array)
+    hold_array = _call(arrays.hold_array)
+    release_array = _call(arrays.release_array)
+    requeue_array = _call(arrays.requeue_array)
+    set_array_priority = _call(arrays.set_array_priority)
+    wait_array = _run(arrays.wait_array)
     environments = _pages(packages.environments)
     environment = _call(packages.environment)
     create_environment = _call(packages.create_environment)
@@ -182,7 +193,11 @@ class Client:
     tenant = _call(fleet.tenant)
     create_tenant = _call(fleet.create_tenant)
     quotas = _call(fleet.quotas)
+    change_tenant = _run(fleet.change_tenant)
     quota_set = _run(fleet.quota_set)
+    quota_unset = _run(fleet.quota_unset)
+    policy = _call(fleet.policy)
+    policy_set = _run(fleet.policy_set)
     tokens = _pages(fleet.tokens)
     create_token = _call(fleet.create_token)
     revoke_token = _call(fleet.revoke_token)
@@ -225,6 +240,8 @@ class AsyncClient:
     cancel = _acall(work.cancel)
     hold = _acall(work.hold)
     release = _acall(work.release)
+    requeue = _acall(work.requeue)
+    set_priority = _acall(work.set_priority)
     wait = _arun(work.wait)
     attempts = _acall(work.attempts)
     explain = _acall(work.explain)
@@ -238,6 +255,13 @@ class AsyncClient:
     outputs = _apages(files.outputs)
     download_output = _afetch(files.download_output)
     download_outputs = _arun(files.download_outputs)
+    array = _acall(arrays.array)
+    cancel_array = _acall(arrays.cancel_array)
+    hold_array = _acall(arrays.hold_array)
+    release_array = _acall(arrays.release_array)
+    requeue_array = _acall(arrays.requeue_array)
+    set_array_priority = _acall(arrays.set_array_priority)
+    wait_array = _arun(arrays.wait_array)
     environments = _apages(packages.environments)
     environment = _acall(packages.environment)
     create_environment = _acall(packages.create_environment)
@@ -255,7 +279,11 @@ class AsyncClient:
     tenant = _acall(fleet.tenant)
     create_tenant = _acall(fleet.create_tenant)
     quotas = _acall(fleet.quotas)
+    change_tenant = _arun(fleet.change_tenant)
     quota_set = _arun(fleet.quota_set)
+    quota_unset = _arun(fleet.quota_unset)
+    policy = _acall(fleet.policy)
+    policy_set = _arun(fleet.policy_set)
     tokens = _apages(fleet.tokens)
     create_token = _acall(fleet.create_token)
     revoke_token = _acall(fleet.revoke_token)

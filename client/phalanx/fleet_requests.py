@@ -1,17 +1,20 @@
-"""The requests about what jobs run on and for whom: queue, plans, nodes, clusters, tenants, quotas, tokens. Described
-once for both clients, as in `job_requests.py`.
+"""The requests about what jobs run on and for whom: queue, plans, nodes, clusters, tenants, quotas, policy, tokens.
+Described once for both clients, as in `job_requests.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 from urllib.parse import quote as quoted
 
 from phalanx import models
 from phalanx.answers import create, one, paged
 from phalanx.calls import Answer, Call, Pages, Steps
 from phalanx.errors import Conflict
+
+M = TypeVar("M")
+ETAG_MISMATCH = "etag_mismatch"
 
 # ------------------------------------------------------------------ queue, plan, nodes
 
@@ -72,7 +75,7 @@ def create_cluster(name: str) -> Call[models.Cluster]:
     return create("/v1/clusters", {"name": name}, one(models.Cluster), key=None)
 
 
-# ------------------------------------------------------------------ tenants, tokens
+# ------------------------------------------------------------------ tenants, quotas
 
 
 def tenants() -> Pages[models.Tenant]:
@@ -100,16 +103,11 @@ def quota_set(path: str, gpu_type: str, **limits: int | None) -> Steps[dict[str,
 
     Reads, changes and writes with If-Match; a concurrent change makes it start over, so none is lost.
     """
-    url, tries = f"/v1/quotas/{quoted(path)}", 3
-    while True:
-        etag, held = yield Call("GET", url, _quotas_with_etag)
-        wanted = {**held, gpu_type: {**held.get(gpu_type, {"nominal": 0}), **limits}}
-        try:
-            return (yield Call("PUT", url, _quotas, json={"quotas": wanted}, headers={"If-Match": etag}))
-        except Conflict:
-            tries -= 1
-            if not tries:
-                raise
+
+    def wanted(held: dict[str, Any]) -> dict[str, Any]:
+        return {"quotas": {**held, gpu_type: {**held.get(gpu_type, {"nominal": 0}), **limits}}}
+
+    return _read_and_put(f"/v1/quotas/{quoted(path)}", _quotas_with_etag, wanted, _quotas)
 
 
 def quotas(path: str) -> Call[dict[str, models.Quota]]:
@@ -124,6 +122,77 @@ def _quotas(answer: Answer) -> dict[str, models.Quota]:
 
 def _quotas_with_etag(answer: Answer) -> tuple[str, dict[str, Any]]:
     return answer.headers.get("etag", "*"), {name: quota.raw for name, quota in _quotas(answer).items()}
+
+
+def quota_unset(path: str, gpu_type: str) -> Steps[dict[str, models.Quota]]:
+    """Take away the quota of a tenant for one GPU type: it has a nominal of 0 then, where others have one."""
+    url = f"/v1/quotas/{quoted(path)}"
+
+    def wanted(held: dict[str, Any]) -> dict[str, Any]:
+        return {"quotas": {name: quota for name, quota in held.items() if name != gpu_type}}
+
+    return _read_and_put(url, _quotas_with_etag, wanted, _quotas)
+
+
+def change_tenant(
+    path: str, *, weight: float | None = None, preemption: Mapping[str, Any] | None = None
+) -> Steps[models.Tenant]:
+    """Change a tenant's weight, or rules of `preemption` (`within_tenant`, `reclaim`, `borrow`); what is not named
+    stays. A concurrent change makes it start over."""
+    url = f"/v1/tenants/{quoted(path)}"
+
+    def wanted(held: dict[str, Any]) -> dict[str, Any]:
+        rules = None if preemption is None else {**held["preemption"], **preemption}
+        changes = {"weight": weight, "preemption": rules}
+        return {name: value for name, value in changes.items() if value is not None}
+
+    return _read_and_put(url, _with_etag, wanted, one(models.Tenant), method="PATCH")
+
+
+def _read_and_put(
+    url: str,
+    read: Callable[[Answer], tuple[str, dict[str, Any]]],
+    wanted: Callable[[dict[str, Any]], dict[str, Any]],
+    answer: Callable[[Answer], M],
+    *,
+    method: str = "PUT",
+) -> Steps[M]:
+    """Read, change and write with If-Match; a concurrent change makes it start over, so none is lost."""
+    tries = 3
+    while True:
+        etag, held = yield Call("GET", url, read)
+        try:
+            return (yield Call(method, url, answer, json=wanted(held), headers={"If-Match": etag}))
+        except Conflict as error:
+            tries -= 1
+            if not tries or error.code != ETAG_MISMATCH:
+                raise
+
+
+def _with_etag(answer: Answer) -> tuple[str, dict[str, Any]]:
+    return answer.headers.get("etag", "*"), answer.body if isinstance(answer.body, dict) else {}
+
+
+# ------------------------------------------------------------------ policy
+
+
+def policy() -> Call[models.Policy]:
+    """The policy that the scheduler follows."""
+    return Call("GET", "/v1/policy", one(models.Policy))
+
+
+def policy_set(settings: Mapping[str, Any], *, unset: Sequence[str] = ()) -> Steps[models.Policy]:
+    """Set these fields of the policy, and take back those of `unset`; the others stay as they were set. A concurrent
+    change makes it start over."""
+
+    def wanted(held: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in held["settings"].items() if name not in unset}
+        return {"settings": {**kept, **settings}}
+
+    return _read_and_put("/v1/policy", _with_etag, wanted, one(models.Policy))
+
+
+# ------------------------------------------------------------------ tokens
 
 
 def tokens() -> Pages[models.Token]:

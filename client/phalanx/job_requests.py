@@ -18,16 +18,15 @@ from urllib.parse import quote as quoted
 from phalanx import bundle as bundles
 from phalanx import models, requirements
 from phalanx.answers import create, items, one, paged
-from phalanx.calls import Answer, Call, Message, Now, Page, Pages, Pause, Steps, Stream, Work, clean
-from phalanx.errors import ConnectionFailed, ProtocolError, Unavailable, WaitTimeout
+from phalanx.calls import Answer, Call, Message, Page, Pages, Steps, Stream, Work, clean
+from phalanx.errors import ProtocolError
 from phalanx.models import Model
-from phalanx.retry import OUTAGE_TOLERANCE_S
+from phalanx.waiting import until_ended
 
 M = TypeVar("M", bound=Model)
 JobFile = Mapping[str, Any]  # the job file as a document
 
 BUNDLE_TYPE = "application/gzip"
-FIRST_POLL_S, LAST_POLL_S = 0.1, 2.0
 LOG_PIECE_BYTES = 16 << 20
 REFUSALS = frozenset(range(400, 429))  # the answer to a HEAD has no body: the PUT after it says why
 
@@ -43,7 +42,8 @@ def submit(job: JobFile, *, workdir: str | Path | None = None, idempotency_key: 
     """Submit one job. `workdir` (or else its `run.workdir`) is packed and uploaded, unless the server has it; a
     requirements file that `run.environment.requirements` names is read.
 
-    Always sends an Idempotency-Key: sending the same job again with the same key answers the first one's job.
+    Always sends an Idempotency-Key: sending the same job again with the same key answers the first one's job. A job
+    with an `array` makes all jobs of it; the answer is the first, and its `array.id` names them all.
     """
     (document,) = yield from _delivered([job], workdir)
     return (yield create("/v1/jobs", document, one(models.Job), key=idempotency_key))
@@ -116,6 +116,7 @@ def jobs(
     name: str | None = None,
     labels: Mapping[str, str] | None = None,
     submitted_after: datetime | None = None,
+    array: str | None = None,
     limit: int | None = None,
 ) -> Pages[models.Job]:
     """Jobs, newest first, as an iterator over all pages; `limit` is the size of a page (≤ 500)."""
@@ -125,6 +126,7 @@ def jobs(
         "name": name,
         "label": [f"{key}={value}" for key, value in (labels or {}).items()],
         "submitted_after": submitted_after.isoformat() if submitted_after else None,
+        "array": array,
     }
     return paged(models.Job, "/v1/jobs", limit=limit, **params)
 
@@ -144,25 +146,21 @@ def release(job_id: str) -> Call[models.Job]:
     return Call("POST", _job_path(job_id, "release"), one(models.Job))
 
 
+def requeue(job_id: str) -> Call[models.Job]:
+    """End the attempt of a job that runs, with its grace time, and put the job back into the queue. Uses up no
+    retry."""
+    return Call("POST", _job_path(job_id, "requeue"), one(models.Job))
+
+
+def set_priority(job_id: str, priority: str | int) -> Call[models.Job]:
+    """Change the priority of a job that waits or runs: a class, such as `high`, or a number."""
+    return Call("PATCH", _job_path(job_id), one(models.Job), json={"priority": priority})
+
+
 def wait(job_id: str, *, timeout_s: float | None = None) -> Steps[models.Job]:
     """Wait until a job has ended, and answer it. WaitTimeout after `timeout_s` seconds. A server that is away is waited
     for too, OUTAGE_TOLERANCE_S at most: the job goes on without it."""
-    pause_s = FIRST_POLL_S
-    began_s = heard_s = yield Now()
-    while True:
-        try:
-            found: models.Job = yield job(job_id)
-            if found.ended:
-                return found
-            said, heard_s = found.state, (yield Now())
-        except (ConnectionFailed, Unavailable):
-            if (yield Now()) - heard_s > OUTAGE_TOLERANCE_S:
-                raise
-            said = "out of reach, with its server,"
-        if timeout_s is not None and (yield Now()) - began_s >= timeout_s:
-            raise WaitTimeout(f"job {job_id} is still {said} after {timeout_s:g} s")
-        yield Pause(pause_s)
-        pause_s = min(LAST_POLL_S, pause_s * 1.5)
+    return until_ended(partial(job, job_id), f"job {job_id}", timeout_s=timeout_s)
 
 
 def attempts(job_id: str) -> Call[list[models.Attempt]]:

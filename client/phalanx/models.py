@@ -19,6 +19,7 @@ from phalanx.errors import ProtocolError
 
 M = TypeVar("M", bound="Model")
 
+STATES = ("queued", "starting", "running", "stopping", "succeeded", "failed", "cancelled")
 TERMINAL_STATES = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -199,6 +200,16 @@ class Checkpoint(Model):
 
 
 @dataclass(frozen=True)
+class ArrayPlace(Model):
+    """Which job of which array it is."""
+
+    id: str
+    index: int
+    size: int = 1
+    max_running: int | None = None
+
+
+@dataclass(frozen=True)
 class Job(Model):
     id: str
     name: str = ""
@@ -226,10 +237,16 @@ class Job(Model):
     bundle: str | None = None
     created_by: str = ""
     version: int = 0
+    array: ArrayPlace | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
         return self.state in TERMINAL_STATES
+
+    @property
+    def doing(self) -> str:
+        return self.state
 
     @property
     def gpus(self) -> int:
@@ -250,6 +267,28 @@ class Job(Model):
         if self.state != "queued" and self.attempt is not None and self.attempt.replicas:
             return self.attempt.replicas
         return int((self.spec.get("resources") or {}).get("replicas") or 1)
+
+
+@dataclass(frozen=True)
+class ArrayStatus(Model):
+    """The jobs of one submit that carry an index, and how many are in which state."""
+
+    id: str
+    name: str = ""
+    tenant: str = ""
+    size: int = 0
+    indices: str = ""
+    max_running: int | None = None
+    states: dict[str, int] = field(default_factory=dict)
+    held: int = 0
+    ended: bool = False
+    created_by: str = ""
+    submitted_at: datetime | None = None
+
+    @property
+    def doing(self) -> str:
+        """`3 queued, 2 running`."""
+        return ", ".join(f"{self.states[state]} {state}" for state in STATES if state in self.states)
 
 
 @dataclass(frozen=True)
@@ -334,6 +373,7 @@ class QueueItem(Model):
     gpus_per_replica: int = 0
     submitted_at: datetime | None = None
     hold: Hold | None = None
+    array: ArrayPlace | None = None
 
 
 # ------------------------------------------------------------------ everything else
@@ -390,6 +430,15 @@ class Tenant(Model):
     preemption: dict[str, Any] = field(default_factory=dict)
     quotas: dict[str, Quota] = field(default_factory=dict)
     usage: dict[str, int] = field(default_factory=dict)
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Policy(Model):
+    """What the scheduler may do, and how it weighs. `policy` is in force; `settings` was set over the settings file."""
+
+    policy: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     version: int = 0
 
 

@@ -135,7 +135,7 @@ def test_a_field_that_the_server_refuses_is_shown_with_its_place(wired: FakeServ
         (["jobs", "-o", "xml"], "Invalid value for '--output'"),
         (["jobz"], "No such command 'jobz'. Did you mean 'jobs'?; see `phalanx --help`"),
         (["--nonsense"], "No such option: --nonsense"),
-        (["cancel"], "Missing argument 'JOB'; see `phalanx cancel --help`"),
+        (["cancel"], "Missing argument 'JOB|ARRAY'; see `phalanx cancel --help`"),
         (["quota", "set", "a", "h100"], "nothing to change: give --nominal"),
         (["quota", "set", "a", "h100", "--lending-limit", "x"], "--lending-limit is 'x': expected a number of GPUs"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx import array_requests as arrays
 from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
@@ -18,7 +19,7 @@ from phalanx.calls import Call, Stream
 from phalanx_server.main import create_app
 from phalanx_server.settings import Settings
 
-JOB, NOW = "job_" + "0" * 32, datetime.now(UTC)
+JOB, ARRAY, NOW = "job_" + "0" * 32, "array_" + "0" * 32, datetime.now(UTC)
 JOB_FILE = {"name": "lm"}
 
 ASKED: dict[str, Any] = {
@@ -26,11 +27,21 @@ ASKED: dict[str, Any] = {
     "dry_run": work.dry_run(JOB_FILE),
     "submit_many": next(work.submit_many([JOB_FILE])),
     "has_bundle": next(work.upload(Bundle(None, "0" * 64, 1, 1), tenant="a")),  # type: ignore[arg-type]
-    "jobs": work.jobs(tenant="a", state=["queued"], name="n", labels={"k": "v"}, submitted_after=NOW, limit=5)("c"),
+    "jobs": work.jobs(
+        tenant="a", state=["queued"], name="n", labels={"k": "v"}, submitted_after=NOW, limit=5, array=ARRAY
+    )("c"),
     "job": work.job(JOB),
     "cancel": work.cancel(JOB),
     "hold": work.hold(JOB),
     "release": work.release(JOB),
+    "requeue": work.requeue(JOB),
+    "set_priority": work.set_priority(JOB, "high"),
+    "array": arrays.array(ARRAY),
+    "cancel_array": arrays.cancel_array(ARRAY),
+    "hold_array": arrays.hold_array(ARRAY),
+    "release_array": arrays.release_array(ARRAY),
+    "requeue_array": arrays.requeue_array(ARRAY),
+    "set_array_priority": arrays.set_array_priority(ARRAY, 3),
     "attempts": work.attempts(JOB),
     "explain": work.explain(JOB),
     "events": work.events(JOB, after=3)("7"),
@@ -60,6 +71,10 @@ ASKED: dict[str, Any] = {
     "create_tenant": fleet.create_tenant("a", weight=2),
     "quotas": fleet.quotas("a"),
     "quota_set": next(fleet.quota_set("a", "h100", nominal=1)),
+    "quota_unset": next(fleet.quota_unset("a", "h100")),
+    "change_tenant": next(fleet.change_tenant("a", weight=2)),
+    "policy": fleet.policy(),
+    "policy_set": next(fleet.policy_set({"order": "fifo"})),
     "tokens": fleet.tokens()(None),
     "create_token": fleet.create_token("t", role="member"),
     "revoke_token": fleet.revoke_token("tok_1"),
@@ -94,9 +109,18 @@ def test_the_server_knows_the_request(document: dict[str, Any], name: str) -> No
 
 
 def test_every_operation_of_the_sdk_is_among_them() -> None:
-    composed = {"wait", "upload", "download_outputs", "chosen"}  # of others, or with a body that is streamed
+    composed = {
+        "wait",
+        "wait_array",
+        "upload",
+        "download_outputs",
+        "chosen",
+    }  # of others, or with a body that is streamed
     described = {
-        name for module in (work, files, packages, fleet) for name, f in vars(module).items() if _is_request(module, f)
+        name
+        for module in (work, arrays, files, packages, fleet)
+        for name, f in vars(module).items()
+        if _is_request(module, f)
     }
     assert described - composed <= set(ASKED)
 

@@ -15,6 +15,7 @@ from phalanx.cli import (
     observe,
     outputs,
     plugins,
+    policy,
     streams,
     submit,
     tenancy,
@@ -52,5 +53,5 @@ def root(
         typer.echo(ctx.get_help())
 
 
-for module in (submit, observe, streams, outputs, change, environment, fleet, tenancy, account):
+for module in (submit, observe, streams, outputs, change, environment, fleet, tenancy, policy, account):
     module.register(app)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from datetime import datetime
+from typing import Any
 
 from phalanx.cli import output
 from phalanx.models import Attempt, Checkpoint, Job, Phases, Progress, RankExit
@@ -43,7 +45,42 @@ def asked(job: Job) -> str:
     resources = job.spec.get("resources") or {}
     replicas, gpus = resources.get("replicas") or 1, resources.get("gpus_per_replica") or 0
     kinds = f" of {' or '.join(resources['gpu_types'])}" if resources.get("gpu_types") else ""
+    kinds += _elastic(resources.get("elastic")) + _topology(resources.get("topology"))
     return f"{replicas} {'replica' if replicas == 1 else 'replicas'} × {gpus} GPUs{kinds}"
+
+
+def _elastic(asked: Mapping[str, Any] | None) -> str:
+    return f", {asked['min_replicas']} to {asked['max_replicas']} replicas" if asked else ""
+
+
+def _topology(asked: Mapping[str, Any] | None) -> str:
+    if not asked:
+        return ""
+    level = f"within one {asked['required']}" if asked.get("required") else f"within one {asked['preferred']} if it can"
+    slices = asked.get("slice")
+    return f", {level}" + (f", each {slices['replicas']} within one {slices['level']}" if slices else "")
+
+
+def array(job: Job) -> str | None:
+    """Which job of which array it is."""
+    if job.array is None:
+        return None
+    at_once = f", {job.array.max_running} at once" if job.array.max_running else ""
+    return f"{job.array.id}, index {job.array.index} ({job.array.size} jobs{at_once})"
+
+
+def after(job: Job) -> str | None:
+    """What it was to wait for."""
+    asked = job.spec.get("after") or {}
+    parts = [
+        f"{', '.join(asked[kind])} {verb}" for kind, verb in (("ok", "succeeded"), ("any", "ended")) if asked.get(kind)
+    ]
+    return "; ".join(parts) or None
+
+
+def deadline(job: Job) -> datetime | None:
+    given = job.spec.get("deadline")
+    return datetime.fromisoformat(given) if given else None
 
 
 def environment(job: Job) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated
 
@@ -10,8 +12,8 @@ import typer
 from phalanx.cli import describe, output
 from phalanx.cli.failures import INVALID, CommandError
 from phalanx.cli.output import Column
-from phalanx.cli.session import JobArgument, connected, job_id
-from phalanx.models import Event, Job
+from phalanx.cli.session import ArrayOrJobArgument, JobArgument, connected, is_array, job_id, job_or_array_id
+from phalanx.models import ArrayStatus, Event, Job, QueueItem
 
 JOB_COLUMNS = (
     Column("ID", lambda job: job.id),
@@ -24,16 +26,65 @@ JOB_COLUMNS = (
     Column("REASON", lambda job: job.hold.reason if job.hold else job.reason),
 )
 
+QUEUE_READ_MAX, QUEUE_PAGE = 2000, 200
+
+
+@dataclass(frozen=True)
+class QueueLine:
+    """Waiting jobs that are shown as one: the first, and the last of those behind it in its array."""
+
+    first: QueueItem
+    last: QueueItem
+    jobs: int = 1
+
+    def position(self) -> str:
+        return f"{self.first.position}–{self.last.position}" if self.jobs > 1 else str(self.first.position)
+
+    def name(self) -> str:
+        if self.jobs == 1 or self.first.array is None or self.last.array is None:
+            return self.first.name
+        name = self.first.name.rpartition("[")[0]
+        return f"{name}[{self.first.array.index}–{self.last.array.index}] ({self.jobs} jobs)"
+
+    def id(self) -> str:
+        return self.first.array.id if self.jobs > 1 and self.first.array else self.first.job_id
+
+
 QUEUE_COLUMNS = (
-    Column("POSITION", lambda item: item.position, right=True),
-    Column("ID", lambda item: item.job_id),
-    Column("NAME", lambda item: item.name),
-    Column("TENANT", lambda item: item.tenant),
-    Column("PRIORITY", lambda item: item.priority, right=True),
-    Column("GPUS", lambda item: item.replicas * item.gpus_per_replica, right=True),
-    Column("EXPECTED START", lambda item: output.ago(item.hold.estimated_start) if item.hold else None),
-    Column("WAITS FOR", lambda item: (item.hold.message or item.hold.reason) if item.hold else None),
+    Column("POSITION", lambda line: line.position(), right=True),
+    Column("ID", lambda line: line.id()),
+    Column("NAME", lambda line: line.name()),
+    Column("TENANT", lambda line: line.first.tenant),
+    Column("PRIORITY", lambda line: line.first.priority, right=True),
+    Column("GPUS", lambda line: line.jobs * line.first.replicas * line.first.gpus_per_replica, right=True),
+    Column("EXPECTED START", lambda line: output.ago(line.first.hold.estimated_start) if line.first.hold else None),
+    Column("WAITS FOR", lambda line: _waits_for(line.first)),
 )
+
+
+def _waits_for(item: QueueItem) -> str | None:
+    return (item.hold.message or item.hold.reason) if item.hold else None
+
+
+def _folded(items: Iterable[QueueItem]) -> Iterator[QueueLine]:
+    """Jobs of one array that stand one behind the other and wait for the same as one line."""
+    line: QueueLine | None = None
+    for item in items:
+        if line is not None and _is_next(line.last, item):
+            line = replace(line, last=item, jobs=line.jobs + 1)
+            continue
+        if line is not None:
+            yield line
+        line = QueueLine(item, item)
+    if line is not None:
+        yield line
+
+
+def _is_next(before: QueueItem, item: QueueItem) -> bool:
+    if before.array is None or item.array is None or before.array.id != item.array.id:
+        return False
+    return _waits_for(before) == _waits_for(item)
+
 
 EVENT_COLUMNS = (
     Column("AT", lambda event: output.local(event.at)),
@@ -52,13 +103,14 @@ def jobs(
     label: Annotated[
         list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="Only with this label.")
     ] = None,
+    array: Annotated[str | None, typer.Option(metavar="ARRAY", help="Only the jobs of this array.")] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
     output_as: output.Output = output.Format.TABLE,
 ) -> None:
     """List jobs, newest first."""
     labels = dict(_label(text) for text in label or [])
     with connected() as client:
-        pages = client.jobs(tenant=tenant, state=state or (), name=name, labels=labels, limit=limit)
+        pages = client.jobs(tenant=tenant, state=state or (), name=name, labels=labels, array=array, limit=limit)
         output.items(islice(pages, limit), JOB_COLUMNS, output_as, empty="no jobs")
         if any(True for _ in pages):
             output.console(stderr=True).print(f"the newest {limit}; --limit shows more", style="dim")
@@ -71,13 +123,32 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def show(job: JobArgument, output_as: output.Output = output.Format.TABLE) -> None:
-    """Show one job: what was asked, where it is, how it got there."""
+def show(job: ArrayOrJobArgument, output_as: output.Output = output.Format.TABLE) -> None:
+    """Show one job: what was asked, where it is, how it got there; or how far the jobs of an array are."""
     with connected() as client:
-        found = client.job(job_id(client, job))
+        if is_array(name := job_or_array_id(client, job)):
+            return _print_array(client.array(name), output_as)
+        found = client.job(name)
     if output_as is not output.Format.TABLE:
         return output.data(found.raw, output_as)
     _print_job(found)
+
+
+def _print_array(found: ArrayStatus, output_as: output.Format) -> None:
+    if output_as is not output.Format.TABLE:
+        return output.data(found.raw, output_as)
+    at_once = f", {found.max_running} at once" if found.max_running else ""
+    held = f" ({found.held} on hold)" if found.held else ""
+    output.fields(
+        [
+            ("array", f"{found.name}  {found.id}"),
+            ("jobs", f"{found.size}: {found.indices}{at_once}"),
+            ("states", f"{found.doing}{held}"),
+            ("tenant", f"{found.tenant}  (by {found.created_by})"),
+            ("submitted", f"{output.local(found.submitted_at)} ({output.ago(found.submitted_at)})"),
+        ]
+    )
+    typer.echo(f"its jobs: phalanx jobs --array {found.id}", err=True)
 
 
 def _print_job(job: Job) -> None:
@@ -90,9 +161,13 @@ def _print_job(job: Job) -> None:
             ("state", describe.state(job)),
             ("message", message),
             ("waits for", describe.hold(job)),
+            ("warning", "\n".join(job.warnings)),
             ("stops", describe.gives_way(job)),
             ("tenant", f"{job.tenant}  (by {job.created_by}, priority {job.priority})"),
             ("asked", describe.asked(job)),
+            ("array", describe.array(job)),
+            ("after", describe.after(job)),
+            ("deadline", output.local(describe.deadline(job))),
             ("command", run.get("command")),
             ("environment", describe.environment(job)),
             ("submitted", f"{output.local(job.submitted_at)} ({output.ago(job.submitted_at)})"),
@@ -124,10 +199,14 @@ def queue(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, first in line first.")] = 20,
     output_as: output.Output = output.Format.TABLE,
 ) -> None:
-    """List waiting jobs in their order, with what each waits for."""
+    """List waiting jobs in their order, with what each waits for; those of an array that wait for the same, one behind
+    the other, on one line."""
     with connected() as client:
-        pages = client.queue(tenant=tenant, limit=limit)
-        output.items(islice(pages, limit), QUEUE_COLUMNS, output_as, empty="nothing waits")
+        if output_as is not output.Format.TABLE:
+            return output.items(islice(client.queue(tenant=tenant, limit=limit), limit), (), output_as, empty="")
+        items = client.queue(tenant=tenant, limit=max(limit, QUEUE_PAGE))
+        lines = _folded(islice(items, QUEUE_READ_MAX))
+        output.items(islice(lines, limit), QUEUE_COLUMNS, output_as, empty="nothing waits")
 
 
 def events(

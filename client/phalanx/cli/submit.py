@@ -18,7 +18,7 @@ from phalanx.cli import describe, failures, output, session
 from phalanx.cli.failures import FAILED, INTERRUPTED, INVALID, CommandError
 from phalanx.errors import InvalidRequest
 from phalanx.jobfile import JobFile
-from phalanx.models import DryRun, Job
+from phalanx.models import ArrayStatus, DryRun, Job
 
 if TYPE_CHECKING:
     from phalanx.client import Client
@@ -49,6 +49,16 @@ def submit(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any field: resources.replicas=4.")
     ] = None,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="K=V", help="Set a variable.")] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="JOB|ARRAY", help="Start once this has succeeded; repeatable.")
+    ] = None,
+    after_any: Annotated[
+        list[str] | None, typer.Option(metavar="JOB|ARRAY", help="Start once this has ended, however; repeatable.")
+    ] = None,
+    array: Annotated[
+        str | None, typer.Option(metavar="INDICES", help="Make a job of each index: 0-99, 0,3,7-9 or 0-20:5.")
+    ] = None,
+    max_running: Annotated[int | None, typer.Option(min=1, help="So many jobs of the array run at once.")] = None,
     workdir: Annotated[Path | None, typer.Option(help="Directory to upload, instead of the file's.")] = None,
     no_upload: Annotated[bool, typer.Option("--no-upload", help="Upload no directory.")] = False,
     key: Annotated[
@@ -69,19 +79,27 @@ def submit(
     _resize(job.document, replicas=replicas, gpus=gpus)
     for text in env or []:
         jobfile.put(job.document, ["run", "env", (pair := _variable(text))[0]], pair[1])
+    for field, value in (("indices", array), ("max_running", max_running)):
+        if value is not None:
+            jobfile.put(job.document, ["array", field], value)
     job = replace(job, document=jobfile.override(job.document, set_ or []))
     directory = None if no_upload else workdir or job.workdir()
     document = _as_sent(job)
     with session.connected() as client:
+        for kind, words in (("ok", after), ("any", after_any)):
+            if words:
+                found = [session.job_or_array_id(client, word) for word in words]
+                jobfile.put(document, ["after", kind], found)
         try:
             if dry_run:
                 return _print_dry_run(client.dry_run(document), output_as)
             accepted = client.submit(document, workdir=directory, idempotency_key=key)
         except InvalidRequest as error:
             raise CommandError(placed(error, job), exit_code=INVALID) from None
-        config.remember_job(client.url, accepted.id)
+        config.remember_job(client.url, accepted.array.id if accepted.array else accepted.id)
         if follow:
-            raise typer.Exit(_follow(client, accepted, output_as))
+            follow_it = _follow_array if accepted.array else _follow
+            raise typer.Exit(follow_it(client, accepted, output_as))
     _print_accepted(accepted, output_as)
 
 
@@ -171,6 +189,11 @@ def _print_dry_run(found: DryRun, output_as: output.Format) -> None:
 def _print_accepted(job: Job, output_as: output.Format) -> None:
     if output_as is not output.Format.TABLE:
         return output.data(job.raw, output_as)
+    if job.array is not None:
+        typer.echo(job.array.id)
+        name = job.name.rpartition("[")[0]
+        typer.echo(f"{name} is {job.array.size} jobs; see them with: phalanx jobs --array {job.array.id}", err=True)
+        return
     typer.echo(job.id)
     waits_for = describe.hold(job)
     typer.echo(f"{job.name} is {waits_for or job.state}; follow it with: phalanx logs -f {job.id}", err=True)
@@ -196,6 +219,33 @@ def _follow(client: Client, job: Job, output_as: output.Format) -> int:
     else:
         output.data(ended.raw, output_as)
     return 0 if ended.state == "succeeded" else FAILED
+
+
+def _follow_array(client: Client, job: Job, output_as: output.Format) -> int:
+    """Say how many jobs of an array are in which state whenever that changes, until all have ended; the exit code."""
+    assert job.array is not None
+    name, told = job.name.rpartition("[")[0], ""
+
+    def tell(found: ArrayStatus) -> None:
+        nonlocal told
+        if found.doing != told:
+            told = found.doing
+            typer.echo(f"{name} {found.id}: {told}", err=True)
+
+    try:
+        ended = client.wait_array(job.array.id, told=tell)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped following; {name} goes on. See it with: phalanx show {job.array.id}; end it with: "
+            f"phalanx cancel {job.array.id}",
+            err=True,
+        )
+        return INTERRUPTED
+    if output_as is output.Format.TABLE:
+        typer.echo(f"{name} {ended.id}: {ended.doing}")
+    else:
+        output.data(ended.raw, output_as)
+    return 0 if ended.states.get("succeeded") == ended.size else FAILED
 
 
 async def _followed(job_id: str, shown: Any) -> Job:

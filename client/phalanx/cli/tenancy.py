@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ UNLIMITED = "none"
 TenantArgument = Annotated[str, typer.Argument(metavar="TENANT", help="A tenant's path, such as research/nlp.")]
 Limit = Annotated[str | None, typer.Option(metavar="GPUS|none", help="GPUs; `none` lifts the limit.")]
 
-tenants = typer.Typer(help="List tenants, or create one.", invoke_without_command=True)
+tenants = typer.Typer(help="List tenants, create one, or change what one may do.", invoke_without_command=True)
 quota = typer.Typer(help="Show or change a tenant's quotas.", invoke_without_command=True)
 
 
@@ -65,6 +65,69 @@ def create_tenant(
     typer.echo(f"{made.path} is created; give it GPUs with: phalanx quota set {made.path} GPU_TYPE --nominal N")
 
 
+@tenants.command("show")
+def show_tenant(path: TenantArgument, output_as: output.Output = output.Format.TABLE) -> None:
+    """Show a tenant: its weight, whom its jobs may evict, and what it uses of its quotas."""
+    with connected() as client:
+        _print_tenant(client.tenant(path), output_as)
+
+
+@tenants.command("set")
+def set_tenant(
+    path: TenantArgument,
+    weight: Annotated[float | None, typer.Option(min=0, help="Share of what can be borrowed.")] = None,
+    within_tenant: Annotated[
+        str | None, typer.Option(metavar="never|lower_priority|lower_or_newer_equal", help="Whom of its own it evicts.")
+    ] = None,
+    reclaim: Annotated[
+        str | None, typer.Option(metavar="never|lower_priority|any", help="Whom it evicts to get its own quota back.")
+    ] = None,
+    borrow: Annotated[
+        str | None,
+        typer.Option(metavar="PRIORITY|none", help="Evict in order to borrow, up to this priority; none: never."),
+    ] = None,
+    output_as: output.Output = output.Format.TABLE,
+) -> None:
+    """Change a tenant's weight, or whom its jobs may evict; what is not given stays."""
+    rules: dict[str, Any] = {}
+    for name, given in (("within_tenant", within_tenant), ("reclaim", reclaim)):
+        if given is not None:
+            rules[name] = given
+    if borrow is not None:
+        rules["borrow"] = None if borrow == UNLIMITED else {"max_priority": _priority(borrow)}
+    if weight is None and not rules:
+        said = "nothing to change: give --weight, --within-tenant, --reclaim or --borrow"
+        raise CommandError(said, exit_code=INVALID)
+    with connected() as client:
+        _print_tenant(client.change_tenant(path, weight=weight, preemption=rules or None), output_as)
+
+
+def _priority(given: str) -> int:
+    try:
+        return int(given)
+    except ValueError:
+        raise CommandError(
+            f"--borrow is {given!r}: expected a priority as a number, or none", exit_code=INVALID
+        ) from None
+
+
+def _print_tenant(tenant: Tenant, output_as: output.Format) -> None:
+    if output_as is not output.Format.TABLE:
+        return output.data(tenant.raw, output_as)
+    rules = {"within_tenant": "lower_priority", "reclaim": "any", "borrow": None} | tenant.preemption
+    borrow = rules["borrow"]
+    output.fields(
+        [
+            ("tenant", f"{tenant.path}  {tenant.id}"),
+            ("weight", f"{tenant.weight:g}"),
+            ("evicts of its own", rules["within_tenant"]),
+            ("evicts to reclaim", rules["reclaim"]),
+            ("evicts to borrow", f"up to priority {borrow['max_priority']}" if borrow else "never"),
+            ("in use / nominal", _usage(tenant)),
+        ]
+    )
+
+
 @quota.callback()
 def quota_help(ctx: typer.Context) -> None:
     if ctx.invoked_subcommand is None:
@@ -97,6 +160,19 @@ def set_quota(
         raise CommandError("nothing to change: give --nominal, --borrowing-limit or --lending-limit", exit_code=INVALID)
     with connected() as client:
         client.quota_set(path, gpu_type, **limits)
+        tenant = client.tenant(path)
+    _print(tenant, output_as)
+
+
+@quota.command("unset")
+def unset_quota(
+    path: TenantArgument,
+    gpu_type: Annotated[str, typer.Argument(metavar="GPU_TYPE", help="Such as h100.")],
+    output_as: output.Output = output.Format.TABLE,
+) -> None:
+    """Take away a tenant's quota for one GPU type."""
+    with connected() as client:
+        client.quota_unset(path, gpu_type)
         tenant = client.tenant(path)
     _print(tenant, output_as)
 
