@@ -11,12 +11,14 @@ from phalanx_server.scheduling.plan import Plan, dump_plan
 from phalanx_server.scheduling.planner import Planner, schedule
 from phalanx_server.scheduling.snapshot import (
     ArrayLimit,
+    BorrowRule,
     Changes,
     Dependency,
     Job,
     Maintenance,
     Node,
     Policy,
+    Preemption,
     Quota,
     Seat,
     Snapshot,
@@ -72,7 +74,22 @@ def quotas(draw):
 @st.composite
 def forests(draw):
     parents = {"root": None, "x": "root", "x1": "x", "x2": "x", "y": "root", "solo": None}
-    return tuple(Tenant(name=n, parent=p, quotas=draw(quotas())) for n, p in parents.items())
+    return tuple(
+        Tenant(name=n, parent=p, quotas=draw(quotas()), weight=draw(weights), preemption=draw(preemptions()))
+        for n, p in parents.items()
+    )
+
+
+weights = st.sampled_from([1.0, 1.0, 1.0, 2.0, 0.0])
+
+
+@st.composite
+def preemptions(draw):
+    return Preemption(
+        within_tenant=draw(st.sampled_from(["lower_priority", "lower_priority", "lower_or_newer_equal", "never"])),
+        reclaim=draw(st.sampled_from(["any", "any", "lower_priority", "never"])),
+        borrow=draw(st.sampled_from([None, None, BorrowRule(max_priority=0)])),
+    )
 
 
 @st.composite
@@ -81,11 +98,18 @@ def queued_jobs(draw, id_):
     moment = optional(st.sampled_from([NOW - 5, NOW + 5, NOW + 50]))
     rarely = st.sampled_from([False] * 9 + [True])
     array = ArrayLimit(id=draw(st.sampled_from(["r", "s"])), max_running=draw(optional(st.integers(1, 2))))
+    replicas = draw(st.sampled_from([1, 1, 1, 2, 2, 2, 3, 5]))
+    is_elastic = draw(st.integers(0, 3)) == 0
     return Job(
         id=id_,
         tenant=draw(st.sampled_from(LEAVES)),
         state="queued",
-        replicas=draw(st.sampled_from([1, 1, 1, 2, 2, 2, 3, 5])),
+        replicas=replicas,
+        min_replicas=draw(st.integers(1, replicas)) if is_elastic else None,
+        max_replicas=draw(st.integers(replicas, 8)) if is_elastic else None,
+        speedup=draw(st.sampled_from([None, {"1": 1.0, "2": 1.9, "4": 3.0}])) if is_elastic else None,
+        predicted_s=draw(optional(st.sampled_from([3.0, 60.0, 5000.0]))),
+        preemptible=draw(st.sampled_from([True, True, True, False])),
         gpus_per_replica=gpus,
         submitted_at=float(draw(st.integers(0, 3))),
         priority=draw(st.integers(-1, 1)),
@@ -108,6 +132,12 @@ def queued_jobs(draw, id_):
 def policies(draw):
     return Policy(
         share_nodes=draw(st.sampled_from(["all", "all", "tenant", "none"])),
+        fair_sharing=draw(st.booleans()),
+        consolidation=draw(st.booleans()),
+        elastic=draw(st.sampled_from([True, True, False])),
+        backfill=draw(st.sampled_from([True, True, False])),
+        order=draw(st.sampled_from(["fifo", "fifo", "shortest"])),
+        restart_s=draw(st.sampled_from([30.0, 0.0])),
         default_time_limit_s=draw(optional(st.just(100.0))),
     )
 
@@ -141,7 +171,18 @@ def snapshots(draw):
     crowded = replace(begun, jobs=begun.jobs + more)
     waiting = [h.job for h in schedule(crowded).holds if h.reason in ("quota", "capacity", "fragmented")]
     jobs = [draw(perhaps_stopping(j, waiting)) if j.state == "running" else j for j in begun.jobs]
+    jobs = [draw(some_time_later(j)) if j.state == "running" else j for j in jobs]
     return checked(replace(begun, jobs=(*jobs, *more)))
+
+
+@st.composite
+def some_time_later(draw, job):
+    return replace(
+        job,
+        started_at=NOW - draw(st.sampled_from([0.0, 1.0, 100.0])),
+        checkpointed_at=draw(optional(st.just(NOW - 10))),
+        protected_until=draw(st.sampled_from([None, None, None, NOW + 9, NOW - 9])),
+    )
 
 
 @st.composite
@@ -201,6 +242,32 @@ def _carried_out(job, start, kept):
     return job if kept is None else replace(job, kept=kept)
 
 
+def carried_out(snapshot: Snapshot, plan: Plan) -> Snapshot:
+    """The snapshot with what the plan starts running, what it keeps kept, and who gives way stopping."""
+    victims = {p.job: p.for_job for p in plan.preemptions}
+    moves = {m.job: m for m in (*plan.resizes, *plan.migrations)}
+    jobs = []
+    for job in started(snapshot, plan).jobs:
+        if job.id in victims:
+            job = replace(job, state="stopping", for_job=victims[job.id])
+        elif job.id in moves:
+            move = moves[job.id]
+            goes_on = Seat(gpu_type=type_of(snapshot, job), placement=move.placement)
+            job = replace(job, state="stopping", for_job=move.for_job, next=goes_on)
+        jobs.append(job)
+    return replace(snapshot, jobs=tuple(jobs))
+
+
+def type_of(snapshot: Snapshot, job: Job) -> str | None:
+    if not job.gpus_per_replica:
+        return None
+    return job.gpu_type or next(n.gpu_type for n in snapshot.nodes if n.name == job.placement[0].node)
+
+
+def decisions(plan: Plan):
+    return [*plan.starts, *plan.preemptions, *plan.resizes, *plan.migrations]
+
+
 def stopped(snapshot: Snapshot) -> Snapshot:
     """The snapshot when all that is stopping has stopped, and goes on at its `next`."""
     jobs = []
@@ -209,7 +276,9 @@ def stopped(snapshot: Snapshot) -> Snapshot:
             jobs.append(job)
         elif job.next is not None:
             jobs.append(
-                replace(job, state="running", placement=job.next.placement, next=None, for_job=None),
+                replace(
+                    job, state="running", placement=job.next.placement, next=None, for_job=None, started_at=NOW
+                ),
             )
     return replace(snapshot, jobs=tuple(jobs))
 
@@ -241,10 +310,11 @@ def over_quota(snapshot):
         if job.state == "queued":
             continue
         gpu_type = job.gpu_type or types[job.placement[0].node]
+        replicas = max(sum(spread(place).values()) for place in (job.placement, job.next.placement if job.next else ()))
         for name, each in ((gpu_type, job.gpus_per_replica), ("cpu", job.cpus_per_replica)):
-            use[job.tenant, name] = use.get((job.tenant, name), 0) + each * job.replicas
+            use[job.tenant, name] = use.get((job.tenant, name), 0) + each * replicas
         key = job.tenant, "memory_gib"
-        use[key] = use.get(key, 0) + job.memory_gib_per_replica * job.replicas
+        use[key] = use.get(key, 0) + job.memory_gib_per_replica * replicas
     children = {}
     for tenant in snapshot.tenants:
         children.setdefault(tenant.parent, []).append(tenant)
@@ -280,8 +350,9 @@ def no_worse(before, after):
 @QUICK
 @given(snapshots())
 def test_no_node_and_no_quota_is_over_committed_now_or_when_all_has_stopped(snapshot):
-    after = started(snapshot, schedule(snapshot))
-    for before, then in ((snapshot, after), (stopped(snapshot), stopped(after))):
+    plan = schedule(snapshot)
+    at_once, after = started(snapshot, plan), carried_out(snapshot, plan)
+    for before, then in ((snapshot, at_once), (stopped(snapshot), stopped(after))):
         assert no_worse(over_committed(before), over_committed(then))
         assert no_worse(over_quota(before), over_quota(then))
 
@@ -292,7 +363,8 @@ def test_a_gang_is_whole_on_ready_nodes_of_one_cluster_and_type_or_absent(snapsh
     jobs, by_name = {j.id: j for j in snapshot.jobs}, {n.name: n for n in snapshot.nodes}
     for start in schedule(snapshot).starts:
         job, on = jobs[start.job], [by_name[p.node] for p in start.placement]
-        assert sum(p.replicas for p in start.placement) == start.replicas == job.replicas
+        assert sum(p.replicas for p in start.placement) == start.replicas
+        assert (job.min_replicas or job.replicas) <= start.replicas <= (job.max_replicas or job.replicas)
         assert len({n.cluster for n in on}) == 1
         assert all(n.state == "ready" and n.gpu_type in (job.gpu_types or TYPES) for n in on)
         assert not job.gpus_per_replica or {n.gpu_type for n in on} == {start.gpu_type}
@@ -322,9 +394,40 @@ def test_the_lists_in_another_order_give_the_same_plan(snapshot, dice: Random):
 
 @QUICK
 @given(snapshots())
-def test_a_plan_that_was_carried_out_leaves_nothing_to_start(snapshot):
-    after = started(snapshot, schedule(snapshot))
-    assert schedule(after).starts == ()
+def test_while_jobs_are_stopping_planning_again_decides_nothing_new(snapshot):
+    after = carried_out(snapshot, schedule(snapshot))
+    assert decisions(schedule(after)) == []
+
+
+@QUICK
+@given(snapshots())
+def test_plans_that_are_carried_out_come_to_rest(snapshot):
+    for _ in range(12):
+        plan = schedule(snapshot)
+        if not decisions(plan):
+            return
+        snapshot = stopped(carried_out(snapshot, plan))
+    raise AssertionError("still deciding after a dozen passes over one moment")
+
+
+@QUICK
+@given(snapshots())
+def test_only_those_are_disturbed_who_may_be(snapshot):
+    plan, jobs = schedule(snapshot), {j.id: j for j in snapshot.jobs}
+    nodes = {n.name: n for n in snapshot.nodes}
+    for row in (*plan.preemptions, *plan.resizes, *plan.migrations):
+        job = jobs[row.job]
+        assert job.state == "running"
+        assert (job.protected_until or NOW) <= NOW
+        assert row.for_job is None or jobs[row.for_job].state == "queued"
+    assert all(jobs[p.job].preemptible or p.reason == "maintenance" for p in plan.preemptions)
+    for row in (*plan.resizes, *plan.migrations):
+        job, total = jobs[row.job], sum(p.replicas for p in row.placement)
+        assert (job.min_replicas or job.replicas) <= total <= (job.max_replicas or job.replicas)
+        held = spread(job.placement)
+        assert all(nodes[p.node].state == "ready" or p.replicas <= held.get(p.node, 0) for p in row.placement)
+        assert len({nodes[p.node].cluster for p in row.placement}) == 1
+    assert all(jobs[m.job].preemptible for m in plan.migrations)
 
 
 @QUICK
@@ -332,7 +435,7 @@ def test_a_plan_that_was_carried_out_leaves_nothing_to_start(snapshot):
 def test_what_is_kept_for_a_waiting_job_is_there_when_all_has_stopped(snapshot):
     plan = schedule(snapshot)
     promised = {h.job: h.kept.placement for h in plan.holds if h.kept}
-    later = schedule(stopped(started(snapshot, plan)))
+    later = schedule(stopped(carried_out(snapshot, plan)))
     given_ = {s.job: s.placement for s in later.starts}
     assert {job: given_.get(job) for job in promised} == promised
 
@@ -349,7 +452,7 @@ def test_a_planner_fed_with_changes_says_what_a_fresh_pass_says(data):
             assert dump_plan(planner.what_if(changes)) == dump_plan(schedule(snapshot))
         assert dump_plan(planner.apply(changes)) == dump_plan(schedule(snapshot))
         if data.draw(st.booleans()):
-            snapshot, before = started(snapshot, planner.plan()), snapshot
+            snapshot, before = carried_out(snapshot, planner.plan()), snapshot
             news = tuple(new for new, old in zip(snapshot.jobs, before.jobs, strict=True) if new != old)
             assert dump_plan(planner.apply(Changes(now=snapshot.now, jobs=news))) == dump_plan(schedule(snapshot))
 
