@@ -6,6 +6,7 @@ production: `server`, `scheduler`, `agent`; the database and the Ray cluster are
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -69,6 +70,7 @@ class Machine:
     nodes: int
     gpus_per_node: int
     gpu_type: str
+    labels: tuple[str, ...] = ()  # of the nodes, such as rack=r0,r1
     limits: tuple[str, ...] = ()  # options of the agent that say what an attempt may do on a node
 
     @property
@@ -173,6 +175,7 @@ class Up:
             "local-ray",
             *("--nodes", str(machine.nodes), "--gpus-per-node", str(machine.gpus_per_node)),
             *("--gpu-type", machine.gpu_type, "--data", str(machine.path("ray")), "--respawn"),
+            *(f"--node-labels={label}" for label in machine.labels),
         )
 
     def _agent(self) -> Child:
@@ -349,6 +352,11 @@ def bring_up(machine: Machine, command: list[str]) -> int:
                 up.stop()
 
 
+# What Ray takes for labels.
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+_LABEL = re.compile(rf"({_NAME}/)?{_NAME}={_NAME}(,{_NAME})*")
+
+
 def up(
     data: Annotated[Path, typer.Option(help="Directory for everything that it keeps.")] = DEFAULT_DATA,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -356,6 +364,14 @@ def up(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="Emulated nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, max=64, help="GPUs of each emulated node.")] = 2,
     gpu_type: Annotated[str, typer.Option(help="What the emulated GPUs are called.")] = "emulated",
+    node_labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,…",
+            help="A label of the emulated nodes and its values, each for equally many in a row, such as rack=r0,r1; "
+            "repeatable. Topology levels are labels.",
+        ),
+    ] = None,
     allow_mount: Annotated[
         list[str] | None,
         typer.Option(
@@ -373,8 +389,13 @@ def up(
     """Run all of Phalanx on this machine: PostgreSQL, server, scheduler, Ray and its agent."""
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"phalanx up: {command[0]}: command not found")
+    for label in node_labels or []:
+        if not _LABEL.fullmatch(label):
+            raise SystemExit(f"phalanx up: --node-labels is {label!r}: expected a label and its values: rack=r0,r1")
     limits = (*(f"--allow-mount={path}" for path in allow_mount or []), f"--attempt-disk={attempt_disk}")
-    machine = Machine(data_directory(data), host, port, nodes, gpus_per_node, gpu_type, limits)
+    machine = Machine(
+        data_directory(data), host, port, nodes, gpus_per_node, gpu_type, tuple(node_labels or ()), limits
+    )
     raise SystemExit(bring_up(machine, command or []))
 
 

@@ -188,6 +188,9 @@ def local_ray(
     data: Annotated[Path, typer.Option(help="Directory for its address and token.")],
     gpu_type: Annotated[str, typer.Option(help="What the GPUs are called.")] = "emulated",
     cpus_per_node: Annotated[int, typer.Option(min=0, help="CPUs of each; 0: those of this machine.")] = 0,
+    node_labels: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE,…", help="A label and its values over the nodes; repeatable.")
+    ] = None,
     respawn: Annotated[bool, typer.Option(help="Bring a killed node back after a few seconds.")] = False,
 ) -> None:
     """Run a Ray cluster of emulated nodes in the foreground."""
@@ -200,9 +203,17 @@ def local_ray(
         data_dir=data.absolute(),
         gpu_type=gpu_type,
         cpus_per_node=cpus_per_node,
+        labels=dict(map(_label, node_labels or [])),
         respawn=respawn,
     )
     raise SystemExit(run(emulation, sys.stdout))
+
+
+def _label(text: str) -> tuple[str, tuple[str, ...]]:
+    key, equals, values = text.partition("=")
+    if not key or not equals or not all(values.split(",")):
+        raise _usage(f"--node-labels is {text!r}: expected a label and its values, such as rack=r0,r1")
+    return key, tuple(values.split(","))
 
 
 def _usage(message: str) -> typer.Exit:

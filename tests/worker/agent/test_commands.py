@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 from phalanx_worker import commands
-from phalanx_worker.agent import main, ray_environment
+from phalanx_worker.agent import emulated, main, ray_environment
 from phalanx_worker.agent.nodes import NodeSettings
 from phalanx_worker.agent.service import RunnerSettings
 from typer.testing import CliRunner, Result
@@ -85,3 +85,18 @@ def test_what_is_asked_for_reaches_the_agent_and_its_runners(agent: Agent) -> No
     runner = RunnerSettings("http://server", "/data", "/ckpt", own_users=False, allow_mounts=("/sets:ro", "/scratch"))
     assert agent.settings.runner == runner
     assert (agent.settings.ray_address, agent.settings.runner_silent_s) == ("ray:6379", 5.0)
+
+
+def test_labels_of_emulated_nodes_are_dealt_out_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[emulated.Emulation] = []
+    monkeypatch.setattr(emulated, "run", lambda emulation, out: made.append(emulation) or 0)
+    app = typer.Typer()
+    commands.register(app)
+    words = ["local-ray", "--nodes", "4", "--gpus-per-node", "2", "--data", "/data"]
+    result = CliRunner().invoke(app, [*words, "--node-labels", "rack=r0,r1", "--node-labels", "zone=z"])
+    assert result.exit_code == 0, result.output
+    labels = [made[0].labels_of(f"node-{index}", index) for index in range(4)]
+    assert [(each["rack"], each["zone"]) for each in labels] == [("r0", "z"), ("r0", "z"), ("r1", "z"), ("r1", "z")]
+    assert labels[2]["phalanx.io/node-name"] == "node-2"
+    for wrong in ("rack", "=r0", "rack=r0,"):
+        assert CliRunner().invoke(app, [*words, "--node-labels", wrong]).exit_code == 2

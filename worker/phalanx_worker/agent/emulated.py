@@ -18,7 +18,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -69,7 +69,8 @@ HEAD_NODE = {
 
 @dataclass(frozen=True)
 class Emulation:
-    """What to emulate. `cpus_per_node` and `memory_bytes_per_node` of 0 mean: derived from this machine."""
+    """What to emulate. `cpus_per_node` and `memory_bytes_per_node` of 0 mean: derived from this machine. `labels`: the
+    values of a label, each for equally many nodes in a row."""
 
     nodes: int
     gpus_per_node: int
@@ -77,10 +78,16 @@ class Emulation:
     gpu_type: str = "emulated"
     cpus_per_node: int = 0
     memory_bytes_per_node: int = 0
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     respawn: bool = False
 
     def cpus(self) -> int:
         return self.cpus_per_node or max(os.cpu_count() or 1, self.gpus_per_node)
+
+    def labels_of(self, name: str, index: int) -> dict[str, str]:
+        """The Ray labels of one node."""
+        own = {"phalanx.io/node-name": name, "phalanx.io/gpu-type": self.gpu_type}
+        return {key: values[index * len(values) // self.nodes] for key, values in self.labels.items()} | own
 
     def memory_bytes(self) -> int:
         return self.memory_bytes_per_node or int(psutil.virtual_memory().total * 0.8) // max(self.nodes, 1)
@@ -125,7 +132,7 @@ class LocalRay:
                 "memory": self.emulation.memory_bytes(),
                 "object_store_memory": OBJECT_STORE_BYTES,
                 "node_ip_address": HOST,
-                "labels": {"phalanx.io/node-name": name, "phalanx.io/gpu-type": self.emulation.gpu_type},
+                "labels": self.emulation.labels_of(name, int(name.rpartition("-")[2])),
             }
         )
         self.dead_since.pop(name, None)
