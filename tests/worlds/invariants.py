@@ -60,6 +60,28 @@ _BROKEN = text(
         SELECT FROM jsonb_array_elements(exits) AS e
         WHERE e->>'exit_code' IS DISTINCT FROM '0' OR e->>'before_stop' <> 'true')
     UNION ALL
+    SELECT 'an attempt goes on elsewhere that was not asked to', id::text FROM attempts
+    WHERE next IS NOT NULL AND (state NOT IN ('stopping', 'ended') OR stop_cause NOT IN ('resize', 'migration'))
+    UNION ALL
+    SELECT 'more goes on at a node than it will have room for', n.name FROM nodes n WHERE n.gpus < (
+        SELECT coalesce(sum(cardinality(p.gpu_indices)), 0) FROM placements p JOIN attempts a ON a.id = p.attempt_id
+        WHERE p.node_id = n.id AND p.released_at IS NULL AND a.state IN ('starting', 'running')
+    ) + (
+        SELECT coalesce(sum((item->>'replicas')::int * (j.spec->'resources'->>'gpus_per_replica')::int), 0)
+        FROM attempts a JOIN jobs j ON j.id = a.job_id, jsonb_array_elements(a.next->'placement') AS item
+        WHERE a.state = 'stopping' AND a.next IS NOT NULL AND CAST(item->>'node' AS uuid) = n.id)
+    UNION ALL
+    SELECT 'an attempt has more or fewer replicas than its job allows', a.id::text
+    FROM attempts a JOIN jobs j ON j.id = a.job_id, LATERAL (SELECT j.spec->'resources' AS asked) spec
+    WHERE a.replicas NOT BETWEEN coalesce((asked->'elastic'->>'min_replicas')::int, (asked->>'replicas')::int)
+                             AND coalesce((asked->'elastic'->>'max_replicas')::int, (asked->>'replicas')::int)
+    UNION ALL
+    SELECT 'a job that may not be preempted was', a.id::text FROM attempts a JOIN jobs j ON j.id = a.job_id
+    WHERE a.stop_cause = 'preemption' AND NOT (j.spec->'preemption'->>'preemptible')::boolean
+    UNION ALL
+    SELECT 'giving way has used up a retry', j.id::text FROM jobs j WHERE j.failures > (
+        SELECT count(*) FROM attempts a WHERE a.job_id = j.id AND a.outcome IN ('failed', 'oom', 'start_failed'))
+    UNION ALL
     SELECT 'a job that gave way counts as done', id::text FROM attempts
     WHERE stop_cause IN ('preemption', 'resize', 'migration', 'drain') AND outcome = 'succeeded'
     AND NOT finished_called AND NOT EXISTS (

@@ -35,10 +35,10 @@ from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.schedule import ScheduleLoop
 from phalanx_server.loops.watch_nodes import Patience, WatchNodes
-from phalanx_server.scheduling.snapshot import Policy
+from phalanx_server.scheduling.snapshot import Policy, changed
 from phalanx_server.store import ids
 from phalanx_server.store.schema import jobs, nodes, placements, quotas, tenants
-from phalanx_server.store.snapshots import load_snapshot, reading
+from phalanx_server.store.snapshots import load_changes, load_snapshot, reading
 from sqlalchemy import insert, select, text
 
 FENCE_S, LOSS_GRACE_S, LEASE_TTL_S = 60.0, 5.0, 4.0
@@ -74,6 +74,7 @@ class World:
     def __post_init__(self) -> None:
         self.dice = random.Random(self.seed)
         self.network = Network(self.dice)
+        self.policy = Policy(consolidation=self.dice.random() < 0.5, fair_sharing=self.dice.random() < 0.3)
         gpus = self.dice.choice([2, 4])
         self.cluster = Cluster({f"node-{i}": Machine(f"node-{i}", gpus, self.dice) for i in range(self.machines)})
         self.instances = itertools.count(1)
@@ -125,7 +126,7 @@ class World:
         leader = self.plane.new_leader(f"scheduler-{next(self.holders)}-of-{self.seed}")
         return Scheduler(
             leader,
-            ScheduleLoop(engine, leader, policy=Policy()),
+            ScheduleLoop(engine, leader, policy=self.policy),
             WatchNodes(engine, leader, PATIENCE),
             Enforce(engine, leader),
         )
@@ -231,7 +232,12 @@ class World:
 
     async def submit(self) -> None:
         dice = self.dice
-        shape = {"replicas": dice.choice([1, 1, 2, 3]), "gpus": dice.choice([0, 1, 1, 1, 2, 2, 4])}
+        shape: dict[str, Any] = {"replicas": dice.choice([1, 1, 2, 3]), "gpus": dice.choice([0, 1, 1, 1, 2, 2, 4])}
+        least, most = dice.choice([1, shape["replicas"]]), dice.choice([shape["replicas"], 4])
+        if least < most and dice.random() < 0.5:
+            shape["resources"] = {"elastic": {"min_replicas": least, "max_replicas": most}}
+        preemption = {"preemptible": dice.random() < 0.8, "grace": dice.choice([0, 3, 30])}
+        preemption["min_runtime"] = dice.choice([0, 0, 20])
         retries = {"max": dice.choice([0, 2]), "backoff": dice.choice([0, 20])}
         run: dict[str, Any] = {"command": "python t.py"}
         if dice.random() < 0.3:
@@ -242,6 +248,7 @@ class World:
             **shape,
             run=run,
             retries=retries,
+            preemption=preemption,
             priority=dice.choice([-1, 0, 0, 1]),
             time_limit=dice.choice([None, None, 15, 60]),
             tenant_id=dice.choice(self.tenants),
@@ -378,23 +385,23 @@ class World:
         await scheduler.enforce.tick(now)
         await scheduler.schedule.tick(now)
         if self.dice.random() < 0.1:
-            await scheduler.schedule.tick(now)  # reads what the first has started
             await self._compare(scheduler.schedule)
 
     async def _compare(self, schedule: ScheduleLoop) -> None:
-        """The planner in memory knows what a fresh load would say."""
+        """The planner in memory knows, with the changes since, what a fresh load says."""
         memory = schedule._memory
         if memory is None:
             return
         async with reading(self.plane.engine) as conn:
-            fresh, cursor = await load_snapshot(conn, self.plane.now, Policy())
-        plan = memory.planner.snapshot()
-        if {job.id for job in fresh.jobs if job.state != "queued"} - {j.id for j in plan.jobs if j.state != "queued"}:
-            return  # the last pass has just started something; the next one reads it
+            fresh, cursor = await load_snapshot(conn, self.plane.now, self.policy)
+            changes, known = await load_changes(conn, memory.cursor, self.plane.now)
+        plan = changed(memory.planner.snapshot(), changes)
         pairs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             ("jobs", {job.id: job for job in plan.jobs}, {job.id: job for job in fresh.jobs}),
             ("nodes", {node.name: node for node in plan.nodes}, {node.name: node for node in fresh.nodes}),
-            ("versions", dict(memory.cursor.versions), dict(cursor.versions)),
+            ("versions", dict(known.versions), dict(cursor.versions)),
+            ("running jobs", dict(known.running), dict(cursor.running)),
+            ("kept places", dict(known.kept), dict(cursor.kept)),
         ]
         wrong = [
             f"the planner's {what} are not as stored: {name} is {known.get(name)}, stored {stored.get(name)}"
