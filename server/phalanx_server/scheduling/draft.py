@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,8 @@ class Draft:
         self.has_loosened = False
         self.version = 0
         """Grows whenever room is made or reserved: what was refused before may be different now."""
+        self.memo: dict[tuple[object, ...], Any] = {}
+        """What others have worked out about the running jobs, until room is made."""
         self.leaving: dict[str, Job] = dict(world.stopping)
         self.disturbed: set[str] = set()
         self.ends: list[tuple[float, str]] = []
@@ -243,6 +246,7 @@ class Draft:
             self._leave(job, seat)
             self.decided.migrations.append(Migration(job.job.id, for_job, seat.placement))
         self.version += 1
+        self.memo.clear()
 
     def _leave(self, running: Running, next_: Seat | None) -> None:
         """From now on it stops; until it is gone it takes the larger of what it has and what it will have."""

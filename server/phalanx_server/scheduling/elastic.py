@@ -29,7 +29,7 @@ def spare_replicas(trial: Trial, *, spare_protected: bool = True) -> Iterator[Pi
     draft, tenant = trial.draft, trial.key.tenant
     world = draft.world
     now, restart_s = world.now, world.policy.restart_s
-    lent = [r for r in world.running.values() if _has_spare(draft, r, spare_protected)] if world.policy.elastic else []
+    lent = [r for r in world.elastic.values() if _has_spare(draft, r, spare_protected)] if world.policy.elastic else []
     for running in sorted(
         lent, key=lambda r: (r.job.tenant != tenant, r.loss(now, restart_s), -(r.job.started_at or 0.0), r.job.id)
     ):
@@ -126,7 +126,7 @@ def _hand_out(draft: Draft, left_out: set[str]) -> list[_Growing]:
 
 
 def _growable(draft: Draft, left_out: set[str]) -> Iterator[Running]:
-    for running in draft.world.running.values():
+    for running in draft.world.elastic.values():
         job = running.job
         is_free = job.id not in draft.disturbed and job.id not in left_out and running.may_be_disturbed(draft.world.now)
         if is_free and job.max_replicas is not None and replicas_of(job) < job.max_replicas:

@@ -25,10 +25,6 @@ class FairTurns:
         self._draft, self._demand_of = draft, demand_of
         self._forest = draft.world.forest
         count = len(self._forest.tenants)
-        self._children: list[list[int]] = [[] for _ in range(count)]
-        for i, above in enumerate(self._forest.parent):
-            if above >= 0:
-                self._children[above].append(i)
         self._past = self._past_use()
         self._turns: list[Turn] = []
         self._waiting: tuple[list[list[tuple[Rank, int]]], ...] = (
@@ -98,7 +94,7 @@ class FairTurns:
         if i not in best:
             waiting = self._waiting[deferred][i]
             own = [waiting[0][1]] if waiting else []
-            below = [(c, w) for c in self._children[i] if (w := self._winner(c, deferred)) is not None]
+            below = [(c, w) for c in self._forest.children[i] if (w := self._winner(c, deferred)) is not None]
             below.sort(key=lambda entry: self._key(*entry))
             best[i] = next(iter([*own, *(w for _, w in below)]), None)
         return best[i]

@@ -14,6 +14,7 @@ from phalanx_server.scheduling.elastic import seat_without, spare_replicas
 from phalanx_server.scheduling.order import ClassKey
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.preempt import Claim
+from phalanx_server.scheduling.prospects import is_promising
 from phalanx_server.scheduling.snapshot import Seat
 from phalanx_server.scheduling.trial import Piece, Trial
 from phalanx_server.scheduling.world import Running
@@ -36,6 +37,8 @@ def make_room(
 
 def _take(draft: Draft, key: ClassKey, submitted_at: float, option: Option, *, spare_protected: bool) -> Room | None:
     replicas = key.ask.least_replicas
+    if not is_promising(draft, key, option):
+        return None
     trial = Trial(draft, key, option, replicas)
     claim = Claim(trial, submitted_at, spare_protected=spare_protected)
     for right in claim.rights():

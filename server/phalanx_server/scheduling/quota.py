@@ -44,6 +44,11 @@ class QuotaForest:
         self.number = {t.name: i for i, t in enumerate(self.tenants)}
         self.parent = [-1 if t.parent is None else self.number[t.parent] for t in self.tenants]
         self.upward = self._children_first()
+        self.children: list[list[int]] = [[] for _ in self.tenants]
+        for i, above in enumerate(self.parent):
+            if above >= 0:
+                self.children[above].append(i)
+        self._ways = [self._way(i) for i in range(len(self.tenants))]
         resources = sorted({name for t in self.tenants for name in t.quotas})
         self.limits = {name: self._limits(name) for name in resources}
         idle = QuotaUse(self)
@@ -74,8 +79,11 @@ class QuotaForest:
         return self.tenants[i].name
 
     def way_up(self, tenant: str) -> list[int]:
-        """The numbers of a tenant and all above it, root last."""
-        way = [self.number[tenant]]
+        """The numbers of a tenant and all above it, root last. Not to be changed."""
+        return self._ways[self.number[tenant]]
+
+    def _way(self, i: int) -> list[int]:
+        way = [i]
         while (above := self.parent[way[-1]]) >= 0:
             way.append(above)
         return way
@@ -84,11 +92,12 @@ class QuotaForest:
         """The numbers of two tenants' ancestors, or themselves, just below the lowest that they share; None if they
         share none, or one is above the other."""
         mine, theirs = self.way_up(tenant), self.way_up(other)
-        while mine and theirs and mine[-1] == theirs[-1]:
-            mine.pop()
-            theirs.pop()
-        is_one_tree = len(mine) < len(self.way_up(tenant))
-        return (mine[-1], theirs[-1]) if mine and theirs and is_one_tree else None
+        shared = 0
+        while shared < min(len(mine), len(theirs)) and mine[-1 - shared] == theirs[-1 - shared]:
+            shared += 1
+        if not 0 < shared < min(len(mine), len(theirs)):
+            return None
+        return mine[-1 - shared], theirs[-1 - shared]
 
     def _children_first(self) -> list[int]:
         depth = [0] * len(self.tenants)

@@ -73,16 +73,31 @@ class Trial:
     def take_until_it_fits(self, pieces: Iterable[Piece], ends_well: Callable[[], bool]) -> bool:
         """Take pieces in order until the job fits, then give back in reverse order whatever it does not need. What is
         taken in the end is in `taken`. False, and nothing taken, if all of them are not enough."""
+        later, self.books = self.books[1:], self.books[:1]  # few jobs fit without reservations: these are tried last
         for piece in pieces:
             self.lift(piece)
             self.taken.append(piece)
-            if self.fits(ends_well):
-                self._spare(ends_well)
-                return True
+            if not self.fits(ends_well):
+                continue
+            if later:
+                self._add(later)
+                later = []
+                if not self.fits(ends_well):
+                    continue
+            self._spare(ends_well)
+            return True
         for piece in self.taken:
             self.lift(piece, -1)
         self.taken = []
+        self.books += later
         return False
+
+    def _add(self, later: list[Book]) -> None:
+        for book in later:
+            for piece in self.taken:
+                if book.at < piece.ends_at:
+                    book.take(piece.load, -1)
+        self.books += later
 
     def _spare(self, ends_well: Callable[[], bool]) -> None:
         for piece in reversed(list(self.taken)):

@@ -84,6 +84,7 @@ class World:
         self.array_jobs: Counter[str] = Counter()
         self.running: dict[str, Running] = {}
         self.of_tenant: dict[str, dict[str, Running]] = {}
+        self.elastic: dict[str, Running] = {}
         self.stopping: dict[str, Job] = {}
         self.kept: set[str] = set()
         for job in snapshot.jobs:
@@ -207,7 +208,10 @@ class World:
             gpu_type = self.gpu_type_of(job, Seat(gpu_type=job.gpu_type, placement=job.placement))
             running = Running(job, load, int(load.amounts[GPUS].sum()), gpu_type)
             self.running[job.id] = self.of_tenant.setdefault(job.tenant, {})[job.id] = running
+            if job.min_replicas is not None or job.max_replicas is not None:
+                self.elastic[job.id] = running
         else:
+            self.elastic.pop(job.id, None)
             self.running.pop(job.id, None)
             self.of_tenant.get(job.tenant, {}).pop(job.id, None)
 
