@@ -255,13 +255,22 @@ async def test_a_draining_nodes_preemptible_jobs_move(plane: ControlPlane) -> No
     name = (await plane.placements(moves))[0].node
     stays, _ = await plane.run(preemption={"preemptible": False})
     assert (await plane.placements(stays))[0].node == name
+    blocks = [await plane.submit(gpus=4)]
+    await plane.tick()
+    plane.later(1)
     await set_state(plane, name, NodeState.DRAINING)
+    await plane.tick()
+    assert await plane.state(moves) == "running", "there is no room elsewhere"
+    await plane.report(plane.ended(await plane.start(blocks[0]), 0))
+    await plane.tick()
     assert (await plane.state(moves), await plane.state(stays)) == ("stopping", "running")
     await plane.report(plane.ended(attempt, 0))
-    assert (await plane.attempt(moves)).outcome == "drained"
+    assert (await plane.attempt(moves)).outcome == "migrated"
     await plane.tick()
     assert (await plane.placements(moves))[0].node != name
     assert (await plane.job(moves)).failures == 0
+    await plane.tick()
+    assert await plane.state(stays) == "running"
 
 
 async def test_a_lost_node_comes_back_as_an_operator_wants_it(plane: ControlPlane) -> None:

@@ -148,11 +148,6 @@ def cancel(stack: Stack, sentence: str) -> None:
     stack.client.cancel(stack.jobs[sentence])
 
 
-def drain(stack: Stack, sentence: str) -> None:
-    """Its node takes work again when this case is told: others may have asked for the same drain."""
-    stack.client.drain(stack.placed_on(sentence))
-
-
 def server(cause: StopCause) -> Callable[[Stack, str], None]:
     return lambda stack, sentence: stack.ask_to_stop(sentence, cause)
 
@@ -212,7 +207,7 @@ SENTENCES_OF_WAY = {
 
 def gives_way(cause: StopCause) -> Iterator[tuple[str, Case]]:
     outcome, message = SENTENCES_OF_WAY[cause]
-    ended_by = drain if cause is StopCause.DRAIN else server(cause)
+    ended_by = server(cause)
     for words, (how, exit) in WORDS.items():
         yield (
             f"{cause}, and it {how}: queued again",
@@ -413,11 +408,10 @@ def told(make_up: Callable[..., AbstractContextManager[Any]]) -> Iterator[dict[s
 
 
 def at_the_same_time() -> list[list[str]]:
-    """Most cases; then those that keep others off their node; then, one by one, those that take it from all."""
-    drains = [sentence for sentence, case in CASES.items() if case.cause is StopCause.DRAIN]
+    """Most cases; then, one by one, those that take their node from all."""
     alone = [sentence for sentence, case in CASES.items() if case.alone]
-    most = [sentence for sentence in CASES if sentence not in drains and sentence not in alone]
-    return [most, drains, *([sentence] for sentence in alone)]
+    most = [sentence for sentence in CASES if sentence not in alone]
+    return [most, *([sentence] for sentence in alone)]
 
 
 def drive(stack: Stack, sentences: Sequence[str]) -> None:
@@ -431,8 +425,6 @@ def drive(stack: Stack, sentences: Sequence[str]) -> None:
         CASES[sentence].ended_by(stack, sentence)
     for sentence in sentences:
         wait_for(lambda sentence=sentence: is_over(stack, sentence), f"{sentence}: over")
-    for node in stack.client.nodes():
-        stack.client.uncordon(node.name)
     for sentence in sentences:
         stack.client.wait(stack.jobs[sentence], timeout_s=PATIENCE_S)
 

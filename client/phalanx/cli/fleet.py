@@ -80,9 +80,9 @@ def uncordon(node: NodeArgument, output_as: output.Output = output.Format.TABLE)
 
 @nodes.command()
 def drain(node: NodeArgument, output_as: output.Output = output.Format.TABLE) -> None:
-    """Place nothing new on a node, and move what runs there elsewhere."""
+    """Place nothing new on a node, and move what runs there where there is room elsewhere."""
     with connected() as client:
-        _print(client.drain(node), "is being emptied; its jobs get their grace time and start elsewhere", output_as)
+        _print(client.drain(node), "is being emptied; its preemptible jobs move where there is room elsewhere", output_as)
 
 
 def _print(node: Node, said: str, output_as: output.Format) -> None:

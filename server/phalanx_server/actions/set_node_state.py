@@ -1,7 +1,7 @@
 """Cordon, drain or return a node, as an operator wants it.
 
-Owns what follows: a draining node's preemptible jobs are asked to end and are queued again (other jobs run on to their
-end; the node takes nothing new). A lost node keeps the wish for when it is back.
+Owns the wish. What follows from it the next pass decides: a draining node's preemptible jobs move off where there is
+room elsewhere, others run on to their end, and it takes nothing new. A lost node keeps the wish for when it is back.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from phalanx_server.actions.request_stop import request_stop
 from phalanx_server.domain.access import Actor
-from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.errors import NotFound
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.node import WANTED_STATES, NodeState
 from phalanx_server.store import ids
-from phalanx_server.store.attempts import lock_attempts, preemptible_attempts_on
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.nodes import lock_node, set_wanted_state
@@ -27,7 +24,7 @@ from phalanx_server.store.wakeups import notify
 _EVENTS = {
     NodeState.READY: (EventKind.NODE_READY, "takes work again"),
     NodeState.CORDONED: (EventKind.NODE_CORDONED, "takes nothing new"),
-    NodeState.DRAINING: (EventKind.NODE_DRAINING, "takes nothing new, and its preemptible jobs are moved off"),
+    NodeState.DRAINING: (EventKind.NODE_DRAINING, "takes nothing new, and its preemptible jobs move off where there is room elsewhere"),
 }
 
 
@@ -46,7 +43,4 @@ async def set_node_state(engine: AsyncEngine, node_id: UUID, *, wanted: NodeStat
         event = Event(at=now, kind=kind.value, message=f"Node {node.name} {what}.", node_id=node_id)
         await record_events(conn, [event])
         await record_audit(conn, actor, f"node.{wanted.value}", ids.encode("node", node_id), {"name": node.name})
-        if wanted is NodeState.DRAINING:
-            rows = await lock_attempts(conn, await preemptible_attempts_on(conn, node_id))
-            await request_stop(conn, rows, cause=StopCause.DRAIN, now=now)
         await notify(conn, "queue", "node")

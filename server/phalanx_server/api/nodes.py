@@ -81,7 +81,7 @@ async def uncordon(node: str, services: Serving, principal: Operating) -> Node:
 
 @router.post("/v1/nodes/{node}/drain", operation_id="drain_node")
 async def drain(node: str, services: Serving, principal: Operating) -> Node:
-    """Place nothing new on a node, and end what runs there, to go on elsewhere."""
+    """Place nothing new on a node, and move its preemptible jobs off where there is room elsewhere."""
     return await _set(services, principal, node, NodeState.DRAINING)
 
 

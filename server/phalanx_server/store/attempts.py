@@ -276,20 +276,6 @@ async def load_fences(
     return {row.id: Fence(**row._mapping) for row in rows}
 
 
-_PREEMPTIBLE_ON = text(
-    """
-    SELECT a.id FROM placements p JOIN attempts a ON a.id = p.attempt_id JOIN jobs j ON j.id = a.job_id
-    WHERE p.node_id = :node_id AND p.released_at IS NULL AND a.state IN ('starting', 'running')
-      AND CAST(j.spec->'preemption'->>'preemptible' AS boolean)
-    """
-)
-
-
-async def preemptible_attempts_on(conn: AsyncConnection, node_id: UUID) -> list[UUID]:
-    """Attempts on a node whose jobs may be asked to go elsewhere."""
-    return list((await conn.execute(_PREEMPTIBLE_ON, {"node_id": node_id})).scalars())
-
-
 _OVERDUE = text(
     """
     SELECT a.id FROM attempts a JOIN jobs j ON j.id = a.job_id
