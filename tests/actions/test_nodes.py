@@ -206,6 +206,29 @@ async def test_a_lost_node_is_back_when_it_is_alive_heard_and_empty(plane: Contr
     assert [row.kind for row in await plane.rows(events, events.c.id) if row.node_id][-1] == "node_back"
 
 
+async def test_a_heartbeat_that_was_long_on_its_way_proves_nothing(plane: ControlPlane) -> None:
+    """It was sent before the attempt had ranks there, and is the first to come through since."""
+    await plane.add_nodes(1)
+    job_id, _ = await plane.run()
+    await plane.lose("node-0")
+    plane.later(17)
+    await plane.heartbeat("node-0", skew_s=-20)
+    assert (await plane.attempt(job_id)).released_at is None
+    plane.later(1)
+    await plane.heartbeat("node-0")
+    assert (await plane.attempt(job_id)).released_at == plane.now
+
+
+async def test_a_clock_that_was_put_back_is_believed_the_second_time(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, _ = await plane.run()
+    await plane.lose("node-0")
+    plane.later(17)
+    for released in (False, True):
+        await plane.heartbeat("node-0", skew_s=-3600)
+        assert ((await plane.attempt(job_id)).released_at is not None) == released
+
+
 async def test_a_heartbeat_right_after_the_loss_proves_nothing(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     job_id, _ = await plane.run()

@@ -82,7 +82,7 @@ def uncordon(node: NodeArgument, output_as: output.Output = output.Format.TABLE)
 def drain(node: NodeArgument, output_as: output.Output = output.Format.TABLE) -> None:
     """Place nothing new on a node, and move what runs there where there is room elsewhere."""
     with connected() as client:
-        _print(client.drain(node), "is being emptied; its preemptible jobs move where there is room elsewhere", output_as)
+        _print(client.drain(node), "is being emptied; its preemptible jobs move where there is room", output_as)
 
 
 def _print(node: Node, said: str, output_as: output.Format) -> None:

@@ -15,10 +15,11 @@ import binascii
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 import structlog
+from sqlalchemy import Row
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -43,6 +44,7 @@ OFFSET_MAX = 1 << 62
 _SHOWN = {"warm_ready", "spool_bytes", "fullness"}  # of a heartbeat, beside its stats
 # From so long after a loss on a heartbeat proves that nothing of the attempt is left: a start may have been under way.
 SETTLING_S = 10.0
+LATEST_S = 86_400.0  # no report is longer on its way
 
 
 class Addressed(Protocol):
@@ -126,7 +128,7 @@ async def _take(engine: AsyncEngine, files: LogFiles, report: NodeReport, *, nod
             return NodeAnswer(server_time=now.timestamp(), accepted_seq=last.runner_seq)
         gate = Gate(await load_fences(conn, attempt_ids, node_id=node_id, lock=bool(report.marks)), now)
         await _record(conn, report, gate, clock, batches)
-        left = await _left_behind(conn, report, node_id, now)
+        left = await _left_behind(conn, report, node_id, _said_at(clock, last))
     if left:
         await _release(engine, left, node_id, now)
     return NodeAnswer(server_time=now.timestamp(), accepted_seq=report.seq, refused=list(gate.refused.values()))
@@ -243,12 +245,19 @@ def _piece(chunk: LogChunk, fence: Fence, clock: Clock) -> LogPiece | None:
 # ------------------------------------------------------------------ lost attempts that are gone
 
 
-async def _left_behind(conn: AsyncConnection, report: NodeReport, node_id: UUID, now: datetime) -> list[UUID]:
+def _said_at(clock: Clock, last: Row[Any]) -> datetime:
+    """When a report was sent, at the earliest: one that was long on its way tells of what was. It shows as a clock that
+    is further behind than it was; if it is the clock after all, the next report says so."""
+    late_s = clock.skew_s - last.clock_skew_s if last.clock_skew_s is not None else 0.0
+    return clock.now - timedelta(seconds=min(max(0.0, late_s), LATEST_S))
+
+
+async def _left_behind(conn: AsyncConnection, report: NodeReport, node_id: UUID, said_at: datetime) -> list[UUID]:
     """Lost attempts charged on the node of which the runner says that it has no ranks any more."""
     if report.heartbeat is None:
         return []
     present = [attempt_id for ref in report.heartbeat.attempts if (attempt_id := attempt_id_of(ref.attempt_id))]
-    before = now - timedelta(seconds=SETTLING_S)
+    before = said_at - timedelta(seconds=SETTLING_S)
     return await lost_attempts_without_ranks(conn, node_id=node_id, present=present, before=before)
 
 

@@ -24,7 +24,10 @@ from phalanx_server.store.wakeups import notify
 _EVENTS = {
     NodeState.READY: (EventKind.NODE_READY, "takes work again"),
     NodeState.CORDONED: (EventKind.NODE_CORDONED, "takes nothing new"),
-    NodeState.DRAINING: (EventKind.NODE_DRAINING, "takes nothing new, and its preemptible jobs move off where there is room elsewhere"),
+    NodeState.DRAINING: (
+        EventKind.NODE_DRAINING,
+        "takes nothing new, and its preemptible jobs move where there is room",
+    ),
 }
 
 

@@ -138,7 +138,7 @@ _TAKE_SEQ = text(
     WHERE id = :node_id AND (runner_boot IS DISTINCT FROM :boot OR runner_seq < :seq)
     """
 )
-_LAST_SEQ = text("SELECT runner_boot, runner_seq, state FROM nodes WHERE id = :id")
+_LAST_SEQ = text("SELECT runner_boot, runner_seq, state, clock_skew_s FROM nodes WHERE id = :id")
 
 
 async def take_report(conn: AsyncConnection, heard: Heard) -> bool:
@@ -172,7 +172,7 @@ async def note_heard(conn: AsyncConnection, heard: Heard) -> None:
 
 
 async def last_report(conn: AsyncConnection, node_id: UUID) -> Row[Any]:
-    """`runner_boot`, `runner_seq` and `state` of a node."""
+    """`runner_boot`, `runner_seq`, `state` and `clock_skew_s` of a node."""
     return (await conn.execute(_LAST_SEQ, {"id": node_id})).one()
 
 
