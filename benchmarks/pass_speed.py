@@ -25,6 +25,7 @@ DEPARTMENTS, TEAMS = 10, 10
 GANGS = [(1, 1), (1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8), (8, 1), (8, 8), (16, 8)]
 PRIORITIES = [-10, 0, 0, 0, 10]
 EVENTS = 100
+MIN_RUNTIME_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,26 @@ def job(dice: Random, number: int, now: float) -> Job:
     )
 
 
-def carried_out(plan: Plan, jobs: dict[str, Job]) -> tuple[Job, ...]:
-    """The jobs that the plan starts, running."""
-    return tuple(
-        replace(jobs[s.job], state="running", started_at=0.0, placement=s.placement, gpu_type=s.gpu_type)
+def carried_out(plan: Plan, jobs: dict[str, Job], now: float) -> tuple[Job, ...]:
+    """The jobs that the plan starts, running, and those that it evicts, which wait again."""
+    started = [
+        replace(
+            jobs[s.job],
+            state="running",
+            kept=None,
+            started_at=now,
+            protected_until=now + MIN_RUNTIME_S,
+            placement=s.placement,
+            gpu_type=s.gpu_type,
+        )
         for s in plan.starts
-    )
+    ]
+    evicted = [jobs[p.job] for p in plan.preemptions]
+    waiting = [
+        replace(j, state="queued", placement=(), gpu_type=None, started_at=None, protected_until=None) for j in evicted
+    ]
+    kept = [replace(jobs[h.job], kept=h.kept) for h in plan.holds if h.kept is not None] if plan.preemptions else []
+    return (*started, *waiting, *kept)
 
 
 class Life:
@@ -101,7 +116,7 @@ class Life:
         return job(self.dice, self.number, self.now + self.number)
 
     def _run(self, plan: Plan) -> tuple[Job, ...]:
-        started = carried_out(plan, self.jobs)
+        started = carried_out(plan, self.jobs, self.now)
         self.jobs.update((j.id, j) for j in started)
         return started
 
@@ -109,7 +124,7 @@ class Life:
         """A hundred events: what the last plan started, then ends and submissions by halves."""
         started = self._run(last)
         others = max(0, EVENTS - len(started))
-        running = [i for i, j in self.jobs.items() if j.state == "running"]
+        running = [i for i, j in self.jobs.items() if j.state == "running" and j not in started]
         ended = tuple(self.dice.sample(running, others // 2))
         new = tuple(self._submit() for _ in range(others - len(ended)))
         for id_ in ended:

@@ -38,7 +38,7 @@ class Desk:
         self._lending = lending
         self._no_room: dict[tuple[Ask, str | None, str], Explanation | None] = {}
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
-        self._hopeless: set[tuple[ClassKey, int]] = set()
+        self._hopeless: set[tuple[object, ...]] = set()
 
     def refuse(self, group: JobClass) -> Explanation | None:
         """Why no job of the class can start or be made room for, whatever happens in this pass; None = it may be
@@ -147,7 +147,8 @@ class Desk:
         return None
 
     def _with_room_made(self, turn: Turn, options: Sequence[Option]) -> Waits | None:
-        question = (turn.key, self._draft.version)
+        key = turn.key
+        question = (key.tenant, key.priority, key.ask, key.preemptible, self._draft.version)
         if question in self._hopeless:
             return None
         room = make_room(self._draft, turn.key, turn.submitted_at, options)

@@ -11,12 +11,16 @@ No loops: a right to nominal quota is never turned against a tenant within its o
 larger than the one that is left, so that the victim, back in the queue, finds nobody above its own share.
 """
 
-from collections.abc import Callable, Iterator
+import heapq
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from phalanx_server.scheduling.quota import QuotaUse
 from phalanx_server.scheduling.trial import Piece, Trial
 from phalanx_server.scheduling.world import Running
+
+_Order = tuple[int, float, float, str]
+"""Priority, loss, started last, id."""
 
 WITHIN, RECLAIM, BORROWING, FAIR = "within_tenant", "reclaim", "reclaim_while_borrowing", "fair_share"
 
@@ -33,7 +37,7 @@ class Claim:
     """The rights of one waiting job in a trial. `submitted_at`: with `lower_or_newer_equal` it matters."""
 
     def __init__(self, trial: Trial, submitted_at: float, *, spare_protected: bool = True) -> None:
-        self._trial, self._submitted_at = trial, submitted_at
+        self._trial, self._draft, self._submitted_at = trial, trial.draft, submitted_at
         self._spare_protected = spare_protected
         self._world, self._forest = trial.draft.world, trial.draft.world.forest
         self._tenant, self._priority = trial.key.tenant, trial.key.priority
@@ -42,7 +46,6 @@ class Claim:
         use = trial.book.use
         self._limited = [(r, n) for r, n in trial.demand if use.left(self._me, r) is not None]
         self._before = {(i, r): use.excess(i, r) for i in self._forest.way_up(self._tenant) for r, _ in self._limited}
-        self._parting: dict[str, tuple[int, int] | None] = {}
 
     def rights(self) -> Iterator[Right]:
         """One after the other, the least costly to others first."""
@@ -54,9 +57,21 @@ class Claim:
 
     # ------------------------------------------------------------------ who may be evicted
 
+    def _of(self, tenant: str) -> list[tuple[_Order, Running]]:
+        """The jobs of a tenant that may be evicted at all, in the order of victims."""
+        draft, world = self._draft, self._world
+        question = ("evictable", tenant, self._spare_protected)
+        if question not in draft.memo:
+            restart_s = world.policy.restart_s
+            draft.memo[question] = sorted(
+                ((r.job.priority, r.loss(world.now, restart_s), -(r.job.started_at or 0.0), r.job.id), r)
+                for r in world.of_tenant.get(tenant, {}).values()
+                if self._may_go(r)
+            )
+        return draft.memo[question]
+
     def _may_go(self, running: Running) -> bool:
-        draft = self._trial.draft
-        if not running.job.preemptible or running.job.id in draft.disturbed:
+        if not running.job.preemptible or running.job.id in self._draft.disturbed:
             return False
         if not running.may_be_disturbed(self._world.now, even_protected=not self._spare_protected):
             return False
@@ -64,34 +79,31 @@ class Claim:
 
     def _own(self) -> Iterator[Running]:
         rule = self._rules.within_tenant
-        for running in self._world.of_tenant.get(self._tenant, {}).values():
+        for _, running in self._of(self._tenant) if rule != "never" else ():
             job = running.job
-            is_lower = job.priority < self._priority
             is_newer = job.priority == self._priority and job.submitted_at > self._submitted_at
-            if (
-                rule != "never"
-                and (is_lower or (is_newer and rule == "lower_or_newer_equal"))
-                and self._may_go(running)
-            ):
+            if job.priority < self._priority or (is_newer and rule == "lower_or_newer_equal"):
                 yield running
 
-    def _others(self) -> Iterator[Running]:
-        """The jobs of tenants that borrow what this one asks for."""
+    def _borrowers(self) -> dict[str, tuple[int, int]]:
+        """The tenants with jobs that borrow what this one asks for, each with where their sides part."""
         if not self._limited or self._rules.reclaim == "never":
-            return
-        for tenant, jobs in self._world.of_tenant.items():
-            parting = self._parted(tenant)
-            if not jobs or parting is None or not self._borrows(parting[1]):
-                continue
-            for running in jobs.values():
-                is_lower = running.job.priority < self._priority
-                if (is_lower or self._rules.reclaim == "any") and self._may_go(running):
-                    yield running
+            return {}
+        question = ("borrowers", self._tenant, tuple(r for r, _ in self._limited))
+        if question not in self._draft.memo:
+            parted = ((t, self._forest.parting(self._tenant, t)) for t, jobs in self._world.of_tenant.items() if jobs)
+            self._draft.memo[question] = {t: p for t, p in parted if p is not None and self._borrows(p[1])}
+        return self._draft.memo[question]
 
-    def _parted(self, tenant: str) -> tuple[int, int] | None:
-        if tenant not in self._parting:
-            self._parting[tenant] = None if tenant == self._tenant else self._forest.parting(self._tenant, tenant)
-        return self._parting[tenant]
+    def _others(self, tenants: Iterable[str], most: int | None = None) -> dict[str, list[tuple[_Order, Running]]]:
+        """Their jobs that may be evicted, of a priority of at most `most`, in the order of victims."""
+        if self._rules.reclaim == "lower_priority":
+            most = self._priority - 1 if most is None else min(most, self._priority - 1)
+        out = {}
+        for tenant in tenants:
+            jobs = self._of(tenant)
+            out[tenant] = jobs if most is None else [(order, r) for order, r in jobs if r.job.priority <= most]
+        return out
 
     def _borrows(self, i: int) -> bool:
         return any(self._use.excess(i, resource) > 0 for resource, _ in self._limited)
@@ -105,25 +117,18 @@ class Claim:
         load = running.load.without(taken) if taken else running.load
         return Piece(running, load, reason, self._world.expected_end(running.job))
 
-    def _in_order(self, running: Running) -> tuple[int, float, float, str]:
-        job = running.job
-        return (
-            job.priority,
-            running.loss(self._world.now, self._world.policy.restart_s),
-            -(job.started_at or 0.0),
-            job.id,
-        )
+    def _still_borrows(self, running: Running) -> bool:
+        return self._borrows(self._borrowers()[running.job.tenant][1])
 
     # ------------------------------------------------------------------ nominal
 
     def _by_nominal(self) -> Iterator[Piece]:
-        promising = {i for i, _ in filter(None, map(self._parted, self._world.of_tenant)) if self._is_below(i)}
-        others = [r for r in self._others() if (p := self._parted(r.job.tenant)) is not None and p[0] in promising]
-        for running in self._ordered(others):
-            parting = self._parted(running.job.tenant)
-            if parting is not None and self._borrows(parting[1]):
+        borrowers = self._borrowers()
+        below = {i: self._is_below(i) for i in {mine for mine, _ in borrowers.values()}}
+        for running in self._ordered(self._others(t for t, (mine, _) in borrowers.items() if below[mine])):
+            if self._still_borrows(running):
                 yield self._piece(running, RECLAIM)
-        for running in sorted(self._own(), key=self._in_order):
+        for running in self._own():
             yield self._piece(running, WITHIN)
 
     def _is_below(self, i: int) -> bool:
@@ -138,8 +143,8 @@ class Claim:
     def _within_nominal(self) -> bool:
         """Does it end within what belongs to its side, seen from each victim; and with its own victims alone, within its
         nominal quota and pools, or borrowing no more than before?"""
-        reclaimed = {piece.running.job.tenant for piece in self._trial.taken if piece.reason == RECLAIM}
-        if sides := {parting[0] for parting in map(self._parted, reclaimed) if parting is not None}:
+        borrowers = self._borrowers()
+        if sides := {borrowers[p.running.job.tenant][0] for p in self._trial.taken if p.reason == RECLAIM}:
             return all(self._after(i, r, n) <= 0 for i in sides for r, n in self._limited)
         if not any(piece.reason for piece in self._trial.taken) or not self._use.borrows(
             self._tenant, self._trial.demand
@@ -158,23 +163,24 @@ class Claim:
     # ------------------------------------------------------------------ fair share
 
     def _by_fair_share(self) -> Iterator[Piece]:
-        refused: list[Running] = []
-        for running in self._by_share(list(self._others())):
+        refused: dict[str, list[tuple[_Order, Running]]] = {}
+        for running in self._by_share(self._others(self._borrowers())):
+            if not self._still_borrows(running):
+                continue
             mine, _, after = self._shares(running)
             if mine <= after:
                 yield self._piece(running, FAIR)
             else:
-                refused.append(running)
+                entry = next(e for e in self._of(running.job.tenant) if e[1] is running)
+                refused.setdefault(running.job.tenant, []).append(entry)
         for running in self._by_share(refused):
             mine, before, _ = self._shares(running)
-            if mine < before:
+            if mine < before and self._still_borrows(running):
                 yield self._piece(running, FAIR)
 
     def _shares(self, running: Running) -> tuple[float, float, float]:
         """(this side's share with the job started, the victim's side's before and after its eviction)."""
-        parting = self._parted(running.job.tenant)
-        assert parting is not None, "jobs of other trees are no candidates"
-        use = self._use
+        parting, use = self._borrowers()[running.job.tenant], self._use
         before = use.share(parting[1])
         use.charge(running.job.tenant, running.load.demand, -1)
         after = use.share(parting[1])
@@ -184,26 +190,21 @@ class Claim:
         use.charge(self._tenant, self._trial.demand, -1)
         return mine, before, after
 
-    def _ordered(self, candidates: list[Running]) -> Iterator[Running]:
+    def _ordered(self, candidates: dict[str, list[tuple[_Order, Running]]]) -> Iterator[Running]:
         if self._world.policy.fair_sharing:
-            yield from self._by_share(candidates)
-        else:
-            yield from sorted(candidates, key=self._in_order)
+            return self._by_share(candidates)
+        return (running for _, running in heapq.merge(*candidates.values()))
 
-    def _by_share(self, candidates: list[Running]) -> Iterator[Running]:
-        """Each time the first candidate of the tenant whose side has the largest share, looked at from the root down,
-        and still borrows."""
-        waiting: dict[str, list[Running]] = {}
-        for running in sorted(candidates, key=self._in_order, reverse=True):
-            waiting.setdefault(running.job.tenant, []).append(running)
-        while waiting:
-            tenant = min(waiting, key=lambda name: (self._path(name), self._in_order(waiting[name][-1])))
-            running = waiting[tenant].pop()
-            if not waiting[tenant]:
-                del waiting[tenant]
-            parting = self._parted(tenant)
-            if parting is not None and self._borrows(parting[1]):
-                yield running
+    def _by_share(self, candidates: dict[str, list[tuple[_Order, Running]]]) -> Iterator[Running]:
+        """Each time the first candidate of the tenant whose side has the largest share, looked at from the root down."""
+        at = {tenant: 0 for tenant, jobs in candidates.items() if jobs}
+        while at:
+            tenant = min(at, key=lambda name: (self._path(name), candidates[name][at[name]][0]))
+            running = candidates[tenant][at[tenant]][1]
+            at[tenant] += 1
+            if at[tenant] == len(candidates[tenant]):
+                del at[tenant]
+            yield running
 
     def _path(self, tenant: str) -> tuple[float, ...]:
         return tuple(-self._use.share(i) for i in reversed(self._forest.way_up(tenant)[:-1]))
@@ -213,12 +214,11 @@ class Claim:
     def _by_borrowing(self) -> Iterator[Piece]:
         assert self._rules.borrow is not None
         most = min(self._rules.borrow.max_priority, self._priority - 1)
-        others = [r for r in self._others() if r.job.priority <= most] if self._is_below(self._me_with_pools()) else []
+        others = self._others(self._borrowers(), most) if self._is_below(self._me_with_pools()) else {}
         for running in self._ordered(others):
-            parting = self._parted(running.job.tenant)
-            if parting is not None and self._borrows(parting[1]):
+            if self._still_borrows(running):
                 yield self._piece(running, BORROWING)
-        for running in sorted(self._own(), key=self._in_order):
+        for running in self._own():
             if running.job.priority <= self._rules.borrow.max_priority:
                 yield self._piece(running, WITHIN)
 
