@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 from phalanx_server.scheduling.snapshot import Policy
-from phalanx_server.simulation.figures import figures_of
+from phalanx_server.simulation.figures import figures_of, summary_of
 from phalanx_server.simulation.replay import Rules, replay
 from phalanx_server.simulation.trace import Cluster, Pool, TraceJob, read_clusters, read_profiles, read_trace
 
@@ -111,7 +111,7 @@ def measure(workload: Workload, policies: Sequence[str]) -> Iterator[Row]:
 def run(workload: Workload, jobs: Sequence[TraceJob], name: str, rules: Rules) -> Row:
     """Replay it, and tell on standard error how long that took."""
     began = time.process_time()
-    said = figures_of([replay(jobs, cluster, rules) for cluster in workload.clusters])
+    said = figures_of([summary_of(replay(jobs, cluster, rules)) for cluster in workload.clusters])
     took_s = time.process_time() - began
     print(f"{workload.name}, {name}: {said['avg_jct_s']:,.0f} s ({took_s:.1f} s CPU)", file=sys.stderr, flush=True)
     stops = said["preemptions"] + said["resizes"] + said["migrations"]

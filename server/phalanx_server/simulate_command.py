@@ -5,8 +5,11 @@ Refuses to decide anything, and to know how the replay goes (`simulation`).
 
 import gc
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -14,13 +17,16 @@ import typer
 
 from phalanx_server.scheduling.documents import read_record
 from phalanx_server.scheduling.snapshot import Policy
-from phalanx_server.simulation.figures import figures_of
+from phalanx_server.simulation.figures import Summary, figures_of, summary_of
 from phalanx_server.simulation.replay import Rules, Stuck, replay
 from phalanx_server.simulation.trace import Cluster, TraceJob, read_clusters, read_json, read_profiles, read_trace
 
 INVALID_INPUT = 2
 STUCK = 1
+WORTH_PROCESSES_JOBS = 5_000
+"""With fewer jobs it takes longer to start processes than it saves."""
 
+Share = tuple[Cluster, list[TraceJob]]
 _Document = TypeVar("_Document")
 
 
@@ -65,17 +71,33 @@ def simulate(
         clusters = [c for c in clusters if c.tenant is None or c.tenant in tenant]
         if not jobs:
             _fail(trace, f"it has no job of {', '.join(tenant)}")
-    gc.freeze()  # the trace stays to the end: no need to look through it again and again
     try:
-        done = [replay(rows, its, rules) for its, rows in shared_out(jobs, clusters)]
+        parts = _replay(_shared_out(jobs, clusters), rules)
     except Stuck as stuck:
         typer.echo(f"phalanx simulate: {trace}: {stuck}", err=True)
         raise typer.Exit(STUCK) from None
-    skipped = len(jobs) - sum(len(part.courses) for part in done)
-    typer.echo(json.dumps(figures_of(done, skipped=skipped), indent=2, ensure_ascii=False))
+    skipped = len(jobs) - sum(len(part.outcomes) for part in parts)
+    typer.echo(json.dumps(figures_of(parts, skipped=skipped), indent=2, ensure_ascii=False))
 
 
-def shared_out(jobs: list[TraceJob], clusters: list[Cluster]) -> list[tuple[Cluster, list[TraceJob]]]:
+def _replay(shares: Sequence[Share], rules: Rules) -> list[Summary]:
+    """All clusters, beside one another if that is worth the processes."""
+    workers = min(len(shares), os.cpu_count() or 1)
+    if workers == 1 or sum(len(rows) for _, rows in shares) < WORTH_PROCESSES_JOBS:
+        return [_replay_one(share, rules) for share in shares]
+    longest_first = sorted(shares, key=lambda share: -len(share[1]))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        replays = {share[0].name: pool.submit(_replay_one, share, rules) for share in longest_first}
+        return [replays[cluster.name].result() for cluster, _ in shares]
+
+
+def _replay_one(share: Share, rules: Rules) -> Summary:
+    cluster, rows = share
+    gc.freeze()  # the trace stays to the end: no need to look through it again and again
+    return summary_of(replay(rows, cluster, rules))
+
+
+def _shared_out(jobs: list[TraceJob], clusters: list[Cluster]) -> list[Share]:
     """Each cluster with the jobs that run there."""
     return [(its, [job for job in jobs if its.tenant in (None, job.tenant)]) for its in clusters]
 

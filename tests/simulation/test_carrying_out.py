@@ -5,7 +5,7 @@ from phalanx_server.domain.reason import WaitsForVictims
 from phalanx_server.scheduling.plan import HoldGroup, Migration, Plan, Preemption, Resize, Start
 from phalanx_server.scheduling.snapshot import PlacementItem, Policy, Seat
 from phalanx_server.simulation import replay as replaying
-from phalanx_server.simulation.figures import figures_of
+from phalanx_server.simulation.figures import figures_of, summary_of
 from phalanx_server.simulation.replay import Rules, Stuck, replay
 from phalanx_server.simulation.trace import Cluster, Pool, TraceJob
 
@@ -73,7 +73,7 @@ def test_an_evicted_job_stops_waits_and_goes_on_from_its_checkpoint(run):
     assert (at_3.state, at_3.kept) == ("queued", kept), "a queued job carries what is kept for it"
     waiting = script.at(4, "a")
     assert (waiting.state, waiting.done_s, waiting.placement, waiting.for_job) == ("queued", 3, (), None)
-    figures = figures_of([done])
+    figures = figures_of([summary_of(done)])
     assert (figures["preemptions"], figures["lost_gpu_s"]) == (1, 2 * 1 + 2 * 4), "stopping and restarting, on 2 GPUs"
     assert figures["avg_wait_s"] == (10 + 1) / 2
 
@@ -115,7 +115,7 @@ def test_a_resized_job_goes_on_at_its_next_at_another_speed(run):
     assert (job.state, job.placement, job.last_resized_at, job.started_at) == ("running", wide, 3, 3)
     assert (job.replicas, job.min_replicas, job.max_replicas) == (2, 1, 4)
     assert job.speedup == {"1": 1.0, "2": 2.0, "4": 2.5}
-    figures = figures_of([done])
+    figures = figures_of([summary_of(done)])
     assert (figures["resizes"], figures["lost_gpu_s"], figures["avg_jct_s"]) == (1, 16, 13.8)
 
 

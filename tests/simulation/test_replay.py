@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from phalanx_server.scheduling.snapshot import Policy, spread
 from phalanx_server.scheduling.speedup import progress
 from phalanx_server.simulation import replay as replaying
-from phalanx_server.simulation.figures import figures_of
+from phalanx_server.simulation.figures import figures_of, summary_of
 from phalanx_server.simulation.replay import Rules, replay
 from phalanx_server.simulation.trace import Cluster, Pool, TraceJob
 
@@ -32,7 +32,7 @@ def ends(done):
 def test_each_job_runs_as_soon_as_there_is_room():
     done = replay(rows((0, 10, 1), (1, 10, 2), (12, 3, 1)), TWO, Rules())
     assert ends(done) == {"a": 10, "b": 20, "c": 23}, "b waits for a until 10, c for b until 20"
-    figures = figures_of([done])
+    figures = figures_of([summary_of(done)])
     assert figures["avg_jct_s"] == round((10 + 19 + 11) / 3, 3)
     assert figures["avg_wait_s"] == round((0 + 9 + 8) / 3, 3)
     assert (figures["p50_jct_s"], figures["makespan_s"]) == (11, 23)
@@ -49,12 +49,12 @@ def test_events_of_one_moment_share_a_pass():
 def test_a_job_that_can_never_start_is_counted_and_holds_up_nobody():
     done = replay(rows((0, 10, 3), (1, 5, 2)), TWO, Rules())
     assert ends(done) == {"a": None, "b": 6}
-    assert figures_of([done], skipped=2)["never_started"] == 3
+    assert figures_of([summary_of(done)], skipped=2)["never_started"] == 3
 
 
 def test_a_job_without_a_run_time_ends_at_once_and_an_empty_trace_is_no_error():
     assert ends(replay(rows((5, 0, 1)), TWO, Rules())) == {"a": 5}
-    assert figures_of([replay([], TWO, Rules())])["jobs"] == 0
+    assert figures_of([summary_of(replay([], TWO, Rules()))])["jobs"] == 0
 
 
 def test_gpu_types_are_those_that_the_row_names():

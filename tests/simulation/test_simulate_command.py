@@ -69,6 +69,15 @@ def test_virtual_clusters_are_apart(run, tmp_path):
     assert (said["jobs"], said["never_started"], said["gpus"]) == (2, 1, 2)
 
 
+def test_several_processes_give_what_one_gives(run, tmp_path, monkeypatch):
+    (tmp_path / "cluster.json").write_text(json.dumps(CLUSTER | {"vc_nodes": {"x": 1, "y": 1}}))
+    alone = figures(run())
+    monkeypatch.setattr(simulate_command, "WORTH_PROCESSES_JOBS", 0)
+    monkeypatch.setattr(simulate_command.os, "cpu_count", lambda: 2)
+    beside = figures(run())
+    assert {k: v for k, v in beside.items() if "pass" not in k} == {k: v for k, v in alone.items() if "pass" not in k}
+
+
 def test_a_policy_and_profiles_from_files(run, tmp_path):
     (tmp_path / "policy.json").write_text('{"order": "shortest", "elastic": false}')
     (tmp_path / "profiles.json").write_text('{"m": {"runtime_s": {"1": 20, "2": 30}}}')
