@@ -224,19 +224,25 @@ class InMaintenance(Explanation):
 
 @dataclass(frozen=True, slots=True)
 class NoRoom(Explanation):
-    """Too little is free: `free` of `asks` units of the scarcest resource."""
+    """Too little is free: `free` of `asks` units of the scarcest resource. Of what is idle, `for_gpus` are not free for
+    a CPU job: idle GPUs keep their share."""
 
     reason = HoldReason.CAPACITY
     gang: str
     resource: str
     asks: int
     free: int
+    for_gpus: int = 0
 
     def message(self) -> str:
-        return f"needs {self.gang}: {self.asks} {self.resource}, of which {self.free} are free"
+        kept = f"; {self.for_gpus} more are kept for idle GPUs" if self.for_gpus else ""
+        return f"needs {self.gang}: {self.asks} {self.resource}, of which {self.free} are free{kept}"
 
     def unblocks(self) -> tuple[str, ...]:
-        return (f"{self.asks - self.free} more {self.resource} become free",)
+        missing = f"{self.asks - self.free} more {self.resource} become free"
+        if not self.for_gpus:
+            return (missing,)
+        return (missing, "jobs with GPUs start and leave some of their share", "a node without GPUs is added")
 
 
 @dataclass(frozen=True, slots=True)

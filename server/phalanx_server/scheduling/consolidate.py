@@ -1,5 +1,5 @@
-"""Owns consolidation: which running jobs to move, as few as possible, so that a gang fits that would fit if what is free
-lay together.
+"""Owns consolidation: which running jobs to move, as few as possible, so that a gang fits that would fit if what is
+free lay together.
 
 Refuses to stop anybody for good, and to touch quotas: a move costs a restart, and no replica. Single moves are all
 tried before several at once; several are taken in the order of victims and then spared where they can be.
@@ -26,6 +26,7 @@ def moves(draft: Draft, key: ClassKey, option: Option) -> Room | None:
     if not draft.world.policy.consolidation:
         return None
     trial = Trial(draft, key, option, key.ask.least_replicas)
+    trial.look_ahead()
     if not trial.is_in_quota():
         return None
     candidates = list(islice(_candidates(trial), MOST_TRIED))

@@ -90,13 +90,13 @@ class Desk:
 
     def _largest(self, key: ClassKey, option: Option) -> Spot | None:
         """The place for as many replicas as are asked for; or, of an elastic job, for as many as there is room."""
-        spot = self._spot(key, option, key.ask.replicas)
-        low, high = key.ask.least_replicas, key.ask.replicas - 1
-        if spot is not None or low > high:
+        spot, step = self._spot(key, option, key.ask.replicas), key.ask.step
+        low, high = key.ask.least_replicas // step, (key.ask.replicas - 1) // step
+        if spot is not None:
             return spot
         while low <= high:
             middle = (low + high + 1) // 2
-            found = self._spot(key, option, middle)
+            found = self._spot(key, option, middle * step)
             if found is not None:
                 spot, low = found, middle + 1
             else:

@@ -100,6 +100,8 @@ class Draft:
         self.has_loosened = False
         self.version = 0
         """Grows whenever room is made or reserved: what was refused before may be different now."""
+        self.even_protected = False
+        """Look at those as well, for a moment, that are inside their minimum run time."""
         self.memo: dict[tuple[object, ...], Any] = {}
         """What others have worked out about the running jobs, until room is made."""
         self.leaving: dict[str, Job] = dict(world.stopping)

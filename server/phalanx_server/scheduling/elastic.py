@@ -46,7 +46,7 @@ def _has_spare(draft: Draft, running: Running, spare_protected: bool) -> bool:
 def _parts(draft: Draft, running: Running) -> Iterator[Piece]:
     """One replica at a time, or one slice where a node holds whole ones."""
     job, shape = running.job, shape_of(running.job)
-    each = job.topology.slice.replicas if job.topology is not None and job.topology.slice is not None else 1
+    each = slice_of(job)
     parts = (replicas_of(job) - (job.min_replicas or 1)) // each
     on = {node: count // each for node, count in spread(job.placement).items()}
     for node in sorted(on, key=lambda name: (on[name], name)):
@@ -87,9 +87,14 @@ class _Growing:
         return self.running.job
 
     @property
+    def step(self) -> int:
+        """It grows by whole slices."""
+        return slice_of(self.job)
+
+    @property
     def gain_per_gpu(self) -> float:
-        faster = progress(self.job, self.replicas + 1) - progress(self.job, self.replicas)
-        return faster / max(1, self.job.gpus_per_replica)
+        faster = progress(self.job, self.replicas + self.step) - progress(self.job, self.replicas)
+        return faster / (self.step * max(1, self.job.gpus_per_replica))
 
 
 def grow(draft: Draft, changes_at: Mapping[str | None, float]) -> None:
@@ -115,12 +120,16 @@ def _hand_out(draft: Draft, left_out: set[str]) -> list[_Growing]:
     candidates = {
         r.job.id: _Growing(r, r.load, replicas_of(r.job), r.job.max_replicas or 0) for r in _growable(draft, left_out)
     }
-    queue = [(-g.gain_per_gpu, id_) for id_, g in candidates.items() if g.replicas < g.most]
+    queue = [(-g.gain_per_gpu, id_) for id_, g in candidates.items() if g.replicas + g.step <= g.most]
     heapq.heapify(queue)
     while queue:
         _, id_ = heapq.heappop(queue)
         growing = candidates[id_]
-        if growing.gain_per_gpu > 0 and _gets_one_more(draft, book, growing) and growing.replicas < growing.most:
+        if (
+            growing.gain_per_gpu > 0
+            and _gets_one_more(draft, book, growing)
+            and growing.replicas + growing.step <= growing.most
+        ):
             heapq.heappush(queue, (-growing.gain_per_gpu, id_))
     return [g for _, g in sorted(candidates.items()) if g.spot is not None]
 
@@ -134,7 +143,7 @@ def _growable(draft: Draft, left_out: set[str]) -> Iterator[Running]:
 
 
 def _gets_one_more(draft: Draft, book: Book, growing: _Growing) -> bool:
-    job, more = growing.job, growing.replicas + 1
+    job, more = growing.job, growing.replicas + growing.step
     book.take(growing.load, -1)
     demand = shape_of(job).demand(growing.running.gpu_type, more)
     spot = None
@@ -158,6 +167,11 @@ def _is_worth_it(draft: Draft, growing: _Growing, changes_at: Mapping[str | None
     if lasts_s == inf:
         return after > before
     return after * (lasts_s - draft.world.policy.restart_s) > before * lasts_s
+
+
+def slice_of(job: Job) -> int:
+    """How many of its replicas stay together: it shrinks and grows by so many."""
+    return job.topology.slice.replicas if job.topology is not None and job.topology.slice is not None else 1
 
 
 def replicas_of(job: Job) -> int:

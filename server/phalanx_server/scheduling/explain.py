@@ -23,7 +23,7 @@ from phalanx_server.domain.resources import CPU, MEMORY, Demand
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.fit import holds_gang, room
 from phalanx_server.scheduling.nodes import Amounts, Mask, amounts_of
-from phalanx_server.scheduling.order import Ask, ClassKey
+from phalanx_server.scheduling.order import Ask, ClassKey, sized
 from phalanx_server.scheduling.topology import rooms_by_depth, rule_of
 
 _PRECEDENCE = {reason: i for i, reason in enumerate(HoldReason)}
@@ -32,18 +32,22 @@ _PRECEDENCE = {reason: i for i, reason in enumerate(HoldReason)}
 def explain_quota(draft: Draft, tenant: str, demand: Demand) -> Explanation:
     """Why a demand that is not in quota is not."""
     lack = draft.now.use.shortage(tenant, demand)
-    if lack is None:
+    if lack is None and draft.ahead:
         return Reserved(tuple(draft.ahead))
+    lack = lack or draft.soon.use.shortage(tenant, demand)
+    assert lack is not None, "it is over a quota now or soon"
     return OverQuota(resource=lack.resource, asks=lack.asks, leaves=lack.leaves, limiter=lack.limiter)
 
 
 def explain_nodes(draft: Draft, key: ClassKey, gpu_type: str | None) -> Explanation:
     """Why a gang that is in quota finds no place on the nodes of a GPU type."""
-    table, ask = draft.table, key.ask
+    table, ask = draft.table, sized(key.ask, key.ask.least_replicas)
     accepting, allowed = draft.accepting(key, (draft.now,)), draft.allowed(key, (draft.now,))
     free = draft.usable(ask, (draft.now,))
     if holds_gang(table, free, ask, gpu_type, allowed):
-        return Reserved(tuple(draft.ahead))
+        if draft.ahead:
+            return Reserved(tuple(draft.ahead))
+        free, allowed = draft.usable(ask, (draft.soon,)), draft.allowed(key, (draft.soon,))
     if holds_gang(table, free, ask, gpu_type, accepting):
         return _maintenance(draft, key, gpu_type, free)
     empty = table.total
@@ -57,7 +61,7 @@ def _maintenance(draft: Draft, key: ClassKey, gpu_type: str | None, free: Amount
     accepting, limit_s = draft.accepting(key, (draft.now,)), key.ask.run_limit_s
     for ends_at in draft.windows.ends:
         mask = accepting & draft.windows.clear(limit_s, once_past=ends_at)
-        if holds_gang(draft.table, free, key.ask, gpu_type, mask):
+        if holds_gang(draft.table, free, sized(key.ask, key.ask.least_replicas), gpu_type, mask):
             return InMaintenance(ends_at, limit_s)
     raise AssertionError("without any window it would have its place")
 
@@ -66,10 +70,13 @@ def _room(draft: Draft, ask: Ask, gpu_type: str | None, free: Amounts, allowed: 
     gang = ask.describe(gpu_type)
     names = (gpu_type or "gpu", CPU, MEMORY)
     everywhere = draft.table.of_type(gpu_type) & allowed
-    for name, each, row in zip(names, (ask.shape.gpus, ask.shape.cpus, ask.shape.memory_gib), free, strict=True):
+    for row_number, (name, each) in enumerate(zip(names, amounts_of(ask.shape).tolist(), strict=True)):
+        row = free[row_number]
         have = int(np.maximum(row, 0)[everywhere].sum())
         if have < each * ask.replicas:
-            return NoRoom(gang=gang, resource=name, asks=each * ask.replicas, free=have)
+            idle = int(np.maximum(draft.now.free[row_number], 0)[everywhere].sum())
+            kept = max(0, idle - have) if ask.shape.is_cpu_only else 0
+            return NoRoom(gang=gang, resource=name, asks=each * ask.replicas, free=have, for_gpus=kept)
     counts = room(free, ask.shape, ask.replicas) * everywhere
     if counts.sum() >= ask.replicas:
         return _apart(draft, ask, gpu_type, free, allowed)

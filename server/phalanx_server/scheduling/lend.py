@@ -31,6 +31,7 @@ class Lending:
         self._draft = draft
         self._wanted: list[_Wanted] = []
         self._seen: set[str] = set()
+        self._has_strict = False
 
     def want(self, job: str, key: ClassKey, option: Option, starts_at: float | None) -> None:
         """A job waits that its tenant's nominal quota would hold."""
@@ -47,10 +48,13 @@ class Lending:
         if key.tenant not in self._seen and any(idle.values()):
             self._seen.add(key.tenant)
             reclaim = forest.tenants[i].preemption.reclaim
+            self._has_strict |= reclaim != "any"
             self._wanted.append(_Wanted(key.tenant, key.priority, reclaim, job, tuple(idle.items()), starts_at))
 
     def refuses(self, key: ClassKey, option: Option) -> tuple[str, ...]:
         """The jobs for which a borrower has to wait; () = it may borrow."""
+        if key.preemptible and not self._has_strict:
+            return ()
         ends_at = self._draft.ends_at(key)
         against = [w for w in self._wanted if self._is_kept(w, key, ends_at)]
         if not against:

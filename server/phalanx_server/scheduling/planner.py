@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from phalanx_server.scheduling.decide import Desk, Waits, hold_for
-from phalanx_server.scheduling.drain import empty_nodes
 from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.drain import empty_nodes
 from phalanx_server.scheduling.elastic import grow
 from phalanx_server.scheduling.fair import FairTurns
 from phalanx_server.scheduling.honour import honour_claims
@@ -145,9 +145,9 @@ class _Counter:
         draft, options = self._draft, self._desk.options(turn.group)
         assert turn.why is not None, "only who waits needs a reservation"
         starts_at = None
-        if draft.world.policy.backfill and turn.why.reason in WAITING_HELPS:
-            if len(draft.reservations) < MOST_RESERVATIONS:
-                starts_at = reserve(draft, turn.job, turn.key, turn.submitted_at, options)
+        may_reserve = draft.world.policy.backfill and len(draft.reservations) < MOST_RESERVATIONS
+        if may_reserve and turn.why.reason in WAITING_HELPS:
+            starts_at = reserve(draft, turn.job, turn.key, turn.submitted_at, options)
         for option in options:
             self._lending.want(turn.job, turn.key, option, starts_at)
         if starts_at is not None:

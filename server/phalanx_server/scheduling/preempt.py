@@ -141,8 +141,8 @@ class Claim:
         return way[-2] if len(way) > 1 else way[0]
 
     def _within_nominal(self) -> bool:
-        """Does it end within what belongs to its side, seen from each victim; and with its own victims alone, within its
-        nominal quota and pools, or borrowing no more than before?"""
+        """Does it end within what belongs to its side, seen from each victim; and with its own victims alone, within
+        its nominal quota and pools, or borrowing no more than before?"""
         borrowers = self._borrowers()
         if sides := {borrowers[p.running.job.tenant][0] for p in self._trial.taken if p.reason == RECLAIM}:
             return all(self._after(i, r, n) <= 0 for i in sides for r, n in self._limited)
@@ -196,7 +196,7 @@ class Claim:
         return (running for _, running in heapq.merge(*candidates.values()))
 
     def _by_share(self, candidates: dict[str, list[tuple[_Order, Running]]]) -> Iterator[Running]:
-        """Each time the first candidate of the tenant whose side has the largest share, looked at from the root down."""
+        """Each time the first candidate of the tenant whose side has the largest share, seen from the root down."""
         at = {tenant: 0 for tenant, jobs in candidates.items() if jobs}
         while at:
             tenant = min(at, key=lambda name: (self._path(name), candidates[name][at[name]][0]))

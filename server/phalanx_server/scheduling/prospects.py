@@ -4,8 +4,6 @@ Refuses to say more than "perhaps": whatever it turns down could not be helped, 
 is turned down here, once for all jobs of a tenant that are alike.
 """
 
-from math import inf
-
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.nodes import GPUS
 from phalanx_server.scheduling.order import ClassKey
@@ -22,20 +20,38 @@ def is_promising(draft: Draft, key: ClassKey, option: Option) -> bool:
 
 def _is_promising(draft: Draft, key: ClassKey, option: Option) -> bool:
     given = _lent_gpus(draft, option.gpu_type) + _own_gpus(draft, key, option.gpu_type)
-    if given == 0 or not option.gpu_type:
-        given = inf if given or _may_evict_others(draft, key, option) else 0
-    elif given < inf and _may_evict_others(draft, key, option):
-        given = inf
-    if not given:
-        return False
-    if not option.gpu_type:
-        return True
-    return _free_gpus(draft, option.gpu_type) + given >= key.ask.least_replicas * key.ask.shape.gpus
+    wanted = key.ask.least_replicas * key.ask.shape.gpus - _free_gpus(draft, option.gpu_type)
+    given += _others_gpus(draft, key, option)
+    return given > 0 and (not option.gpu_type or given >= wanted)
 
 
-def _free_gpus(draft: Draft, gpu_type: str) -> int:
+def _free_gpus(draft: Draft, gpu_type: str | None) -> int:
     mask = draft.table.of_type(gpu_type) & draft.table.ready
     return int(draft.soon.free[GPUS].clip(min=0)[mask].sum())
+
+
+def _evictable(draft: Draft, gpu_type: str | None) -> list[int]:
+    """By tenant number, what the jobs of its subtree have that somebody might evict; 1 for a CPU job."""
+    question = ("evictable gpus", gpu_type)
+    if question not in draft.memo:
+        forest, now = draft.world.forest, draft.world.now
+        below = [0] * len(forest.tenants)
+        for r in draft.world.running.values():
+            is_candidate = r.gpu_type == gpu_type and r.job.preemptible and r.job.id not in draft.disturbed
+            if is_candidate and r.may_be_disturbed(now, even_protected=draft.even_protected):
+                below[forest.number[r.job.tenant]] += max(1, r.gpus)
+        for i in forest.upward:
+            if (above := forest.parent[i]) >= 0:
+                below[above] += below[i]
+        draft.memo[question] = below
+    return draft.memo[question]
+
+
+def _others_gpus(draft: Draft, key: ClassKey, option: Option) -> int:
+    """What others have who borrow what it asks for, if it could have a right to that."""
+    borrowing = _may_evict_others(draft, key, option)
+    evictable = _evictable(draft, option.gpu_type) if borrowing else []
+    return sum(evictable[b] for _, b in borrowing)
 
 
 def _lent_gpus(draft: Draft, gpu_type: str | None) -> float:
@@ -67,28 +83,35 @@ def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> float:
         draft.memo[question] = sum(
             max(1, r.gpus)
             for r in mine
-            if r.gpu_type == gpu_type and r.job.priority <= most and r.job.preemptible and r.job.id not in draft.disturbed
+            if r.gpu_type == gpu_type
+            and r.job.priority <= most
+            and r.job.preemptible
+            and r.job.id not in draft.disturbed
+            and r.may_be_disturbed(world.now, even_protected=draft.even_protected)
         )
     return float(draft.memo[question])
 
 
-def _may_evict_others(draft: Draft, key: ClassKey, option: Option) -> bool:
-    """Does anybody in its tree borrow what it asks for, and could it have a right to that?"""
+def _may_evict_others(draft: Draft, key: ClassKey, option: Option) -> list[tuple[int, int]]:
+    """The sides in its tree that borrow what it asks for, each with its own side, if it could have a right to that."""
     world, use = draft.world, draft.soon.use
     forest = world.forest
     rules = forest.tenants[forest.number[key.tenant]].preemption
     if rules.reclaim == "never":
-        return False
+        return []
     way = forest.way_up(key.tenant)
     demand = key.ask.shape.demand(option.gpu_type, key.ask.least_replicas)
     limited = [(r, n) for r, n in demand if use.left(way[0], r) is not None]
+    below = [a for a in way[:-1] if all(use.excess(a, r) < 0 for r, _ in limited)]
+    if not below and rules.borrow is None and not world.policy.fair_sharing:
+        return []
     siblings = [(a, b) for a in way[:-1] for b in forest.children[forest.parent[a]] if b != a]
     borrowing = [(a, b) for a, b in siblings if any(use.excess(b, r) > 0 for r, _ in limited)]
-    if not borrowing:
-        return False
-    if rules.borrow is not None or any(all(use.excess(a, r) < 0 for r, _ in limited) for a, _ in borrowing):
-        return True
-    return world.policy.fair_sharing and _is_behind(draft, key, option, borrowing)
+    if rules.borrow is not None or not borrowing:
+        return borrowing
+    if world.policy.fair_sharing and _is_behind(draft, key, option, borrowing):
+        return borrowing
+    return [(a, b) for a, b in borrowing if a in below]
 
 
 def _is_behind(draft: Draft, key: ClassKey, option: Option, borrowing: list[tuple[int, int]]) -> bool:

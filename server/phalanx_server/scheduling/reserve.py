@@ -9,6 +9,7 @@ reservation as in Maui; with predictions as in Tsafrir, Etsion and Feitelson 200
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from phalanx_server.domain.reason import HoldReason
 from phalanx_server.scheduling.draft import Book, Draft, Reservation
@@ -52,11 +53,7 @@ def reserve(draft: Draft, job: str, key: ClassKey, submitted_at: float, options:
 
 
 def _earliest(draft: Draft, key: ClassKey, options: Sequence[Option]) -> _Found | None:
-    looks = 0
-    for at, book in _moments(draft):
-        looks += 1
-        if looks > MOST_LOOKS:
-            return None
+    for at, book in islice(_moments(draft), MOST_LOOKS):
         spot = _spot_at(draft, key, options, at, book)
         if spot is not None:
             return _Found(at, book.copy(at), spot)
@@ -115,7 +112,9 @@ def _once_unprotected(draft: Draft, key: ClassKey, submitted_at: float, options:
     now = draft.world.now
     if not any(not running.may_be_disturbed(now) for running in draft.world.running.values()):
         return None
+    draft.even_protected, memo, draft.memo = True, draft.memo, {}
     room = make_room(draft, key, submitted_at, options, spare_protected=False)
+    draft.even_protected, draft.memo = False, memo
     if room is None:
         return None
     given = [running for running, _ in (*room.evicted, *room.shrunk)]

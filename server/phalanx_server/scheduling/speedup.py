@@ -8,8 +8,8 @@ from math import log2
 from phalanx_server.scheduling.snapshot import Job
 
 LOST_PER_DOUBLING = 0.1
-"""The prior: each doubling of the replicas loses so much of what it could gain at most. That of well-tuned data-parallel
-training between one node and a few (Goyal et al. 2017, fig. 7; Pollux, OSDI'21, fig. 1a, shows both better and worse)."""
+"""The prior: each doubling of the replicas loses so much of what it could gain at most. That is the order of well-tuned
+data-parallel training on a few nodes; Pollux (OSDI'21, fig. 1a) shows both better and worse."""
 
 
 def progress(job: Job, replicas: int) -> float:

@@ -35,7 +35,8 @@ class Trial:
     def __init__(self, draft: Draft, key: ClassKey, option: Option, replicas: int, *, at: float | None = None) -> None:
         self.draft, self.key, self.option, self.replicas = draft, key, option, replicas
         self.demand = key.ask.shape.demand(option.gpu_type, replicas)
-        self.books = [book.copy() for book in draft.soon_until(draft.ends_at(key, at))]
+        soon, *self._later = draft.soon_until(draft.ends_at(key, at))
+        self.books = [soon.copy()]
         self.taken: list[Piece] = []
 
     @property
@@ -73,15 +74,13 @@ class Trial:
     def take_until_it_fits(self, pieces: Iterable[Piece], ends_well: Callable[[], bool]) -> bool:
         """Take pieces in order until the job fits, then give back in reverse order whatever it does not need. What is
         taken in the end is in `taken`. False, and nothing taken, if all of them are not enough."""
-        later, self.books = self.books[1:], self.books[:1]  # few jobs fit without reservations: these are tried last
         for piece in pieces:
             self.lift(piece)
             self.taken.append(piece)
             if not self.fits(ends_well):
                 continue
-            if later:
-                self._add(later)
-                later = []
+            if self._later:
+                self.look_ahead()
                 if not self.fits(ends_well):
                     continue
             self._spare(ends_well)
@@ -89,15 +88,17 @@ class Trial:
         for piece in self.taken:
             self.lift(piece, -1)
         self.taken = []
-        self.books += later
         return False
 
-    def _add(self, later: list[Book]) -> None:
-        for book in later:
+    def look_ahead(self) -> None:
+        """From now on what is reserved counts as well. Few jobs fit without, so this comes last."""
+        for book in self._later:
+            mine = book.copy()
             for piece in self.taken:
-                if book.at < piece.ends_at:
-                    book.take(piece.load, -1)
-        self.books += later
+                if mine.at < piece.ends_at:
+                    mine.take(piece.load, -1)
+            self.books.append(mine)
+        self._later = []
 
     def _spare(self, ends_well: Callable[[], bool]) -> None:
         for piece in reversed(list(self.taken)):
