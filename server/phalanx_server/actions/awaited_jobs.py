@@ -8,17 +8,17 @@ from typing import TypeAlias
 from uuid import UUID
 
 from phalanx_server.domain.access import Actor
-from phalanx_server.domain.dependency import Verdict, judge
+from phalanx_server.domain.dependency import Kind, Verdict, judge
 from phalanx_server.domain.errors import FieldError
 from phalanx_server.domain.spec import JobSpec, field_of
 from phalanx_server.store import ids
 from phalanx_server.store.dependencies import Target
 
-Unmet: TypeAlias = Sequence[tuple[UUID, str]]
+Unmet: TypeAlias = Sequence[tuple[UUID, Kind]]
 """What one job waits for: a job or an array, and how (`ok`, `any`)."""
 
 
-def awaited_by(spec: JobSpec) -> Iterator[tuple[str, int, str, UUID]]:
+def awaited_by(spec: JobSpec) -> Iterator[tuple[Kind, int, str, UUID]]:
     """Every condition of a job: its kind, its place in the list, the id as it is written and as it is stored."""
     for kind, index, name in spec.after.each() if spec.after else ():
         yield kind, index, name, ids.parse("array" if name.startswith("array_") else "job", name)

@@ -45,8 +45,10 @@ class After(Part):
 
     def each(self) -> Iterator[tuple[Kind, int, str]]:
         """Every condition, with its place in its list."""
-        yield from (("ok", index, name) for index, name in enumerate(self.ok))
-        yield from (("any", index, name) for index, name in enumerate(self.any))
+        for index, name in enumerate(self.ok):
+            yield "ok", index, name
+        for index, name in enumerate(self.any):
+            yield "any", index, name
 
 
 class Verdict(StrEnum):
