@@ -48,7 +48,7 @@ class Book:
         self.free[:, load.columns] -= times * load.amounts
         self.use.charge(load.tenant, load.demand, times)
         if self.occupants is not None:
-            self.occupants.enter(load.account, load.columns, times=times)
+            self.occupants.enter(load.account, load.columns, load.replicas, times=times)
 
 
 Books = Sequence[Book]
@@ -127,8 +127,8 @@ class Draft:
         occupants = Occupants(len(self.table.names))
         for job in self.world.jobs.values():
             if job.state != "queued":
-                columns, _ = self.world.on_nodes(job, states_of(job))
-                occupants.enter(self.world.account(job.tenant, job.id), columns)
+                load = self.world.load(job, states_of(job))
+                occupants.enter(load.account, load.columns, load.replicas)
         return occupants
 
     # ------------------------------------------------------------------ what is free
@@ -231,7 +231,7 @@ class Draft:
         """What a job of the class would take there."""
         amounts = np.outer(amounts_of(key.ask.shape), np.array(spot.replicas, dtype=np.int64))
         demand = key.ask.shape.demand(spot.gpu_type, sum(spot.replicas))
-        return Load(key.tenant, self.account(key, job), demand, spot.columns, amounts)
+        return Load(key.tenant, self.account(key, job), demand, spot.columns, spot.replicas, amounts)
 
     def make(self, room: Room, for_job: str | None) -> None:
         """Decide who stops, shrinks and moves."""

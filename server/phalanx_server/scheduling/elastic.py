@@ -53,7 +53,7 @@ def _parts(draft: Draft, running: Running) -> Iterator[Piece]:
         for _ in range(min(parts, on[node])):
             amounts = amounts_of(shape).reshape(3, 1) * each
             demand = shape.demand(running.gpu_type, each)
-            load = Load(job.tenant, running.load.account, demand, [draft.table.column[node]], amounts)
+            load = Load(job.tenant, running.load.account, demand, [draft.table.column[node]], [each], amounts)
             yield Piece(running, load, "", draft.world.expected_end(job), (node, each))
         parts -= min(parts, on[node])
 

@@ -181,12 +181,12 @@ class Occupants:
         twin._on = {i: Counter(owners) for i, owners in self._on.items()}
         return twin
 
-    def enter(self, owner: str, columns: Iterable[int], *, times: int = 1) -> None:
-        """The owner has something more on these nodes; `times` -1: something less."""
+    def enter(self, owner: str, columns: Iterable[int], replicas: Iterable[int], *, times: int = 1) -> None:
+        """The owner has so many more replicas on these nodes; `times` -1: so many less."""
         mine = self._numbers.setdefault(owner, len(self._numbers) + 1)
-        for i in columns:
+        for i, count in zip(columns, replicas, strict=True):
             on = self._on.setdefault(i, Counter())
-            on[mine] += times
+            on[mine] += times * count
             if not on[mine]:
                 del on[mine]
             self.sole[i] = self.MIXED if len(on) > 1 else next(iter(on), self.EMPTY)

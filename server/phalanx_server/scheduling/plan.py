@@ -101,6 +101,21 @@ class Plan:
         """Every queued job that does not start, with why."""
         return tuple(hold for group in self.hold_groups for hold in group.holds())
 
+    @property
+    def stops(self) -> bool:
+        """Does it stop anybody, for good or to go on differently?"""
+        return bool(self.preemptions or self.resizes or self.migrations)
+
+    def and_then(self, later: "Plan") -> "Plan":
+        """Both, the later one made on what the first leads to: who waits, and why, is what that one says."""
+        return Plan(
+            starts=self.starts + later.starts,
+            preemptions=self.preemptions + later.preemptions,
+            resizes=self.resizes + later.resizes,
+            migrations=self.migrations + later.migrations,
+            hold_groups=later.hold_groups,
+        )
+
     def hold_of(self, job: str) -> Hold | None:
         """Why this job waits, without spelling out the others; None if the plan does not hold it."""
         groups = (g for g in self.hold_groups if job in g.jobs)

@@ -5,7 +5,7 @@ whatever order its lists are, and `Planner.apply` gives what `schedule` gives on
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from phalanx_server.scheduling.decide import Desk, Waits, hold_for
@@ -19,8 +19,12 @@ from phalanx_server.scheduling.order import Rank, Turn, Turns, rank_of, turn_of
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.reserve import MOST_RESERVATIONS, WAITING_HELPS, reserve
-from phalanx_server.scheduling.snapshot import Changes, Snapshot
+from phalanx_server.scheduling.snapshot import Changes, Job, Seat, Snapshot
 from phalanx_server.scheduling.world import World
+
+
+MOST_ROUNDS = 8
+"""So often a pass looks at most whether what it stops changes anything for others."""
 
 
 def schedule(snapshot: Snapshot) -> Plan:
@@ -35,7 +39,41 @@ def schedule(snapshot: Snapshot) -> Plan:
     4. Let CPU jobs try again if GPU jobs started, which may have taken less than their share of CPUs.
     5. Give what is left to elastic jobs, where it buys the most progress.
     """
-    return _run(World(snapshot))
+    return _settled(World(snapshot))
+
+
+def _settled(world: World) -> Plan:
+    """The plan, after which nothing is left to decide while the jobs that it stops are still stopping: where it stops
+    any, the pass is run again on a world where they do, until that adds nothing. The world is left as it was."""
+    plan = latest = _run(world)
+    undo: list[Changes] = []
+    while latest.stops and len(undo) < MOST_ROUNDS:
+        changes = Changes(now=world.now, jobs=tuple(begun(world, latest)))
+        undo.append(world.undo_of(changes))
+        world.absorb(changes)
+        latest = _run(world)
+        plan = plan.and_then(latest)
+    for changes in reversed(undo):
+        world.absorb(changes)
+    return plan
+
+
+def begun(world: World, plan: Plan) -> Iterator[Job]:
+    """The jobs that a plan touches, at the moment when it begins to be carried out."""
+    for start in plan.starts:
+        job = world.jobs[start.job]
+        yield replace(
+            job, state="running", started_at=world.now, gpu_type=start.gpu_type, placement=start.placement, kept=None
+        )
+    for victim in plan.preemptions:
+        yield replace(world.jobs[victim.job], state="stopping", for_job=victim.for_job)
+    for move in (*plan.resizes, *plan.migrations):
+        goes_on = Seat(gpu_type=world.running[move.job].gpu_type, placement=move.placement)
+        yield replace(world.jobs[move.job], state="stopping", for_job=move.for_job, next=goes_on)
+    for group in plan.hold_groups:
+        if group.kept is not None:
+            for job_id in group.jobs:
+                yield replace(world.jobs[job_id], kept=group.kept)
 
 
 def _run(world: World) -> Plan:
@@ -201,7 +239,7 @@ class Planner:
 
     def plan(self) -> Plan:
         """The plan for things as they are."""
-        return _run(self._world)
+        return _settled(self._world)
 
     def apply(self, changes: Changes) -> Plan:
         """Take changes in and plan."""

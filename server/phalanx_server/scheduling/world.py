@@ -31,15 +31,19 @@ class Load:
     account: str
     demand: Demand
     columns: list[int]
+    replicas: list[int]
     amounts: Amounts
 
     def without(self, parts: Iterable["Load"]) -> "Load":
         """What is left of it without these parts, each on nodes of its own."""
-        amounts, demand = self.amounts.copy(), Counter(dict(self.demand))
+        amounts, replicas, demand = self.amounts.copy(), list(self.replicas), Counter(dict(self.demand))
         for part in parts:
+            for column, count in zip(part.columns, part.replicas, strict=True):
+                replicas[self.columns.index(column)] -= count
             amounts[:, [self.columns.index(column) for column in part.columns]] -= part.amounts
             demand.subtract(dict(part.demand))
-        return replace(self, amounts=amounts, demand=tuple((r, n) for r, n in demand.items() if n))
+        left = tuple((r, n) for r, n in demand.items() if n)
+        return replace(self, amounts=amounts, replicas=replicas, demand=left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,17 +221,14 @@ class World:
 
     def load(self, job: Job, states: Sequence[Seat]) -> Load:
         """What a job takes that has these states: the largest of them, on each node and of each resource."""
-        columns, amounts = self.on_nodes(job, states)
-        return Load(job.tenant, self.account(job.tenant, job.id), self.demand(job, states), columns, amounts)
+        columns, replicas = self.table.columns_of(_largest([spread(s.placement) for s in states]))
+        amounts = np.outer(amounts_of(shape_of(job)), np.array(replicas, dtype=np.int64))
+        account = self.account(job.tenant, job.id)
+        return Load(job.tenant, account, self.demand(job, states), columns, replicas, amounts)
 
     def account(self, tenant: str, job: str) -> str:
         """Jobs of one account may share a node, as far as `policy.share_nodes` cares."""
         return {"all": "", "tenant": self.forest.branch(tenant), "none": job}[self.policy.share_nodes]
-
-    def on_nodes(self, job: Job, states: Iterable[Seat]) -> tuple[list[int], Amounts]:
-        """(columns, what is taken there): on each node the largest of the states."""
-        columns, replicas = self.table.columns_of(_largest([spread(s.placement) for s in states]))
-        return columns, np.outer(amounts_of(shape_of(job)), np.array(replicas, dtype=np.int64))
 
     def demand(self, job: Job, states: Iterable[Seat]) -> Demand:
         """What counts against quotas: of each resource the largest of the states."""
