@@ -3,41 +3,7 @@
 import pytest
 from phalanx_server.scheduling.planner import schedule
 from phalanx_server.scheduling.snapshot import parse_snapshot
-
-NOW = 1000
-
-
-def node(name, gpus=8, **more):
-    return {"name": name, "gpu_type": "h100", "gpus": gpus, **more}
-
-
-def queued(id_, gpus=1, replicas=1, **more):
-    base = {"id": id_, "tenant": "t", "replicas": replicas, "gpus_per_replica": gpus, "submitted_at": 1}
-    return {**base, "state": "queued", **more}
-
-
-def running(id_, on, gpus=1, **more):
-    placement = [{"node": name, "replicas": count} for name, count in on.items()]
-    here = {"state": "running", "started_at": 2, "placement": placement}
-    return queued(id_, gpus, sum(on.values()), **here, **more)
-
-
-def plan_of(jobs, nodes=None, tenants=None, **more):
-    nodes, tenants = nodes or [node("n0"), node("n1")], tenants or [{"name": "t"}]
-    return schedule(parse_snapshot({"now": NOW, "jobs": jobs, "nodes": nodes, "tenants": tenants, **more}))
-
-
-def starts_of(plan):
-    return {s.job: {p.node: p.replicas for p in s.placement} for s in plan.starts}
-
-
-def tenant(name, parent=None, **quotas):
-    return {
-        "name": name,
-        "parent": parent,
-        "quotas": {r: q if isinstance(q, dict) else {"nominal": q} for r, q in quotas.items()},
-    }
-
+from snapshots import NOW, node, plan_of, queued, running, starts_of, tenant
 
 PLACED = {
     "the higher priority goes first": (

@@ -30,6 +30,7 @@ from phalanx_server.scheduling.snapshot import (
     parse_snapshot,
     spread,
 )
+from rounds import carried_out, started, stopped
 
 NOW = 1000.0
 TYPES = ("a", "b")
@@ -222,65 +223,8 @@ def some_of(names):
     return st.lists(st.sampled_from(names), unique=True, max_size=3) if names else st.just([])
 
 
-def started(snapshot: Snapshot, plan: Plan) -> Snapshot:
-    """The snapshot with what the plan starts running, and what it keeps kept."""
-    starts = {s.job: s for s in plan.starts}
-    kept = {h.job: h.kept for h in plan.holds if h.kept}
-    return replace(snapshot, jobs=tuple(_carried_out(j, starts.get(j.id), kept.get(j.id)) for j in snapshot.jobs))
-
-
-def _carried_out(job, start, kept):
-    if start is not None:
-        return replace(
-            job,
-            state="running",
-            kept=None,
-            started_at=NOW,
-            gpu_type=start.gpu_type,
-            placement=start.placement,
-        )
-    return job if kept is None else replace(job, kept=kept)
-
-
-def carried_out(snapshot: Snapshot, plan: Plan) -> Snapshot:
-    """The snapshot with what the plan starts running, what it keeps kept, and who gives way stopping."""
-    victims = {p.job: p.for_job for p in plan.preemptions}
-    moves = {m.job: m for m in (*plan.resizes, *plan.migrations)}
-    jobs = []
-    for job in started(snapshot, plan).jobs:
-        if job.id in victims:
-            job = replace(job, state="stopping", for_job=victims[job.id])
-        elif job.id in moves:
-            move = moves[job.id]
-            goes_on = Seat(gpu_type=type_of(snapshot, job), placement=move.placement)
-            job = replace(job, state="stopping", for_job=move.for_job, next=goes_on)
-        jobs.append(job)
-    return replace(snapshot, jobs=tuple(jobs))
-
-
-def type_of(snapshot: Snapshot, job: Job) -> str | None:
-    if not job.gpus_per_replica:
-        return None
-    return job.gpu_type or next(n.gpu_type for n in snapshot.nodes if n.name == job.placement[0].node)
-
-
 def decisions(plan: Plan):
     return [*plan.starts, *plan.preemptions, *plan.resizes, *plan.migrations]
-
-
-def stopped(snapshot: Snapshot) -> Snapshot:
-    """The snapshot when all that is stopping has stopped, and goes on at its `next`."""
-    jobs = []
-    for job in snapshot.jobs:
-        if job.state != "stopping":
-            jobs.append(job)
-        elif job.next is not None:
-            jobs.append(
-                replace(
-                    job, state="running", placement=job.next.placement, next=None, for_job=None, started_at=NOW
-                ),
-            )
-    return replace(snapshot, jobs=tuple(jobs))
 
 
 def taken_on(snapshot):
