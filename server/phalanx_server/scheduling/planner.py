@@ -38,6 +38,7 @@ def schedule(snapshot: Snapshot) -> Plan:
        which it could run is reserved for it.
     4. Let CPU jobs try again if GPU jobs started, which may have taken less than their share of CPUs.
     5. Give what is left to elastic jobs, where it buys the most progress.
+    6. If anybody was stopped, do all of it again as if they were stopping already, until that adds nothing.
     """
     return _settled(World(snapshot))
 
