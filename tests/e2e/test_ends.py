@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 90.0
 JOB_STATES = {state.value for state in JobState}
-GIVES_WAY = (StopCause.PREEMPTION, StopCause.RESIZE, StopCause.MIGRATION, StopCause.DRAIN)
+GIVES_WAY = (StopCause.PREEMPTION, StopCause.RESIZE, StopCause.MIGRATION, StopCause.DRAIN, StopCause.REQUEUE)
 
 # Does as its arguments say, in every attempt ("always") or the first alone: exits, or eats memory, or waits for SIGTERM
 # and then exits. Its first step says that it is ready for that.
@@ -202,6 +202,7 @@ SENTENCES_OF_WAY = {
     StopCause.RESIZE: (Outcome.RESIZED, "stopped to go on with another number of replicas"),
     StopCause.MIGRATION: (Outcome.MIGRATED, "stopped to go on elsewhere"),
     StopCause.DRAIN: (Outcome.DRAINED, "its node is being drained"),
+    StopCause.REQUEUE: (Outcome.REQUEUED, "was put back into the queue"),
 }
 
 
