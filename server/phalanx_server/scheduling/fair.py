@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.order import JobClass, Rank, Turn
+from phalanx_server.scheduling.quota import LEAST_WEIGHT
 
 ENTRY_PENALTY_S = 600.0
 
@@ -124,5 +125,4 @@ class FairTurns:
         for resource, used in self._past[i].items():
             lendable = self._forest.most(self._forest.tenants[above if above >= 0 else i].name, resource)
             largest = max(largest, used / (max(1, lendable or 1) * half_life_s))
-        weight = self._forest.tenants[i].weight
-        return largest / weight if weight > 0 else (float("inf") if largest else 0.0)
+        return largest / max(self._forest.tenants[i].weight, LEAST_WEIGHT)

@@ -14,6 +14,10 @@ from phalanx_server.scheduling.snapshot import Quota, Tenant
 
 _NOTHING = Quota(nominal=0)
 
+LEAST_WEIGHT = 1e-12
+"""What weight 0 counts as: it loses to every other, and two of weight 0 share as two of equal weight, or they would
+take the same GPUs from each other for ever."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -232,7 +236,4 @@ class QuotaUse:
             if borrowed > 0:
                 lendable = self.forest.most_of(above if above >= 0 else i, resource)
                 largest = max(largest, borrowed / max(1, lendable))
-        weight = self.forest.tenants[i].weight
-        if largest and weight <= 0:
-            return float("inf")
-        return largest / weight if largest else 0.0
+        return largest / max(self.forest.tenants[i].weight, LEAST_WEIGHT)
