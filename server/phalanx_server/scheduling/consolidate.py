@@ -54,7 +54,7 @@ def _candidates(trial: Trial) -> Iterator[Running]:
 def may_move(draft: Draft, running: Running) -> bool:
     """Is it preemptible, outside its minimum run time, and left alone so far in this pass?"""
     is_free = running.job.id not in draft.disturbed and running.may_be_disturbed(draft.world.now)
-    return is_free and running.job.preemptible
+    return is_free and running.job.preemptible and not draft.world.is_lost(running)
 
 
 def _several(trial: Trial, candidates: Sequence[Running]) -> Room | None:

@@ -179,17 +179,12 @@ def hold_for(draft: Draft, job: str, spot: Spot) -> HoldGroup:
 
 
 def _victims(draft: Draft, job: str, seat: Seat) -> tuple[str, ...]:
-    """Who stops for it, or on the nodes that are kept for it."""
-    nodes = {p.node for p in seat.placement}
-    made = {
-        d.job
-        for d in (*draft.decided.preemptions, *draft.decided.resizes, *draft.decided.migrations)
-        if d.for_job == job
-    }
-    return tuple(
-        sorted(
-            j.id
-            for j in draft.leaving.values()
-            if j.for_job == job or j.id in made or not nodes.isdisjoint(p.node for p in j.placement)
-        )
-    )
+    """Who stops for it; if nobody does, who leaves the nodes that are kept for it."""
+    decided = draft.decided
+    made = {d.job for d in (*decided.preemptions, *decided.resizes, *decided.migrations) if d.for_job == job}
+    mine = made | {other.id for other in draft.leaving.values() if other.for_job == job}
+    if mine:
+        return tuple(sorted(mine))
+    nodes = {item.node for item in seat.placement}
+    leaving = draft.leaving.values()
+    return tuple(sorted(j.id for j in leaving if not nodes.isdisjoint(item.node for item in j.placement)))

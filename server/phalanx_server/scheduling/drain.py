@@ -21,7 +21,7 @@ def empty_nodes(draft: Draft) -> None:
         return
     for running in sorted(world.running.values(), key=lambda r: (-r.job.priority, r.job.submitted_at, r.job.id)):
         nodes = [world.nodes[item.node] for item in running.job.placement]
-        if any(node.state == "lost" for node in nodes) or not running.may_be_disturbed(world.now):
+        if world.is_lost(running) or not running.may_be_disturbed(world.now):
             continue
         if in_window[running.load.columns].any():
             nowhere = Spot(None, [], [])

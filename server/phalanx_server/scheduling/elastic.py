@@ -40,6 +40,8 @@ def _has_spare(draft: Draft, running: Running, spare_protected: bool) -> bool:
     job = running.job
     if job.min_replicas is None or replicas_of(job) <= job.min_replicas or job.id in draft.disturbed:
         return False
+    if draft.world.is_lost(running):
+        return False
     return running.may_be_disturbed(draft.world.now, even_protected=not spare_protected)
 
 
@@ -138,7 +140,8 @@ def _growable(draft: Draft, left_out: set[str]) -> Iterator[Running]:
     for running in draft.world.elastic.values():
         job = running.job
         is_free = job.id not in draft.disturbed and job.id not in left_out and running.may_be_disturbed(draft.world.now)
-        if is_free and job.max_replicas is not None and replicas_of(job) < job.max_replicas:
+        may_grow = job.max_replicas is not None and replicas_of(job) < job.max_replicas
+        if is_free and may_grow and not draft.world.is_lost(running):
             yield running
 
 

@@ -22,6 +22,9 @@ from phalanx_server.scheduling.world import Running
 MOST_VICTIMS = 4096
 """So many running jobs are considered for one waiting job at most."""
 
+MOST_PROTECTED = 64
+"""And so many when it only looks ahead to the end of minimum run times."""
+
 
 def make_room(
     draft: Draft, key: ClassKey, submitted_at: float, options: Sequence[Option], *, spare_protected: bool = True
@@ -42,7 +45,8 @@ def _take(draft: Draft, key: ClassKey, submitted_at: float, option: Option, *, s
     trial = Trial(draft, key, option, replicas)
     claim = Claim(trial, submitted_at, spare_protected=spare_protected)
     for right in claim.rights():
-        pieces = islice(_pieces(trial, right.victims(), spare_protected=spare_protected), MOST_VICTIMS)
+        most = MOST_VICTIMS if spare_protected else MOST_PROTECTED
+        pieces = islice(_pieces(trial, right.victims(), spare_protected=spare_protected), most)
         if trial.take_until_it_fits(pieces, right.ends_well):
             spot = trial.spot()
             assert spot is not None, "it fitted with what was taken"

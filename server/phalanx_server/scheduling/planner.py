@@ -22,7 +22,6 @@ from phalanx_server.scheduling.reserve import MOST_RESERVATIONS, WAITING_HELPS, 
 from phalanx_server.scheduling.snapshot import Changes, Job, Seat, Snapshot
 from phalanx_server.scheduling.world import World
 
-
 MOST_ROUNDS = 8
 """So often a pass looks at most whether what it stops changes anything for others."""
 
@@ -48,7 +47,7 @@ def _settled(world: World) -> Plan:
     any, the pass is run again on a world where they do, until that adds nothing. The world is left as it was."""
     plan = latest = _run(world)
     undo: list[Changes] = []
-    while latest.stops and len(undo) < MOST_ROUNDS:
+    while plan.stops and latest.decides and len(undo) < MOST_ROUNDS:
         changes = Changes(now=world.now, jobs=tuple(begun(world, latest)))
         undo.append(world.undo_of(changes))
         world.absorb(changes)

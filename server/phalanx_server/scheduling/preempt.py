@@ -75,7 +75,7 @@ class Claim:
             return False
         if not running.may_be_disturbed(self._world.now, even_protected=not self._spare_protected):
             return False
-        return all(self._world.nodes[item.node].state != "lost" for item in running.job.placement)
+        return not self._world.is_lost(running)
 
     def _own(self) -> Iterator[Running]:
         rule = self._rules.within_tenant

@@ -105,13 +105,24 @@ def _may_evict_others(draft: Draft, key: ClassKey, option: Option) -> list[tuple
     below = [a for a in way[:-1] if all(use.excess(a, r) < 0 for r, _ in limited)]
     if not below and rules.borrow is None and not world.policy.fair_sharing:
         return []
-    siblings = [(a, b) for a in way[:-1] for b in forest.children[forest.parent[a]] if b != a]
-    borrowing = [(a, b) for a, b in siblings if any(use.excess(b, r) > 0 for r, _ in limited)]
+    asked = tuple(r for r, _ in limited)
+    borrowing = [(a, b) for a in way[:-1] for b in _borrowing(draft, forest.parent[a], asked) if b != a]
     if rules.borrow is not None or not borrowing:
         return borrowing
     if world.policy.fair_sharing and _is_behind(draft, key, option, borrowing):
         return borrowing
     return [(a, b) for a, b in borrowing if a in below]
+
+
+def _borrowing(draft: Draft, parent: int, resources: tuple[str, ...]) -> list[int]:
+    """The children of a tenant that borrow one of these resources. Starts only add to them: looked at once, and again
+    when room was made."""
+    question = ("borrowing", parent, resources)
+    if question not in draft.memo:
+        use = draft.soon.use
+        children = draft.world.forest.children[parent]
+        draft.memo[question] = [b for b in children if any(use.excess(b, r) > 0 for r in resources)]
+    return draft.memo[question]
 
 
 def _is_behind(draft: Draft, key: ClassKey, option: Option, borrowing: list[tuple[int, int]]) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from phalanx_server.scheduling.draft import Book, Draft
 from phalanx_server.scheduling.fit import room
+from phalanx_server.scheduling.nodes import Amounts, Mask
 from phalanx_server.scheduling.order import ClassKey
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.possible import Option
@@ -38,6 +39,8 @@ class Trial:
         soon, *self._later = draft.soon_until(draft.ends_at(key, at))
         self.books = [soon.copy()]
         self.taken: list[Piece] = []
+        self._counts: Amounts | None = None
+        self._mask: Mask = draft.table.ready
 
     @property
     def book(self) -> Book:
@@ -50,6 +53,11 @@ class Trial:
         for book in self.books[1:]:
             if book.at < piece.ends_at:
                 book.take(piece.load, -times)
+        if self._counts is None or self.book.occupants is not None:
+            self._counts = None  # others may enter nodes that it leaves
+            return
+        columns = piece.load.columns
+        self._counts[columns] = self._room(columns) * self._mask[columns]
 
     def is_in_quota(self) -> bool:
         """Do the quotas leave the job its demand?"""
@@ -57,19 +65,26 @@ class Trial:
 
     def spot(self) -> Spot | None:
         """Where the job would go, quotas apart."""
-        if not self._may_fit():
-            return None
         return self.draft.spot(self.key, self.option.gpu_type, self.books, replicas=self.replicas)
 
     def _may_fit(self) -> bool:
-        free, allowed = self.draft.usable(self.key.ask, self.books), self.draft.allowed(self.key, self.books)
-        columns = self.draft.table.of_type(self.option.gpu_type)
-        counts = room(free[:, columns], self.key.ask.shape, self.replicas) * allowed[columns]
-        return int(np.sum(counts)) >= self.replicas
+        """Is there room for it, all domains together? Asked often, so only where the books have changed."""
+        if self._counts is None:
+            self._mask = self.draft.table.of_type(self.option.gpu_type) & self.draft.allowed(self.key, self.books)
+            self._counts = self._room(slice(None)) * self._mask
+        return int(self._counts.sum()) >= self.replicas
+
+    def _room(self, columns: slice | list[int]) -> Amounts:
+        if self.key.ask.shape.is_cpu_only:
+            return room(self.draft.usable(self.key.ask, self.books)[:, columns], self.key.ask.shape, self.replicas)
+        free = self.books[0].free[:, columns]
+        for book in self.books[1:]:
+            free = np.minimum(free, book.free[:, columns])
+        return room(free, self.key.ask.shape, self.replicas)
 
     def fits(self, ends_well: Callable[[], bool]) -> bool:
         """Would the job be in order now?"""
-        return self.is_in_quota() and ends_well() and self.spot() is not None
+        return self.is_in_quota() and self._may_fit() and ends_well() and self.spot() is not None
 
     def take_until_it_fits(self, pieces: Iterable[Piece], ends_well: Callable[[], bool]) -> bool:
         """Take pieces in order until the job fits, then give back in reverse order whatever it does not need. What is
@@ -98,7 +113,7 @@ class Trial:
                 if mine.at < piece.ends_at:
                     mine.take(piece.load, -1)
             self.books.append(mine)
-        self._later = []
+        self._later, self._counts = [], None
 
     def _spare(self, ends_well: Callable[[], bool]) -> None:
         for piece in reversed(list(self.taken)):

@@ -219,6 +219,10 @@ class World:
             self.running.pop(job.id, None)
             self.of_tenant.get(job.tenant, {}).pop(job.id, None)
 
+    def is_lost(self, running: Running) -> bool:
+        """Is it on a lost node, so that stopping it frees nothing before the node is back?"""
+        return any(self.nodes[item.node].state == "lost" for item in running.job.placement)
+
     def load(self, job: Job, states: Sequence[Seat]) -> Load:
         """What a job takes that has these states: the largest of them, on each node and of each resource."""
         columns, replicas = self.table.columns_of(_largest([spread(s.placement) for s in states]))
