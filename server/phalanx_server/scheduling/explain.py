@@ -60,7 +60,7 @@ def _maintenance(draft: Draft, key: ClassKey, gpu_type: str | None, free: Amount
     """The first window to end after which the gang has its place."""
     accepting, limit_s = draft.accepting(key, (draft.now,)), key.ask.run_limit_s
     for ends_at in draft.windows.ends:
-        mask = accepting & draft.windows.clear(limit_s, once_past=ends_at)
+        mask = accepting & draft.windows.clear(limit_s, at=ends_at)
         if holds_gang(draft.table, free, sized(key.ask, key.ask.least_replicas), gpu_type, mask):
             return InMaintenance(ends_at, limit_s)
     raise AssertionError("without any window it would have its place")

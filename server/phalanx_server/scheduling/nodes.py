@@ -143,14 +143,14 @@ class Windows:
         self._width = len(table.names)
         self._windows = [(w.starts_at, w.ends_at, table.mask_of(w.nodes)) for w in maintenance if w.ends_at > now]
 
-    def clear(self, run_limit_s: float | None, *, at: float | None = None, once_past: float | None = None) -> Mask:
+    def clear(self, run_limit_s: float | None, *, at: float | None = None) -> Mask:
         """The nodes on which a job that starts now, or `at` a later time, is sure to end before a window starts.
-        Windows that end by `once_past`, or before it starts, do not count."""
+        Windows that end before it starts do not count."""
         starts = self._now if at is None else at
         run_ends_at = float("inf") if run_limit_s is None else starts + run_limit_s
         mask = np.ones(self._width, dtype=np.bool_)
         for starts_at, ends_at, nodes in self._windows:
-            if starts_at < run_ends_at and ends_at > starts and (once_past is None or ends_at > once_past):
+            if starts_at < run_ends_at and ends_at > starts:
                 mask &= ~nodes
         return mask
 

@@ -106,11 +106,6 @@ class Plan:
         """Does it stop anybody, for good or to go on differently?"""
         return bool(self.preemptions or self.resizes or self.migrations)
 
-    @property
-    def decides(self) -> bool:
-        """Does it start or stop anybody?"""
-        return bool(self.starts) or self.stops
-
     def and_then(self, later: "Plan") -> "Plan":
         """Both, the later one made on what the first leads to: who waits, and why, is what that one says."""
         return Plan(

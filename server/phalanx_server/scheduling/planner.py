@@ -47,8 +47,11 @@ def _settled(world: World) -> Plan:
     any, the pass is run again on a world where they do, until that adds nothing. The world is left as it was."""
     plan = latest = _run(world)
     undo: list[Changes] = []
-    while plan.stops and latest.decides and len(undo) < MOST_ROUNDS:
-        changes = Changes(now=world.now, jobs=tuple(begun(world, latest)))
+    while plan.stops and len(undo) < MOST_ROUNDS:
+        news = tuple(job for job in begun(world, latest) if job != world.jobs[job.id])
+        if not news:
+            break
+        changes = Changes(now=world.now, jobs=news)
         undo.append(world.undo_of(changes))
         world.absorb(changes)
         latest = _run(world)
