@@ -1,5 +1,5 @@
-"""Cancels a job or the jobs of an array: at once where one waits; where it holds GPUs, its attempt is asked to stop, and
-its end decides.
+"""Cancels a job, or the jobs of an array: at once where one waits; where it holds GPUs, its attempt is asked to stop,
+and its end decides.
 
 Owns the intent (`cancel_requested_at`). Asking again is harmless.
 """
