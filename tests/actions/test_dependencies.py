@@ -13,10 +13,9 @@ from phalanx_server.actions.submit_jobs import Submission, Submitter
 from phalanx_server.domain.access import SYSTEM, Actor
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.spec import parse_job
-from phalanx_server.scheduling.snapshot import Dependency, Job, Policy
+from phalanx_server.scheduling.snapshot import Dependency, Job
 from phalanx_server.store import ids
 from phalanx_server.store.schema import dependencies, events, jobs, outbox, tenants
-from phalanx_server.store.snapshots import load_snapshot, reading
 from sqlalchemy import insert, select
 
 
@@ -34,12 +33,7 @@ async def known(plane: ControlPlane, job_id: UUID) -> Job:
     """The job as the planner knows it after a pass and its decisions, which is as a fresh load has it."""
     await plane.tick()
     await plane.tick()
-    assert plane.scheduler._memory is not None
-    live = {job.id: job for job in plane.scheduler._memory.planner.snapshot().jobs}
-    async with reading(plane.engine) as conn:
-        snapshot, _ = await load_snapshot(conn, plane.now, Policy())
-    assert {job.id: job for job in snapshot.jobs} == live
-    return live[job_id.hex]
+    return (await plane.known_jobs())[job_id.hex]
 
 
 async def hold_of(plane: ControlPlane, job_id: UUID) -> str:

@@ -6,7 +6,7 @@ Nothing here sleeps: `now` moves when a test moves it.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.spec import parse_job
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.schedule import ScheduleLoop
-from phalanx_server.scheduling.snapshot import Policy
+from phalanx_server.scheduling.snapshot import Job, Policy
 from phalanx_server.store import ids
 from phalanx_server.store.jobs import JobRow, insert_jobs
 from phalanx_server.store.logs import LogFiles
 from phalanx_server.store.schema import attempts, clusters, events, jobs, nodes, placements, tenants
+from phalanx_server.store.snapshots import load_snapshot, reading
 from sqlalchemy import Row, Table, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -229,6 +230,16 @@ class ControlPlane:
         codes = exit_codes if len(exit_codes) > 1 else exit_codes * MOST_RANKS
         exits = [m.RankExit(rank=rank, exit_code=code) for rank, code in enumerate(codes)]
         return self.fact(attempt, "ended", exits=exits, **values)
+
+    async def known_jobs(self) -> dict[str, Job]:
+        """The jobs that the scheduler has in memory, which are those that another would load, but for forecasts."""
+        assert self.scheduler._memory is not None
+        live = self.scheduler._memory.planner.snapshot().jobs
+        async with reading(self.engine) as conn:
+            loaded = (await load_snapshot(conn, self.now, self.policy))[0].jobs
+        plain = [{job.id: replace(job, predicted_s=None, speedup=None) for job in jobs} for jobs in (live, loaded)]
+        assert plain[0] == plain[1]
+        return plain[0]
 
     async def node_report(self, name: str, *, seq: int | None = None, boot: str | None = None, **parts: Any) -> Any:
         """What a runner sends; numbered by itself unless `seq` is given."""
