@@ -27,7 +27,9 @@ def empty_nodes(draft: Draft) -> None:
             nowhere = Spot(None, [], [])
             draft.make(Room(nowhere, evicted=((running, MAINTENANCE),)), None)
         elif any(node.state == "draining" for node in nodes) and may_move(draft, running):
+            draft.soon.take(running.load, -1)  # what it has on nodes that stay it may keep
             spot = spot_for(draft, running, [draft.soon])
+            draft.soon.take(running.load)
             if spot is not None:
                 seat = Seat(gpu_type=running.gpu_type, placement=spot.placement(draft.table))
                 draft.make(Room(spot, moved=((running, seat),)), None)
