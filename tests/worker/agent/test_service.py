@@ -234,6 +234,33 @@ async def test_what_is_dropped_while_it_starts_is_reported_gone(scene: Scene) ->
     await scene.forgotten()
 
 
+async def test_the_server_is_told_how_many_facts_wait_and_how_many_may(scene: Scene) -> None:
+    """Ready, started and ended of each attempt that is held, and of each of its nodes that it is gone."""
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(0, 0)])
+    await scene.started()
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(0, 5)])
+    scene.link.deaf = True
+    scene.a.end("att_1", exit_code=0)
+    scene.b.end("att_1", exit_code=0)
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(1, 5)])
+    scene.link.deaf = False
+    await scene.reported("ended")
+    await scene.forgotten()
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(0, 0)])
+
+
+async def test_what_is_on_the_nodes_and_nobody_wants_counts_too() -> None:
+    scene = Scene()
+    async with running(scene.agent):
+        await scene.started()
+    scene.link.deaf = True
+    scene.link.drop("att_1")
+    scene.link.backlogs.clear()
+    async with running(scene.new_agent()):
+        await scene.until(lambda: scene.link.backlogs[-1:] == [(2, 5)])
+    assert all(waiting <= most for waiting, most in scene.link.backlogs)
+
+
 async def test_facts_wait_in_order_while_the_server_is_away(scene: Scene) -> None:
     await scene.started()
     scene.link.away = True
