@@ -23,8 +23,9 @@ pytestmark = pytest.mark.ray
 BOTH = {"node-0": [0, 1], "node-1": [0, 1]}
 START_TIMEOUT_S = 90.0  # the first start waits until torch is imported on both nodes
 NODE_LOSS_TIMEOUT_S = 40.0
-# Prints which calls of actors Ray's GCS keeps. The last of each runner asks to be kept; as a runner's events are told in
-# their order, GCS has heard of all before it too.
+
+# Prints which calls of actors Ray's GCS keeps. The last of each runner asks to be kept; as a runner's events are told
+# in their order, GCS has heard of all before it too.
 KEPT_CALLS = """
 import sys, time
 from pathlib import Path
