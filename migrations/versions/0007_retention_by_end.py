@@ -1,4 +1,4 @@
-"""What an agent keeps for the server; jobs by their end, and how far each kind of their files is forgotten.
+"""What an agent keeps for the server; jobs by their end and how far their files are forgotten; indexes for the rest.
 
 Revision ID: 0007
 Revises: 0006
@@ -15,6 +15,8 @@ depends_on = None
 UP = """
 ALTER TABLE clusters ADD COLUMN agent_backlog jsonb;
 CREATE INDEX jobs_finished ON jobs (finished_at, id) WHERE finished_at IS NOT NULL;
+CREATE INDEX outbox_delivered ON outbox (delivered_at) WHERE delivered_at IS NOT NULL;
+CREATE INDEX tokens_expired ON tokens (expires_at) WHERE kind = 'node';
 CREATE TABLE retention (
     what text PRIMARY KEY,
     finished_at timestamptz NOT NULL,
@@ -23,6 +25,8 @@ CREATE TABLE retention (
 """
 DOWN = """
 DROP TABLE retention;
+DROP INDEX tokens_expired;
+DROP INDEX outbox_delivered;
 DROP INDEX jobs_finished;
 ALTER TABLE clusters DROP COLUMN agent_backlog;
 """

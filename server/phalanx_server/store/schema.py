@@ -149,6 +149,7 @@ tokens = Table(
     Column("expires_at", Time),
     Column("revoked_at", Time),
 )
+Index("tokens_expired", tokens.c.expires_at, postgresql_where=text("kind = 'node'"))
 Index("tokens_node", tokens.c.node_id, postgresql_where=tokens.c.node_id.isnot(None))
 
 # ------------------------------------------------------------------ work
@@ -395,6 +396,7 @@ outbox = Table(
     Column("delivered_at", Time),
     Column("last_error", Text),
 )
+Index("outbox_delivered", outbox.c.delivered_at, postgresql_where=outbox.c.delivered_at.isnot(None))
 Index("outbox_due", outbox.c.due_at, postgresql_where=outbox.c.delivered_at.is_(None))
 
 idempotency_keys = Table(
