@@ -209,6 +209,7 @@ class Job(Model):
     bundle: str | None = None
     created_by: str = ""
     version: int = 0
+    warnings: list[str] = field(default_factory=list)  # with the answer to a submit only
 
     @property
     def ended(self) -> bool:

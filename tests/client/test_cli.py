@@ -152,6 +152,15 @@ def test_dry_run_says_what_would_happen(wired: FakeServer, run: Run, tmp_path: P
     assert result.stderr == "warning: w1\n" and wired.requests[0].url.params["dry_run"] == "true"
 
 
+@pytest.mark.parametrize("words", [[], ["--follow"]])
+def test_what_may_not_be_as_meant_is_said_at_submit(
+    wired: FakeServer, run: Run, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.cli.submit._follow", lambda *_: 0)
+    wired.on("POST /v1/jobs", answer({"id": JOB_ID, "name": "lm", "state": "queued", "warnings": ["w1"]}, 201))
+    assert "warning: w1\n" in run("submit", *words, job_file(tmp_path, "name: lm\n")).stderr
+
+
 # ------------------------------------------------------------------ exit codes
 
 

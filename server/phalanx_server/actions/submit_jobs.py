@@ -17,7 +17,8 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from phalanx_server.actions.check_jobs import Checked, Hardware, Request, check_jobs
+from phalanx_server.actions.check_jobs import Checked, Request, check_jobs
+from phalanx_server.actions.hardware import HardwareWatch
 from phalanx_server.actions.idempotency import Idempotency, judge
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.errors import Invalid, PhalanxError, Unavailable
@@ -38,7 +39,8 @@ WAITING_MAX_JOBS = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job as it was just accepted, with the columns of `store.job_views`: what has not happened yet is None."""
+    """A job as it was just accepted, with the columns of `store.job_views`: what has not happened yet is None; and what
+    may not be as it was meant."""
 
     id: UUID
     tenant: str
@@ -51,6 +53,7 @@ class NewJob:
     received_at: datetime
     submitted_at: datetime
     held: bool
+    warnings: Sequence[str]
     state: str = JobState.QUEUED.value
     version: int = 1
     attempts: int = 0
@@ -152,7 +155,7 @@ class Submitter:
         self._engine = engine
         self._clock = clock
         self._on_flush = on_flush
-        self._hardware = Hardware()
+        self._hardware = HardwareWatch()
         self._waiting: deque[_Pending] = deque()
         self._waiting_jobs = 0
         self._arrived = asyncio.Event()
@@ -263,15 +266,17 @@ def _fail_all(taken: Sequence[_Pending], error: BaseException) -> None:
 def _build(pending: _Pending, checked: Checked, now: datetime) -> None:
     submission = pending.submission
     request = submission.request()
-    for spec in checked.specs:
+    for spec, warnings in zip(checked.specs, checked.warnings, strict=True):
         path = request.tenant_of(spec)
-        job = _new_job(spec.for_tenant(path), path, submission, max(now, submission.received_at))
+        job = _new_job(spec.for_tenant(path), path, submission, max(now, submission.received_at), warnings)
         pending.jobs.append(job)
         pending.rows.append(_row_of(job, spec, checked.tenants[path], submission.traceparent))
     pending.response = submission.render(pending.jobs) if submission.render else None
 
 
-def _new_job(spec: JobSpec, path: str, submission: Submission, submitted_at: datetime) -> NewJob:
+def _new_job(
+    spec: JobSpec, path: str, submission: Submission, submitted_at: datetime, warnings: Sequence[str]
+) -> NewJob:
     return NewJob(
         id=ids.new_id(),
         tenant=path,
@@ -285,6 +290,7 @@ def _new_job(spec: JobSpec, path: str, submission: Submission, submitted_at: dat
         submitted_at=submitted_at,
         queued_at=submitted_at,
         held=spec.held,
+        warnings=warnings,
     )
 
 

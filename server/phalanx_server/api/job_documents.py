@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel, Field
 from sqlalchemy import Row
 
+from phalanx_server.actions.submit_jobs import NewJob
 from phalanx_server.store import ids
 
 JobRow: TypeAlias = Any
@@ -124,6 +125,12 @@ class Job(BaseModel):
     version: int
 
 
+class AcceptedJob(Job):
+    """A job as the answer to its submit."""
+
+    warnings: list[str] = Field(description="What was accepted and may not be as it was meant.")
+
+
 class Event(BaseModel):
     """Something that happened to a job. Ids grow; they are the SSE ids too."""
 
@@ -170,6 +177,10 @@ def job_document(row: JobRow, *, position: int | None = None) -> Job:
         created_by=row.created_by,
         version=row.version,
     )
+
+
+def accepted_document(job: NewJob) -> AcceptedJob:
+    return AcceptedJob(**dict(job_document(job)), warnings=list(job.warnings))
 
 
 def hold_document(row: JobRow) -> Hold | None:
