@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -325,6 +325,17 @@ def root_warning(nodes: list[dict[str, Any]], log: Path) -> str:
     return f"Jobs of every tenant run as root on {names}: {reach} ({log} says why)"
 
 
+def mount_warnings(allowed: Iterable[str]) -> list[str]:
+    """What to say of directories that jobs may mount, as `--allow-mount` has them, where they cannot."""
+    said = []
+    for text in allowed:
+        path = Path(text.partition(":")[0])
+        if not path.is_dir():
+            what = "not a directory" if path.exists() else "not there"
+            said.append(f"--allow-mount: {path} is {what}: until it is, a job that mounts it does not start")
+    return said
+
+
 def bring_up(machine: Machine, command: list[str]) -> int:
     make_directories(machine.data)
     with exclusive(machine.data), stopped_by_signals() as stop_request:
@@ -373,6 +384,8 @@ def up(
     """Run all of Phalanx on this machine: PostgreSQL, server, scheduler, Ray and its agent."""
     if command and shutil.which(command[0]) is None:
         raise SystemExit(f"phalanx up: {command[0]}: command not found")
+    for warning in mount_warnings(allow_mount or []):
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
     limits = (*(f"--allow-mount={path}" for path in allow_mount or []), f"--attempt-disk={attempt_disk}")
     machine = Machine(data_directory(data), host, port, nodes, gpus_per_node, gpu_type, limits)
     raise SystemExit(bring_up(machine, command or []))

@@ -134,6 +134,8 @@ def test_a_field_that_the_server_refuses_is_shown_with_its_place(wired: FakeServ
         (["jobs", "--label", "x"], "--label is 'x': expected KEY=VALUE"),
         (["jobs", "-o", "xml"], "Invalid value for '--output'"),
         (["jobz"], "No such command 'jobz'. Did you mean 'jobs'?; see `phalanx --help`"),
+        (["nodes", "undrain", "n0"], "No such command 'undrain'. Did you mean 'uncordon'?; see `phalanx nodes --help`"),
+        (["nodes", "cordn", "n0"], "No such command 'cordn'. Did you mean 'cordon'"),
         (["--nonsense"], "No such option: --nonsense"),
         (["cancel"], "Missing argument 'JOB'; see `phalanx cancel --help`"),
         (["quota", "set", "a", "h100"], "nothing to change: give --nominal"),
