@@ -306,6 +306,22 @@ async def test_a_new_agent_clears_a_half_started_gang_before_it_starts_it_again(
         await scene.until(lambda: scene.placements.placed == {"att_1"})
 
 
+async def test_what_an_earlier_agent_began_and_is_to_be_stopped_is_cleared_before_its_end_is_told() -> None:
+    scene = Scene()
+    scene.placements.placed.add("att_1")
+    scene.link.want(replace(GANG, action="stop"))
+    scene.b.hang("kill_group")
+    async with running(scene.agent):
+        await scene.until(lambda: ("kill_group", "att_1") in scene.a.calls)
+        await asyncio.sleep(0.03)
+        assert scene.link.kinds("att_1") == []
+        scene.b.hang()
+        await scene.reported("start_failed")
+        assert ("kill_group", "att_1") in scene.b.calls
+        assert not scene.placements.placed
+        await scene.forgotten()
+
+
 async def test_what_ran_and_is_gone_without_a_trace_is_reported_with_unseen_exits() -> None:
     scene = Scene()
     scene.link.want(replace(GANG, started=True))

@@ -246,9 +246,9 @@ class Agent:
                 gang = self._hold(attempt, Phase.RUNNING)
                 adopt(gang, attempt, groups, self.hosts)
                 self._spawn(self.launcher.report_adopted(gang, attempt))
-            case Refuse(attempt, message, node):
+            case Refuse(attempt, message, node, remains):
                 gang = self._hold(attempt, Phase.CLOSING)
-                self._spawn(self.launcher.refuse(gang, attempt, message=message, node=node))
+                self._spawn(self.launcher.refuse(gang, attempt, message=message, node=node, remains=remains))
             case Stop(attempt_id, grace_s):
                 gang = self.gangs[attempt_id]
                 gang.stopping, gang.first_failed_rank = True, first_failed_rank(gang.groups)
