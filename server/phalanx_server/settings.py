@@ -78,10 +78,11 @@ class Settings(BaseSettings):
     retain_metrics_days: Days = 7
     """Raw metric points; roll-ups are kept as long as events."""
     retain_events_days: Days = 90
-    retain_logs_days: Days = 30
+    retain_logs_days: Annotated[float, Field(ge=2)] = 30
+    """After the end of their job: a node may bring them for a day, and each job is looked at once."""
     retain_bundles_days: Annotated[float, Field(ge=1)] = 30
     """Code bundles, after their last upload or submit and after the end of every job that ran them."""
-    retain_outputs_days: Days = 30
+    retain_outputs_days: Annotated[float, Field(ge=1)] = 30
     """Files that jobs left, after the end of their job."""
     webhook_url: str | None = None
 

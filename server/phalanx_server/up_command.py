@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -328,6 +328,17 @@ def root_warning(nodes: list[dict[str, Any]], log: Path) -> str:
     return f"Jobs of every tenant run as root on {names}: {reach} ({log} says why)"
 
 
+def mount_warnings(allowed: Iterable[str]) -> list[str]:
+    """What to say of directories that jobs may mount, as `--allow-mount` has them, where they cannot."""
+    said = []
+    for text in allowed:
+        path = Path(text.partition(":")[0])
+        if not path.is_dir():
+            what = "not a directory" if path.exists() else "not there"
+            said.append(f"--allow-mount: {path} is {what}: until it is, a job that mounts it does not start")
+    return said
+
+
 def bring_up(machine: Machine, command: list[str]) -> int:
     make_directories(machine.data)
     with exclusive(machine.data), stopped_by_signals() as stop_request:
@@ -392,6 +403,8 @@ def up(
     for label in node_labels or []:
         if not _LABEL.fullmatch(label):
             raise SystemExit(f"phalanx up: --node-labels is {label!r}: expected a label and its values: rack=r0,r1")
+    for warning in mount_warnings(allow_mount or []):
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
     limits = (*(f"--allow-mount={path}" for path in allow_mount or []), f"--attempt-disk={attempt_disk}")
     machine = Machine(
         data_directory(data), host, port, nodes, gpus_per_node, gpu_type, tuple(node_labels or ()), limits

@@ -67,6 +67,15 @@ async def test_how_near_a_runner_is_to_its_bounds_shows(calls: Any) -> None:
     assert not [line for line in lines if line.startswith("phalanx_node_bytes_limit") and "outputs" in line]
 
 
+async def test_how_many_facts_an_agent_keeps_shows(calls: Any) -> None:
+    inventory = {"instance": "a1", "sent_at": 0.0, "nodes": []}
+    shown = ('phalanx_agent_facts{cluster="main"} 3.0', 'phalanx_agent_facts_limit{cluster="main"} 96.0')
+    for said, present in (({}, False), ({"backlog": {"facts": 3, "facts_limit": 96}}, True), ({}, False)):
+        assert (await calls("agent").put("/v1/agent/nodes", json=inventory | said)).status_code == 200
+        lines = (await calls("operator").get("/metrics")).text.splitlines()
+        assert [line in lines for line in shown] == [present] * 2, "an agent of an older version says nothing of it"
+
+
 async def test_a_runner_of_an_older_version_shows_what_it_says(calls: Any, app: FastAPI) -> None:
     report = {"boot": "b", "seq": 1, "sent_at": 0.0, "heartbeat": BEAT}
     assert (await calls("n0").post("/v1/node/reports", json=report)).status_code == 200

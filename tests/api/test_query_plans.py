@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -21,16 +21,23 @@ from fastapi import FastAPI
 from phalanx_server.loops.deliver_outbox import DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.retain import Keep, Retain
 from phalanx_server.loops.schedule import ScheduleLoop
 from phalanx_server.loops.watch_nodes import Patience, WatchNodes
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store import ids
+from phalanx_server.store.bundles import BundleFiles
+from phalanx_server.store.logs import LogFiles
+from phalanx_server.store.outputs import OutputFiles
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 BIG_ROWS = 5_000
 JOBS, QUEUED, LIVE, NODES = 20_000, 6_000, 600, 200
 SECONDS_AGO = "now() - make_interval(secs => :jobs - n)"
+
+# Every ten minutes the holds of all that waits are compared with the queue.
+MAY_READ_ALL = {"Retain": {"holds"}}
 
 # `n` is a job's number, oldest first; the last QUEUED wait, and LIVE before those run.
 LOAD = (
@@ -196,7 +203,7 @@ async def offences(engine: AsyncEngine, statements: Statements) -> list[str]:
             answer = await conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters)
             plan = answer.scalar_one()
         plan = json.loads(plan) if isinstance(plan, str) else plan
-        if read := big.intersection(scanned(plan[0]["Plan"])):
+        if read := big.intersection(scanned(plan[0]["Plan"])) - MAY_READ_ALL.get(doing, set()):
             found.append(f"{doing}: reads all of {', '.join(sorted(read))}: {' '.join(statement.split())[:300]}")
     return found
 
@@ -297,6 +304,21 @@ async def test_links(full: None, app: FastAPI, calls: Any, world: Any) -> None:
     assert await offences(services.links, statements) == []
 
 
+def retain_of(world: Any, leader: Leader) -> Retain:
+    """Some hours of jobs are to be forgotten, and most are not."""
+    keep = Keep(
+        metrics=timedelta(days=7), events=timedelta(hours=5), logs=timedelta(hours=5), outputs=timedelta(hours=5)
+    )
+    return Retain(
+        world.engine,
+        leader,
+        keep=keep,
+        files=LogFiles("memory://"),
+        bundles=BundleFiles("memory://"),
+        outputs=OutputFiles("memory://"),
+    )
+
+
 async def test_the_scheduler(full: None, calls: Any, world: Any, job_file: Any) -> None:
     statements, now = Statements(), datetime.now(UTC)
     leader = Leader(world.engine, holder="a test", ttl_s=600, renew_s=1)
@@ -319,6 +341,7 @@ async def test_the_scheduler(full: None, calls: Any, world: Any, job_file: Any) 
             WatchNodes(world.engine, leader, patience),
             Enforce(world.engine, leader),
             DeliverOutbox(world.engine, leader, webhook_url="http://127.0.0.1:9", client=client),
+            retain_of(world, leader),
         ):
             with statements.of(type(each).__name__):
                 await each.tick(datetime.now(UTC))

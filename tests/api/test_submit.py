@@ -55,8 +55,65 @@ async def test_a_job_is_accepted_and_shown(alice: httpx.AsyncClient, job_file: A
     assert job["state"] == "queued" and job["tenant"] == "research/nlp" and job["priority"] == 10
     assert job["received_at"] <= job["submitted_at"] and job["received_at"].endswith("Z")
     assert job["created_by"] == "alice (token)" and job["spec"]["preemption"]["grace"] == 30.0
+    assert job.pop("warnings") == []
     shown = (await alice.get(f"/v1/jobs/{job['id']}")).json()
     assert shown == job | {"position": 1}
+
+
+MORE_THAN_ALL = [
+    ("as many as there are", {"gpus": 16}, None),
+    ("one more", {"gpus": 17}, "17 × (1 gpu), but all nodes of one cluster together hold at most 16 of these"),
+    (
+        "of whole nodes",
+        {"replicas": 3, "gpus_per_replica": 8, "gpu_types": ["h100"]},
+        "3 × (8 h100), but all h100 nodes of one cluster together hold at most 2 of these",
+    ),
+    (
+        "more memory than all have",
+        {"replicas": 5, "gpus_per_replica": 1, "memory_per_replica": "200GiB"},
+        "5 × (1 gpu, 200 GiB memory), but all nodes of one cluster together hold at most 4 of these",
+    ),
+    ("of CPUs", {"gpus": 0, "replicas": 10, "cpus_per_replica": 64}, "hold at most 2 of these"),
+]
+
+
+@pytest.mark.parametrize(("says", "resources", "warning"), MORE_THAN_ALL, ids=[case[0] for case in MORE_THAN_ALL])
+async def test_what_all_nodes_together_could_not_hold_is_accepted_with_a_warning(
+    alice: httpx.AsyncClient, job_file: Any, says: str, resources: Any, warning: str | None
+) -> None:
+    document = job_file(resources=resources)
+    one = (await alice.post("/v1/jobs", json=document)).json()
+    many = (await alice.post("/v1/jobs/batch", json={"jobs": [job_file(), document]})).json()["items"]
+    tried = (await alice.post("/v1/jobs?dry_run=true", json=document)).json()
+    assert one["state"] == "queued" and many[0]["warnings"] == []
+    for said in (one["warnings"], many[1]["warnings"], tried["warnings"]):
+        assert len(said) == (warning is not None), said
+        assert not said or (warning or "") in said[0], said
+
+
+async def test_nodes_of_every_state_count(alice: httpx.AsyncClient, world: Any, job_file: Any) -> None:
+    async with world.engine.begin() as conn:
+        await conn.exec_driver_sql("UPDATE nodes SET state = 'lost', alive = false")
+    assert (await alice.post("/v1/jobs", json=job_file(resources={"gpus": 16}))).json()["warnings"] == []
+
+
+async def test_where_no_node_was_ever_seen_nothing_is_said_of_them(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    async with world.engine.begin() as conn:
+        await conn.exec_driver_sql("DELETE FROM tokens WHERE node_id IS NOT NULL")
+        await conn.exec_driver_sql("DELETE FROM nodes")
+    assert (await alice.post("/v1/jobs", json=job_file(resources={"gpus": 99}))).json()["warnings"] == []
+
+
+async def test_a_gang_whose_checkpoints_only_one_node_sees_is_warned(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    async with world.engine.begin() as conn:
+        await conn.exec_driver_sql("UPDATE nodes SET facts = '{\"shared_checkpoints\": false}'")
+    gang, one = job_file(resources={"gpus": 2}), job_file(resources={"gpus": 1})
+    answers = [(await alice.post("/v1/jobs", json=document)).json()["warnings"] for document in (gang, one)]
+    assert "PHALANX_CHECKPOINT_DIR is not shared between nodes" in answers[0][0] and answers[1] == []
 
 
 async def test_the_tenant_defaults_to_the_callers_own(alice: httpx.AsyncClient, job_file: Any) -> None:

@@ -134,6 +134,8 @@ def test_a_field_that_the_server_refuses_is_shown_with_its_place(wired: FakeServ
         (["jobs", "--label", "x"], "--label is 'x': expected KEY=VALUE"),
         (["jobs", "-o", "xml"], "Invalid value for '--output'"),
         (["jobz"], "No such command 'jobz'. Did you mean 'jobs'?; see `phalanx --help`"),
+        (["nodes", "undrain", "n0"], "No such command 'undrain'. Did you mean 'uncordon'?; see `phalanx nodes --help`"),
+        (["nodes", "cordn", "n0"], "No such command 'cordn'. Did you mean 'cordon'"),
         (["--nonsense"], "No such option: --nonsense"),
         (["cancel"], "Missing argument 'JOB|ARRAY'; see `phalanx cancel --help`"),
         (["quota", "set", "a", "h100"], "nothing to change: give --nominal"),
@@ -150,6 +152,15 @@ def test_dry_run_says_what_would_happen(wired: FakeServer, run: Run, tmp_path: P
     result = run("submit", "--dry-run", job_file(tmp_path, "name: lm\n"))
     assert result.stdout == "valid; it would wait: needs 16 free GPUs, 4 are [no_capacity]\n"
     assert result.stderr == "warning: w1\n" and wired.requests[0].url.params["dry_run"] == "true"
+
+
+@pytest.mark.parametrize("words", [[], ["--follow"]])
+def test_what_may_not_be_as_meant_is_said_at_submit(
+    wired: FakeServer, run: Run, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.cli.submit._follow", lambda *_: 0)
+    wired.on("POST /v1/jobs", answer({"id": JOB_ID, "name": "lm", "state": "queued", "warnings": ["w1"]}, 201))
+    assert "warning: w1\n" in run("submit", *words, job_file(tmp_path, "name: lm\n")).stderr
 
 
 # ------------------------------------------------------------------ exit codes

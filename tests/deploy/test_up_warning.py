@@ -1,10 +1,10 @@
-"""What `phalanx up` says of nodes on which every tenant's jobs run as root."""
+"""What `phalanx up` says of nodes on which every tenant's jobs run as root, and of directories that are not there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from phalanx_server.up_command import root_warning
+from phalanx_server.up_command import mount_warnings, root_warning
 
 LOG = Path("/data/logs/agent.log")
 
@@ -22,3 +22,12 @@ def test_nodes_whose_ranks_run_as_root_are_named() -> None:
 
 def test_nothing_is_said_where_all_have_their_own() -> None:
     assert root_warning([node("n0", own_users=True), node("gone", own_users=False, alive=False)], LOG) == ""
+
+
+def test_directories_that_jobs_may_mount_and_that_are_not_there_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    there, absent, file = str(tmp_path), str(tmp_path / "absent"), str(tmp_path / "file")
+    assert mount_warnings([there, f"{there}:ro", f"{absent}:ro", file]) == [
+        f"--allow-mount: {absent} is not there: until it is, a job that mounts it does not start",
+        f"--allow-mount: {file} is not a directory: until it is, a job that mounts it does not start",
+    ]

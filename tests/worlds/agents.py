@@ -35,6 +35,7 @@ from phalanx_worker.agent.desired import (
     reconcile,
 )
 from phalanx_worker.agent.hosts import Host
+from phalanx_worker.agent.launch import NO_GENERATION
 from phalanx_worker.agent.service import adopt, look_at
 
 Work = Iterator[None]  # one step under way; every `next` is a tick later
@@ -203,17 +204,18 @@ class FakeAgent:
 
     def _begin(self, step: Step) -> None:
         match step:
-            case Start(attempt, _):
-                self.work.append(self._start(self._hold(attempt, Phase.STARTING), attempt))
+            case Start(attempt, remains):
+                self.work.append(self._start(self._hold(attempt, Phase.STARTING), attempt, remains=remains))
             case Adopt(attempt, groups):
                 gang = self._hold(attempt, Phase.RUNNING)
                 adopt(gang, attempt, groups, self.hosts)  # type: ignore[arg-type]  # it only asks `get`
                 if len(groups) == len(attempt.groups):
                     self._tell(gang, "started", ranks_started=_starts(attempt, self.now_s))
-            case Refuse(attempt, message, node):
+            case Refuse(attempt, message, node, remains):
                 gang = self._hold(attempt, Phase.CLOSING)
-                nodes = [group.node for group in attempt.groups]
-                self.work.append(self._finish(gang, nodes, "start_failed", message=message, node=node))
+                if remains:
+                    gang.generations = {group.node: NO_GENERATION for group in attempt.groups}
+                self.work.append(self._give_up(gang, attempt, message, node))
             case Stop(attempt_id, grace_s):
                 gang = self.gangs[attempt_id]
                 gang.stopping, gang.first_failed_rank = True, first_failed_rank(gang.groups)
@@ -235,15 +237,18 @@ class FakeAgent:
         gang = self.gangs[attempt.attempt_id] = Gang(attempt.attempt_id, attempt.epoch, phase, attempt)
         return gang
 
-    def _start(self, gang: Gang, attempt: protocol.DesiredAttempt) -> Work:
+    def _start(self, gang: Gang, attempt: protocol.DesiredAttempt, *, remains: bool) -> Work:
         """Group by group, a tick apart at times, so that a crash or a lost node finds the gang half started."""
         nodes = [group.node for group in attempt.groups]
-        self.cluster.placement_groups.pop(gang.attempt_id, None)
-        for node in nodes:  # what an earlier agent may have begun
-            runner = self._runner(node)
-            if runner is not None:
-                runner.kill(gang.attempt_id, self.now_s)
-                runner.forget(gang.attempt_id)
+        if remains:
+            cleared = yield from self._clear_all(gang, nodes)
+            self.cluster.placement_groups.pop(gang.attempt_id, None)
+            unknown = [node for node, is_clear in cleared.items() if not is_clear]
+            gang.generations.update(dict.fromkeys(unknown, NO_GENERATION))
+            if unknown:
+                yield from self._give_up(gang, attempt, f"node {unknown[0]} is not alive", unknown[0])
+                return
+            self._forget(gang, nodes)
         began_s = self.now_s
         while not self.cluster.fits(attempt) and self.now_s < began_s + 30 and not gang.aborting:
             yield
@@ -260,7 +265,10 @@ class FakeAgent:
                 host, machine = self.hosts[group.node], self._reached(group.node)
                 if problem is None and machine is not None:
                     gang.generations[group.node] = host.generation
-                    machine.fork(attempt, group, self.now_s)
+                    machine.start_group(attempt, group, self.now_s)
+            while problem is None and not all(self._has_ranks(gang, node) for node in nodes):
+                yield
+                problem = self._problem(gang, attempt)
         if problem is not None:
             yield from self._give_up(gang, attempt, *problem)
             return
@@ -300,6 +308,10 @@ class FakeAgent:
             return preparation.wrong, node
         return True
 
+    def _has_ranks(self, gang: Gang, node: str) -> bool:
+        runner = self._runner(node)
+        return runner is not None and gang.attempt_id in runner.table
+
     def _problem(self, gang: Gang, attempt: protocol.DesiredAttempt) -> Problem | None:
         if gang.aborting:
             return "stopped before it started", None
@@ -315,11 +327,8 @@ class FakeAgent:
         return None
 
     def _give_up(self, gang: Gang, attempt: protocol.DesiredAttempt, message: str, node: str | None) -> Work:
+        cleared = yield from self._clear_all(gang, list(gang.generations))
         self.cluster.placement_groups.pop(gang.attempt_id, None)
-        cleared = {name: self._is_clear(gang.attempt_id, name) for name in gang.generations}
-        while None in cleared.values():
-            yield
-            cleared = {name: self._is_clear(gang.attempt_id, name) for name in gang.generations}
         if all(cleared.values()):
             gang.phase = Phase.CLOSING
             nodes = [group.node for group in attempt.groups]
@@ -329,6 +338,18 @@ class FakeAgent:
         for name, is_clear in cleared.items():
             gang.groups[name] = Group(gang.epoch, GroupState.ENDED if is_clear else GroupState.LOST)
         gang.stopping, gang.phase = True, Phase.RUNNING
+
+    def _clear_all(self, gang: Gang, nodes: list[str]) -> Generator[None, None, dict[str, bool]]:
+        """Each node as soon as it answers; False where it is dead and nobody can tell."""
+        cleared: dict[str, bool] = {}
+        while len(cleared) < len(nodes):
+            for node in [node for node in nodes if node not in cleared]:
+                is_clear = self._is_clear(gang.attempt_id, node)
+                if is_clear is not None:
+                    cleared[node] = is_clear
+            if len(cleared) < len(nodes):
+                yield
+        return cleared
 
     def _is_clear(self, attempt_id: str, node: str) -> bool | None:
         """Kill and look; False where the node is dead and nobody can tell, None where it must be asked again."""
@@ -356,8 +377,14 @@ class FakeAgent:
 
     def _close(self, gang: Gang) -> Work:
         assert gang.attempt is not None
-        self.cluster.placement_groups.pop(gang.attempt_id, None)
         vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
+        cleared = yield from self._clear_all(gang, vanished)
+        if not all(cleared.values()):
+            lost = [node for node, is_clear in cleared.items() if not is_clear]
+            gang.groups.update({node: replace(gang.groups[node], state=GroupState.LOST) for node in lost})
+            gang.phase = Phase.RUNNING
+            return
+        self.cluster.placement_groups.pop(gang.attempt_id, None)
         failed = gang.first_failed_rank
         yield from self._finish(
             gang,

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from datetime import datetime
 
-from machines import Machine, Ranks
+from machines import Machine, Ranks, Starting
 from phalanx_server.domain.job import JOB_TRANSITIONS, JobState
 from phalanx_server.store import ids
 from sqlalchemy import text
@@ -106,16 +106,17 @@ _STEPS = text(
 async def broken(conn: AsyncConnection, machines: Collection[Machine], *, now: datetime) -> list[str]:
     """Everything that is wrong now, in words."""
     running = [(machine, ranks) for machine in machines for ranks in machine.running()]
+    starting = [(machine, each) for machine in machines for each in machine.starting()]
     collecting = [(machine, ranks) for machine in machines for ranks in machine.collecting()]
     return [
         *(f"{row.what}: {row.which}" for row in await conn.execute(_BROKEN, {"now": now})),
-        *_collisions(running),
-        *await _uncharged(conn, [*running, *collecting]),
+        *_collisions([*running, *starting]),
+        *await _uncharged(conn, [*running, *starting, *collecting]),
     ]
 
 
-def _collisions(running: list[tuple[Machine, Ranks]]) -> list[str]:
-    """Two groups on one GPU, or two attempts of one job at once, wherever they run."""
+def _collisions(running: list[tuple[Machine, Ranks | Starting]]) -> list[str]:
+    """Two groups on one GPU, or two attempts of one job at once, wherever they run or are about to."""
     gpus = Counter((machine.name, gpu) for machine, ranks in running for gpu in ranks.place.gpu_indices)
     attempts: dict[str, set[str]] = defaultdict(set)
     for _, ranks in running:
@@ -126,8 +127,8 @@ def _collisions(running: list[tuple[Machine, Ranks]]) -> list[str]:
     ]
 
 
-async def _uncharged(conn: AsyncConnection, running: list[tuple[Machine, Ranks]]) -> list[str]:
-    """What runs is charged: else its GPUs would be given away."""
+async def _uncharged(conn: AsyncConnection, running: list[tuple[Machine, Ranks | Starting]]) -> list[str]:
+    """What runs, or is about to, is charged: else its GPUs would be given away."""
     held = {(ids.encode("attempt", row.id), row.name) for row in await conn.execute(_HELD)}
     return [
         f"{ranks.attempt.attempt_id} runs on {machine.name}, which is not charged for it"

@@ -1,8 +1,8 @@
 """Machines of a fake cluster: what really runs there, and the runner that tells the server of it.
 
-Owns the physical truth that the invariants look at: which ranks run on which GPUs, what is prepared for ranks, what of
-theirs is collected. A machine can be cut off, its raylet and its runner can be killed, and a cut-off runner ends its
-ranks when its fence has run out.
+Owns the physical truth that the invariants look at: which ranks run on which GPUs, what is prepared for ranks or being
+started, what of theirs is collected. A machine can be cut off, its raylet and its runner can be killed, and a cut-off
+runner ends its ranks when its fence has run out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,15 @@ class Preparation:
     attempt: protocol.DesiredAttempt
     ready_at_s: float
     wrong: str = ""
+
+
+@dataclass
+class Starting:
+    """A group whose ranks come up at `ready_at_s`, whether or not the agent that ordered it still lives."""
+
+    attempt: protocol.DesiredAttempt
+    place: protocol.GroupPlacement
+    ready_at_s: float
 
 
 @dataclass
@@ -122,6 +131,7 @@ class Runner:
     contact_s: float  # when it last reached the agent or Ray
     table: dict[str, Ranks] = field(default_factory=dict)
     prepared: dict[str, Preparation] = field(default_factory=dict)
+    starting: dict[str, Starting] = field(default_factory=dict)
     waiting: list[m.NodeReport] = field(default_factory=list)
     seq: int = 0
 
@@ -130,24 +140,27 @@ class Runner:
         return self.waiting[0].seq - 1 if self.waiting else self.seq
 
     def shown(self) -> dict[str, Group]:
+        without_ranks = self.prepared | self.starting
         preparing = {
-            attempt_id: Group(each.attempt.epoch, GroupState.PREPARING) for attempt_id, each in self.prepared.items()
+            attempt_id: Group(each.attempt.epoch, GroupState.PREPARING) for attempt_id, each in without_ranks.items()
         }
         return preparing | {attempt_id: ranks.shown(self.taken) for attempt_id, ranks in self.table.items()}
 
     def kill(self, attempt_id: str, now_s: float) -> None:
         self.prepared.pop(attempt_id, None)
+        self.starting.pop(attempt_id, None)
         if attempt_id in self.table:
             self.table[attempt_id].kill(now_s)
 
     def forget(self, attempt_id: str) -> None:
         self.prepared.pop(attempt_id, None)
+        self.starting.pop(attempt_id, None)
         self.table.pop(attempt_id, None)
 
     def present(self) -> list[m.AttemptRef]:
-        """What has ranks, leaves outputs or is prepared for ranks."""
+        """What has ranks, leaves outputs, or is prepared or started to have ranks."""
         attempts = [
-            *(each.attempt for each in self.prepared.values()),
+            *(each.attempt for each in (self.prepared | self.starting).values()),
             *(ranks.attempt for ranks in self.table.values() if not ranks.over),
         ]
         return [m.AttemptRef(attempt_id=each.attempt_id, epoch=each.epoch) for each in attempts]
@@ -216,8 +229,12 @@ class Machine:
     def collecting(self) -> list[Ranks]:
         return [each for each in self.runner.table.values() if not each.runs and not each.over] if self.runner else []
 
+    def starting(self) -> list[Starting]:
+        return list(self.runner.starting.values()) if self.runner else []
+
     def pass_time(self, now_s: float) -> None:
-        """What happens by itself: the raylet comes back, ranks end, outputs are collected, the fence runs out."""
+        """What happens by itself: the raylet comes back, ranks come up and end, outputs are collected, the fence runs
+        out."""
         if self.ray_id is None and now_s >= self.back_at_s:
             self.start(now_s)
         if self.runner is None:
@@ -227,6 +244,11 @@ class Machine:
                 return self.kill_raylet(now_s, back_in_s=3.0)  # Ray never takes back a node that it called dead
             self.runner.contact_s = now_s
         cut_off = now_s - self.runner.contact_s >= FENCE_S
+        if cut_off:
+            self.runner.starting.clear()  # behind its fence nothing starts
+        for each in self.starting():
+            if each.ready_at_s <= now_s:
+                self._fork(each)
         for ranks in [*self.running(), *self.collecting()]:
             ranks.pass_time(now_s)
             if cut_off:
@@ -239,16 +261,25 @@ class Machine:
         ready_at_s = now_s + self.dice.choice([0.0, 3.0, 15.0, 60.0])
         self.runner.prepared[attempt.attempt_id] = Preparation(attempt, ready_at_s, wrong)
 
-    def fork(self, attempt: protocol.DesiredAttempt, place: protocol.GroupPlacement, now_s: float) -> None:
-        """Start a group; starting it again changes nothing. How it will end is drawn now."""
+    def start_group(self, attempt: protocol.DesiredAttempt, place: protocol.GroupPlacement, now_s: float) -> None:
+        """Start a group; starting it again changes nothing. Some must fetch their code first, which takes a while."""
         assert self.runner is not None
-        if attempt.attempt_id not in self.runner.table:
-            dice = self.dice
-            lasts_s = dice.choice([2, 10, 40, 120])
-            code = dice.choice([0, 0, 0, 1])
-            finished = dice.random() < 0.3
-            collects_s = dice.choice([0.0, 2.0, 15.0, 60.0]) if attempt.launch.outputs else 0.0
+        if attempt.attempt_id not in self.runner.table and attempt.attempt_id not in self.runner.starting:
+            takes_s = self.dice.choice([0.0, 0.0, 0.0, 0.0, 2.0, 5.0, 15.0])
             self.runner.prepared.pop(attempt.attempt_id, None)
-            self.runner.table[attempt.attempt_id] = Ranks(
-                attempt, place, now_s + lasts_s, code, finished=finished, collects_s=collects_s
-            )
+            self.runner.starting[attempt.attempt_id] = starting = Starting(attempt, place, now_s + takes_s)
+            if not takes_s:
+                self._fork(starting)
+
+    def _fork(self, starting: Starting) -> None:
+        """Its ranks come up. How they will end is drawn now."""
+        assert self.runner is not None
+        dice, attempt = self.dice, starting.attempt
+        lasts_s = dice.choice([2, 10, 40, 120])
+        code = dice.choice([0, 0, 0, 1])
+        finished = dice.random() < 0.3
+        collects_s = dice.choice([0.0, 2.0, 15.0, 60.0]) if attempt.launch.outputs else 0.0
+        del self.runner.starting[attempt.attempt_id]
+        self.runner.table[attempt.attempt_id] = Ranks(
+            attempt, starting.place, starting.ready_at_s + lasts_s, code, finished=finished, collects_s=collects_s
+        )

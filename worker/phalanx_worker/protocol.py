@@ -40,6 +40,14 @@ class NodeFacts:
 
 
 @dataclass(frozen=True)
+class Backlog:
+    """What an agent keeps because the server has not acknowledged it yet, and the most that this may be."""
+
+    facts: int
+    facts_limit: int  # follows from the attempts that the agent holds and their nodes
+
+
+@dataclass(frozen=True)
 class Inventory:
     """`PUT /v1/agent/nodes`: the whole node list of a cluster. Sent on start, on change, and every `heartbeat_s`."""
 
@@ -48,6 +56,7 @@ class Inventory:
     nodes: list[NodeFacts]
     protocol: int = PROTOCOL_VERSION
     without_token: list[str] = field(default_factory=list)  # living nodes whose runner the agent has no token for
+    backlog: Backlog | None = None
 
 
 @dataclass(frozen=True)

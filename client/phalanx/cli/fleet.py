@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from phalanx.cli import output
 from phalanx.cli.output import Column
@@ -33,7 +34,20 @@ CLUSTER_COLUMNS = (
 
 NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="A node by name or id.")]
 
-nodes = typer.Typer(help="List nodes; take them out of service and back.", invoke_without_command=True)
+# What people look for under a word that looks like another command, or like none.
+OTHER_WORDS = {"undrain": "uncordon", "resume": "uncordon"}
+
+
+class NodesGroup(TyperGroup):
+    """Names the command that was meant where its spelling is not near."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if meant := OTHER_WORDS.get(args[0]):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
+        return super().resolve_command(ctx, args)
+
+
+nodes = typer.Typer(cls=NodesGroup, help="List nodes; take them out of service and back.", invoke_without_command=True)
 clusters = typer.Typer(help="List the Ray clusters, or add one.", invoke_without_command=True)
 
 
@@ -73,7 +87,7 @@ def cordon(node: NodeArgument, output_as: output.Output = output.Format.TABLE) -
 
 @nodes.command()
 def uncordon(node: NodeArgument, output_as: output.Output = output.Format.TABLE) -> None:
-    """Let a node take work again."""
+    """Let a node take work again, after cordon or drain."""
     with connected() as client:
         _print(client.uncordon(node), "takes work", output_as)
 

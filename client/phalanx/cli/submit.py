@@ -97,6 +97,7 @@ def submit(
         except InvalidRequest as error:
             raise CommandError(placed(error, job), exit_code=INVALID) from None
         config.remember_job(client.url, accepted.array.id if accepted.array else accepted.id)
+        _print_warnings(accepted.warnings)
         if follow:
             follow_it = _follow_array if accepted.array else _follow
             raise typer.Exit(follow_it(client, accepted, output_as))
@@ -182,7 +183,11 @@ def _print_dry_run(found: DryRun, output_as: output.Format) -> None:
     elif would.hold:
         start = f"; expected to start {output.ago(would.hold.estimated_start)}" if would.hold.estimated_start else ""
         typer.echo(f"valid; it would wait: {would.hold.message or would.hold.reason} [{would.hold.reason}]{start}")
-    for warning in found.warnings:
+    _print_warnings(found.warnings)
+
+
+def _print_warnings(warnings: list[str]) -> None:
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
 
 

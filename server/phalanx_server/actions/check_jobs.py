@@ -5,7 +5,6 @@ Owns the checks that need the database; what a job file may say by itself is `do
 not looked at: a job that has to wait is accepted, and told why it waits.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -13,7 +12,9 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.actions.awaited_jobs import Unmet, after_errors, awaited_by, unmet_of
+from phalanx_server.actions.hardware import Hardware, HardwareWatch
 from phalanx_server.actions.named_environments import Registered, environment_errors, filled_in, load_registered
+from phalanx_server.actions.submit_warnings import warnings_of
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.array import ARRAY_MAX_JOBS
 from phalanx_server.domain.errors import FieldError, Impossible, Invalid, PhalanxError
@@ -22,11 +23,9 @@ from phalanx_server.domain.spec import JobSpec, Resources, field_of
 from phalanx_server.domain.tenant import ROOT, nearest
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store.dependencies import Target, load_targets
-from phalanx_server.store.jobs import Largest, largest_nodes, missing_bundles
+from phalanx_server.store.jobs import missing_bundles
 from phalanx_server.store.policies import load_policy
 from phalanx_server.store.tenants import all_paths, find_tenants
-
-HARDWARE_TTL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +46,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Jobs that can be accepted: as they are stored, but for the tenant; and the ids of tenants by path."""
+    """Jobs that can be accepted: as they are stored, but for the tenant; what may not be as it was meant, for each; and
+    the ids of tenants by path."""
 
     specs: Sequence[JobSpec]
+    warnings: Sequence[Sequence[str]]
     tenants: Mapping[str, UUID]
     unmet: Sequence[Unmet]
 
@@ -62,30 +63,15 @@ class Facts:
     all_tenants: Sequence[str]  # only where one was not found: for the hint
     missing: frozenset[tuple[UUID, str]]
     registered: Registered
-    hardware: Mapping[str, Largest]
+    hardware: Hardware
     awaited: Mapping[UUID, Target]
     levels: Sequence[str]  # of the policy, outermost first, and the node; only where a job names one
-
-
-class Hardware:
-    """The largest node of each GPU type, looked up every few seconds at most. Refusals rest on a fresh look only."""
-
-    def __init__(self) -> None:
-        self._largest: dict[str, Largest] = {}
-        self._read_at = -HARDWARE_TTL_S
-
-    async def load(self, conn: AsyncConnection, requests: Sequence[Request]) -> Mapping[str, Largest]:
-        stale = time.monotonic() - self._read_at >= HARDWARE_TTL_S
-        if stale or any(_too_large(spec.resources, self._largest) for each in requests for spec in each.specs):
-            self._largest = await largest_nodes(conn)
-            self._read_at = time.monotonic()
-        return self._largest
 
 
 async def check_jobs(
     conn: AsyncConnection,
     requests: Sequence[Request],
-    hardware: Hardware,
+    hardware: HardwareWatch,
     *,
     policy: Policy,
     lock: bool = False,
@@ -97,7 +83,7 @@ async def check_jobs(
 
 
 async def _load(
-    conn: AsyncConnection, requests: Sequence[Request], hardware: Hardware, policy: Policy, lock: bool
+    conn: AsyncConnection, requests: Sequence[Request], hardware: HardwareWatch, policy: Policy, lock: bool
 ) -> Facts:
     specs = [spec for request in requests for spec in request.specs]
     paths = {request.tenant_of(spec) for request in requests for spec in request.specs}
@@ -115,7 +101,7 @@ async def _load(
         await load_registered(
             conn, [(request.tenant_of(spec), spec) for request in requests for spec in request.specs]
         ),
-        await hardware.load(conn, requests),
+        await _hardware(conn, requests, hardware),
         await load_targets(conn, {id_ for spec in specs for *_, id_ in awaited_by(spec)}, lock=lock),
         await _levels(conn, policy, lock) if any(spec.resources.topology for spec in specs) else (),
     )
@@ -126,9 +112,19 @@ async def _levels(conn: AsyncConnection, policy: Policy, lock: bool) -> Sequence
     return (*stored.over(policy).topology_levels, LEVEL_NODE)
 
 
+async def _hardware(conn: AsyncConnection, requests: Sequence[Request], watch: HardwareWatch) -> Hardware:
+    """Refusals and warnings rest on a fresh look only."""
+    recent = watch.recent()
+    specs = (spec for request in requests for spec in request.specs)
+    if recent is None or any(_too_large(spec.resources, recent) or warnings_of(spec, recent) for spec in specs):
+        return await watch.look(conn)
+    return recent
+
+
 def _accepted(request: Request, facts: Facts) -> Checked:
     return Checked(
         [filled_in(spec, request.tenant_of(spec), facts.registered) for spec in request.specs],
+        [warnings_of(spec, facts.hardware) for spec in request.specs],
         facts.tenants,
         [unmet_of(spec, facts.awaited) for spec in request.specs],
     )
@@ -206,10 +202,10 @@ def _named(error: tuple[str, str, str | None] | None, where: str) -> list[FieldE
     return [FieldError(field_of(where, "resources", error[0]), error[1], error[2])] if error else []
 
 
-def _too_much_shm(spec: JobSpec, hardware: Mapping[str, Largest], where: str) -> list[FieldError]:
+def _too_much_shm(spec: JobSpec, hardware: Hardware, where: str) -> list[FieldError]:
     """Shared memory is memory: of the job, where it has a limit, and of the node."""
     asked, limit = spec.run.shm or 0, spec.resources.memory_per_replica * spec.resources.replicas
-    most = max((each.memory_bytes for each in hardware.values()), default=asked)
+    most = max((each.memory_bytes for each in hardware.largest.values()), default=asked)
     if asked > most:
         message = f"{_in_gib(asked)} on one node, but the largest node has {_in_gib(most)} of memory"
     elif limit and asked > limit:
@@ -223,17 +219,17 @@ def _in_gib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 30):,.1f} GiB"
 
 
-def _unknown_types(asked: Resources, hardware: Mapping[str, Largest]) -> tuple[str, str, str | None] | None:
+def _unknown_types(asked: Resources, hardware: Hardware) -> tuple[str, str, str | None] | None:
     """A gang needs one type that it accepts; types that other clusters have may be named too."""
-    known = sorted(filter(None, hardware))
-    if not hardware or not asked.gpu_types or any(each in hardware for each in asked.gpu_types):
+    known = sorted(filter(None, hardware.largest))
+    if not hardware.kinds or not asked.gpu_types or any(each in hardware.largest for each in asked.gpu_types):
         return None
     return "gpu_types", f"no node has {' or '.join(asked.gpu_types)}", f"known: {', '.join(known) or 'none'}"
 
 
-def _too_large(asked: Resources, hardware: Mapping[str, Largest]) -> tuple[str, str, str | None] | None:
+def _too_large(asked: Resources, hardware: Hardware) -> tuple[str, str, str | None] | None:
     """Why no node of an acceptable type could hold one replica, each resource by itself."""
-    accepted = {name: most for name, most in hardware.items() if not asked.gpu_types or name in asked.gpu_types}
+    accepted = {name: most for name, most in hardware.largest.items() if not asked.gpu_types or name in asked.gpu_types}
     wanted = (
         ("gpus_per_replica", asked.gpus_per_replica, "gpus", "GPUs"),
         ("cpus_per_replica", asked.cpus_per_replica, "cpus", "CPUs"),

@@ -17,7 +17,8 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from phalanx_server.actions.check_jobs import Checked, Hardware, Request, check_jobs
+from phalanx_server.actions.check_jobs import Checked, Request, check_jobs
+from phalanx_server.actions.hardware import HardwareWatch
 from phalanx_server.actions.idempotency import Idempotency, judge
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.errors import Invalid, PhalanxError, Unavailable
@@ -40,7 +41,8 @@ _DEFAULTS = Policy()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job as it was just accepted, with the columns of `store.job_views`: what has not happened yet is None."""
+    """A job as it was just accepted, with the columns of `store.job_views`: what has not happened yet is None; and what
+    may not be as it was meant."""
 
     id: UUID
     tenant: str
@@ -53,6 +55,7 @@ class NewJob:
     received_at: datetime
     submitted_at: datetime
     held: bool
+    warnings: Sequence[str]
     state: str = JobState.QUEUED.value
     version: int = 1
     attempts: int = 0
@@ -164,7 +167,7 @@ class Submitter:
         self._policy = policy
         self._clock = clock
         self._on_flush = on_flush
-        self._hardware = Hardware()
+        self._hardware = HardwareWatch()
         self._waiting: deque[_Pending] = deque()
         self._waiting_jobs = 0
         self._arrived = asyncio.Event()
@@ -276,10 +279,11 @@ def _fail_all(taken: Sequence[_Pending], error: BaseException) -> None:
 def _build(pending: _Pending, checked: Checked, now: datetime) -> None:
     submission = pending.submission
     request = submission.request()
-    for spec, unmet in zip(checked.specs, checked.unmet, strict=True):
+    for spec, warnings, unmet in zip(checked.specs, checked.warnings, checked.unmet, strict=True):
         path = request.tenant_of(spec)
         array = _array_of(spec)
-        job = _new_job(spec.for_tenant(path), path, submission, max(now, submission.received_at), array)
+        submitted_at = max(now, submission.received_at)
+        job = _new_job(spec.for_tenant(path), path, submission, submitted_at, warnings, array)
         pending.jobs.append(job)
         row = _row_of(job, spec, checked.tenants[path], submission.traceparent)
         pending.rows.append(replace(row, after=unmet, array=array))
@@ -295,7 +299,12 @@ def _array_of(spec: JobSpec) -> ArrayRow | None:
 
 
 def _new_job(
-    spec: JobSpec, path: str, submission: Submission, submitted_at: datetime, array: ArrayRow | None
+    spec: JobSpec,
+    path: str,
+    submission: Submission,
+    submitted_at: datetime,
+    warnings: Sequence[str],
+    array: ArrayRow | None,
 ) -> NewJob:
     """The job; of an array its first."""
     return NewJob(
@@ -311,6 +320,7 @@ def _new_job(
         submitted_at=submitted_at,
         queued_at=submitted_at,
         held=spec.held,
+        warnings=warnings,
         array_id=array.id if array else None,
         array_index=array.indices[0] if array else None,
     )

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, null, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.actions.agent_instance import expect_instance
@@ -54,7 +54,7 @@ async def update_inventory(
     if len(facts) < len(inventory.nodes):
         raise Invalid.field("nodes", "two nodes have the same name", "names are unique within a cluster")
     async with engine.begin() as conn:
-        await _take_over(conn, cluster_id, inventory.instance, now)
+        await _take_over(conn, cluster_id, inventory, now)
         known = await load_cluster_nodes(conn, cluster_id)
         changed = await _write(conn, cluster_id, facts, known, now)
         if changed:
@@ -77,15 +77,17 @@ async def update_inventory(
     )
 
 
-async def _take_over(conn: AsyncConnection, cluster_id: UUID, instance: str, now: datetime) -> None:
+async def _take_over(conn: AsyncConnection, cluster_id: UUID, inventory: Inventory, now: datetime) -> None:
     """Note that the agent was heard; if it is a new one, the one before it is replaced for good."""
+    instance = inventory.instance
     query = select(clusters.c.agent_instance).where(clusters.c.id == cluster_id).with_for_update(key_share=True)
     before = (await conn.execute(query)).scalar_one()
     if before != instance:
         await expect_instance(conn, cluster_id=cluster_id, instance=instance)
         if before is not None:
             await bury_agent(conn, cluster=cluster_id.hex, instance=before, successor=instance)
-    values = {"agent_instance": instance, "agent_seen_at": now}
+    backlog = inventory.backlog.encode() if inventory.backlog is not None else null()
+    values = {"agent_instance": instance, "agent_seen_at": now, "agent_backlog": backlog}
     await conn.execute(update(clusters).where(clusters.c.id == cluster_id).values(values))
 
 

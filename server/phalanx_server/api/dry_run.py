@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from phalanx_server.actions.check_jobs import Hardware, Request, check_jobs
+from phalanx_server.actions.check_jobs import Request, check_jobs
+from phalanx_server.actions.hardware import HardwareWatch
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Services, now
 from phalanx_server.api.job_documents import Hold, too_late
@@ -17,7 +18,7 @@ from phalanx_server.domain.errors import PhalanxError
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Hold as PlannedHold
 from phalanx_server.store import ids
-from phalanx_server.store.node_views import names_of_nodes, without_shared_checkpoints
+from phalanx_server.store.node_views import names_of_nodes
 
 
 class WouldPlace(BaseModel):
@@ -44,29 +45,16 @@ async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> Dr
     """Raises what a submit would raise; stores nothing."""
     request = Request([spec], principal.actor)
     async with services.engine.connect() as conn:
-        (checked,) = await check_jobs(conn, [request], Hardware(), policy=services.policy)
+        (checked,) = await check_jobs(conn, [request], HardwareWatch(), policy=services.policy)
         if isinstance(checked, PhalanxError):
             raise checked
-        spec = checked.specs[0].for_tenant(request.tenant_of(spec))
-        warnings = await _warnings(conn, spec)
+    spec = checked.specs[0].for_tenant(request.tenant_of(spec))
     job = hypothetical(spec, id=ids.new_id().hex, submitted_at=now(), unmet=checked.unmet[0])
     outcome = await services.what_if.with_jobs([job])
     async with services.reads.connect() as conn:
         would = await _would(conn, outcome, job.id)
     late = too_late(would.hold.estimated_start if would.hold else None, spec.deadline)
-    return DryRun(spec=spec.dump(), would=would, warnings=[*warnings, *late])
-
-
-async def _warnings(conn: AsyncConnection, spec: JobSpec) -> list[str]:
-    if spec.checkpoint.url is not None or spec.resources.replicas == 1:
-        return []
-    lonely = await without_shared_checkpoints(conn)
-    if not lonely:
-        return []
-    return [
-        f"PHALANX_CHECKPOINT_DIR is not shared between nodes ({', '.join(lonely[:3])}): a restart elsewhere would not"
-        " find its checkpoints; set checkpoint.url"
-    ]
+    return DryRun(spec=spec.dump(), would=would, warnings=[*checked.warnings[0], *late])
 
 
 async def _would(conn: AsyncConnection, outcome: Outcome, job: str) -> Would:

@@ -16,7 +16,7 @@ from phalanx_server.api.measures import Counts
 from phalanx_server.api.node_measures import render_nodes
 from phalanx_server.store.job_counts import count_jobs, count_queue
 from phalanx_server.store.migrate import HEAD
-from phalanx_server.store.node_views import load_fullness
+from phalanx_server.store.node_views import load_backlogs, load_fullness
 from phalanx_server.store.outbox import count_undelivered
 from phalanx_server.store.revision import read_revision
 
@@ -71,5 +71,5 @@ async def _render(services: Services) -> bytes:
             queued_by_reason=await count_queue(conn),
             undelivered_notices=await count_undelivered(conn),
         )
-        nodes = await load_fullness(conn)
-    return services.measures.render(counts) + await asyncio.to_thread(render_nodes, nodes)
+        nodes, agents = await load_fullness(conn), await load_backlogs(conn)
+    return services.measures.render(counts) + await asyncio.to_thread(render_nodes, nodes, agents)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel, Field
 from sqlalchemy import Row
 
+from phalanx_server.actions.submit_jobs import NewJob
 from phalanx_server.domain.array import size_of
 from phalanx_server.store import ids
 
@@ -153,6 +154,12 @@ class Job(BaseModel):
     warnings: list[str] = Field(description="What its owner should know, such as a deadline that it will miss.")
 
 
+class AcceptedJob(Job):
+    """A job as the answer to its submit."""
+
+    warnings: list[str] = Field(description="What was accepted and may not be as it was meant.")
+
+
 class Event(BaseModel):
     """Something that happened to a job. Ids grow; they are the SSE ids too."""
 
@@ -223,6 +230,10 @@ def too_late(expected: datetime | None, deadline: datetime | None) -> list[str]:
 
 
 _SHOWN = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def accepted_document(job: NewJob) -> AcceptedJob:
+    return AcceptedJob(**{**dict(job_document(job)), "warnings": list(job.warnings)})
 
 
 def hold_document(row: JobRow) -> Hold | None:

@@ -35,7 +35,14 @@ from phalanx_server.api.deps import (
 from phalanx_server.api.dry_run import DryRun, dry_run
 from phalanx_server.api.errors import not_found
 from phalanx_server.api.idempotency import REPLAYED, IdempotencyKey, idempotency_of
-from phalanx_server.api.job_documents import Attempt, Job, attempt_document, job_document
+from phalanx_server.api.job_documents import (
+    AcceptedJob,
+    Attempt,
+    Job,
+    accepted_document,
+    attempt_document,
+    job_document,
+)
 from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.job import JobState, priority_of
@@ -63,7 +70,7 @@ class JobBatch(Given):
     "/v1/jobs",
     operation_id="submit_job",
     status_code=201,
-    response_model=Job,
+    response_model=AcceptedJob,
     responses={200: {"model": DryRun, "description": "With `dry_run=true`: nothing was stored."}},
     openapi_extra=takes(JobSpec),
 )
@@ -90,14 +97,14 @@ async def submit_job(
             render=_render_one if idempotency_key else None,
         )
     )
-    return _accepted(accepted, None if accepted.response is not None else job_document(accepted.jobs[0]))
+    return _accepted(accepted, None if accepted.response is not None else accepted_document(accepted.jobs[0]))
 
 
 @router.post(
     "/v1/jobs/batch",
     operation_id="submit_jobs",
     status_code=201,
-    response_model=Page[Job],
+    response_model=Page[AcceptedJob],
     openapi_extra=takes(JobBatch),
 )
 async def submit_jobs(
@@ -125,15 +132,15 @@ async def submit_jobs(
 
 
 def _render_one(jobs: Sequence[NewJob]) -> Any:
-    return job_document(jobs[0]).model_dump(mode="json")
+    return accepted_document(jobs[0]).model_dump(mode="json")
 
 
 def _render_all(jobs: Sequence[NewJob]) -> Any:
     return _page(jobs).model_dump(mode="json")
 
 
-def _page(jobs: Sequence[NewJob]) -> Page[Job]:
-    return Page(items=[job_document(job) for job in jobs])
+def _page(jobs: Sequence[NewJob]) -> Page[AcceptedJob]:
+    return Page(items=[accepted_document(job) for job in jobs])
 
 
 def _accepted(accepted: Accepted, document: Any) -> Response:

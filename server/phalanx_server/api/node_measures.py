@@ -1,4 +1,4 @@
-"""How near the runners are to their bounds, as Prometheus metrics: what each said with its last heartbeat.
+"""How near runners and agents are to their bounds, as Prometheus metrics: what each said with its last heartbeat.
 
 Owns these metrics' names. Of each node a fixed number of lines; bounds are the same on all nodes of a cluster, and
 stand there once for each.
@@ -6,25 +6,31 @@ stand there once for each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
-from phalanx_server.domain.messages import Fullness
+from phalanx_server.domain.messages import Backlog, Fullness, Message
 from phalanx_server.store.node_views import NodeFullness
 
 _BYTES = ("outbox", "reports", "logs", "bundles", "environments", "outputs")
 _KINDS = ("logs", "metrics", "marks")
 _NODE = ("cluster", "node")
 
+M = TypeVar("M", bound=Message)
 
-def render_nodes(nodes: Sequence[NodeFullness]) -> bytes:
-    """The text exposition. Takes a while with thousands of nodes, and touches nothing else: meant for a thread."""
+
+def render_nodes(nodes: Sequence[NodeFullness], agents: Mapping[str, str | None]) -> bytes:
+    """The text exposition; `agents` is what that of each cluster keeps, as JSON of `messages.Backlog`.
+
+    Takes a while with thousands of nodes, and touches nothing else: meant for a thread."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Nodes(nodes))
+    registry.register(_Agents(agents))
     return generate_latest(registry)
 
 
@@ -46,7 +52,7 @@ class _Nodes(Collector):
         for node in self._nodes:
             name = (node.cluster, node.name)
             spool.add_metric(name, node.spool_bytes)
-            said = _read(node.fullness)
+            said = _read(Fullness, node.fullness)
             if said is None:
                 continue
             for what in _BYTES:
@@ -62,10 +68,27 @@ class _Nodes(Collector):
         yield from (spool, used, _byte_limits(byte_limits), warm, _warm_limits(warm_limits), dropped)
 
 
-def _read(text: str | None) -> Fullness | None:
-    """None from a runner of another version, or where another version of the server stored it."""
+class _Agents(Collector):
+    def __init__(self, agents: Mapping[str, str | None]) -> None:
+        self._agents = agents
+
+    def collect(self) -> Iterator[Metric]:
+        facts = GaugeMetricFamily(
+            "phalanx_agent_facts", "What an agent keeps for the server to acknowledge.", labels=("cluster",)
+        )
+        limit = GaugeMetricFamily("phalanx_agent_facts_limit", "The most that it may keep.", labels=("cluster",))
+        for cluster, text in self._agents.items():
+            said = _read(Backlog, text)
+            if said is not None:
+                facts.add_metric((cluster,), said.facts)
+                limit.add_metric((cluster,), said.facts_limit)
+        yield from (facts, limit)
+
+
+def _read(kind: type[M], text: str | None) -> M | None:
+    """None from a node or an agent of another version, or where another version of the server stored it."""
     try:
-        return Fullness.read(text) if text else None
+        return kind.read(text) if text else None
     except ValidationError:
         return None
 

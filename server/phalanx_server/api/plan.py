@@ -9,7 +9,8 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from phalanx_server.actions.awaited_jobs import Unmet
-from phalanx_server.actions.check_jobs import Hardware, Request, check_jobs
+from phalanx_server.actions.check_jobs import Request, check_jobs
+from phalanx_server.actions.hardware import HardwareWatch
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.bodies import Given, body_as, takes
 from phalanx_server.api.deps import Looking, Services, Serving, now
@@ -93,7 +94,7 @@ async def _checked(services: Services, principal: Principal, specs: list[JobSpec
         return []
     request = Request(specs, principal.actor, batch=True)
     async with services.engine.connect() as conn:
-        (checked,) = await check_jobs(conn, [request], Hardware(), policy=services.policy)
+        (checked,) = await check_jobs(conn, [request], HardwareWatch(), policy=services.policy)
     if isinstance(checked, PhalanxError):
         raise checked
     return [(spec.for_tenant(request.tenant_of(spec)), unmet) for spec, unmet in zip(specs, checked.unmet, strict=True)]

@@ -72,12 +72,18 @@ class NodeFacts(Message):
     own_users: bool = False
 
 
+class Backlog(Message):
+    facts: Amount
+    facts_limit: Amount
+
+
 class Inventory(Message):
     instance: Boot
     sent_at: float
     nodes: list[NodeFacts]
     protocol: int = 1
     without_token: list[str] = []
+    backlog: Backlog | None = None
 
 
 class RankExit(Message):

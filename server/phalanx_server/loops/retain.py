@@ -1,14 +1,17 @@
 """Retention: make partitions ahead of time, and forget what is older than it is kept.
 
-Owns how long each thing is kept, and that a tick does a bounded piece of the work. Deletes bytes of logs and
-outputs before their index, so that nothing is orphaned when it is interrupted.
+Owns how long each thing is kept, and that a tick does a bounded piece of the work. Files of a job go by directory, so
+that those go too that nothing names (a server died before it wrote the row), and before their rows, so that nothing is
+orphaned when it is interrupted.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from uuid import UUID
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -18,15 +21,18 @@ from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import Pulse, tick_forever
 from phalanx_server.store.bundles import BundleFiles, bundles_of_anybody, forget_bundles
 from phalanx_server.store.leases import Lease
-from phalanx_server.store.logs import LogFiles, expired_log_jobs, forget_logs, job_directory
-from phalanx_server.store.outputs import OutputFiles, expired_output_jobs, forget_outputs, output_directory
+from phalanx_server.store.logs import LogFiles, job_directory
+from phalanx_server.store.outputs import OutputFiles, output_directory
 from phalanx_server.store.retention import (
+    delete_of_jobs,
     delete_old,
     delete_old_events,
     delete_stray_holds,
     drop_metrics,
     drop_rollups,
+    ended_jobs,
     ensure_partitions,
+    note_forgotten,
 )
 
 log = structlog.get_logger()
@@ -35,8 +41,7 @@ INTERVAL_S = 600.0
 # While there is more to forget than one round does.
 BUSY_INTERVAL_S = 1.0
 AHEAD = timedelta(days=2)
-LOG_JOBS = 100
-OUTPUT_JOBS = 100
+JOBS = 500
 BUNDLES = 100
 
 
@@ -55,6 +60,16 @@ class Keep:
     tokens: timedelta = timedelta(days=1)  # of nodes, after they ran out
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesOfJobs:
+    """One kind of files, each job's in a directory of its own, with rows in a table that say which is what."""
+
+    table: str
+    keep: timedelta
+    directory: Callable[[UUID], str]
+    delete: Callable[[list[str]], Awaitable[None]]
+
+
 class Retain:
     """`tick` does one round; it does nothing while another process leads."""
 
@@ -71,9 +86,11 @@ class Retain:
         self._engine = engine
         self._leader = leader
         self._keep = keep
-        self._files = files
         self._bundles = bundles
-        self._outputs = outputs
+        self._files = (
+            FilesOfJobs(table="logs", keep=keep.logs, directory=job_directory, delete=files.delete),
+            FilesOfJobs(table="outputs", keep=keep.outputs, directory=output_directory, delete=outputs.delete),
+        )
         self.pulse = Pulse()
         self.caught_up_at: datetime | None = None
         """When a round of this leader last left nothing behind that should be forgotten; that of its first, before."""
@@ -105,8 +122,9 @@ class Retain:
             await drop_rollups(conn, before=now - keep.events)
         more = await self._delete_rows(lease, now)
         more |= await self._forget_bundles(lease, now - keep.bundles)
-        more |= await self._forget_outputs(lease, now - keep.outputs)
-        return await self._forget_logs(lease, now - keep.logs) or more
+        for files in self._files:
+            more |= await self._forget_files(lease, files, now)
+        return more
 
     async def _delete_rows(self, lease: Lease, now: datetime) -> bool:
         """Delete at most a batch of each table; whether there may be more."""
@@ -127,25 +145,20 @@ class Retain:
                 more |= await delete_old(conn, table, before=now - age)
         return more
 
-    async def _forget_logs(self, lease: Lease, before: datetime) -> bool:
-        """Delete the logs of at most LOG_JOBS jobs; whether there may be more."""
+    async def _forget_files(self, lease: Lease, files: FilesOfJobs, now: datetime) -> bool:
+        """Delete what at most JOBS jobs have left, oldest end first; whether there may be more."""
         async with self._engine.connect() as conn:
-            jobs = await expired_log_jobs(conn, before=before, limit=LOG_JOBS)
-        if jobs:
-            await self._files.delete([job_directory(job) for job in jobs])
+            ended = await ended_jobs(conn, files.table, before=now - files.keep, limit=JOBS)
+        if ended:
+            job_ids = [job.job_id for job in ended]
+            await files.delete([files.directory(job_id) for job_id in job_ids])
+            more = True
+            while more:
+                async with leading(self._engine, lease) as conn:
+                    more = await delete_of_jobs(conn, files.table, job_ids)
             async with leading(self._engine, lease) as conn:
-                await forget_logs(conn, jobs)
-        return len(jobs) == LOG_JOBS
-
-    async def _forget_outputs(self, lease: Lease, before: datetime) -> bool:
-        """Delete the outputs of at most OUTPUT_JOBS jobs; whether there may be more."""
-        async with self._engine.connect() as conn:
-            jobs = await expired_output_jobs(conn, before=before, limit=OUTPUT_JOBS)
-        if jobs:
-            await self._outputs.delete([output_directory(job) for job in jobs])
-            async with leading(self._engine, lease) as conn:
-                await forget_outputs(conn, jobs)
-        return len(jobs) == OUTPUT_JOBS
+                await note_forgotten(conn, files.table, ended[-1])
+        return len(ended) == JOBS
 
     async def _forget_bundles(self, lease: Lease, before: datetime) -> bool:
         """Forget at most BUNDLES bundles; whether there may be more. Rows go first, so that no submit counts on a file

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.dependencies import insert_dependencies
 from phalanx_server.store.engine import dump_json
-from phalanx_server.store.schema import Uuid, bundles, jobs, nodes, tenants
+from phalanx_server.store.schema import Uuid, bundles, jobs, tenants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,22 +193,6 @@ async def _mark_used(conn: AsyncConnection, pairs: set[tuple[UUID, str]]) -> set
 
 
 _STALE = (bundles.c.used_at < func.now() - text("interval '1 hour'")).label("stale")
-
-
-@dataclass(frozen=True, slots=True)
-class Largest:
-    """The most that any node of one GPU type has, of each thing by itself."""
-
-    gpus: int
-    cpus: int
-    memory_bytes: int
-
-
-async def largest_nodes(conn: AsyncConnection) -> dict[str, Largest]:
-    """By GPU type, nodes of every state; empty where no node has ever been seen."""
-    most = (func.max(nodes.c.gpus), func.max(nodes.c.cpus), func.max(nodes.c.memory_bytes))
-    rows = await conn.execute(select(nodes.c.gpu_type, *most).group_by(nodes.c.gpu_type))
-    return {gpu_type: Largest(*amounts) for gpu_type, *amounts in rows}
 
 
 async def insert_bundle(conn: AsyncConnection, tenant_id: UUID, *, digest: str, size_bytes: int) -> bool:

@@ -21,7 +21,6 @@ from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.errors import StorageUnavailable
-from phalanx_server.store.schema import logs
 
 THREADS = 16
 PATIENCE_S = 5.0
@@ -166,20 +165,6 @@ async def index_logs(conn: AsyncConnection, batch: LogBatch) -> None:
             "ats": [piece.at for piece in batch.pieces],
         },
     )
-
-
-async def expired_log_jobs(conn: AsyncConnection, *, before: datetime, limit: int) -> list[UUID]:
-    """Jobs that ended before a time and still have logs."""
-    query = text(
-        "SELECT id FROM jobs WHERE finished_at < :before AND EXISTS (SELECT FROM logs WHERE logs.job_id = jobs.id)"
-        " LIMIT :limit"
-    )
-    return list((await conn.execute(query, {"before": before, "limit": limit})).scalars())
-
-
-async def forget_logs(conn: AsyncConnection, job_ids: Sequence[UUID]) -> int:
-    """Delete the index of these jobs' logs; the number of pieces. Their files are for `LogFiles.delete`."""
-    return (await conn.execute(logs.delete().where(logs.c.job_id.in_(job_ids)))).rowcount
 
 
 async def read_pieces(files: LogFiles, rows: Sequence[RowMapping]) -> list[bytes]:

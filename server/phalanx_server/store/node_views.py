@@ -87,3 +87,9 @@ async def load_fullness(conn: AsyncConnection) -> list[NodeFullness]:
         " FROM nodes n JOIN clusters c ON c.id = n.cluster_id WHERE n.stats ? 'spool_bytes'"
     )
     return [NodeFullness(*row) for row in await conn.execute(query)]
+
+
+async def load_backlogs(conn: AsyncConnection) -> dict[str, str | None]:
+    """By cluster what its agent said last of what it keeps: the JSON of `messages.Backlog`."""
+    rows = await conn.execute(text("SELECT name, agent_backlog::text FROM clusters"))
+    return {row.name: row.agent_backlog for row in rows}

@@ -20,7 +20,6 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.errors import StorageUnavailable
-from phalanx_server.store.schema import outputs
 from phalanx_server.store.storage_threads import StorageThreads
 
 CHUNK_BYTES = 1 << 20
@@ -211,20 +210,3 @@ async def find_output(
     """One output: of the newest attempt and the lowest group that left it, unless said otherwise."""
     values = {"job_id": job_id, "path": path, "attempt": attempt, "group_rank": group_rank}
     return (await conn.execute(_ONE, values)).one_or_none()
-
-
-# ------------------------------------------------------------------ forgotten
-
-
-async def expired_output_jobs(conn: AsyncConnection, *, before: datetime, limit: int) -> list[UUID]:
-    """Jobs that ended before a time and still have outputs."""
-    query = text(
-        "SELECT id FROM jobs WHERE finished_at < :before"
-        " AND EXISTS (SELECT FROM outputs WHERE outputs.job_id = jobs.id) LIMIT :limit"
-    )
-    return list((await conn.execute(query, {"before": before, "limit": limit})).scalars())
-
-
-async def forget_outputs(conn: AsyncConnection, job_ids: Iterable[UUID]) -> int:
-    """Delete these jobs' outputs; their number. The files are for `OutputFiles.delete`."""
-    return (await conn.execute(outputs.delete().where(outputs.c.job_id.in_(list(job_ids))))).rowcount

@@ -104,6 +104,7 @@ clusters = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("agent_instance", Text),
     Column("agent_seen_at", Time),
+    _object("agent_backlog", nullable=True),
     _created_at(),
 )
 
@@ -153,6 +154,7 @@ tokens = Table(
     Column("expires_at", Time),
     Column("revoked_at", Time),
 )
+Index("tokens_expired", tokens.c.expires_at, postgresql_where=text("kind = 'node'"))
 Index("tokens_node", tokens.c.node_id, postgresql_where=tokens.c.node_id.isnot(None))
 
 # ------------------------------------------------------------------ work
@@ -220,6 +222,7 @@ Index("jobs_live", jobs.c.state, postgresql_where=text("state IN ('starting', 'r
 Index("jobs_tenant", jobs.c.tenant_id, jobs.c.id.desc())
 Index("jobs_state", jobs.c.state, jobs.c.id.desc())
 Index("jobs_name", jobs.c.name, jobs.c.id.desc())
+Index("jobs_finished", jobs.c.finished_at, jobs.c.id, postgresql_where=jobs.c.finished_at.isnot(None))
 Index("jobs_changed", jobs.c.changed_xid)
 Index("jobs_bundle", jobs.c.tenant_id, jobs.c.bundle, postgresql_where=jobs.c.bundle.isnot(None))
 Index("jobs_labels", jobs.c.labels, postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"})
@@ -431,6 +434,7 @@ outbox = Table(
     Column("delivered_at", Time),
     Column("last_error", Text),
 )
+Index("outbox_delivered", outbox.c.delivered_at, postgresql_where=outbox.c.delivered_at.isnot(None))
 Index("outbox_due", outbox.c.due_at, postgresql_where=outbox.c.delivered_at.is_(None))
 
 idempotency_keys = Table(
@@ -452,6 +456,14 @@ leases = Table(
     Column("holder", Text, nullable=False),
     Column("epoch", BigInteger, nullable=False),
     Column("expires_at", Time, nullable=False),
+)
+
+retention = Table(
+    "retention",
+    metadata,
+    Column("what", Text, primary_key=True),
+    Column("finished_at", Time, nullable=False),
+    Column("job_id", Uuid, nullable=False),
 )
 
 audit = Table(

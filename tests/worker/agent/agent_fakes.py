@@ -14,6 +14,7 @@ from phalanx_worker.agent.launch import StartFailed
 from phalanx_worker.agent.link import ServerAway, Superseded
 from phalanx_worker.protocol import (
     AttemptFact,
+    Backlog,
     Desired,
     DesiredAttempt,
     InventoryAnswer,
@@ -233,6 +234,8 @@ class FakeLink:
     nodes: list[NodeFacts] = field(default_factory=list)
     refuse: set[str] = field(default_factory=set)
     away: bool = False
+    deaf: bool = False  # to facts alone
+    backlogs: list[tuple[int, int]] = field(default_factory=list)  # facts that wait, and that may wait
     superseded: bool = False
     lose_answers: int = 0  # to so many inventories
     token_answers: list[dict[str, str]] = field(default_factory=list)  # the tokens that were given, lost ones included
@@ -261,8 +264,9 @@ class FakeLink:
         if self.away:
             raise ServerAway("no route")
 
-    async def put_nodes(self, nodes: list[NodeFacts], without_token: list[str]) -> InventoryAnswer:
+    async def put_nodes(self, nodes: list[NodeFacts], without_token: list[str], backlog: Backlog) -> InventoryAnswer:
         self._present()
+        self.backlogs.append((backlog.facts, backlog.facts_limit))
         self.nodes = nodes
         ids = {node.name: f"node_{node.name}" for node in nodes}
         tokens = {name: f"token-{name}" for name in without_token}
@@ -280,6 +284,8 @@ class FakeLink:
 
     async def report(self, facts: list[AttemptFact]) -> ReportAnswer:
         self._present()
+        if self.deaf:
+            raise ServerAway("no report gets through")
         self.facts += facts
         return ReportAnswer(
             0.0, [Refused(f.attempt_id, f.epoch, "stale_epoch") for f in facts if f.attempt_id in self.refuse]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -31,6 +32,10 @@ PROXY_413 = httpx.Response(413, text="<html>too large</html>")
 
 def fact(kind: str, attempt_id: str = "att_1") -> AttemptFact:
     return AttemptFact(attempt_id=attempt_id, epoch=1, kind=kind, at=1.0)
+
+
+def gone(node: str) -> AttemptFact:
+    return replace(fact("gone"), node=node)
 
 
 def facts_of(request: httpx.Request) -> list[str]:
@@ -188,6 +193,41 @@ async def test_one_fact_that_the_server_cannot_take_does_not_block_the_others() 
     hearing = Hearing(problem(422, "invalid_request"), problem(422, "invalid_request"))
     assert await delivered(hearing, (fact("ended"), True), (fact("ended", "att_2"), True)) == [False, True]
     assert hearing.reports == [["att_1 ended", "att_2 ended"], ["att_1 ended"], ["att_2 ended"]]
+
+
+async def test_a_fact_that_is_told_again_takes_the_place_of_the_one_that_waits() -> None:
+    """However long the server is away: what waits is bounded by the attempts and nodes that there is something of."""
+    hearing = Hearing()
+    outbox = FactOutbox(server_link(hearing))
+    told = [fact("started"), fact("ended"), gone("a"), gone("b"), fact("ended", "att_2")]
+    taken = [outbox.deliver(each) for _ in range(100) for each in told]
+    assert outbox.waiting == len(told)
+    running = asyncio.create_task(outbox.run())
+    async with asyncio.timeout(5):
+        assert all(await asyncio.gather(*taken))
+    running.cancel()
+    assert hearing.reports == [["att_1 started", "att_1 ended", "att_1 gone", "att_1 gone", "att_2 ended"]]
+    assert outbox.waiting == 0
+
+
+async def test_a_fact_that_is_told_anew_while_it_is_on_its_way_is_sent_again() -> None:
+    """The answer is about what was sent, not about what took its place."""
+    outbox: FactOutbox
+    heard: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        heard.extend(each["at"] for each in json.loads(request.content)["facts"])
+        if len(heard) == 1:
+            outbox.deliver(replace(fact("started"), at=2.0))
+        return httpx.Response(200, json={"server_time": 1.0})
+
+    outbox = FactOutbox(server_link(answer))
+    taken = outbox.deliver(fact("started"))
+    running = asyncio.create_task(outbox.run())
+    async with asyncio.timeout(5):
+        assert await taken
+    running.cancel()
+    assert heard == [1.0, 2.0]
 
 
 async def test_being_replaced_ends_the_sending() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from phalanx_worker.agent.gang import Bundle, PlacementGroups, bundles_of, short
 from phalanx_worker.agent.hosts import RunnerRefused
 from phalanx_worker.agent.launch import StartFailed
 from phalanx_worker.agent.nodes import SUCCESSION_S, NodeSettings, RayRunner, Successions, inventory
+from ray.exceptions import RpcError
 
 
 def row(node_id: str = "ab" * 28, *, alive: bool = True, labels: dict[str, str] | None = None, **more: Any) -> dict:
@@ -140,28 +142,62 @@ def test_what_is_missing_is_named() -> None:
 
 
 class FakeRay:
-    """Ray's view of free GPUs on node a, and the groups that were created, both as the test sets them."""
+    """Ray's view of free GPUs on node a, its groups and its key-value store, as the test and the agent set them."""
 
     def __init__(self, free_gpus: float) -> None:
         self.free_gpus = free_gpus
         self.created: list[str] = []
+        self.removed: list[str] = []
+        self.keys: set[bytes] = set()
+        self.tables_read = 0
+        self.answers = True
 
     def available(self) -> dict[str, dict[str, float]]:
         return {"ray-a": {"GPU": self.free_gpus, "CPU": 8.0}}
 
-    def placement_group(self, bundles: list, *, name: str, **_: Any) -> FakeRay:
+    def create(self, bundles: list, *, name: str, **_: Any) -> FakeGroup:
         self.created.append(name)
-        return self
+        if not self.answers:
+            raise RpcError("timed out", 4)
+        return FakeGroup(self, name)
+
+    def get(self, name: str) -> FakeGroup:
+        if name not in self.created or name in self.removed:
+            raise ValueError(f"Failed to look up placement group with name: {name}")
+        return FakeGroup(self, name)
+
+    def table(self) -> dict[str, dict[str, str]]:
+        self.tables_read += 1
+        states = {name: "REMOVED" if name in self.removed else "CREATED" for name in self.created}
+        return {f"{number:036x}": {"name": name, "state": states[name]} for number, name in enumerate(states)}
+
+    def wait(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class FakeGroup:
+    ray: FakeRay
+    name: str
 
     def wait(self, timeout_s: float) -> bool:
-        return True
+        return self.ray.wait()
 
 
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay(free_gpus=2.0)
     monkeypatch.setattr(gang.ray._private.state, "available_resources_per_node", fake.available)
-    monkeypatch.setattr(gang, "placement_group", fake.placement_group)
+    monkeypatch.setattr(gang, "placement_group", fake.create)
+    monkeypatch.setattr(gang, "get_placement_group", fake.get)
+    monkeypatch.setattr(gang, "remove_placement_group", lambda group: fake.removed.append(group.name))
+    monkeypatch.setattr(gang, "placement_group_table", fake.table)
+    monkeypatch.setattr(gang, "_internal_kv_put", lambda key, value, namespace: fake.keys.add(key))
+    monkeypatch.setattr(gang, "_internal_kv_del", lambda key, namespace: fake.keys.discard(key))
+    monkeypatch.setattr(gang, "_internal_kv_exists", lambda key, namespace: key in fake.keys)
+    monkeypatch.setattr(
+        gang, "_internal_kv_list", lambda prefix, namespace: [key for key in fake.keys if key.startswith(prefix)]
+    )
     return fake
 
 
@@ -199,7 +235,7 @@ async def test_gpus_that_stay_taken_are_named(view: FakeRay, groups: PlacementGr
 async def test_two_gangs_are_not_let_through_for_the_same_gpu(view: FakeRay, groups: PlacementGroups) -> None:
     view.free_gpus = 1.0
     ray_is_done = threading.Event()
-    view.wait = lambda _: ray_is_done.wait(10)
+    view.wait = lambda: ray_is_done.wait(10)
     first, second = (asyncio.create_task(place(groups, name)) for name in ("att_1", "att_2"))
     async with asyncio.timeout(10):
         while not view.created:  # noqa: ASYNC110 - made in a thread
@@ -225,6 +261,43 @@ async def test_giving_up_while_waiting_leaves_nothing(view: FakeRay, groups: Pla
     await place(groups, "att_2")
     assert view.created == ["phalanx/att_2"]
     assert groups.attempts() == {"att_2"}
+
+
+async def found_by_the_next_agent() -> frozenset[str]:
+    groups = PlacementGroups(ThreadPoolExecutor(1))
+    await groups.load()
+    return groups.attempts()
+
+
+async def test_the_next_agent_finds_what_exists_and_never_asks_ray_for_all_there_ever_was(
+    view: FakeRay, groups: PlacementGroups
+) -> None:
+    """Ray keeps the rows of removed groups for ever."""
+    await groups.load()
+    tables_read_at_first = view.tables_read
+    for name in ("att_1", "att_2", "att_3"):
+        await place(groups, name)
+    await groups.remove("att_2")
+    assert await found_by_the_next_agent() == {"att_1", "att_3"}
+    assert view.tables_read == tables_read_at_first
+    await groups.remove("att_1")
+    await groups.remove("att_3")
+    assert len(view.keys) == 1, "nothing may be left of an attempt"
+
+
+async def test_groups_from_before_there_was_an_index_are_found(view: FakeRay) -> None:
+    view.created, view.removed = ["phalanx/att_1", "phalanx/att_2", "another's"], ["phalanx/att_1"]
+    assert await found_by_the_next_agent() == await found_by_the_next_agent() == {"att_2"}
+
+
+async def test_a_group_that_ray_made_without_saying_so_is_found_by_the_next_agent(
+    view: FakeRay, groups: PlacementGroups
+) -> None:
+    await groups.load()
+    view.answers = False
+    with pytest.raises(StartFailed, match="refused"):
+        await place(groups, "att_1")
+    assert await found_by_the_next_agent() == {"att_1"}
 
 
 async def test_a_runner_from_before_the_agent_says_no_to_what_it_does_not_know() -> None:

@@ -23,6 +23,28 @@ pytestmark = pytest.mark.ray
 BOTH = {"node-0": [0, 1], "node-1": [0, 1]}
 START_TIMEOUT_S = 90.0  # the first start waits until torch is imported on both nodes
 NODE_LOSS_TIMEOUT_S = 40.0
+
+# Prints which calls of actors Ray's GCS keeps. The last of each runner asks to be kept; as a runner's events are told
+# in their order, GCS has heard of all before it too.
+KEPT_CALLS = """
+import sys, time
+from pathlib import Path
+from phalanx_worker.agent.ray_environment import prepare, read_ray_file
+prepare(address := read_ray_file(Path(sys.argv[1])))
+import ray
+from ray._private.state import state
+from ray.core.generated.common_pb2 import RUNNING
+ray.init(address=address, namespace="phalanx", log_to_driver=False)
+runners = ray.util.list_named_actors()
+for runner in runners:
+    ray.get(ray.get_actor(runner).__ray_ready__.options(enable_task_events=True).remote())
+told = 0
+while told < len(runners):
+    time.sleep(0.1)
+    calls = [task for task in state._get_all_task_events() if task.task_info.actor_id]
+    told = sum("ready" in call.task_info.name and RUNNING in call.state_updates.state_ts_ns for call in calls)
+print(*(call.task_info.name for call in calls))
+"""
 NUMBERS = itertools.count(1)  # an attempt runs once: its id is never used again, not even with another server
 
 
@@ -160,6 +182,13 @@ def test_a_gang_runs_on_two_nodes_with_torchruns_environment(site: Site, tmp_pat
     assert not [name for name in env if name.startswith("RAY_")], "Ray's token must not be in reach"
     for _ in range(5):
         site.all_gpus_are_free()
+
+
+def test_rays_gcs_keeps_nothing_of_a_runners_calls(site: Site) -> None:
+    site.all_gpus_are_free()
+    ray_file = site.ray_dir / "ray.json"
+    told = subprocess.run([sys.executable, "-c", KEPT_CALLS, ray_file], capture_output=True, text=True, timeout=60)
+    assert told.stdout.split() == ["NodeRunner.__ray_ready__"] * 2, told.stderr
 
 
 def test_one_failing_rank_ends_the_gang(site: Site) -> None:

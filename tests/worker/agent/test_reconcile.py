@@ -30,6 +30,7 @@ from phalanx_worker.agent.desired import (
 from phalanx_worker.protocol import RankExit
 
 RUN = attempt_of("att_1", "true", {"a": [0, 1], "b": [0, 1]}, epoch=3)
+WIDE = attempt_of("att_1", "true", {"a": [0, 1], "b": [0, 1], "c": [0, 1]}, epoch=3)
 RAN = replace(RUN, started=True)
 STOP = replace(RUN, action="stop", grace_s=42.0)
 UP = Group(epoch=3, state=GroupState.RUNNING)
@@ -107,9 +108,34 @@ TABLE: dict[str, tuple[World, list[Step]]] = {
         world(RUN, shown={"a": {"att_1": PREPARING}, "b": {"att_1": PREPARING}}),
         [Start(RUN, remains=True)],
     ),
-    "nor is it adopted to be stopped": (
+    "nor is it adopted to be stopped, but cleared before it is given up": (
         world(STOP, shown={"a": {"att_1": PREPARING}, "b": {}}),
-        [Refuse(STOP, "stopped before it started")],
+        [Refuse(STOP, "stopped before it started", remains=True)],
+    ),
+    "nor is a gang that is to be stopped while one of its nodes still starts it": (
+        world(STOP, shown={"a": {"att_1": UP}, "b": {"att_1": PREPARING}}),
+        [Refuse(STOP, "stopped before it started", remains=True)],
+    ),
+    "a placement group may be all that is to be seen of a start that is to be stopped": (
+        world(STOP, placed=frozenset({"att_1"})),
+        [Refuse(STOP, "stopped before it started", remains=True)],
+    ),
+    "a start that an earlier agent began is cleared too when it is given up for a silent runner": (
+        world(RUN, shown={"a": {"att_1": PREPARING}}, waited_s=READY_DEADLINE_S + 1),
+        [Refuse(RUN, "the runner of node b did not answer within 30 s", "b", remains=True)],
+    ),
+    "also where only its placement group is to be seen": (
+        world(STOP, shown={"a": {}}, placed=frozenset({"att_1"}), waited_s=READY_DEADLINE_S + 1),
+        [Refuse(STOP, "the runner of node b did not answer within 30 s", "b", remains=True)],
+    ),
+    "what one node still starts is not adopted for a silent runner of another": (
+        world(
+            WIDE,
+            shown={"a": {"att_1": UP}, "b": {"att_1": PREPARING}},
+            living=frozenset({"a", "b", "c"}),
+            waited_s=READY_DEADLINE_S + 1,
+        ),
+        [Refuse(WIDE, "the runner of node c did not answer within 30 s", "c", remains=True)],
     ),
     "what did run is never started again": (world(RAN), [Adopt(RAN, {})]),
     "adoption does not wait for a dead node": (

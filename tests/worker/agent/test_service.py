@@ -234,6 +234,33 @@ async def test_what_is_dropped_while_it_starts_is_reported_gone(scene: Scene) ->
     await scene.forgotten()
 
 
+async def test_the_server_is_told_how_many_facts_wait_and_how_many_may(scene: Scene) -> None:
+    """Ready, started and ended of each attempt that is held, and of each of its nodes that it is gone."""
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(0, 0)])
+    await scene.started()
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(0, 5)])
+    scene.link.deaf = True
+    scene.a.end("att_1", exit_code=0)
+    scene.b.end("att_1", exit_code=0)
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(1, 5)])
+    scene.link.deaf = False
+    await scene.reported("ended")
+    await scene.forgotten()
+    await scene.until(lambda: scene.link.backlogs[-1:] == [(0, 0)])
+
+
+async def test_what_is_on_the_nodes_and_nobody_wants_counts_too() -> None:
+    scene = Scene()
+    async with running(scene.agent):
+        await scene.started()
+    scene.link.deaf = True
+    scene.link.drop("att_1")
+    scene.link.backlogs.clear()
+    async with running(scene.new_agent()):
+        await scene.until(lambda: scene.link.backlogs[-1:] == [(2, 5)])
+    assert all(waiting <= most for waiting, most in scene.link.backlogs)
+
+
 async def test_facts_wait_in_order_while_the_server_is_away(scene: Scene) -> None:
     await scene.started()
     scene.link.away = True
@@ -277,6 +304,22 @@ async def test_a_new_agent_clears_a_half_started_gang_before_it_starts_it_again(
         await scene.started()
         assert ("kill_group", "att_1") in scene.a.calls
         await scene.until(lambda: scene.placements.placed == {"att_1"})
+
+
+async def test_what_an_earlier_agent_began_and_is_to_be_stopped_is_cleared_before_its_end_is_told() -> None:
+    scene = Scene()
+    scene.placements.placed.add("att_1")
+    scene.link.want(replace(GANG, action="stop"))
+    scene.b.hang("kill_group")
+    async with running(scene.agent):
+        await scene.until(lambda: ("kill_group", "att_1") in scene.a.calls)
+        await asyncio.sleep(0.03)
+        assert scene.link.kinds("att_1") == []
+        scene.b.hang()
+        await scene.reported("start_failed")
+        assert ("kill_group", "att_1") in scene.b.calls
+        assert not scene.placements.placed
+        await scene.forgotten()
 
 
 async def test_what_ran_and_is_gone_without_a_trace_is_reported_with_unseen_exits() -> None:

@@ -60,6 +60,25 @@ async def test_everything_in_the_output_directory_and_what_fits_in_the_working_d
     assert found.left_out_sentence() == ""
 
 
+async def test_patterns_that_no_file_fits_are_found(places: Path) -> None:
+    write(places / "output/model.pt")
+    write(places / "work/out/a.txt")
+    (places / "work/empty").mkdir()
+    (places / "work/link").symlink_to("nowhere")
+    patterns = ("out", "out/*.txt", "*.csv", "empty/**", "link", "model.pt")
+    assert collected(places, *patterns).unmatched == ["*.csv", "empty/**"]
+    assert collected(places).unmatched == []
+
+
+async def test_where_not_everything_was_looked_at_nobody_knows_what_fits(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        write(places / f"work/{number}")
+    monkeypatch.setattr(outputs, "LOOKED_AT_MAX", 10)
+    assert collected(places, "*.csv").unmatched == []
+
+
 async def test_where_both_have_a_path_the_output_directory_wins(places: Path) -> None:
     write(places / "output/out/a", "mine")
     write(places / "work/out/a")
@@ -282,9 +301,31 @@ async def test_a_rank_that_fails_leaves_its_files_too(workbench: Any, then: str)
 
 async def test_a_job_that_leaves_nothing_asks_nothing_of_the_server(workbench: Any) -> None:
     tries = workbench.server.output_tries
-    attempt = workbench.attempt("true", outputs=["out/**"])
+    attempt = workbench.attempt("true")
     assert (await attempt.run())[0]["exit_code"] == 0
     assert workbench.server.output_tries == tries and notes(attempt) == []
+
+
+async def test_patterns_that_no_file_fits_are_told(workbench: Any) -> None:
+    attempt = workbench.attempt("sh -c 'mkdir empty; echo a > a.txt'", outputs=["out/**", "*.txt", "empty"])
+    await attempt.run()
+    assert left(attempt) == {(0, "a.txt"): b"a\n"}
+    assert notes(attempt) == ["No file in the working directory fits out/** or empty (run.outputs)."]
+
+
+async def test_of_several_nodes_that_of_rank_0_tells_of_patterns(workbench: Any) -> None:
+    attempt = workbench.attempt("true", nodes=2, outputs=["out/**"])
+    await attempt.start()
+    for runner in attempt.runners:
+        await attempt.group(runner)
+    node = attempt.desired.groups[0].node
+    assert notes(attempt) == [f"No file in the working directory on {node} fits out/** (run.outputs)."]
+
+
+async def test_a_rank_that_failed_is_not_told_what_it_did_not_leave(workbench: Any) -> None:
+    attempt = workbench.attempt("sh -c 'exit 3'", outputs=["out/**"])
+    await attempt.run()
+    assert notes(attempt) == []
 
 
 async def test_what_was_left_out_is_told(workbench: Any) -> None:
@@ -548,5 +589,5 @@ async def test_a_rank_cannot_make_the_runner_read_for_it(
     assert (await attempt.run())[0]["exit_code"] == 0
     assert server.text(attempt.id, rank=0) == "70123-700\n"
     assert left(attempt) == {(0, "mine"): b"mine\n", (0, "closed/x"): b"\n"}
-    (note,) = notes(attempt)
-    assert "4 links, pipes or devices" in note
+    left_out, unmatched = notes(attempt)
+    assert "4 links, pipes or devices" in left_out and unmatched.endswith("fits ../../../../etc/* (run.outputs).")

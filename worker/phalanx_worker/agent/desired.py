@@ -112,6 +112,7 @@ class Refuse:
     attempt: DesiredAttempt
     message: str
     node: str | None = None
+    remains: bool = False  # an earlier agent had begun to start it: clear first, the report frees its GPUs
 
 
 @dataclass(frozen=True)
@@ -205,22 +206,25 @@ def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
     nodes = [group.node for group in attempt.groups]
     shown = {node: table[attempt.attempt_id] for node, table in world.tables.items() if attempt.attempt_id in table}
     seen = {node: group for node, group in shown.items() if group.state is not GroupState.PREPARING}
+    starting = len(seen) < len(shown)  # ranks may come up there yet, though nobody waits for them any more
+    remains = bool(shown) or attempt.attempt_id in world.placement_groups
     stale = [group.epoch for group in shown.values() if group.epoch != attempt.epoch]
     silent = [node for node in nodes if node in world.living and node not in world.tables]
+    half = not starting and (bool(silent) or attempt.action == "stop")  # what is to be seen will do
     overdue = world.now_s - world.desired_since_s.get(attempt.attempt_id, world.now_s) > READY_DEADLINE_S
     if stale:
         yield Clear(attempt.attempt_id, stale[0], frozenset(shown))
     elif silent and not overdue:
         return
-    elif seen and (silent or attempt.started or attempt.action == "stop" or len(seen) == len(nodes)):
+    elif seen and (attempt.started or len(seen) == len(nodes) or half):
         yield Adopt(attempt, seen)
     elif not world.living.issuperset(nodes):
         return  # nobody can say that nothing was started on the dead node: the server has to lose it first
     elif silent and not attempt.started:
         message = f"the runner of node {silent[0]} did not answer within {READY_DEADLINE_S:.0f} s"
-        yield Refuse(attempt, message, silent[0])
+        yield Refuse(attempt, message, silent[0], remains=remains)
     elif not silent:
-        yield _beginning(attempt, remains=bool(shown) or attempt.attempt_id in world.placement_groups)
+        yield _beginning(attempt, remains=remains)
 
 
 def _beginning(attempt: DesiredAttempt, *, remains: bool) -> Step:
@@ -228,7 +232,7 @@ def _beginning(attempt: DesiredAttempt, *, remains: bool) -> Step:
     if attempt.started:
         return Adopt(attempt, {})  # its ranks are gone and nobody saw how
     if attempt.action == "stop":
-        return Refuse(attempt, "stopped before it started")
+        return Refuse(attempt, "stopped before it started", remains=remains)
     return Start(attempt, remains=remains)
 
 

@@ -2,11 +2,15 @@
 
 Owns when a group may be created: never before Ray's own view shows its resources free, for one that misses its first
 try waits 0.8 s. Which GPUs, and whether it fits at all, was decided before. Ray's calls block, so they run in threads.
+
+Ray never forgets a removed group: to be told of 100,000 takes it 8 s and 300 MiB of GCS's memory. So which ones there
+may be is kept beside them, in Ray's key-value store.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray._private.state
-from ray._raylet import PlacementGroupID
 from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_exists, _internal_kv_list, _internal_kv_put
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -27,6 +32,9 @@ from phalanx_worker.agent.launch import PlacementUnavailable, StartFailed
 from phalanx_worker.protocol import DesiredAttempt
 
 PREFIX = "phalanx/"
+INDEX_NAMESPACE = "phalanx-placement-groups"  # of Ray's key-value store: a key for each attempt that may have a group
+INDEXED = b"indexed"  # the key that says so; before, no group was entered
+OF_ATTEMPT = b"attempt/"
 POLL_S = 0.003
 CREATED_TIMEOUT_S = 10
 SMALLEST_CPUS = 0.001  # a bundle may not be empty; Ray counts in steps of this
@@ -68,12 +76,8 @@ class PlacementGroups:
     _watch: asyncio.Task[None] | None = None
 
     async def load(self) -> None:
-        """Learn which groups exist. Slow: Ray keeps the rows of removed groups."""
-        table = await self._in_thread(lambda: placement_group_table())
-        for group_id, row in table.items():
-            if row["name"].startswith(PREFIX) and row["state"] != "REMOVED":
-                handle = PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
-                self.handles[row["name"].removeprefix(PREFIX)] = handle
+        """Learn which groups exist."""
+        self.handles.update(await self._in_thread(_existing))
 
     def attempts(self) -> frozenset[str]:
         return frozenset(self.handles)
@@ -101,14 +105,20 @@ class PlacementGroups:
         handle = self.handles.get(attempt_id)
         if handle is None:
             return
+
+        def give_back() -> None:
+            remove_placement_group(handle)
+            _internal_kv_del(_key(attempt_id), namespace=INDEX_NAMESPACE)
+
         try:
-            await self._in_thread(lambda: remove_placement_group(handle))
+            await self._in_thread(give_back)
         except RayError as error:
             raise PlacementUnavailable(str(error)) from error
         self.handles.pop(attempt_id, None)
 
     async def _take(self, attempt_id: str, bundles: list[Bundle]) -> None:
         def take() -> bool:
+            _internal_kv_put(_key(attempt_id), b"", namespace=INDEX_NAMESPACE)
             self.handles[attempt_id] = handle = placement_group(
                 [bundle.resources() for bundle in bundles],
                 strategy="PACK",
@@ -156,6 +166,28 @@ class PlacementGroups:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+
+def _key(attempt_id: str) -> bytes:
+    return OF_ATTEMPT + attempt_id.encode()
+
+
+def _existing() -> dict[str, PlacementGroup]:
+    """The groups that exist, by attempt.
+
+    A key without a group stays: an agent that this one replaces may just be about to create it.
+    """
+    if not _internal_kv_exists(INDEXED, namespace=INDEX_NAMESPACE):
+        for row in placement_group_table().values():
+            if row["name"].startswith(PREFIX) and row["state"] != "REMOVED":
+                _internal_kv_put(_key(row["name"].removeprefix(PREFIX)), b"", namespace=INDEX_NAMESPACE)
+        _internal_kv_put(INDEXED, b"", namespace=INDEX_NAMESPACE)
+    handles = {}
+    for key in _internal_kv_list(OF_ATTEMPT, namespace=INDEX_NAMESPACE):
+        attempt_id = key.removeprefix(OF_ATTEMPT).decode()
+        with contextlib.suppress(ValueError):  # there is none of that name
+            handles[attempt_id] = get_placement_group(PREFIX + attempt_id)
+    return handles
 
 
 def bundles_of(attempt: DesiredAttempt, ray_node_ids: Mapping[str, str]) -> list[Bundle]:

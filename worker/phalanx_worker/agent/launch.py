@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from phalanx_worker.agent.desired import Gang, Group, GroupState, Phase, all_exits, first_failed_rank
@@ -104,8 +104,8 @@ class Launcher:
         self.aborts.setdefault(gang.attempt_id, asyncio.Event()).set()
 
     async def _clear_remains(self, gang: Gang, nodes: list[str]) -> None:
-        await self._remove_placement(gang.attempt_id)
         cleared = await self._clear_all(gang, nodes)
+        await self._remove_placement(gang.attempt_id)
         unknown = [node for node, is_clear in cleared.items() if not is_clear]
         gang.generations.update(dict.fromkeys(unknown, NO_GENERATION))
         if unknown:
@@ -169,14 +169,15 @@ class Launcher:
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def _give_up(self, gang: Gang, attempt: DesiredAttempt, error: StartFailed) -> None:
-        """Clear every node that was told to start.
+        """Clear every node that was told to start, then report it: the server frees the GPUs when it hears that.
 
         Where one died meanwhile nobody can say that nothing runs there: then the server has to lose the node first, and
-        the gang stays held with that group lost.
+        the gang stays held with that group lost. The placement group goes last: should this agent die too, it tells the
+        next one that something may be left.
         """
         log.warning("attempt %s could not be started: %s", gang.attempt_id, error)
-        await self._remove_placement(gang.attempt_id)
         cleared = await self._clear_all(gang, gang.generations)
+        await self._remove_placement(gang.attempt_id)
         if all(cleared.values()):
             gang.phase = Phase.CLOSING
             await self._never_ran(gang, attempt, error)
@@ -185,10 +186,13 @@ class Launcher:
             gang.groups[node] = Group(gang.epoch, GroupState.ENDED if is_clear else GroupState.LOST)
         gang.stopping, gang.phase = True, Phase.RUNNING
 
-    async def refuse(self, gang: Gang, attempt: DesiredAttempt, *, message: str, node: str | None) -> None:
-        """Give up an attempt of which nothing was begun."""
-        log.warning("attempt %s is not started: %s", gang.attempt_id, message)
-        await self._never_ran(gang, attempt, StartFailed(message, node))
+    async def refuse(
+        self, gang: Gang, attempt: DesiredAttempt, *, message: str, node: str | None, remains: bool
+    ) -> None:
+        """Give up an attempt of which this agent has begun nothing. `remains`: one before it may have, on any node."""
+        if remains:
+            gang.generations = {group.node: NO_GENERATION for group in attempt.groups}
+        await self._give_up(gang, attempt, StartFailed(message, node))
 
     async def _never_ran(self, gang: Gang, attempt: DesiredAttempt, error: StartFailed) -> None:
         nodes = [group.node for group in attempt.groups]
@@ -230,10 +234,18 @@ class Launcher:
             await asyncio.sleep(RETRY_S)
 
     async def close(self, gang: Gang, attempt: DesiredAttempt) -> None:
-        """Every group is over: give the resources back, then report the end."""
+        """Every group is over: give the resources back, then report the end.
+
+        A node that did not show its group is cleared first: what a dead agent had ordered may have come up there since.
+        """
+        vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
+        unknown = [node for node, is_clear in (await self._clear_all(gang, vanished)).items() if not is_clear]
+        if unknown:  # dead by now: the server has to lose it first
+            gang.groups.update({node: replace(gang.groups[node], state=GroupState.LOST) for node in unknown})
+            gang.phase = Phase.RUNNING
+            return
         await self._remove_placement(gang.attempt_id)
         first = gang.first_failed_rank
-        vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
         await self._finish(
             gang,
             list(gang.groups),

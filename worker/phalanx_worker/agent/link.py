@@ -1,13 +1,15 @@
 """The agent's side of the server's agent link: three HTTP calls, and the facts that wait for their acknowledgement.
 
-Owns retries, backoff and the order of facts. The server may be away for as long as it likes: nothing is dropped, and
-nobody here waits for it but those who ask to. Knows nothing of Ray or of what the facts mean.
+Owns retries, backoff and the order of facts. The server may be away for as long as it likes: nothing is dropped, what
+is told again is kept once, and nobody here waits for it but those who ask to. Knows nothing of Ray or of what the facts
+mean.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from phalanx_worker.agent.backoff import Backoff
 from phalanx_worker.protocol import (
     AgentReport,
     AttemptFact,
+    Backlog,
     Desired,
     Inventory,
     InventoryAnswer,
@@ -78,8 +81,10 @@ class ServerLink:
     async def close(self) -> None:
         await self.client.aclose()
 
-    async def put_nodes(self, nodes: list[NodeFacts], without_token: list[str]) -> InventoryAnswer:
-        message = Inventory(instance=self.instance, sent_at=time.time(), nodes=nodes, without_token=without_token)
+    async def put_nodes(self, nodes: list[NodeFacts], without_token: list[str], backlog: Backlog) -> InventoryAnswer:
+        message = Inventory(
+            instance=self.instance, sent_at=time.time(), nodes=nodes, without_token=without_token, backlog=backlog
+        )
         return await self._call(InventoryAnswer, "PUT", "/v1/agent/nodes", json=encode(message))
 
     async def desired(self, version: str) -> Desired:
@@ -128,7 +133,7 @@ def _problem(response: httpx.Response) -> tuple[str, str]:
         return "", response.text[:200]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     fact: AttemptFact
     taken: asyncio.Future[bool]
@@ -136,17 +141,29 @@ class _Waiting:
 
 @dataclass
 class FactOutbox:
-    """Facts in the order in which they happened, each kept until the server has acknowledged it."""
+    """Facts in the order in which they first happened, each kept until the server has acknowledged it.
+
+    What is told again takes the place of the same that still waits: of an attempt at most each kind once, and once for
+    each node that it is gone from.
+    """
 
     link: ServerLink
-    _waiting: list[_Waiting] = field(default_factory=list)
+    _waiting: dict[tuple[Any, ...], _Waiting] = field(default_factory=dict)
     _some: asyncio.Event = field(default_factory=asyncio.Event)
     _urgent: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
     def deliver(self, fact: AttemptFact, *, urgent: bool = True) -> asyncio.Future[bool]:
         """Queue a fact. The future tells, once the server has answered, whether it took the fact or refused it."""
-        waiting = _Waiting(fact, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        before = self._waiting.get(_slot(fact))
+        if before is not None and not before.taken.done():
+            waiting = _Waiting(fact, before.taken)
+        else:
+            waiting = _Waiting(fact, asyncio.get_running_loop().create_future())
+        self._waiting[_slot(fact)] = waiting
         self._some.set()
         if urgent:
             self._urgent.set()
@@ -166,7 +183,7 @@ class FactOutbox:
                     async with asyncio.timeout(COALESCE_S):
                         await self._urgent.wait()
             try:
-                await self._send(self._waiting[:most])
+                await self._send(list(itertools.islice(self._waiting.values(), most)))
                 backoff.succeeded()
                 most = min(2 * most, FACTS_PER_REPORT)
             except ServerAway as error:
@@ -196,10 +213,17 @@ class FactOutbox:
 
     def _settle(self, batch: list[_Waiting], refused: set[tuple[str, int]]) -> None:
         for waiting in batch:
-            self._waiting.remove(waiting)
+            if self._waiting.get(_slot(waiting.fact)) is not waiting:
+                continue  # what took its place meanwhile has to be sent in its turn
+            del self._waiting[_slot(waiting.fact)]
             if not waiting.taken.done():
                 waiting.taken.set_result(_key(waiting.fact) not in refused)
 
 
 def _key(fact: AttemptFact) -> tuple[str, int]:
     return fact.attempt_id, fact.epoch
+
+
+def _slot(fact: AttemptFact) -> tuple[Any, ...]:
+    """What is the same fact, told again. `node` is part of what `gone` says; elsewhere it is a detail."""
+    return (*_key(fact), fact.kind, fact.node if fact.kind == "gone" else None)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -35,12 +35,13 @@ from phalanx_worker.agent.desired import (
 from phalanx_worker.agent.hosts import RUNNER_SILENT_S, Host, Hosts, RunnerSource
 from phalanx_worker.agent.launch import NO_GENERATION, Launcher, Placements
 from phalanx_worker.agent.link import Backoff, FactOutbox, ServerAway, ServerLink, ServerRefused
-from phalanx_worker.protocol import DesiredAttempt, InventoryAnswer, NodeFacts
+from phalanx_worker.protocol import Backlog, DesiredAttempt, InventoryAnswer, NodeFacts
 
 log = logging.getLogger("phalanx.agent")
 
 INVENTORY_POLL_S = 0.5
 RECONCILE_AT_LEAST_EVERY_S = 1.0
+FACTS_PER_ATTEMPT = 3  # `gang_ready`, `started`, and `ended` or `start_failed`; beside them `gone` of each node
 
 
 class Cluster(RunnerSource, Protocol):
@@ -128,7 +129,8 @@ class Agent:
             if nodes != told or time.monotonic() - told_s >= self.heartbeat_s:
                 self.wake.set()
                 try:
-                    self._take_answer(nodes, await self.link.put_nodes(nodes, self._without_token(nodes)))
+                    answer = await self.link.put_nodes(nodes, self._without_token(nodes), self._backlog())
+                    self._take_answer(nodes, answer)
                 except (ServerAway, ServerRefused) as error:
                     self._count_answer(isinstance(error, ServerRefused))
                     await backoff.failed(error, at_least_s=_asked_s(error))
@@ -148,6 +150,11 @@ class Agent:
     def _without_token(self, nodes: list[NodeFacts]) -> list[str]:
         """Asked for by name: the answer with a token may have got lost, and the one before it runs out."""
         return [node.name for node in nodes if node.alive and (node.name, node.ray_node_id) not in self.node_tokens]
+
+    def _backlog(self) -> Backlog:
+        """Facts wait of attempts that are held only: each is held until the last of them is acknowledged."""
+        facts_limit = sum(FACTS_PER_ATTEMPT + nodes_of(gang) for gang in self.gangs.values())
+        return Backlog(facts=self.outbox.waiting, facts_limit=facts_limit)
 
     def _take_answer(self, nodes: list[NodeFacts], answer: InventoryAnswer) -> None:
         self.heartbeat_s = answer.heartbeat_s
@@ -239,9 +246,9 @@ class Agent:
                 gang = self._hold(attempt, Phase.RUNNING)
                 adopt(gang, attempt, groups, self.hosts)
                 self._spawn(self.launcher.report_adopted(gang, attempt))
-            case Refuse(attempt, message, node):
+            case Refuse(attempt, message, node, remains):
                 gang = self._hold(attempt, Phase.CLOSING)
-                self._spawn(self.launcher.refuse(gang, attempt, message=message, node=node))
+                self._spawn(self.launcher.refuse(gang, attempt, message=message, node=node, remains=remains))
             case Stop(attempt_id, grace_s):
                 gang = self.gangs[attempt_id]
                 gang.stopping, gang.first_failed_rank = True, first_failed_rank(gang.groups)
@@ -251,7 +258,7 @@ class Agent:
             case Close(attempt_id):
                 self._close(self.gangs[attempt_id])
             case Clear(attempt_id, epoch, nodes):
-                gang = self.gangs.setdefault(attempt_id, Gang(attempt_id, epoch, Phase.CLEARING))
+                gang = self.gangs.get(attempt_id) or self._hold_stranger(attempt_id, epoch, nodes)
                 gang.phase = Phase.CLEARING
                 self._spawn(self.launcher.clear(gang, nodes))
             case Forget(attempt_id):
@@ -260,6 +267,12 @@ class Agent:
     def _hold(self, attempt: DesiredAttempt, phase: Phase) -> Gang:
         gang = Gang(attempt.attempt_id, attempt.epoch, phase, attempt)
         self.gangs[attempt.attempt_id] = gang
+        return gang
+
+    def _hold_stranger(self, attempt_id: str, epoch: int, nodes: Iterable[str]) -> Gang:
+        tables = self.hosts.tables()
+        shown = {node: tables[node][attempt_id] for node in nodes}
+        gang = self.gangs[attempt_id] = Gang(attempt_id, epoch, Phase.CLEARING, groups=shown)
         return gang
 
     def _close(self, gang: Gang) -> None:
@@ -293,6 +306,11 @@ def adopt(gang: Gang, attempt: DesiredAttempt, groups: Any, hosts: Hosts) -> Non
         state = GroupState.VANISHED if answered is not None else GroupState.LOST
         gang.groups[placement.node] = shown or Group(attempt.epoch, state)
         gang.generations[placement.node] = answered.generation if answered is not None else NO_GENERATION
+
+
+def nodes_of(gang: Gang) -> int:
+    """How many nodes there are ranks of it on, or were to be."""
+    return max(len(gang.groups), len(gang.attempt.groups) if gang.attempt is not None else 0)
 
 
 def look_at(gang: Gang, node: str, host: Host | None) -> None:

@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from phalanx.globs import Matcher, matcher
+from phalanx.globs import Matcher, matcher, matches
 
 PATH_MAX_BYTES = 1024
 DEPTH_MAX = 64
 LOOKED_AT_MAX = 500_000  # as many files as a bundle may have
 CHUNK_BYTES = 1 << 20
+_SAID_PATTERNS = 3
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a FIFO blocks nobody
@@ -73,11 +74,12 @@ class _Enough(Exception):
 
 @dataclass
 class Collected:
-    """`left_out` counts by reason; `all_seen`: nothing else is there."""
+    """`left_out` counts by reason; `all_seen`: nothing else is there; `unmatched`: patterns that nothing there fits."""
 
     files: list[OutputFile] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     all_seen: bool = True
+    unmatched: list[str] = field(default_factory=list)
 
     def left_out_sentence(self) -> str:
         """For the user; "" if nothing was."""
@@ -88,6 +90,18 @@ class Collected:
         more = "" if self.all_seen else f"{'; ' if reasons else ''}{looked}"
         return f"Output files were left out: {reasons}{more}."
 
+    def unmatched_sentence(self, where: str = "") -> str:
+        """For the user; "" if something fits each pattern. `where`: of which node it is said."""
+        if not self.unmatched:
+            return ""
+        *others, last = self.unmatched[:_SAID_PATTERNS]
+        more = len(self.unmatched) - _SAID_PATTERNS
+        said = f"{', '.join(others)} or {last}" if others else last
+        return (
+            f"No file in the working directory{where} fits {said}"
+            f"{f', or any of {more} more' if more > 0 else ''} (run.outputs)."
+        )
+
 
 def collect(source: Source, given_up: threading.Event) -> Collected:
     """All files of a group that are to be delivered, in the order of their names. Blocking."""
@@ -96,6 +110,7 @@ def collect(source: Source, given_up: threading.Event) -> Collected:
         found.take(source.output, matcher(["**"]))
         if source.patterns:
             found.take(source.work, matcher(source.patterns))
+        found.collected.unmatched = list(found.unmatched)
     except _Enough:
         found.collected.all_seen = False
     return found.collected
@@ -106,6 +121,7 @@ class _Collecting:
 
     def __init__(self, source: Source, given_up: threading.Event):
         self.collected = Collected()
+        self.unmatched = {pattern: matcher([pattern]) for pattern in source.patterns}
         self._source = source
         self._given_up = given_up
         self._paths: set[str] = set()
@@ -176,6 +192,8 @@ class _Collecting:
             raise _Enough
 
     def _take_file(self, root: str, path: str, status: os.stat_result) -> None:
+        for pattern in [each for each, at_top in self.unmatched.items() if matches(at_top, path)]:
+            del self.unmatched[pattern]
         reason = self._objection(path, status)
         if reason:
             return self._leave_out(reason)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from phalanx_worker.node import outputs
 from phalanx_worker.node.answers import Delivery
-from phalanx_worker.node.outputs import OutputFile, Source
+from phalanx_worker.node.outputs import Collected, OutputFile, Source
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.threads import to_its_end
 from phalanx_worker.node.transfers import CutOff, NotLive, OutputRef, Transfers
@@ -42,6 +42,8 @@ async def deliver_outputs(group: Group, transfers: Transfers, *, own_users: bool
     collected = await to_its_end(outputs.collect, source, threading.Event())
     if sentence := collected.left_out_sentence():
         group.note("note", {"message": sentence})
+    if sentence := _unmatched_sentence(group, collected):
+        group.note("note", {"message": sentence})
     if collected.files:
         sending = Sending(group, transfers, collected.files, uid)
         try:
@@ -49,6 +51,15 @@ async def deliver_outputs(group: Group, transfers: Transfers, *, own_users: bool
         finally:
             if sentence := sending.lost_sentence():
                 group.note("note", {"message": sentence})
+
+
+def _unmatched_sentence(group: Group, collected: Collected) -> str:
+    """Of a gang on several nodes that of rank 0 tells: elsewhere ranks mostly leave nothing. Whoever failed knows why
+    there is nothing."""
+    order = group.order
+    if order.group.group_rank != 0 or any(end.exit_code != 0 for end in group.exits):
+        return ""
+    return collected.unmatched_sentence(f" on {order.group.node}" if len(order.desired.groups) > 1 else "")
 
 
 class Sending:

@@ -1,4 +1,4 @@
-"""Outputs are forgotten some time after the end of their job, files first, and those of other jobs stay."""
+"""What jobs left in files is forgotten some time after their end, files first, and that of other jobs stays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from control_plane import ControlPlane
 from phalanx_server.actions.save_output import save_output
 from phalanx_server.loops.retain import BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
 from phalanx_server.store.bundles import BundleFiles
-from phalanx_server.store.outputs import GroupRef, OutputFiles
+from phalanx_server.store.logs import job_directory
+from phalanx_server.store.outputs import GroupRef, OutputFiles, output_directory
 from phalanx_server.store.schema import leases, outputs
 from sqlalchemy import update
 
@@ -84,7 +85,7 @@ async def test_they_go_some_time_after_the_end_of_their_job(plane: ControlPlane)
 
 
 async def test_a_round_is_bounded(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx_server.loops.retain.OUTPUT_JOBS", 1)
+    monkeypatch.setattr("phalanx_server.loops.retain.JOBS", 1)
     await plane.add_nodes(1)
     for _ in range(2):
         await ended(plane)
@@ -95,6 +96,75 @@ async def test_a_round_is_bounded(plane: ControlPlane, monkeypatch: pytest.Monke
         await retain.tick(plane.now)
         seen.append((len(await kept(plane)), retain.pause_s))
     assert seen == [(1, BUSY_INTERVAL_S), (0, BUSY_INTERVAL_S), (0, INTERVAL_S)]
+
+
+async def test_files_that_nothing_names_go_with_their_job(plane: ControlPlane) -> None:
+    """Left by a server that died in the middle of an upload, or whose commit got no answer."""
+    await plane.add_nodes(1)
+    runs, _ = await plane.run()
+    job_id, attempt = await plane.run()
+    await plane.report(plane.ended(attempt, 0))
+    for of_job in (runs, job_id):
+        for directory in (output_directory(of_job), job_directory(of_job)):
+            (plane.storage / directory).mkdir(parents=True, exist_ok=True)
+            (plane.storage / directory / "half").write_bytes(b"x")
+
+    def left() -> set[str]:
+        return {path.parent.name for path in plane.storage.rglob("half")}
+
+    retain = retain_of(plane)
+    await retain.tick(plane.later(9 * DAY_S))
+    assert left() == {runs.hex, job_id.hex}
+    await retain.tick(plane.later(2 * DAY_S))
+    assert [path.parent.name for path in (plane.storage / "outputs").rglob("half")] == [runs.hex]
+    await retain.tick(plane.later(20 * DAY_S))
+    assert left() == {runs.hex}
+
+
+async def test_each_job_is_looked_at_once(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there were: a round costs what ended since the one before."""
+    await plane.add_nodes(1)
+    first = await ended(plane)
+    await retain_of(plane).tick(plane.later(11 * DAY_S))
+    second = await ended(plane)
+    deleted: list[str] = []
+
+    async def note(_: OutputFiles, paths: list[str]) -> None:
+        deleted.extend(paths)
+
+    monkeypatch.setattr(OutputFiles, "delete", note)
+    await retain_of(plane).tick(plane.later(11 * DAY_S))
+    assert deleted == [output_directory(second)] and first != second
+
+
+async def test_what_the_storage_would_not_delete_is_deleted_later(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await plane.add_nodes(1)
+    job_id = await ended(plane)
+
+    async def fail(_: OutputFiles, __: list[str]) -> None:
+        raise OSError("away")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="away"):
+        patch.setattr(OutputFiles, "delete", fail)
+        await retain_of(plane).tick(plane.later(11 * DAY_S))
+    assert await kept(plane) == {job_id}
+    await retain_of(plane).tick(plane.now)
+    assert await kept(plane) == set()
+
+
+async def test_more_rows_than_one_transaction_deletes_go_all_the_same(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx_server.store.retention.BATCH_ROWS", 2)
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run()
+    for number in range(5):
+        await leave(plane, job_id, path=f"part-{number}")
+    await plane.report(plane.ended(attempt, 0))
+    await retain_of(plane).tick(plane.later(11 * DAY_S))
+    assert await kept(plane) == set()
 
 
 async def test_a_deposed_leader_forgets_none(plane: ControlPlane) -> None:
