@@ -327,3 +327,13 @@ def test_the_nodes_in_another_order_give_the_same_place(on, topology, slices, di
         spot = find_spot(table, table.total, ask_for(topology, 1, replicas), "h100", anywhere)
         spots.append(None if spot is None else spot.placement(table))
     assert spots[0] == spots[1]
+
+
+def test_a_level_that_the_policy_no_longer_has_leaves_each_node_a_domain_of_its_own():
+    on = nodes("b0/r0/n0:4", "b0/r0/n1:4")
+    snapshot = snapshot_of([queued(4, 1, required("rack"))], on)
+    gone = replace(snapshot, policy=replace(snapshot.policy, topology_levels=()))
+    (start,) = schedule(gone).starts
+    assert {p.node: p.replicas for p in start.placement} == {"n0": 4}
+    too_wide = replace(gone, jobs=tuple(replace(job, replicas=5) for job in gone.jobs))
+    assert [hold.reason for hold in schedule(too_wide).holds] == ["impossible"]

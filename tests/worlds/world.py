@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 from uuid import UUID
@@ -35,7 +35,7 @@ from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.schedule import ScheduleLoop
 from phalanx_server.loops.watch_nodes import Patience, WatchNodes
-from phalanx_server.scheduling.snapshot import Policy, changed
+from phalanx_server.scheduling.snapshot import Policy, Snapshot, changed
 from phalanx_server.store import ids
 from phalanx_server.store.schema import jobs, nodes, placements, quotas, tenants
 from phalanx_server.store.snapshots import load_changes, load_snapshot, reading
@@ -397,7 +397,7 @@ class World:
             changes, known = await load_changes(conn, memory.cursor, self.plane.now)
         plan = changed(memory.planner.snapshot(), changes)
         pairs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-            ("jobs", {job.id: job for job in plan.jobs}, {job.id: job for job in fresh.jobs}),
+            ("jobs", _unpredicted(plan), _unpredicted(fresh)),
             ("nodes", {node.name: node for node in plan.nodes}, {node.name: node for node in fresh.nodes}),
             ("versions", dict(known.versions), dict(cursor.versions)),
             ("running jobs", dict(known.running), dict(cursor.running)),
@@ -411,6 +411,11 @@ class World:
         ]
         if wrong:
             raise self._broken(wrong)
+
+
+def _unpredicted(snapshot: Snapshot) -> dict[str, Any]:
+    """The jobs as they are stored: what is expected of them is the scheduler's own."""
+    return {job.id: replace(job, predicted_s=None) for job in snapshot.jobs}
 
 
 @contextlib.contextmanager

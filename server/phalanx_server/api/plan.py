@@ -15,10 +15,11 @@ from phalanx_server.api.auth import Principal
 from phalanx_server.api.bodies import Given, body_as, takes
 from phalanx_server.api.deps import Looking, Services, Serving, now
 from phalanx_server.api.errors import Problem
-from phalanx_server.api.what_if import Outcome, hypothetical, plan_document
+from phalanx_server.api.what_if import Outcome, hypothetical, plan_document, work_of_spec
 from phalanx_server.domain.errors import Invalid, PhalanxError
 from phalanx_server.domain.spec import JobSpec, parse_job
-from phalanx_server.scheduling.snapshot import parse_snapshot
+from phalanx_server.scheduling.predict import Work
+from phalanx_server.scheduling.snapshot import Job, parse_snapshot
 from phalanx_server.store import ids
 
 router = APIRouter(tags=["plan"])
@@ -81,11 +82,14 @@ async def _outcome(services: Services, principal: Principal, question: PlanQuest
         field = "snapshot" if question.snapshot is not None else "changes"
         raise Invalid.field(field, str(error)) from error
     specs = [parse_job(job, where=f"jobs[{index}]") for index, job in enumerate(question.jobs or ())]
-    jobs = [
-        hypothetical(spec, id=ids.new_id().hex, submitted_at=now(), unmet=unmet)
-        for spec, unmet in await _checked(services, principal, specs)
-    ]
-    return await services.what_if.with_jobs(jobs), [f"job_{job.id}" for job in jobs]
+    jobs: dict[str, Job] = {}
+    works: dict[str, Work] = {}
+    for spec, unmet in await _checked(services, principal, specs):
+        id_ = ids.new_id().hex
+        jobs[id_] = hypothetical(spec, id=id_, submitted_at=now(), unmet=unmet)
+        works[id_] = work_of_spec(spec, user=principal.actor.name)
+    outcome = await services.what_if.with_jobs(list(jobs.values()), works)
+    return outcome, [f"job_{id_}" for id_ in jobs]
 
 
 async def _checked(services: Services, principal: Principal, specs: list[JobSpec]) -> list[tuple[JobSpec, Unmet]]:

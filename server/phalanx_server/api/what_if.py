@@ -1,7 +1,8 @@
 """What the scheduler would do: the live scheduler's own pass over live state, with jobs or changes added.
 
 Owns the way from job files to a plan and back to API names. Refuses to change anything. Plans are computed in a thread,
-one at a time; the snapshot they start from is shared for a moment, because loading one is the larger part of the cost.
+one at a time; the snapshot they start from is shared for a moment, because loading one is the larger part of the cost,
+and what was learnt of run times for longer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from phalanx_server.api.errors import Problem
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Plan, dump_plan
 from phalanx_server.scheduling.planner import schedule
+from phalanx_server.scheduling.predict import Predictor, Work
 from phalanx_server.scheduling.snapshot import (
     Changes,
     Dependency,
@@ -32,9 +34,11 @@ from phalanx_server.scheduling.snapshot import (
     checked,
     parse_changes,
 )
+from phalanx_server.store.forecasts import Forecast, learnt, load_history
 from phalanx_server.store.snapshots import GIB, load_snapshot, reading, topology_of
 
 SNAPSHOT_AGE_S = 1.0
+HISTORY_AGE_S = 60.0
 MOST_WAITING = 8
 
 _API_ID = re.compile(r"(?:job|node)_([0-9a-f]{32})")
@@ -62,10 +66,17 @@ class WhatIf:
         self._waiting = 0
         self._snapshot: Snapshot | None = None
         self._loaded_at = -math.inf
+        self._forecast = Forecast(Predictor())
+        self._learnt_at = -math.inf
 
-    async def with_jobs(self, jobs: Sequence[Job]) -> Outcome:
-        """The plan if these jobs were submitted now."""
-        return await self._ask(lambda snapshot: changed(snapshot, Changes(now=snapshot.now, jobs=tuple(jobs))))
+    async def with_jobs(self, jobs: Sequence[Job], works: Mapping[str, Work] | None = None) -> Outcome:
+        """The plan if these jobs were submitted now. `works`: what is known of their run times."""
+
+        def add(snapshot: Snapshot) -> Snapshot:
+            expected = self._forecast.predicted(jobs, works or {})
+            return changed(snapshot, Changes(now=snapshot.now, jobs=expected))
+
+        return await self._ask(add)
 
     async def with_changes(self, document: Mapping[str, Any]) -> Outcome:
         """The plan after changes as plan-format says them; `now` may be left out. ValueError names what is wrong."""
@@ -89,7 +100,13 @@ class WhatIf:
     async def _live(self) -> Snapshot:
         if self._snapshot is None or time.monotonic() - self._loaded_at > SNAPSHOT_AGE_S:
             async with reading(self._engine) as conn:
-                self._snapshot, _ = await load_snapshot(conn, datetime.now(UTC), self._policy)
+                snapshot, cursor = await load_snapshot(conn, datetime.now(UTC), self._policy)
+                is_old = time.monotonic() - self._learnt_at > HISTORY_AGE_S
+                history = await load_history(conn) if is_old else None
+            if history is not None:
+                self._forecast = Forecast(await asyncio.to_thread(learnt, history))
+                self._learnt_at = time.monotonic()
+            self._snapshot = self._forecast.begin(snapshot, cursor.works)
             self._loaded_at = time.monotonic()
         return self._snapshot
 
@@ -158,6 +175,12 @@ def hypothetical(spec: JobSpec, *, id: str, submitted_at: datetime, unmet: Unmet
         submitted_at=submitted_at.timestamp(),
         state="queued",
     )
+
+
+def work_of_spec(spec: JobSpec, *, user: str) -> Work:
+    """What is known of the run time of a job that is not submitted yet."""
+    gpus = spec.resources.replicas * spec.resources.gpus_per_replica
+    return Work(tenant=spec.tenant or "", gpus=gpus, user=user, name=spec.name, time_limit_s=spec.time_limit)
 
 
 def plan_document(outcome: Outcome, visible: Any) -> dict[str, Any]:

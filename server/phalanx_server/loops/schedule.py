@@ -1,8 +1,8 @@
 """The scheduling loop: load what changed, plan, commit.
 
-Owns the planner in memory, and when it is thrown away: on election, when a commit says that another leads, when a
-decision is dropped that was dropped the time before too (the pass does not learn why), and after any error. Refuses to
-decide anything.
+Owns the planner in memory, with what is expected of every job's run time, and when both are thrown away: on election,
+when a commit says that another leads, when a decision is dropped that was dropped the time before too (the pass does
+not learn why), and after any error. Refuses to decide anything.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from phalanx_server.loops.ticking import Pace, Pulse, tick_forever
 from phalanx_server.scheduling.plan import Migration, Plan, Preemption, Resize
 from phalanx_server.scheduling.planner import Planner, Size
 from phalanx_server.scheduling.snapshot import Changes, Policy
+from phalanx_server.store.forecasts import Forecast, learnt, load_ends, load_history
 from phalanx_server.store.holds import load_holds
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.snapshots import Cursor, load_changes, load_snapshot, reading
@@ -53,6 +54,7 @@ class Memory:
 
     lease: Lease
     planner: Planner
+    forecast: Forecast
     cursor: Cursor
     changes: int
     """How many jobs, nodes and tenants the last pass read."""
@@ -122,14 +124,20 @@ class ScheduleLoop:
         async with reading(self._engine) as conn:
             snapshot, cursor = await load_snapshot(conn, now, self._policy)
             self.holds.load(await load_holds(conn))
+            history = await load_history(conn)
+        forecast = Forecast(await _run(len(history), lambda: learnt(history)))
+        snapshot = forecast.begin(snapshot, cursor.works)
         planner = await _run(len(cursor.versions), lambda: Planner(snapshot))
         plan = await _run(len(cursor.versions), planner.plan)
         log.info("planner loaded", jobs=len(snapshot.jobs), nodes=len(snapshot.nodes), epoch=lease.epoch)
-        return Memory(lease, planner, cursor, len(snapshot.jobs) + len(snapshot.nodes) + len(snapshot.tenants)), plan
+        read = len(snapshot.jobs) + len(snapshot.nodes) + len(snapshot.tenants)
+        return Memory(lease, planner, forecast, cursor, read), plan
 
     async def _advance(self, memory: Memory, now: datetime) -> Plan:
         async with reading(self._engine) as conn:
             changes, cursor = await load_changes(conn, memory.cursor, now)
+            ended = await load_ends(conn, [job for job in changes.removed_jobs if job in memory.cursor.works])
+        changes = memory.forecast.follow(changes, cursor.works, ended)
         memory.cursor, memory.changes = cursor, _count(changes)
         self.holds.keep(cursor.versions)
         return await _run(len(cursor.versions), lambda: memory.planner.apply(changes))

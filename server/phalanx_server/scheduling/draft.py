@@ -91,6 +91,8 @@ class Draft:
         self.table = world.table
         self.windows = Windows(world.maintenance, world.table, world.now)
         self.now = Book(world.now, world.free.copy(), world.use.copy(), self._who_is_where())
+        self.leaving: dict[str, Job] = {id_: job for id_, job in world.stopping.items() if not world.is_on_lost(job)}
+        """What is stopping. What is left on a lost node goes nowhere before the node is back."""
         self.soon = self._soon()
         self.later: list[Book] = []
         self.reservations: list[Reservation] = []
@@ -104,7 +106,6 @@ class Draft:
         """Look at those as well, for a moment, that are inside their minimum run time."""
         self.memo: dict[tuple[object, ...], Any] = {}
         """What others have worked out about the running jobs, until room is made."""
-        self.leaving: dict[str, Job] = dict(world.stopping)
         self.disturbed: set[str] = set()
         self.ends: list[tuple[float, str]] = []
         """When what was started or kept in this pass is expected to end."""
@@ -115,7 +116,7 @@ class Draft:
 
     def _soon(self) -> Book:
         soon = self.now.copy()
-        for job in self.world.stopping.values():
+        for job in self.leaving.values():
             soon.take(self.world.load(job, states_of(job)), -1)
             if job.next is not None:
                 soon.take(self.world.load(job, [job.next]))

@@ -12,6 +12,7 @@ in holds goes there, whatever is the best fit further out; and of several domain
 it takes the fewest further in.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,9 +42,10 @@ class Rule:
 
 @lru_cache(maxsize=1024)
 def rule_of(topology: Topology | None, levels: tuple[str, ...]) -> Rule:
-    """The rule of a job's topology, for trees of these levels."""
-    depth = {level: i for i, level in enumerate(levels, start=1)} | {"node": len(levels) + 1}
-    innermost = depth["node"]
+    """The rule of a job's topology, for trees of these levels. On a level that the policy no longer has, no node has a
+    label: there each is a domain of its own."""
+    innermost = len(levels) + 1
+    depth = defaultdict(lambda: innermost, {level: i for i, level in enumerate(levels, start=1)})
     if topology is None:
         return Rule(0, 0, innermost, 1)
     bound = 0 if topology.required is None else depth[topology.required]

@@ -221,7 +221,11 @@ class World:
 
     def is_lost(self, running: Running) -> bool:
         """Is it on a lost node, so that stopping it frees nothing before the node is back?"""
-        return any(self.nodes[item.node].state == "lost" for item in running.job.placement)
+        return self.is_on_lost(running.job)
+
+    def is_on_lost(self, job: Job) -> bool:
+        """The same of any job that has a place."""
+        return any(item.node in self.nodes and self.nodes[item.node].state == "lost" for item in job.placement)
 
     def load(self, job: Job, states: Sequence[Seat]) -> Load:
         """What a job takes that has these states: the largest of them, on each node and of each resource."""

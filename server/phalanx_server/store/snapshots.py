@@ -25,7 +25,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
@@ -35,6 +35,7 @@ from sqlalchemy import Row, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.scheduling.documents import read_record
+from phalanx_server.scheduling.predict import Work
 from phalanx_server.scheduling.snapshot import (
     ArrayLimit,
     BorrowRule,
@@ -52,6 +53,7 @@ from phalanx_server.scheduling.snapshot import (
     Tenant,
     Topology,
 )
+from phalanx_server.store.forecasts import work_of
 from phalanx_server.store.policies import load_policy
 from phalanx_server.store.seats import read_seat
 
@@ -65,7 +67,8 @@ AGENT_SILENT_S = 30.0
 class Cursor:
     """Where the next `load_changes` goes on, the version of each queued job and of each running one as the pass knows
     it, by name, what is kept for queued jobs, the clusters that were silent, and the jobs of lost attempts whose ranks
-    might still run. `base` is the policy of the settings file, over which the stored one goes."""
+    might still run. `base` is the policy of the settings file, over which the stored one goes; `works` is what is known
+    of the run time of each job that is not over."""
 
     xid: int
     versions: Mapping[str, int]
@@ -74,6 +77,7 @@ class Cursor:
     base: Policy
     silent: frozenset[UUID] = frozenset()
     uncertain: frozenset[UUID] = frozenset()
+    works: Mapping[str, Work] = field(default_factory=dict)
 
 
 @asynccontextmanager
@@ -89,7 +93,7 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
     """Everything. `policy` is that of the settings file. `conn` must see one moment throughout: see `reading`."""
     xid = (await _horizon(conn, since=0)).xid
     jobs: list[Job] = []
-    known = _Known({}, {}, {})
+    known = _Known({}, {}, {}, {})
     async for rows in _in_pieces(conn, _JOBS_LIVE, {}):
         jobs += known.read(rows)
     async for rows in _in_pieces(conn, _JOBS_QUEUED, {}):
@@ -150,19 +154,21 @@ class _Known:
     versions: dict[str, int]
     running: dict[str, int]
     kept: dict[str, Seat]
+    works: dict[str, Work]
 
     @classmethod
     def of(cls, cursor: Cursor) -> _Known:
-        return cls(dict(cursor.versions), dict(cursor.running), dict(cursor.kept))
+        return cls(dict(cursor.versions), dict(cursor.running), dict(cursor.kept), dict(cursor.works))
 
     def cursor(self, xid: int, base: Policy, silent: frozenset[UUID], uncertain: frozenset[UUID]) -> Cursor:
-        return Cursor(xid, self.versions, self.running, self.kept, base, silent, uncertain)
+        return Cursor(xid, self.versions, self.running, self.kept, base, silent, uncertain, self.works)
 
     def read(self, rows: Sequence[Row[Any]]) -> list[Job]:
         """The jobs that the rows say, their versions noted."""
         jobs = [_job(row) for row in rows]
         for row, job in zip(rows, jobs, strict=True):
             self._drop(job.id)
+            self.works[job.id] = _work(row, job)
             if job.state == "queued":
                 self.versions[job.id] = row.version
             elif job.state == "running":
@@ -179,6 +185,7 @@ class _Known:
         self.versions.pop(job, None)
         self.running.pop(job, None)
         self.kept.pop(job, None)
+        self.works.pop(job, None)
 
 
 # ------------------------------------------------------------------ horizon
@@ -211,8 +218,9 @@ async def _horizon(conn: AsyncConnection, *, since: int) -> _Horizon:
 # ------------------------------------------------------------------ jobs
 
 _COLUMNS = """
-    j.id, j.state, j.version, t.path AS tenant, j.priority, j.submitted_at, j.held, j.not_before, j.backoff_until,
-    j.avoid_nodes, CAST(j.spec->'resources' AS text) AS resources, CAST(j.spec->'preemption' AS text) AS preemption,
+    j.id, j.state, j.version, j.name, j.created_by, j.array_index, t.path AS tenant, j.priority, j.submitted_at,
+    j.held, j.not_before, j.backoff_until, j.avoid_nodes, CAST(j.spec->'resources' AS text) AS resources,
+    CAST(j.spec->'preemption' AS text) AS preemption,
     CAST(j.spec->>'time_limit' AS double precision) AS time_limit, j.deadline, j.array_id, j.array_max_running,
     CASE WHEN j.unmet > 0 THEN (
         SELECT json_agg(json_build_array(
@@ -264,6 +272,10 @@ _JOBS_CHANGED = text(
     """
 )
 _JOBS_OVER = text(f"SELECT j.id FROM jobs j WHERE {_SINCE} AND j.state IN ('succeeded', 'failed', 'cancelled')")
+
+
+def _work(row: Row[Any], job: Job) -> Work:
+    return work_of(row, gpus=job.replicas * job.gpus_per_replica, time_limit_s=job.time_limit_s)
 
 
 def _job(row: Row[Any]) -> Job:

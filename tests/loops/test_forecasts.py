@@ -1,0 +1,158 @@
+"""What live passes expect of run times: learnt from the jobs that ended, told of those that wait and run."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import pytest
+from control_plane import ControlPlane
+from phalanx_server.scheduling.snapshot import Job, Policy, Snapshot
+from phalanx_server.store.forecasts import HISTORY_JOBS, load_history
+from phalanx_server.store.schema import holds
+from phalanx_server.store.snapshots import load_snapshot, reading
+from sqlalchemy import select
+
+
+async def ran(plane: ControlPlane, run_s: float, **fields: object) -> UUID:
+    """A job that ran so long and ended well."""
+    job_id, attempt = await plane.run(**fields)  # type: ignore[arg-type]
+    plane.later(run_s)
+    await plane.report(plane.ended(attempt, 0))
+    return job_id
+
+
+def known(plane: ControlPlane) -> Snapshot:
+    memory = plane.scheduler._memory
+    assert memory is not None
+    return memory.planner.snapshot()
+
+
+def job_of(plane: ControlPlane, job_id: UUID) -> Job:
+    return next(job for job in known(plane).jobs if job.id == job_id.hex)
+
+
+async def agrees(plane: ControlPlane) -> bool:
+    """The planner knows what a fresh load says, with what it was told of run times."""
+    async with reading(plane.engine) as conn:
+        snapshot, _ = await load_snapshot(conn, plane.now, Policy())
+    told = plane.scheduler._memory.forecast.over(snapshot)  # type: ignore[union-attr]
+    return {job.id: job for job in told.jobs} == {job.id: job for job in known(plane).jobs}
+
+
+async def expected_start(plane: ControlPlane, job_id: UUID) -> float | None:
+    async with plane.engine.connect() as conn:
+        row = (await conn.execute(select(holds).where(holds.c.job_id == job_id))).one()
+    return row.estimated_start and row.estimated_start.timestamp()
+
+
+async def test_with_no_history_nothing_is_expected(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, _ = await plane.run(gpus=4, time_limit="1h")
+    waiting = await plane.submit(gpus=4)
+    await plane.tick()
+    assert job_of(plane, job_id).predicted_s is None and job_of(plane, waiting).predicted_s is None
+
+
+async def test_jobs_that_ended_tell_of_those_that_come(plane: ControlPlane) -> None:
+    """And so who waits is told when to expect its start, without any time limit."""
+    await plane.add_nodes(1)
+    for _ in range(3):
+        await ran(plane, 600, gpus=4)
+    running, _ = await plane.run(gpus=4)
+    began_at = plane.now.timestamp()
+    plane.later(100)
+    waiting = await plane.submit(gpus=4)
+    await plane.tick()
+    assert job_of(plane, running).predicted_s == job_of(plane, waiting).predicted_s == 600
+    assert await expected_start(plane, waiting) == began_at + 600
+    assert await agrees(plane)
+
+
+async def test_a_new_leader_learns_what_the_old_one_knew(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    for _ in range(3):
+        await ran(plane, 600, gpus=4)
+    running, _ = await plane.run(gpus=4)
+    await plane.tick()
+    before = job_of(plane, running)
+    plane.scheduler._memory = None
+    await plane.tick()
+    assert job_of(plane, running) == before
+    assert await agrees(plane)
+
+
+async def test_a_job_that_outlives_what_was_expected_is_expected_to_go_on(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    for _ in range(3):
+        await ran(plane, 600, gpus=4)
+    running, attempt = await plane.run(gpus=4)
+    waiting = await plane.submit(gpus=4)
+    starts: list[float] = []
+    for _ in range(8):
+        await plane.tick()
+        assert await agrees(plane)
+        at = await expected_start(plane, waiting)
+        assert at is not None and at > plane.now.timestamp(), "whatever was outlived, an end is expected"
+        starts.append(at)
+        plane.later(400)
+    assert starts == sorted(starts) and len(set(starts)) < len(starts), "not in every pass anew"
+    await plane.report(plane.ended(attempt, 0))
+    await plane.tick()
+    assert await plane.state(waiting) == "starting"
+    assert running.hex not in {job.id for job in known(plane).jobs}
+
+
+async def test_what_was_learnt_reaches_those_that_wait_already(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    _, attempt = await plane.run(gpus=4)
+    waiting = await plane.submit(gpus=4, priority="low")
+    await plane.tick()
+    assert job_of(plane, waiting).predicted_s is None
+    plane.later(300)
+    await plane.report(plane.ended(attempt, 0))
+    other = await plane.submit(gpus=4)
+    await plane.tick()
+    await plane.tick()
+    assert job_of(plane, waiting).predicted_s == job_of(plane, other).predicted_s == 300
+    assert await agrees(plane)
+
+
+async def test_a_job_that_was_evicted_goes_on_where_it_was(plane: ControlPlane) -> None:
+    """`done_s` counts: what is expected is the whole."""
+    await plane.add_nodes(1)
+    for _ in range(3):
+        await ran(plane, 600, gpus=4)
+    job_id, attempt = await plane.run(gpus=4)
+    plane.later(200)
+    urgent = await plane.submit(gpus=4, priority="high")
+    await plane.tick()
+    await plane.report(plane.ended(attempt, 143))
+    await plane.tick()
+    await plane.tick()
+    job = job_of(plane, job_id)
+    assert (job.state, job.done_s, job.predicted_s) == ("queued", 200, 600)
+    assert await plane.state(urgent) == "starting"
+    assert await agrees(plane)
+
+
+async def test_the_history_is_bounded_and_in_order(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    for run_s in (10, 20, 30):
+        await ran(plane, run_s, gpus=4, time_limit="1h")
+    never = await plane.submit(gpus=4)
+    async with plane.engine.connect() as conn:
+        assert [each.run_s for each in await load_history(conn)] == [10, 20, 30]
+        newest = await load_history(conn, most=2)
+    assert [each.run_s for each in newest] == [20, 30] and never.hex not in {each.job for each in newest}
+    assert (newest[0].work.gpus, newest[0].work.name, newest[0].work.time_limit_s) == (4, "job", 3600)
+    assert HISTORY_JOBS > 128
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_a_run_counts_at_the_replicas_that_a_job_prefers(plane: ControlPlane, replicas: int) -> None:
+    await plane.add_nodes(1, gpus=replicas)
+    elastic = {"elastic": {"min_replicas": 1, "max_replicas": 2}}
+    await ran(plane, 100, replicas=2, resources={"replicas": 2, "gpus_per_replica": 1, **elastic})
+    async with plane.engine.connect() as conn:
+        ((run_s,),) = [[each.run_s] for each in await load_history(conn)]
+    assert run_s == (100 if replicas == 2 else pytest.approx(100 / 1.8))
