@@ -125,7 +125,9 @@ class Forecast:
     def begin(self, snapshot: Snapshot, works: Mapping[str, Work]) -> Snapshot:
         """The whole snapshot with predictions. `works`: what is known of each job before it runs, by the job's name."""
         self._turn(snapshot.now, works)
-        return replace(snapshot, jobs=tuple(self._tell(job) for job in snapshot.jobs))
+        told = {job.id: self._tell(job) for job in snapshot.jobs}
+        told |= {job.id: job for job in self._outliving()}
+        return replace(snapshot, jobs=tuple(told.values()))
 
     def follow(self, changes: Changes, works: Mapping[str, Work], ended: Sequence[Ended]) -> Changes:
         """The changes with predictions, and with the jobs of which something else is expected now."""
