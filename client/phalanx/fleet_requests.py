@@ -36,6 +36,11 @@ def plan(
     return Call("POST", "/v1/plan", one(models.PlanAnswer), json=sent)
 
 
+def calibration() -> Call[models.CalibrationReport]:
+    """How good the scheduler's forecasts of starts and run times were."""
+    return Call("GET", "/v1/scheduler/calibration", one(models.CalibrationReport))
+
+
 def nodes() -> Pages[models.Node]:
     """All nodes of all clusters."""
     return paged(models.Node, "/v1/nodes")

@@ -88,6 +88,8 @@ class Hold(Model):
     message: str = ""
     unblocks: list[Any] = field(default_factory=list)
     estimated_start: datetime | None = None
+    estimated_start_low: datetime | None = None
+    estimated_start_high: datetime | None = None
     since: datetime | None = None
 
 
@@ -474,3 +476,21 @@ class PlanAnswer(Model):
 
     plan: dict[str, Any]
     snapshot_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class ForecastFigures(Model):
+    """Forecasts of one kind against what came; 0.8 within the interval is meant."""
+
+    jobs: int = 0
+    within_interval: float | None = None
+    median_error_s: float | None = None
+    median_relative_error: float | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationReport(Model):
+    """How good forecasts were: of starts as first told, and of run times."""
+
+    starts: ForecastFigures = field(default_factory=ForecastFigures)
+    runs: ForecastFigures = field(default_factory=ForecastFigures)

@@ -24,6 +24,7 @@ from phalanx_server.api import (
     agent_link,
     arrays,
     bundles,
+    calibration,
     clusters,
     environments,
     errors,
@@ -62,7 +63,7 @@ from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-OF_JOBS = (jobs, arrays, events, explain, logs, outputs, metrics, queue, plan, bundles, environments)
+OF_JOBS = (jobs, arrays, events, explain, logs, outputs, metrics, queue, plan, calibration, bundles, environments)
 RESOURCES = (*OF_JOBS, nodes, tenants, quotas, policy, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."

@@ -57,6 +57,7 @@ ASKED: dict[str, Any] = {
     "delete_environment": packages.delete_environment("env_1"),
     "outputs": files.outputs(JOB, attempt=1)("c"),
     "download_output": files.download_output(JOB, "x", Path(), attempt=1, group_rank=0),
+    "calibration": fleet.calibration(),
     "queue": fleet.queue(tenant="a", limit=5)("c"),
     "plan": fleet.plan(jobs=[JOB_FILE]),
     "nodes": fleet.nodes()("c"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from uuid import UUID
 
 import pytest
 from control_plane import ControlPlane
 from phalanx_server.scheduling.snapshot import Job, Policy, Snapshot
+from phalanx_server.store.calibration import calibrated_runs, calibrated_starts
 from phalanx_server.store.forecasts import HISTORY_JOBS, load_history
-from phalanx_server.store.schema import holds
+from phalanx_server.store.schema import forecasts, holds
 from phalanx_server.store.snapshots import load_snapshot, reading
 from sqlalchemy import select
 
@@ -156,3 +158,64 @@ async def test_a_run_counts_at_the_replicas_that_a_job_prefers(plane: ControlPla
     async with plane.engine.connect() as conn:
         ((run_s,),) = [[each.run_s] for each in await load_history(conn)]
     assert run_s == (100 if replicas == 2 else pytest.approx(100 / 1.8))
+
+
+async def test_an_expected_start_has_an_interval_and_is_compared_with_what_came(
+    plane: ControlPlane,
+) -> None:
+    await plane.add_nodes(1)
+    for run_s in range(100, 1300, 100):
+        await ran(plane, run_s, gpus=4)
+    _, attempt = await plane.run(gpus=4)
+    began_at = plane.now.timestamp()
+    second, third = await plane.submit(gpus=4), await plane.submit(gpus=4)
+    plane.later(10)
+    await plane.tick()
+    rows = {row.job_id: row for row in await plane.rows(holds)}
+    low, at, high = (
+        getattr(rows[second], name).timestamp() - began_at
+        for name in ("estimated_start_low", "estimated_start", "estimated_start_high")
+    )
+    assert (low, at, high) == (pytest.approx(210, abs=20), pytest.approx(650, abs=20), pytest.approx(1090, abs=20))
+    widths = [
+        (rows[job].estimated_start_high - rows[job].estimated_start_low).total_seconds() for job in (second, third)
+    ]
+    assert widths[1] > widths[0], "who waits for somebody that waits knows less"
+    plane.later(690)
+    await plane.report(plane.ended(attempt, 0))
+    await plane.tick()
+    assert await plane.state(second) == "starting"
+    async with plane.engine.connect() as conn:
+        starts, runs = await calibrated_starts(conn), await calibrated_runs(conn)
+    assert (starts.jobs, starts.within_interval) == (1, 1.0)
+    assert starts.median_error_s == pytest.approx(50, abs=20)
+    said = {row.job_id: row for row in await plane.rows(forecasts)}
+    assert said[attempt.job_id].run_s == 650 and said[second].run_s and said[third].run_s is None
+    assert runs.jobs == 12 and runs.median_error_s is not None, "all that were expected to run for some time"
+    told = plane.scheduler.starts
+    assert (told.jobs, told.within) == (1, 1) and told.error_s == starts.median_error_s
+    await plane.tick()
+    assert plane.scheduler.runs.jobs == 12
+    plane.scheduler._memory = None
+    await plane.tick()
+    await plane.tick()
+    assert plane.scheduler.runs.jobs == 12, "a new leader knows as much"
+
+
+async def test_a_time_that_is_sure_is_an_interval_of_no_width(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job = await plane.submit(not_before=(plane.now + timedelta(seconds=60)).isoformat())
+    await plane.tick()
+    (row,) = await plane.rows(holds)
+    assert row.job_id == job
+    assert row.estimated_start_low == row.estimated_start == row.estimated_start_high
+
+
+async def test_where_nothing_tells_there_is_no_interval(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    await plane.run(gpus=4)
+    await plane.submit(gpus=4)
+    await plane.tick()
+    (row,) = await plane.rows(holds)
+    assert (row.estimated_start, row.estimated_start_low, row.estimated_start_high) == (None, None, None)
+    assert await plane.rows(forecasts) == []

@@ -143,6 +143,26 @@ def test_reclaim_in_a_tree(jobs, who, evicted):
     assert outcome([*started, queued("in", 4, tenant=who)], NODES[:2], tenants) == evicted
 
 
+POOLED = [
+    of("x2", "sibling", "n1", 2, priority=-1),
+    of("out", "outside", "n0", 8),
+    of("out", "important", "n1", 2, priority=9),
+]
+
+
+@pytest.mark.parametrize("own", [of("x1", "own", "n1", 4, priority=-1), of("x1", "own", "n1", 4, preemptible=False)])
+def test_a_sibling_that_borrows_too_does_not_stand_between_a_subtree_and_its_pool(own):
+    """x1 ends above its own 8, so it takes nothing from its sibling x2; x ends within its 16 and takes from outside."""
+    tenants = [
+        tenant("all"),
+        tenant("x", "all", h100=8),
+        tenant("x1", "x", h100=8),
+        tenant("x2", "x"),
+        tenant("out", "all"),
+    ]
+    assert outcome([*POOLED, own, queued("in", 8, tenant="x1")], NODES[:2], tenants) == {"outside": RECLAIM}
+
+
 SWAP = [of("a", "high", "n0", priority=9), of("a", "low", "n1", 4, priority=-1)]
 BORROW = {
     "a borrower swaps its own lower priority for as much": (

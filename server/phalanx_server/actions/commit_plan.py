@@ -24,6 +24,7 @@ from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.gang import Group
 from phalanx_server.scheduling.plan import Plan, Start
+from phalanx_server.scheduling.predict import Expectation
 from phalanx_server.store.attempts import (
     NewAttempt,
     NewPlacement,
@@ -32,6 +33,7 @@ from phalanx_server.store.attempts import (
     lock_jobs,
     lock_queued_jobs,
 )
+from phalanx_server.store.calibration import record_runs
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
@@ -59,10 +61,12 @@ async def commit_plan(
     now: datetime,
     running: Mapping[str, int] | None = None,
     holds: Sequence[HoldRow] = (),
+    expected: Mapping[str, Expectation] | None = None,
 ) -> Committed:
     """Carry out the plan's decisions and store `holds`, those of the plan that are news (see `store.holds`).
 
-    `versions` are the versions of the queued jobs that the pass was made on, `running` those of the running ones.
+    `versions` are the versions of the queued jobs that the pass was made on, `running` those of the running ones;
+    `expected` is how long jobs that start are expected to run, kept of first starts to compare it with what comes.
     Raises LeaseLost.
     """
     async with engine.begin() as conn:
@@ -70,6 +74,8 @@ async def commit_plan(
         committed = await _carry_out(conn, plan, versions, running or {}, holds, now)
         over = committed.started.keys() | committed.unheld
         await upsert_holds(conn, [row for row in holds if row.job_id.hex not in over], now=now)
+        started = expected.keys() & committed.started.keys() if expected else ()
+        await record_runs(conn, {UUID(hex=job): expected[job] for job in sorted(started)} if expected else {})
     return committed
 
 

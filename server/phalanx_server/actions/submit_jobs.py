@@ -70,6 +70,8 @@ class NewJob:
     hold_message: str | None = None
     unblocks: list[str] | None = None
     estimated_start: datetime | None = None
+    estimated_start_low: datetime | None = None
+    estimated_start_high: datetime | None = None
     hold_since: datetime | None = None
     attempt: dict[str, Any] | None = None
     step: int | None = None

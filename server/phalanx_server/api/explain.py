@@ -52,6 +52,14 @@ def sentences(job: Job) -> str:
     return f"{job.name} {_DOING[JobState(job.state)]}{place}{said}."
 
 
+SHOWN = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def _between(hold: Hold) -> str:
+    low, high = hold.estimated_start_low, hold.estimated_start_high
+    return f", in four cases of five from {low:{SHOWN}} to {high:{SHOWN}}" if low and high and low < high else ""
+
+
 def _waiting(job: Job) -> str:
     place = f" It is number {job.position} in the queue." if job.position else ""
     place += f" Its last attempt is over: {job.message}." if job.message else ""
@@ -60,6 +68,6 @@ def _waiting(job: Job) -> str:
     hold = job.hold
     unblocks = f" It could start when {', or when '.join(hold.unblocks)}." if hold.unblocks else ""
     at = hold.estimated_start
-    expected = f" It is expected to start at {at:%Y-%m-%dT%H:%M:%SZ}." if at else ""
+    expected = f" It is expected to start at {at:{SHOWN}}{_between(hold)}." if at else ""
     warned = "".join(f" It {warning}." for warning in job.warnings)
     return f"{job.name} waits ({hold.reason}): {hold.message}.{unblocks}{expected}{warned}{place}"

@@ -21,12 +21,15 @@ JobRow: TypeAlias = Any
 
 
 class Hold(BaseModel):
-    """Why a waiting job does not start, what would end the wait, and when it is expected to start."""
+    """Why a waiting job does not start, what would end the wait, and when it is expected to start: in four cases of
+    five between `estimated_start_low` and `estimated_start_high`. Null: nothing known tells."""
 
     reason: str
     message: str
     unblocks: list[str]
     estimated_start: datetime | None
+    estimated_start_low: datetime | None = None
+    estimated_start_high: datetime | None = None
     since: datetime | None
 
 
@@ -244,6 +247,8 @@ def hold_document(row: JobRow) -> Hold | None:
         message=row.hold_message,
         unblocks=row.unblocks,
         estimated_start=row.estimated_start,
+        estimated_start_low=row.estimated_start_low,
+        estimated_start_high=row.estimated_start_high,
         since=row.hold_since,
     )
 

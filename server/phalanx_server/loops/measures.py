@@ -95,6 +95,7 @@ class SchedulerState(Collector):
         yield from self._leadership()
         yield from self._last_pass()
         yield from self._holds()
+        yield from self._forecasts()
         yield from self._backlogs()
         yield from _pulses(self._loops.by_name)
         pool = self._engine.sync_engine.pool
@@ -125,6 +126,15 @@ class SchedulerState(Collector):
         yield _gauge("hold_book_jobs", "Waiting jobs of which the stored reason is in memory.", book.jobs)
         yield _gauge("hold_book_words", "Different reasons in memory.", book.words)
         yield _gauge("hold_book_words_limit", "Over it those of no job are forgotten.", hold_book.WORDS_MAX)
+
+    def _forecasts(self) -> Iterator[Metric]:
+        starts, runs = self._loops.schedule.starts, self._loops.schedule.runs
+        yield _gauge("forecast_runs", "Jobs that ended whose run time had been expected.", runs.jobs)
+        yield _gauge("forecast_runs_within", "Those that ended within the interval; 0.8 of them is meant.", runs.within)
+        yield _gauge("forecast_runs_log_error", "Sum of their errors, as powers of e.", runs.error)
+        yield _gauge("forecast_starts", "Jobs that started whose start had been expected.", starts.jobs)
+        yield _gauge("forecast_starts_within", "Those that started within the interval.", starts.within)
+        yield _gauge("forecast_starts_error_seconds", "Sum of the errors of first expected starts.", starts.error_s)
 
     def _backlogs(self) -> Iterator[Metric]:
         outbox, since = self._loops.outbox, self._loops.retain.caught_up_at

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from math import isfinite
 from typing import TypeVar
 
 import structlog
@@ -20,14 +21,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.commit_plan import Committed, commit_plan
 from phalanx_server.actions.expect_lease import LeaseLost
-from phalanx_server.loops.hold_book import HoldBook
+from phalanx_server.domain.reason import date_of
+from phalanx_server.loops.hold_book import HoldBook, Words
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import Pace, Pulse, tick_forever
 from phalanx_server.scheduling.plan import Migration, Plan, Preemption, Resize
 from phalanx_server.scheduling.planner import Planner, Size
+from phalanx_server.scheduling.predict import Calibration
 from phalanx_server.scheduling.snapshot import Changes, Policy
+from phalanx_server.store.calibration import StartRecord
 from phalanx_server.store.forecasts import Forecast, learnt, load_ends, load_history
-from phalanx_server.store.holds import load_holds
+from phalanx_server.store.holds import HoldRow, load_holds
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.snapshots import Cursor, load_changes, load_snapshot, reading
 from phalanx_server.store.wakeups import Wakeups
@@ -92,6 +96,8 @@ class ScheduleLoop:
         self._memory: Memory | None = None
         self._told = told
         self.holds = HoldBook()
+        self.starts = StartRecord()
+        self.runs = Calibration()
         self.pulse = Pulse()
         self.last: Pass | None = None
         """The last pass under the lease that is held."""
@@ -140,6 +146,8 @@ class ScheduleLoop:
         changes = memory.forecast.follow(changes, cursor.works, ended)
         memory.cursor, memory.changes = cursor, _count(changes)
         self.holds.keep(cursor.versions)
+        self.starts.keep(cursor.versions)
+        self.runs = memory.forecast.predictor.calibration
         return await _run(len(cursor.versions), lambda: memory.planner.apply(changes))
 
     async def _commit(self, memory: Memory, plan: Plan, now: datetime) -> Committed | None:
@@ -147,6 +155,7 @@ class ScheduleLoop:
         part, later = _first_part(plan)
         news = self.holds.news(plan, kept=cursor.kept)
         news = [each for each in news if each[0].job_id.hex not in later]
+        news = _with_intervals(news, plan, memory.forecast)
         if not (part.starts or part.preemptions or part.resizes or part.migrations or news):
             return Committed()
         try:
@@ -158,12 +167,15 @@ class ScheduleLoop:
                 running=cursor.running,
                 now=now,
                 holds=[row for row, _ in news],
+                expected=memory.forecast.starting(part),
             )
         except LeaseLost as lost:
             log.warning("plan not committed", why=str(lost))
             return None
         stored = [each for each in news if each[0].job_id.hex not in committed.unheld]
         self.holds.stored(stored, over=committed.started)
+        self.starts.told(row for row, _ in stored)
+        self.starts.started(committed.started, now=now)
         if (len(plan.starts) > STARTS_MAX and committed.started) or (later and committed.stopped):
             self.pause_s = 0.0
         return committed
@@ -190,6 +202,24 @@ class ScheduleLoop:
                 await pace.turn()
 
             await tick_forever(self.tick, wait, name="schedule", pulse=self.pulse)
+
+
+def _with_intervals(
+    news: Sequence[tuple[HoldRow, Words]], plan: Plan, forecast: Forecast
+) -> list[tuple[HoldRow, Words]]:
+    """The holds, with between when and when those that have an expected start will start."""
+    if not any(row.estimated_start for row, _ in news):
+        return list(news)
+    intervals = forecast.start_intervals(plan)
+
+    def widened(row: HoldRow) -> HoldRow:
+        interval = intervals.get(row.job_id.hex) if row.estimated_start else None
+        if interval is None or not all(map(isfinite, interval)):
+            return row
+        low, high = map(date_of, interval)
+        return replace(row, estimated_start_low=low, estimated_start_high=high)
+
+    return [(widened(row), words) for row, words in news]
 
 
 def _first_part(plan: Plan) -> tuple[Plan, frozenset[str]]:

@@ -12,8 +12,9 @@ larger than the one that is left, so that the victim, back in the queue, finds n
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
+from functools import partial
 
 from phalanx_server.scheduling.quota import QuotaUse
 from phalanx_server.scheduling.trial import Piece, Trial
@@ -49,7 +50,8 @@ class Claim:
 
     def rights(self) -> Iterator[Right]:
         """One after the other, the least costly to others first."""
-        yield Right(self._by_nominal, self._within_nominal)
+        for sides in self._sides():
+            yield Right(partial(self._by_nominal, sides), self._within_nominal)
         if self._limited and self._world.policy.fair_sharing:
             yield Right(self._by_fair_share, self._whatever)
         if self._limited and self._rules.borrow is not None:
@@ -122,10 +124,17 @@ class Claim:
 
     # ------------------------------------------------------------------ nominal
 
-    def _by_nominal(self) -> Iterator[Piece]:
+    def _sides(self) -> Iterator[set[int]]:
+        """The sides that may take something back: all of them, then without the inner ones, because what is within a
+        pool may be more than the tenant's own."""
+        found = {mine for mine, _ in self._borrowers().values()}
+        below = [i for i in self._forest.way_up(self._tenant) if i in found and self._is_below(i)]
+        for inner in range(max(1, len(below))):
+            yield set(below[inner:])
+
+    def _by_nominal(self, sides: Set[int]) -> Iterator[Piece]:
         borrowers = self._borrowers()
-        below = {i: self._is_below(i) for i in {mine for mine, _ in borrowers.values()}}
-        for running in self._ordered(self._others(t for t, (mine, _) in borrowers.items() if below[mine])):
+        for running in self._ordered(self._others(t for t, (mine, _) in borrowers.items() if mine in sides)):
             if self._still_borrows(running):
                 yield self._piece(running, RECLAIM)
         for running in self._own():

@@ -116,10 +116,16 @@ class Trial:
         self._later, self._counts = [], None
 
     def _spare(self, ends_well: Callable[[], bool]) -> None:
-        for piece in reversed(list(self.taken)):
-            self.lift(piece, -1)
-            self.taken.remove(piece)
-            if not self.fits(ends_well):
-                self.lift(piece)
-                self.taken.append(piece)
-        self.taken.reverse()
+        """Again from the end as long as anybody is spared: once one is, who was needed before may not be any more."""
+        while any([self._is_spared(piece, ends_well) for piece in reversed(list(self.taken))]):
+            pass
+
+    def _is_spared(self, piece: Piece, ends_well: Callable[[], bool]) -> bool:
+        at = self.taken.index(piece)
+        self.lift(piece, -1)
+        del self.taken[at]
+        if self.fits(ends_well):
+            return True
+        self.lift(piece)
+        self.taken.insert(at, piece)
+        return False

@@ -23,9 +23,11 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.scheduling.plan import Plan
 from phalanx_server.scheduling.predict import Expectation, Predictor, Work, rounded
-from phalanx_server.scheduling.snapshot import Changes, Job, Snapshot
+from phalanx_server.scheduling.snapshot import Changes, Job, Policy, Snapshot
 from phalanx_server.scheduling.speedup import progress
+from phalanx_server.scheduling.world import expected_ends
 
 HISTORY_JOBS = 4_000
 """Of each way to end the newest: groups keep no more than the last 128 anyway."""
@@ -33,21 +35,29 @@ REFRESH_S = 300.0
 """From time to time for all that wait, however little was learnt."""
 
 
+Interval = tuple[float, float]
+"""In four cases of five between these two times."""
+_SAME_S = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A job that ran and ended, and how long it ran at the replicas that it prefers."""
+    """A job that ran and ended, how long it ran at the replicas that it prefers, and what had been expected when it
+    first started."""
 
     job: str
     work: Work
     run_s: float
+    said: Expectation | None = None
 
 
 _ENDS = """
     SELECT j.id, j.finished_at, t.path AS tenant, j.created_by, j.name, j.array_index,
            CAST(j.spec->'resources'->>'replicas' AS integer) AS replicas,
            CAST(j.spec->'resources'->>'gpus_per_replica' AS integer) AS gpus,
-           CAST(j.spec->>'time_limit' AS double precision) AS time_limit, past.tried, past.seconds
-    FROM jobs j JOIN tenants t ON t.id = j.tenant_id CROSS JOIN LATERAL (
+           CAST(j.spec->>'time_limit' AS double precision) AS time_limit, past.tried, past.seconds,
+           f.run_s, f.run_low_s, f.run_high_s
+    FROM jobs j JOIN tenants t ON t.id = j.tenant_id LEFT JOIN forecasts f ON f.job_id = j.id CROSS JOIN LATERAL (
         SELECT array_agg(a.replicas) AS tried,
                array_agg(extract(epoch FROM a.ended_at - coalesce(a.started_at, a.created_at))) AS seconds
         FROM attempts a WHERE a.job_id = j.id AND a.ended_at IS NOT NULL
@@ -81,7 +91,8 @@ def _ended(row: Row[Any]) -> Ended:
         float(seconds) * progress(_ANY, replicas) / prefers
         for seconds, replicas in zip(row.seconds, row.tried, strict=True)
     )
-    return Ended(row.id.hex, work, max(0.0, run_s))
+    said = None if row.run_s is None else Expectation(row.run_s, row.run_low_s, row.run_high_s)
+    return Ended(row.id.hex, work, max(0.0, run_s), said)
 
 
 def work_of(row: Row[Any], *, gpus: int, time_limit_s: float | None) -> Work:
@@ -103,7 +114,7 @@ def learnt(history: Iterable[Ended]) -> Predictor:
     """A predictor that has seen these jobs end."""
     predictor = Predictor()
     for each in history:
-        predictor.observe(each.work, each.run_s)
+        predictor.observe(each.work, each.run_s, each.said)
     return predictor
 
 
@@ -117,25 +128,33 @@ class Forecast:
         self._works: Mapping[str, Work] = {}
         self._outlived: list[tuple[float, str]] = []
         self._outlives_at: dict[str, float] = {}
+        self._ends_at: dict[str, float] = {}
+        """When running jobs are expected to end, by prediction or by limit."""
         self._known: dict[tuple[Work, float], float | None] = {}
         self._edition = -1
         self._refreshed_at = float("-inf")
         self._now = 0.0
+        self._policy = Policy()
 
     def begin(self, snapshot: Snapshot, works: Mapping[str, Work]) -> Snapshot:
         """The whole snapshot with predictions. `works`: what is known of each job before it runs, by the job's name."""
+        self._policy = snapshot.policy
         self._turn(snapshot.now, works)
-        return replace(snapshot, jobs=tuple(self._tell(job) for job in snapshot.jobs))
+        told = {job.id: self._tell(job) for job in snapshot.jobs}
+        told |= {job.id: job for job in self._outliving()}
+        return replace(snapshot, jobs=tuple(told.values()))
 
     def follow(self, changes: Changes, works: Mapping[str, Work], ended: Sequence[Ended]) -> Changes:
         """The changes with predictions, and with the jobs of which something else is expected now."""
         for each in ended:
-            self.predictor.observe(each.work, each.run_s)
+            self.predictor.observe(each.work, each.run_s, each.said)
+        self._policy = changes.policy or self._policy
         is_anew = self._turn(changes.now, works)
         told = {job.id: self._tell(job) for job in changes.jobs}
         for name in changes.removed_jobs:
             self._jobs.pop(name, None)
             self._outlives_at.pop(name, None)
+            self._ends_at.pop(name, None)
         for job in self._waiting() if is_anew else ():
             if job.id not in told and (again := self._tell(job)) is not job:
                 told[job.id] = again
@@ -158,6 +177,68 @@ class Forecast:
     def expectation(self, work: Work, attained_s: float = 0.0) -> Expectation | None:
         """What history says; None where there is none, whatever the time limit says."""
         return self.predictor.expect(work, attained_s) if self.predictor.edition else None
+
+    def starting(self, plan: Plan) -> dict[str, Expectation]:
+        """How long the jobs that a plan starts for the first time are expected to run."""
+        said: dict[str, Expectation] = {}
+        for start in plan.starts:
+            work = self._works.get(start.job)
+            if work is not None and (expected := self.expectation(work)) is not None:
+                said[start.job] = expected
+        return said
+
+    def start_intervals(self, plan: Plan) -> dict[str, Interval]:
+        """Between when and when the jobs that wait with an expected start of their own start in four cases of five. A
+        time that a cause itself says is sure; else the start waits for somebody's expected end, whose interval it
+        takes. Jobs of which nothing tells are left out."""
+        intervals: dict[str, Interval] = {}
+        ends = [self._end_of(start.job, (self._now, self._now)) for start in plan.starts]
+        looked = [group for group in plan.hold_groups if group.estimated_start is not None]
+        for group in sorted(looked, key=lambda group: group.estimated_start or 0.0):
+            at = group.estimated_start
+            assert at is not None, "chosen so"
+            sure = group.explanation.estimated_start is not None
+            interval = (at, at) if sure else self._interval_at(at, ends)
+            if interval is None:
+                continue
+            intervals |= dict.fromkeys(group.jobs, interval)
+            ends += [self._end_of(job, interval, starts_at=at) for job in group.jobs[:1]]
+        return intervals
+
+    def _interval_at(self, at: float, ends: Sequence[tuple[float, Interval] | None]) -> Interval | None:
+        found = [end[1] for end in ends if end is not None and abs(end[0] - at) < _SAME_S]
+        for name, end in self._ends_at.items():
+            if abs(end - at) < _SAME_S:
+                job = self._jobs[name]
+                found.append(self._run_interval(job, began=(job.started_at or at,) * 2))
+        if not found:
+            return None
+        low, high = max(low for low, _ in found), max(high for _, high in found)
+        return max(self._now, min(low, at)), max(high, at)
+
+    def _end_of(self, name: str, began: Interval, *, starts_at: float | None = None) -> tuple[float, Interval] | None:
+        """When a job that begins then is expected to end, and the interval of that."""
+        job = self._jobs.get(name)
+        if job is None:
+            return None
+        run_s = [job.predicted_s - job.done_s] if job.predicted_s is not None else []
+        limit_s = self._policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+        run_s += [limit_s] if limit_s is not None else []
+        if not run_s:
+            return None
+        at = began[0] if starts_at is None else starts_at
+        return at + max(0.0, min(run_s)), self._run_interval(job, began=began)
+
+    def _run_interval(self, job: Job, *, began: Interval) -> Interval:
+        """Between when and when it ends that begins between these."""
+        attained_s = _attained_s(job, self._now) if job.state == "running" else job.done_s
+        limit_s = self._policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+        said = self.expectation(self._works[job.id], attained_s)
+        if said is None:
+            return began[0], began[1] + (0.0 if limit_s is None else limit_s)
+        low_s, high_s = ((each - job.done_s) / _pace(job) for each in (said.low_s, said.high_s))
+        most_s = float("inf") if limit_s is None else limit_s
+        return began[0] + max(0.0, min(low_s, most_s)), began[1] + max(0.0, min(high_s, most_s))
 
     def _turn(self, now: float, works: Mapping[str, Work]) -> bool:
         """A new moment; is it one to predict anew for all that wait?"""
@@ -193,6 +274,11 @@ class Forecast:
 
     def _remember(self, job: Job) -> Job:
         self._jobs[job.id] = job
+        ends = expected_ends(job, self._policy) if job.state == "running" else []
+        if ends:
+            self._ends_at[job.id] = ends[0]
+        else:
+            self._ends_at.pop(job.id, None)
         at = _outlives_at(job)
         if at is None:
             self._outlives_at.pop(job.id, None)

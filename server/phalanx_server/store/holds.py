@@ -28,21 +28,39 @@ class HoldRow:
     unblocks: tuple[str, ...]
     estimated_start: datetime | None
     kept: Seat | None = None
+    estimated_start_low: datetime | None = None
+    estimated_start_high: datetime | None = None
 
 
 _UPSERT = text(
     """
-    INSERT INTO holds AS old (job_id, reason, message, unblocks, estimated_start, since, kept)
+    INSERT INTO holds AS old (job_id, reason, message, unblocks, estimated_start, since, kept,
+                              estimated_start_low, estimated_start_high)
     SELECT j.id, hold.reason, hold.message, CAST(hold.unblocks AS jsonb), hold.estimated_start, :now,
-           CAST(hold.kept AS jsonb)
+           CAST(hold.kept AS jsonb), hold.low, hold.high
     FROM unnest(CAST(:jobs AS uuid[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
-                CAST(:unblocks AS text[]), CAST(:estimates AS timestamptz[]), CAST(:kept AS text[]))
-         AS hold (job_id, reason, message, unblocks, estimated_start, kept)
+                CAST(:unblocks AS text[]), CAST(:estimates AS timestamptz[]), CAST(:kept AS text[]),
+                CAST(:lows AS timestamptz[]), CAST(:highs AS timestamptz[]))
+         AS hold (job_id, reason, message, unblocks, estimated_start, kept, low, high)
     JOIN jobs j ON j.id = hold.job_id AND j.state = 'queued'
     ON CONFLICT (job_id) DO UPDATE SET
         reason = EXCLUDED.reason, message = EXCLUDED.message, unblocks = EXCLUDED.unblocks,
         estimated_start = EXCLUDED.estimated_start, kept = EXCLUDED.kept,
+        estimated_start_low = EXCLUDED.estimated_start_low, estimated_start_high = EXCLUDED.estimated_start_high,
         since = CASE WHEN old.reason = EXCLUDED.reason THEN old.since ELSE EXCLUDED.since END
+    """
+)
+
+
+# The first expected start that a job was told before its first attempt is kept, to compare it with what came.
+_FIRST_SAID = text(
+    """
+    INSERT INTO forecasts (job_id, said_at, start, start_low, start_high)
+    SELECT j.id, :now, said.start, said.low, said.high
+    FROM unnest(CAST(:jobs AS uuid[]), CAST(:starts AS timestamptz[]), CAST(:lows AS timestamptz[]),
+                CAST(:highs AS timestamptz[])) AS said (job_id, start, low, high)
+    JOIN jobs j ON j.id = said.job_id AND j.state = 'queued' AND j.attempts = 0
+    ON CONFLICT (job_id) DO NOTHING
     """
 )
 
@@ -59,8 +77,20 @@ async def upsert_holds(conn: AsyncConnection, rows: Sequence[HoldRow], *, now: d
         "unblocks": [dump_json(row.unblocks) for row in rows],
         "estimates": [row.estimated_start for row in rows],
         "kept": [dump_json(dump_seat(row.kept)) if row.kept else None for row in rows],
+        "lows": [row.estimated_start_low for row in rows],
+        "highs": [row.estimated_start_high for row in rows],
     }
     await conn.execute(_UPSERT, values)
+    expected = [row for row in rows if row.estimated_start is not None]
+    if expected:
+        first = {
+            "now": now,
+            "jobs": [row.job_id for row in expected],
+            "starts": [row.estimated_start for row in expected],
+            "lows": [row.estimated_start_low for row in expected],
+            "highs": [row.estimated_start_high for row in expected],
+        }
+        await conn.execute(_FIRST_SAID, first)
 
 
 async def delete_holds(conn: AsyncConnection, job_ids: Sequence[UUID]) -> None:

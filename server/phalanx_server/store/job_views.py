@@ -46,6 +46,7 @@ SELECT j.id, t.path AS tenant, j.name, j.state, j.version, j.priority, j.spec, j
        j.received_at, j.submitted_at, j.queued_at, j.started_at, j.finished_at, j.cancel_requested_at, j.held,
        j.attempts, j.failures, j.reason, j.message, j.array_id, j.array_index,
        h.reason AS hold_reason, h.message AS hold_message, h.unblocks, h.estimated_start, h.since AS hold_since,
+       h.estimated_start_low, h.estimated_start_high,
        CASE WHEN a.id IS NOT NULL THEN {_ATTEMPT} END AS attempt,
        g.step, g.total_steps, g.values, g.at AS progress_at,
        c.url AS checkpoint_url, c.step AS checkpoint_step, c.registered_at AS checkpoint_at

@@ -55,7 +55,8 @@ SELECT p.position, p.id, j.name, t.path AS tenant, p.priority, p.submitted_at,
        (j.spec->'resources'->>'replicas')::int AS replicas,
        (j.spec->'resources'->>'gpus_per_replica')::int AS gpus_per_replica, j.array_id, j.array_index,
        j.spec->'array' AS array,
-       h.reason AS hold_reason, h.message AS hold_message, h.unblocks, h.estimated_start, h.since AS hold_since
+       h.reason AS hold_reason, h.message AS hold_message, h.unblocks, h.estimated_start, h.since AS hold_since,
+       h.estimated_start_low, h.estimated_start_high
 FROM ({chosen}) p
 JOIN jobs j ON j.id = p.id
 JOIN tenants t ON t.id = p.tenant_id

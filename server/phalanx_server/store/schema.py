@@ -259,8 +259,23 @@ holds = Table(
     Column("estimated_start", Time),
     Column("since", Time, nullable=False),
     _seat("kept"),
+    Column("estimated_start_low", Time),
+    Column("estimated_start_high", Time),
 )
 Index("holds_kept", holds.c.job_id, postgresql_where=holds.c.kept.isnot(None))
+
+forecasts = Table(
+    "forecasts",
+    metadata,
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("said_at", Time),
+    Column("start", Time),
+    Column("start_low", Time),
+    Column("start_high", Time),
+    Column("run_s", Double),
+    Column("run_low_s", Double),
+    Column("run_high_s", Double),
+)
 
 attempts = Table(
     "attempts",

@@ -15,7 +15,8 @@ its uuid in hex, a cluster its name. Refuses to decide anything.
   checkpoints are. (A new checkpoint does not touch its job's row: it comes with its attempt locked, and jobs come
   before attempts.) It also carries the version of every job that the pass was told of, for `commit_plan` to compare,
   and what is kept for queued ones; and what comes with time and changes no row: whose agents were silent (where it is
-  different now, the nodes are read again), and which jobs have ranks that may still run on lost nodes.
+  different now, the nodes are read again), which jobs have ranks that may still run on lost nodes, and as of when what
+  tenants have used was summed up.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from phalanx_server.scheduling.snapshot import (
 from phalanx_server.store.forecasts import work_of
 from phalanx_server.store.policies import load_policy
 from phalanx_server.store.seats import read_seat
+from phalanx_server.store.usage import UsageMoment, load_usage, usage_moment
 
 GIB = 1 << 30
 PIECE_ROWS = 2_000
@@ -64,17 +66,26 @@ AGENT_SILENT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
+class _Told:
+    """The policy of the settings file, over which the stored one goes; the one in force; and as of when it was told
+    what tenants have used."""
+
+    base: Policy
+    policy: Policy
+    usage: UsageMoment | None
+
+
+@dataclass(frozen=True, slots=True)
 class Cursor:
     """Where the next `load_changes` goes on, the version of each queued job and of each running one as the pass knows
     it, by name, what is kept for queued jobs, the clusters that were silent, and the jobs of lost attempts whose ranks
-    might still run. `base` is the policy of the settings file, over which the stored one goes; `works` is what is known
-    of the run time of each job that is not over."""
+    might still run. `works` is what is known of the run time of each job that is not over."""
 
     xid: int
     versions: Mapping[str, int]
     running: Mapping[str, int]
     kept: Mapping[str, Seat]
-    base: Policy
+    told: _Told
     silent: frozenset[UUID] = frozenset()
     uncertain: frozenset[UUID] = frozenset()
     works: Mapping[str, Work] = field(default_factory=dict)
@@ -100,14 +111,17 @@ async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) ->
         jobs += known.read(rows)
     charged = await conn.execute(_CHARGED_LOST, {"job_ids": None, "now": now})
     silent = await silent_clusters(conn, now=now)
+    in_force = (await load_policy(conn)).over(policy)
+    usage = usage_moment(now.timestamp(), in_force)
     snapshot = Snapshot(
         now=now.timestamp(),
-        policy=(await load_policy(conn)).over(policy),
-        tenants=await _load_tenants(conn),
+        policy=in_force,
+        tenants=await _load_tenants(conn, usage),
         nodes=tuple(_node(row, silent) for row in await conn.execute(_NODES, {"since": "0", "clusters": []})),
         jobs=(*jobs, *map(_leftover, charged)),
     )
-    return snapshot, known.cursor(xid, policy, silent, await _uncertain_jobs(conn, now))
+    told = _Told(policy, in_force, usage)
+    return snapshot, known.cursor(xid, told, silent, await _uncertain_jobs(conn, now))
 
 
 async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
@@ -126,15 +140,20 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
     leftovers, gone = await _leftovers(conn, concerned, now)
     known = _Known.of(cursor)
     known.forget(over)
+    told = cursor.told
+    policy = (await load_policy(conn)).over(told.base) if horizon.policy_changed else None
+    usage = usage_moment(now.timestamp(), policy or told.policy)
+    tenants_changed = horizon.tenants_changed or usage != told.usage
     changes = Changes(
         now=now.timestamp(),
         jobs=tuple(known.read(rows)) + leftovers,
         removed_jobs=tuple(job_id.hex for job_id in over) + gone,
         nodes=tuple(_node(row, silent) for row in node_rows),
-        tenants=await _load_tenants(conn) if horizon.tenants_changed else None,
-        policy=(await load_policy(conn)).over(cursor.base) if horizon.policy_changed else None,
+        tenants=await _load_tenants(conn, usage) if tenants_changed else None,
+        policy=policy,
     )
-    return changes, known.cursor(horizon.xid, cursor.base, silent, uncertain)
+    told = _Told(told.base, policy or told.policy, usage)
+    return changes, known.cursor(horizon.xid, told, silent, uncertain)
 
 
 async def _in_pieces(
@@ -160,8 +179,8 @@ class _Known:
     def of(cls, cursor: Cursor) -> _Known:
         return cls(dict(cursor.versions), dict(cursor.running), dict(cursor.kept), dict(cursor.works))
 
-    def cursor(self, xid: int, base: Policy, silent: frozenset[UUID], uncertain: frozenset[UUID]) -> Cursor:
-        return Cursor(xid, self.versions, self.running, self.kept, base, silent, uncertain, self.works)
+    def cursor(self, xid: int, told: _Told, silent: frozenset[UUID], uncertain: frozenset[UUID]) -> Cursor:
+        return Cursor(xid, self.versions, self.running, self.kept, told, silent, uncertain, self.works)
 
     def read(self, rows: Sequence[Row[Any]]) -> list[Job]:
         """The jobs that the rows say, their versions noted."""
@@ -499,17 +518,19 @@ def _node(row: Row[Any], silent: frozenset[UUID]) -> Node:
     )
 
 
-async def _load_tenants(conn: AsyncConnection) -> tuple[Tenant, ...]:
-    return tuple(_tenant(row) for row in await conn.execute(_TENANTS))
+async def _load_tenants(conn: AsyncConnection, moment: UsageMoment | None) -> tuple[Tenant, ...]:
+    usage = await load_usage(conn, moment) if moment else {}
+    return tuple(_tenant(row, usage.get(row.path, {})) for row in await conn.execute(_TENANTS))
 
 
-def _tenant(row: Row[Any]) -> Tenant:
+def _tenant(row: Row[Any], usage: Mapping[str, float]) -> Tenant:
     rules = dict(row.preemption)
     borrow = rules.pop("borrow", None)
     return Tenant(
         name=row.path,
         parent=row.parent,
         weight=row.weight,
+        usage=usage,
         quotas={name: Quota(**quota) for name, quota in (row.quotas or {}).items()},
         preemption=Preemption(borrow=BorrowRule(**borrow) if borrow else None, **rules),
     )

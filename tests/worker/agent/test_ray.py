@@ -321,7 +321,8 @@ def test_the_heads_killed_raylet_is_replaced_and_an_agent_joins_again(site: Site
 
 def _ends_when_told(site: Site, name: str, starts: list) -> None:
     """The ranks that were started still run, and the agent has a hold of them."""
-    assert all(psutil.Process(start.pid).cmdline()[:1] == ["sleep"] for start in starts)
+    ranks = [psutil.Process(start.pid) for start in starts]  # a cold one may not have come to its command yet
+    site.server.wait_for(lambda: all(rank.cmdline()[:1] == ["sleep"] for rank in ranks), 60)
     site.server.want_stopped(name, grace_s=5.0)
     assert [end.signal for end in site.server.fact(name, "ended", 60).exits] == [15, 15, 15, 15]
     site.all_gpus_are_free()
