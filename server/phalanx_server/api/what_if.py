@@ -91,7 +91,8 @@ class WhatIf:
         self._waiting = 0
         self._snapshot: Snapshot | None = None
         self._loaded_at = -math.inf
-        self._forecast = Forecast(Predictor())
+        self._predictor = Predictor()
+        self._forecast = Forecast(self._predictor)
         self._learnt_at = -math.inf
 
     async def with_jobs(
@@ -129,13 +130,14 @@ class WhatIf:
     async def _live(self) -> Snapshot:
         if self._snapshot is None or time.monotonic() - self._loaded_at > SNAPSHOT_AGE_S:
             async with reading(self._engine) as conn:
-                snapshot, cursor = await load_snapshot(conn, datetime.now(UTC), self._policy)
-                is_old = time.monotonic() - self._learnt_at > HISTORY_AGE_S
-                history = await load_history(conn) if is_old else None
-            if history is not None:
-                self._forecast = Forecast(await asyncio.to_thread(learnt, history))
-                self._learnt_at = time.monotonic()
-            self._snapshot = self._forecast.begin(snapshot, cursor.works)
+                if time.monotonic() - self._learnt_at > HISTORY_AGE_S:
+                    history = await load_history(conn)
+                    self._predictor = await asyncio.to_thread(learnt, history)
+                    self._learnt_at = time.monotonic()
+                self._forecast = Forecast(self._predictor)
+                predict = self._forecast.predicted_s
+                snapshot, cursor = await load_snapshot(conn, datetime.now(UTC), self._policy, predict)
+            self._snapshot = await asyncio.to_thread(self._forecast.begin, snapshot, cursor.works)
             self._loaded_at = time.monotonic()
         return self._snapshot
 
