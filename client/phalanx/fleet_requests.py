@@ -27,11 +27,14 @@ def queue(*, tenant: str | None = None, limit: int | None = None) -> Pages[model
 def plan(
     *,
     jobs: Sequence[Mapping[str, Any]] | None = None,
+    quotas: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    nodes: Mapping[str, str] | None = None,
     changes: Mapping[str, Any] | None = None,
     snapshot: Mapping[str, Any] | None = None,
 ) -> Call[models.PlanAnswer]:
-    """What the scheduler would do: with `jobs` added or `changes` made to the live state, or in a given `snapshot`."""
-    body = {"jobs": jobs and list(jobs), "changes": changes, "snapshot": snapshot}
+    """What the scheduler would do: with `jobs` added, `quotas` (by tenant and resource) and states of `nodes` (by name)
+    as given, or `changes` made to the live state, or in a given `snapshot`."""
+    body = {"jobs": jobs and list(jobs), "quotas": quotas, "nodes": nodes, "changes": changes, "snapshot": snapshot}
     sent = {key: value for key, value in body.items() if value is not None}
     return Call("POST", "/v1/plan", one(models.PlanAnswer), json=sent)
 

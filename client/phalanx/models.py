@@ -475,6 +475,8 @@ class PlanAnswer(Model):
     """A what-if: the plan that the scheduler would make."""
 
     plan: dict[str, Any]
+    jobs: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
     snapshot_at: datetime | None = None
 
 

@@ -40,6 +40,27 @@ async def test_changes_to_live_state(admin: httpx.AsyncClient, world: Any, job_f
     assert both.status_code == 422
 
 
+async def test_a_new_job_a_quota_and_a_drained_node_at_once(
+    admin: httpx.AsyncClient, alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    quotas = {"research": {"h100": {"nominal": 0, "borrowing_limit": 0}}}
+    asked = {"jobs": [job_file(name="new")], "nodes": {"n0": "draining"}}
+    plan = (await admin.post("/v1/plan", json=asked)).json()
+    (new,) = plan["jobs"]
+    assert plan["names"][new] == "new"
+    assert not {item["node"] for start in plan["plan"]["starts"] for item in start["placement"]} & {
+        ids.encode("node", world.nodes["n0"])
+    }
+    without = (await admin.post("/v1/plan", json={"jobs": [job_file(name="new")], "quotas": quotas})).json()
+    (hold,) = [row for row in without["plan"]["holds"] if row["job"] == without["jobs"][0]]
+    assert hold["reason"] in ("quota", "impossible")
+    for wrong, field in (({"quotas": {"nobody": {}}}, "quotas"), ({"changes": {}, "nodes": {}}, "changes")):
+        refused = await admin.post("/v1/plan", json=wrong)
+        assert refused.status_code == 422 and refused.json()["errors"][0]["field"] == field
+    assert (await admin.post("/v1/plan", json={"nodes": {"nowhere": "draining"}})).status_code == 404
+    assert (await alice.post("/v1/plan", json={"nodes": {"n0": "draining"}})).status_code == 403
+
+
 async def test_a_given_snapshot(admin: httpx.AsyncClient) -> None:
     snapshot = {
         "now": 0,

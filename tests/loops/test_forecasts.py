@@ -219,3 +219,21 @@ async def test_where_nothing_tells_there_is_no_interval(plane: ControlPlane) -> 
     (row,) = await plane.rows(holds)
     assert (row.estimated_start, row.estimated_start_low, row.estimated_start_high) == (None, None, None)
     assert await plane.rows(forecasts) == []
+
+
+async def test_a_pass_tells_a_bounded_number_anew_and_the_next_ones_the_others(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx_server.store.forecasts.RETOLD_MAX", 2)
+    await plane.add_nodes(1)
+    _, attempt = await plane.run(gpus=4)
+    waiting = [await plane.submit(gpus=4, held=True) for _ in range(5)]
+    await plane.tick()
+    plane.later(300)
+    await plane.report(plane.ended(attempt, 0))
+    told = []
+    for _ in range(3):
+        await plane.tick()
+        told.append(sum(job_of(plane, job).predicted_s == 300 for job in waiting))
+        assert await agrees(plane)
+    assert told == [2, 4, 5]

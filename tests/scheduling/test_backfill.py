@@ -188,6 +188,7 @@ PROTECTED = {
         [running("v", "n0", 8, protected_until=NOW + 90, priority=-1),
          running("w", "n1", 8, protected_until=NOW + 70, priority=0)], 90,
     ),
+    "although the victim would run for longer": ([until("v", "n0", 160, protected_until=NOW + 70)], 70),
     "or the victim's own end, if that is sooner": ([until("v", "n0", 60, protected_until=NOW + 70)], 60),
     "of a job that may not be evicted only its end counts": (
         [until("v", "n0", 160, protected_until=NOW + 70, priority=1)], 160,

@@ -148,9 +148,9 @@ GROWS = {
         {"e": 4, "f": 4},
     ),
     "gains count per GPU": (
-        [grown("e", 1, most=2, gpus=4, speedup={"1": 1.0, "2": 1.9}),
-         grown("f", 1, most=4, speedup={"1": 1.0, "2": 1.3, "3": 1.6, "4": 1.9})],
-        {"f": 4},
+        [grown("e", 1, most=2, gpus=2, speedup={"1": 1.0, "2": 1.9}),
+         grown("f", 4, most=6, speedup={"1": 1.0, "4": 3.0, "5": 3.5, "6": 4.0})],
+        {"f": 6},
     ),
     "not while another is stopping for a waiting job there": (
         [grown("e", 2, most=4), running("v", "n0", 6, priority=-1), queued("in", 6)], {},

@@ -23,9 +23,6 @@ LENT = {
     "an owner that may evict nobody does not lend": ("never", {"priority": -9}, WAITS, False),
     "unless nothing of its own waits": ("never", {}, None, True),
     "or what waits is on hold": ("never", {}, WAITS | {"held": True}, True),
-    "or could not use it, as it is larger than the nominal quota": (
-        "never", {}, WAITS | {"replicas": 2}, True,
-    ),
     "or waits for another GPU type": ("never", {}, WAITS | {"gpu_types": ["a100"]}, True),
 }  # fmt: skip
 
@@ -69,6 +66,14 @@ def test_what_the_owner_uses_already_is_not_idle():
     jobs = [running("used", "n1", 4, tenant="owner"), BUSY[0], WAITS, BORROWS | {"gpus_per_replica": 4}]
     plan = schedule(snapshot_of(jobs, NODES[:2], tenants_with("never", pool=4)))
     assert set(starts_of(plan)) == {"b"}
+
+
+@pytest.mark.parametrize(("owners", "lent"), [(WAITS, False), (queued("own", 4, 3, tenant="owner"), True)])
+def test_nothing_is_kept_for_a_job_that_is_larger_than_the_nominal_quota(owners, lent):
+    """The owner has 8 and all share 4 more: 8 for the borrower are 4 of the owner's."""
+    jobs = [*BUSY, owners, BORROWS | {"replicas": 2}]
+    plan = schedule(snapshot_of(jobs, NODES[:2], tenants_with("never", pool=4)))
+    assert ("b" in starts_of(plan)) == lent
 
 
 def test_the_owner_itself_is_not_kept_from_its_quota():

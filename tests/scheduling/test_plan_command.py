@@ -1,10 +1,12 @@
 """`phalanx plan`: snapshots in, plans out, and one clear line for whatever cannot be read."""
 
+import contextlib
 import json
 
 import pytest
 import typer
 import yaml
+from phalanx.models import PlanAnswer
 from phalanx_server import plan_command
 from typer.testing import CliRunner
 
@@ -83,3 +85,38 @@ def test_what_cannot_be_read_is_said_in_one_line(run, tmp_path, text, said):
 def test_a_file_that_is_not_there(run, tmp_path):
     done = run(tmp_path / "none.json")
     assert (done.exit_code, done.stderr) == (2, f"phalanx plan: {tmp_path / 'none.json'}: No such file or directory\n")
+
+
+def test_live_asks_the_server_and_names_what_would_happen(run, tmp_path, monkeypatch):
+    job, node, asked = f"job_{'a' * 32}", f"node_{'b' * 32}", {}
+    place = [{"node": node, "replicas": 2}]
+    plan = {
+        "starts": [{"job": "job_new", "gpu_type": "h100", "replicas": 2, "placement": place}],
+        "preemptions": [{"job": job, "for": "job_new", "reason": "reclaim", "lost_gpu_s": 15.0}],
+        "resizes": [{"job": job, "for": None, "replicas": 2, "placement": place}],
+        "migrations": [{"job": job, "for": "job_new", "placement": place}],
+        "holds": [{"job": job, "reason": "quota", "message": "waits", "unblocks": [], "estimated_start": 0.0}],
+    }
+
+    class Client:
+        def plan(self, **given):
+            asked.update(given)
+            return PlanAnswer(plan, jobs=["job_new"], names={job: "old", "job_new": "new", node: "n0"})
+
+    monkeypatch.setattr("phalanx.cli.session.connected", lambda: contextlib.nullcontext(Client()))
+    (tmp_path / "job.yaml").write_text("name: new\n")
+    words = ["--live", "--job", tmp_path / "job.yaml", "--quota", "research/nlp:h100=8", "--drain", "n1"]
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert asked == {
+        "jobs": [{"name": "new"}],
+        "quotas": {"research/nlp": {"h100": {"nominal": 8}}},
+        "nodes": {"n1": "draining"},
+    }
+    flat = " ".join(done.stdout.split())
+    for part in ("new submitted", "new start 2 on n0", "stop reclaim, for new", "resize to 2", "move 2 on n0, for new"):
+        assert part in flat
+    assert "expected to start at 1970-01-01T00:00:00Z" in flat
+    assert json.loads(run(*words, "-o", "json").stdout) == plan
+    for wrong in ([], ["--drain", "n1", "-"], ["--live", "--quota", "x=1"], ["--live", "-"]):
+        assert run(*wrong).exit_code == 2

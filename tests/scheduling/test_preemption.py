@@ -186,8 +186,8 @@ BORROW = {
         None, [of("b", "b0", "n0"), of("b", "b1", "n1")], queued("in", 8, tenant="small", priority=1), {},
     ),
     "who has used up its nominal takes none from others even so": (
-        9, [of("small", "s", "n0", 4), of("b", "b0", "n1"), of("b", "b1", "n0", 4)],
-        queued("in", 4, tenant="small", priority=9), {"s": WITHIN},
+        8, [of("small", "s", "n0", 4, priority=9), of("b", "b0", "n1"), of("b", "b1", "n0", 4)],
+        queued("in", 4, tenant="small", priority=9), {},
     ),
     "the limit does not protect a borrower from the right to nominal quota": (
         -5, [of("b", "b0", "n0"), of("b", "b1", "n1", 8, started_at=9)], queued("in", 4, tenant="small"),

@@ -33,7 +33,7 @@ from phalanx_server.scheduling.snapshot import (
     parse_snapshot,
     spread,
 )
-from rounds import carried_out, started, stopped
+from rounds import carried_out, rounds, started, stopped
 
 TYPES = ("a", "b")
 NODES = tuple(f"n{i}" for i in range(6))
@@ -403,6 +403,13 @@ def test_plans_that_are_carried_out_come_to_rest(snapshot):
             return
         snapshot = stopped(carried_out(snapshot, plan))
     raise AssertionError("still deciding after a dozen passes over one moment")
+
+
+@QUICK
+@given(cases)
+def test_who_was_evicted_and_waits_again_starts_no_loop(snapshot):
+    *_, last = rounds(snapshot, most=24)
+    assert decisions(last) == []
 
 
 @QUICK

@@ -45,7 +45,7 @@ OURS = {
             "scheduler": "Run a scheduler; one of many leads.",
             "migrate": "Bring the database to this version.",
             "new-token": "Print a token for a first start.",
-            "plan": "Compute plans from snapshot files.",
+            "plan": "Compute plans, of the live cluster too.",
             "simulate": "Replay a trace through the scheduler.",
         },
         hidden=frozenset({"new-token"}),

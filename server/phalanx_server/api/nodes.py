@@ -64,7 +64,7 @@ async def list_all_nodes(
 @router.get("/v1/nodes/{node}", operation_id="get_node")
 async def get_node(node: str, services: Serving, principal: Looking) -> Node:
     """One node, by id or name."""
-    return await _read(services, principal, await _find(services, node))
+    return await _read(services, principal, await find_node(services, node))
 
 
 @router.post("/v1/nodes/{node}/cordon", operation_id="cordon_node")
@@ -86,12 +86,12 @@ async def drain(node: str, services: Serving, principal: Operating) -> Node:
 
 
 async def _set(services: Services, principal: Principal, node: str, wanted: NodeState) -> Node:
-    node_id = await _find(services, node)
+    node_id = await find_node(services, node)
     await set_node_state(services.engine, node_id, wanted=wanted, actor=principal.actor, now=now())
     return await _read(services, principal, node_id)
 
 
-async def _find(services: Services, text: str) -> UUID:
+async def find_node(services: Services, text: str) -> UUID:
     """A node's id from an id or a name. Problem 404, or 409 where clusters share the name."""
     async with services.reads.connect() as conn:
         return _id_of(text) or await _id_of_name(conn, text)

@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,7 +28,9 @@ from phalanx_server.scheduling.snapshot import (
     Changes,
     Dependency,
     Job,
+    NodeState,
     Policy,
+    Quota,
     Snapshot,
     changed,
     checked,
@@ -56,6 +58,29 @@ class Outcome:
         return datetime.fromtimestamp(self.snapshot.now, UTC)
 
 
+@dataclass(frozen=True)
+class Edits:
+    """Quotas that tenants would have, by path and resource (those that are not named stay), and states that nodes would
+    have, by the name in the snapshot."""
+
+    quotas: Mapping[str, Mapping[str, Quota]]
+    nodes: Mapping[str, NodeState]
+
+    def made(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with the edits. ValueError where there is no such tenant or node."""
+        for noun, asked, known in (
+            ("tenant", self.quotas, {tenant.name for tenant in snapshot.tenants}),
+            ("node", self.nodes, {node.name for node in snapshot.nodes}),
+        ):
+            if unknown := sorted(asked.keys() - known):
+                raise ValueError(f"there is no {noun} {unknown[0]}")
+        tenants = (
+            replace(tenant, quotas={**tenant.quotas, **self.quotas.get(tenant.name, {})}) for tenant in snapshot.tenants
+        )
+        nodes = (replace(node, state=self.nodes.get(node.name, node.state)) for node in snapshot.nodes)
+        return replace(snapshot, tenants=tuple(tenants), nodes=tuple(nodes))
+
+
 class WhatIf:
     """Answers what-if questions of one process."""
 
@@ -66,15 +91,20 @@ class WhatIf:
         self._waiting = 0
         self._snapshot: Snapshot | None = None
         self._loaded_at = -math.inf
-        self._forecast = Forecast(Predictor())
+        self._predictor = Predictor()
+        self._forecast = Forecast(self._predictor)
         self._learnt_at = -math.inf
 
-    async def with_jobs(self, jobs: Sequence[Job], works: Mapping[str, Work] | None = None) -> Outcome:
-        """The plan if these jobs were submitted now. `works`: what is known of their run times."""
+    async def with_jobs(
+        self, jobs: Sequence[Job], works: Mapping[str, Work] | None = None, edits: Edits | None = None
+    ) -> Outcome:
+        """The plan if these jobs were submitted now, after edits. `works`: what is known of their run times. ValueError
+        names what the edits have wrong."""
 
         def add(snapshot: Snapshot) -> Snapshot:
+            edited = edits.made(snapshot) if edits else snapshot
             expected = self._forecast.predicted(jobs, works or {})
-            return changed(snapshot, Changes(now=snapshot.now, jobs=expected))
+            return changed(edited, Changes(now=snapshot.now, jobs=expected))
 
         return await self._ask(add)
 
@@ -100,13 +130,14 @@ class WhatIf:
     async def _live(self) -> Snapshot:
         if self._snapshot is None or time.monotonic() - self._loaded_at > SNAPSHOT_AGE_S:
             async with reading(self._engine) as conn:
-                snapshot, cursor = await load_snapshot(conn, datetime.now(UTC), self._policy)
-                is_old = time.monotonic() - self._learnt_at > HISTORY_AGE_S
-                history = await load_history(conn) if is_old else None
-            if history is not None:
-                self._forecast = Forecast(await asyncio.to_thread(learnt, history))
-                self._learnt_at = time.monotonic()
-            self._snapshot = self._forecast.begin(snapshot, cursor.works)
+                if time.monotonic() - self._learnt_at > HISTORY_AGE_S:
+                    history = await load_history(conn)
+                    self._predictor = await asyncio.to_thread(learnt, history)
+                    self._learnt_at = time.monotonic()
+                self._forecast = Forecast(self._predictor)
+                predict = self._forecast.predicted_s
+                snapshot, cursor = await load_snapshot(conn, datetime.now(UTC), self._policy, predict)
+            self._snapshot = await asyncio.to_thread(self._forecast.begin, snapshot, cursor.works)
             self._loaded_at = time.monotonic()
         return self._snapshot
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from math import isfinite
 from typing import TypeVar
 
@@ -128,11 +129,11 @@ class ScheduleLoop:
 
     async def _load(self, lease: Lease, now: datetime) -> tuple[Memory, Plan]:
         async with reading(self._engine) as conn:
-            snapshot, cursor = await load_snapshot(conn, now, self._policy)
-            self.holds.load(await load_holds(conn))
             history = await load_history(conn)
-        forecast = Forecast(await _run(len(history), lambda: learnt(history)))
-        snapshot = forecast.begin(snapshot, cursor.works)
+            forecast = Forecast(await _run(len(history), lambda: learnt(history)))
+            snapshot, cursor = await load_snapshot(conn, now, self._policy, forecast.predicted_s)
+            self.holds.load(await load_holds(conn))
+        snapshot = await _run(len(snapshot.jobs), partial(forecast.begin, snapshot, cursor.works))
         planner = await _run(len(cursor.versions), lambda: Planner(snapshot))
         plan = await _run(len(cursor.versions), planner.plan)
         log.info("planner loaded", jobs=len(snapshot.jobs), nodes=len(snapshot.nodes), epoch=lease.epoch)
@@ -143,7 +144,7 @@ class ScheduleLoop:
         async with reading(self._engine) as conn:
             changes, cursor = await load_changes(conn, memory.cursor, now)
             ended = await load_ends(conn, [job for job in changes.removed_jobs if job in memory.cursor.works])
-        changes = memory.forecast.follow(changes, cursor.works, ended)
+        changes = await _run(len(changes.jobs), partial(memory.forecast.follow, changes, cursor.works, ended))
         memory.cursor, memory.changes = cursor, _count(changes)
         self.holds.keep(cursor.versions)
         self.starts.keep(cursor.versions)

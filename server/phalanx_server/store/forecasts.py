@@ -14,6 +14,7 @@ planner; with nothing learnt they go through as they are.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +34,8 @@ HISTORY_JOBS = 4_000
 """Of each way to end the newest: groups keep no more than the last 128 anyway."""
 REFRESH_S = 300.0
 """From time to time for all that wait, however little was learnt."""
+RETOLD_MAX = 2_000
+"""Of so many that wait a pass is told anew at most; the others' turn is in the passes that follow."""
 
 
 Interval = tuple[float, float]
@@ -126,6 +129,7 @@ class Forecast:
         self._jobs: dict[str, Job] = {}
         """Those that wait or run, as the planner knows them."""
         self._works: Mapping[str, Work] = {}
+        self._to_retell: deque[str] = deque()
         self._outlived: list[tuple[float, str]] = []
         self._outlives_at: dict[str, float] = {}
         self._ends_at: dict[str, float] = {}
@@ -137,7 +141,8 @@ class Forecast:
         self._policy = Policy()
 
     def begin(self, snapshot: Snapshot, works: Mapping[str, Work]) -> Snapshot:
-        """The whole snapshot with predictions. `works`: what is known of each job before it runs, by the job's name."""
+        """The whole snapshot with predictions; cheapest if it was loaded with `predicted_s`. `works`: what is known of
+        each job before it runs, by the job's name."""
         self._policy = snapshot.policy
         self._turn(snapshot.now, works)
         told = {job.id: self._tell(job) for job in snapshot.jobs}
@@ -155,8 +160,13 @@ class Forecast:
             self._jobs.pop(name, None)
             self._outlives_at.pop(name, None)
             self._ends_at.pop(name, None)
-        for job in self._waiting() if is_anew else ():
-            if job.id not in told and (again := self._tell(job)) is not job:
+        if is_anew and not self._to_retell:
+            self._to_retell.extend(job.id for job in self._jobs.values() if job.state == "queued")
+        for _ in range(min(RETOLD_MAX, len(self._to_retell))):
+            job = self._jobs.get(self._to_retell.popleft())
+            if job is None or job.state != "queued" or job.id in told:
+                continue
+            if (again := self._tell(job)) is not job:
                 told[job.id] = again
         told |= {job.id: job for job in self._outliving()}
         return replace(changes, jobs=tuple(told.values()))
@@ -164,7 +174,7 @@ class Forecast:
     def predicted(self, jobs: Iterable[Job], works: Mapping[str, Work]) -> tuple[Job, ...]:
         """Other jobs, which wait, with their predictions. Nothing is remembered."""
         return tuple(
-            replace(job, predicted_s=self._predicted_s(works[job.id], job.done_s)) if job.id in works else job
+            replace(job, predicted_s=self.predicted_s(works[job.id], job.done_s)) if job.id in works else job
             for job in jobs
         )
 
@@ -249,9 +259,6 @@ class Forecast:
         self._known.clear()
         return True
 
-    def _waiting(self) -> list[Job]:
-        return [job for job in self._jobs.values() if job.state == "queued"]
-
     def _tell(self, job: Job) -> Job:
         """The job with its prediction, remembered. What a lost attempt still holds has none."""
         work = self._works.get(job.id)
@@ -262,10 +269,11 @@ class Forecast:
         if before is not None and job.state != "queued" and (goes_on or job.state == "stopping"):
             predicted_s = before.predicted_s
         else:
-            predicted_s = self._predicted_s(work, job.done_s)
+            predicted_s = self.predicted_s(work, job.done_s)
         return self._remember(job if predicted_s == job.predicted_s else replace(job, predicted_s=predicted_s))
 
-    def _predicted_s(self, work: Work, attained_s: float) -> float | None:
+    def predicted_s(self, work: Work, attained_s: float) -> float | None:
+        """How long such a job will run in all that has run so long; jobs that are alike are told the same."""
         key = work, attained_s
         if key not in self._known:
             said = self.expectation(work, attained_s)

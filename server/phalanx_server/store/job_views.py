@@ -164,3 +164,10 @@ def _conditions(wanted: JobFilter, before: UUID | None) -> tuple[list[str], dict
 async def load_attempts(conn: AsyncConnection, job_id: UUID) -> list[Row[Any]]:
     """All attempts of a job, first to last."""
     return list(await conn.execute(_ATTEMPTS, {"id": job_id}))
+
+
+async def names_of_jobs(conn: AsyncConnection, jobs: Sequence[str]) -> dict[str, str]:
+    """Names by the uuid in hex, which is how snapshots name jobs."""
+    query = text("SELECT id, name FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))")
+    rows = await conn.execute(query, {"ids": [UUID(hex=job) for job in jobs]})
+    return {row.id.hex: row.name for row in rows}

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -60,6 +60,7 @@ from phalanx_server.store.seats import read_seat
 from phalanx_server.store.usage import UsageMoment, load_usage, usage_moment
 
 GIB = 1 << 30
+Predict = Callable[[Work, float], float | None]
 PIECE_ROWS = 2_000
 # Agents are heard every 2 s. What is placed on the cluster of one that is not may wait there for nobody knows how long.
 AGENT_SILENT_S = 30.0
@@ -100,11 +101,14 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
             yield conn
 
 
-async def load_snapshot(conn: AsyncConnection, now: datetime, policy: Policy) -> tuple[Snapshot, Cursor]:
-    """Everything. `policy` is that of the settings file. `conn` must see one moment throughout: see `reading`."""
+async def load_snapshot(
+    conn: AsyncConnection, now: datetime, policy: Policy, predict: Predict | None = None
+) -> tuple[Snapshot, Cursor]:
+    """Everything. `policy` is that of the settings file, `predict` says how long a job will run in all that has run so
+    long. `conn` must see one moment throughout: see `reading`."""
     xid = (await _horizon(conn, since=0)).xid
     jobs: list[Job] = []
-    known = _Known({}, {}, {}, {})
+    known = _Known({}, {}, {}, {}, predict)
     async for rows in _in_pieces(conn, _JOBS_LIVE, {}):
         jobs += known.read(rows)
     async for rows in _in_pieces(conn, _JOBS_QUEUED, {}):
@@ -174,6 +178,7 @@ class _Known:
     running: dict[str, int]
     kept: dict[str, Seat]
     works: dict[str, Work]
+    predict: Predict | None = None
 
     @classmethod
     def of(cls, cursor: Cursor) -> _Known:
@@ -184,10 +189,10 @@ class _Known:
 
     def read(self, rows: Sequence[Row[Any]]) -> list[Job]:
         """The jobs that the rows say, their versions noted."""
-        jobs = [_job(row) for row in rows]
+        jobs = [_job(row, self.predict) for row in rows]
         for row, job in zip(rows, jobs, strict=True):
             self._drop(job.id)
-            self.works[job.id] = _work(row, job)
+            self.works[job.id] = _work(row, _ask(row.resources))
             if job.state == "queued":
                 self.versions[job.id] = row.version
             elif job.state == "running":
@@ -293,13 +298,13 @@ _JOBS_CHANGED = text(
 _JOBS_OVER = text(f"SELECT j.id FROM jobs j WHERE {_SINCE} AND j.state IN ('succeeded', 'failed', 'cancelled')")
 
 
-def _work(row: Row[Any], job: Job) -> Work:
-    return work_of(row, gpus=job.replicas * job.gpus_per_replica, time_limit_s=job.time_limit_s)
+def _work(row: Row[Any], ask: _Ask) -> Work:
+    return work_of(row, gpus=ask.replicas * ask.gpus, time_limit_s=row.time_limit)
 
 
-def _job(row: Row[Any]) -> Job:
+def _job(row: Row[Any], predict: Predict | None) -> Job:
     ask, rules = _ask(row.resources), _rules(row.preemption)
-    started_at = _seconds(row.started_at)
+    started_at, done_s = _seconds(row.started_at), float(row.done_s or 0)
     return Job(
         id=_name(row),
         tenant=row.tenant,
@@ -323,7 +328,8 @@ def _job(row: Row[Any]) -> Job:
         backoff_until=_seconds(row.backoff_until),
         avoid_nodes=tuple(map(_hex, row.avoid_nodes)),
         time_limit_s=row.time_limit,
-        done_s=float(row.done_s or 0),
+        predicted_s=predict(_work(row, ask), done_s) if predict else None,
+        done_s=done_s,
         preemptible=rules.preemptible,
         protected_until=None if started_at is None else started_at + rules.min_runtime_s,
         started_at=started_at,
