@@ -117,7 +117,7 @@ class Trial:
 
     def _spare(self, ends_well: Callable[[], bool]) -> None:
         """Again from the end as long as anybody is spared: once one is, who was needed before may not be any more."""
-        while any([self._is_spared(piece, ends_well) for piece in reversed(list(self.taken))]):
+        while [piece for piece in reversed(list(self.taken)) if self._is_spared(piece, ends_well)]:
             pass
 
     def _is_spared(self, piece: Piece, ends_well: Callable[[], bool]) -> bool:
