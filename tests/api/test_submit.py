@@ -55,7 +55,7 @@ async def test_a_job_is_accepted_and_shown(alice: httpx.AsyncClient, job_file: A
     assert job["state"] == "queued" and job["tenant"] == "research/nlp" and job["priority"] == 10
     assert job["received_at"] <= job["submitted_at"] and job["received_at"].endswith("Z")
     assert job["created_by"] == "alice (token)" and job["spec"]["preemption"]["grace"] == 30.0
-    assert job.pop("warnings") == []
+    assert job["warnings"] == []
     shown = (await alice.get(f"/v1/jobs/{job['id']}")).json()
     assert shown == job | {"position": 1}
 
