@@ -118,6 +118,15 @@ def test_what_elastic_jobs_give_up(jobs, job, resized, evicted):
         assert held_by(plan) == {"in": "victims"}
 
 
+@pytest.mark.parametrize("state", ["cordoned", "draining"])
+def test_nobody_shrinks_who_has_a_foot_on_a_node_that_takes_nothing_new(state):
+    """It would have to start anew there."""
+    wide = running("e", {"n0": 2, "n1": 4}, **elastic(1, 8))
+    on = [node("n0", 2, state=state), node("n1", 8, state="ready")]
+    plan = plan_of([wide, low("n1"), queued("in", 2)], nodes=on)
+    assert (resized_by(plan), evicted_by(plan)) == ({}, {"low": "within_tenant"})
+
+
 LENT = {
     "of a tenant that waits for its own quota its own job": ("t", {"e": 5}),
     "of others nobody, if it is over its quota": ("poor", {}),

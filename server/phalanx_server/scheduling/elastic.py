@@ -40,8 +40,8 @@ def _has_spare(draft: Draft, running: Running, spare_protected: bool) -> bool:
     job = running.job
     if job.min_replicas is None or replicas_of(job) <= job.min_replicas or job.id in draft.disturbed:
         return False
-    if draft.world.is_lost(running):
-        return False
+    if not draft.table.ready[running.load.columns].all():
+        return False  # it starts anew when it shrinks, and these nodes take nothing new
     return running.may_be_disturbed(draft.world.now, even_protected=not spare_protected)
 
 
