@@ -154,6 +154,18 @@ async def test_what_the_storage_would_not_delete_is_deleted_later(
     assert await kept(plane) == set()
 
 
+async def test_jobs_are_not_passed_over_while_their_volume_is_not_mounted(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id = await ended(plane)
+    away = plane.storage.rename(plane.storage.with_name("away"))
+    with pytest.raises(FileNotFoundError, match="mount"):
+        await retain_of(plane).tick(plane.later(11 * DAY_S))
+    away.rename(plane.storage)
+    assert await kept(plane) == {job_id}
+    await retain_of(plane).tick(plane.now)
+    assert await kept(plane) == set()
+
+
 async def test_more_rows_than_one_transaction_deletes_go_all_the_same(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.errors import StorageUnavailable
+from phalanx_server.store.deleting import delete_paths
 
 THREADS = 16
 PATIENCE_S = 5.0
@@ -86,7 +87,7 @@ class LogFiles:
         )
 
     async def delete(self, paths: Sequence[str]) -> None:
-        """Delete what is there of `paths`, which may name directories."""
+        """Delete what is there of `paths`, which may name directories. Raises where the storage is away."""
         await asyncio.to_thread(self._delete, [self._full(path) for path in paths])
 
     def _full(self, path: str) -> str:
@@ -119,9 +120,7 @@ class LogFiles:
             raise
 
     def _delete(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            if self._fs.exists(path):
-                self._fs.rm(path, recursive=True)
+        delete_paths(self._fs, self._base, paths)
 
 
 def _unavailable(why: str) -> StorageUnavailable:

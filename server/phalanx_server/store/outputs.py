@@ -20,6 +20,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.errors import StorageUnavailable
+from phalanx_server.store.deleting import delete_paths
 from phalanx_server.store.storage_threads import StorageThreads
 
 CHUNK_BYTES = 1 << 20
@@ -66,7 +67,7 @@ class OutputFiles:
             await self._threads.run(file.close)
 
     async def delete(self, paths: Iterable[str]) -> None:
-        """Delete what is there of `paths`, which may name directories."""
+        """Delete what is there of `paths`, which may name directories. Raises where the storage is away."""
         await self._threads.run(self._delete, [self._full(path) for path in paths])
 
     async def discard(self, path: str) -> None:
@@ -82,9 +83,7 @@ class OutputFiles:
         return self._fs.open(path, "wb")
 
     def _delete(self, paths: list[str]) -> None:
-        for path in paths:
-            if self._fs.exists(path):
-                self._fs.rm(path, recursive=True)
+        delete_paths(self._fs, self._base, paths)
 
 
 async def _stored(threads: StorageThreads, work: Callable[..., T], *args: Any) -> T:
