@@ -62,18 +62,22 @@ async def test_a_job_is_accepted_and_shown(alice: httpx.AsyncClient, job_file: A
 
 MORE_THAN_ALL = [
     ("as many as there are", {"gpus": 16}, None),
-    ("one more", {"gpus": 17}, "17 × (1 gpu), but all nodes of one cluster together hold at most 16 of these"),
+    ("one more", {"gpus": 17}, "17 × (1 gpu), but all nodes together hold at most 16 of these on h100 in one cluster"),
     (
         "of whole nodes",
         {"replicas": 3, "gpus_per_replica": 8, "gpu_types": ["h100"]},
-        "3 × (8 h100), but all h100 nodes of one cluster together hold at most 2 of these",
+        "3 × (8 h100), but all nodes together hold at most 2 of these on h100 in one cluster",
     ),
     (
         "more memory than all have",
         {"replicas": 5, "gpus_per_replica": 1, "memory_per_replica": "200GiB"},
-        "5 × (1 gpu, 200 GiB memory), but all nodes of one cluster together hold at most 4 of these",
+        "5 × (1 gpu, 200 GiB memory), but all nodes together hold at most 4 of these on h100 in one cluster",
     ),
-    ("of CPUs", {"gpus": 0, "replicas": 10, "cpus_per_replica": 64}, "hold at most 2 of these"),
+    (
+        "of CPUs",
+        {"gpus": 0, "replicas": 10, "cpus_per_replica": 64},
+        "all nodes together hold at most 2 of these in one cluster",
+    ),
 ]
 
 
@@ -106,14 +110,25 @@ async def test_where_no_node_was_ever_seen_nothing_is_said_of_them(
     assert (await alice.post("/v1/jobs", json=job_file(resources={"gpus": 99}))).json()["warnings"] == []
 
 
-async def test_a_gang_whose_checkpoints_only_one_node_sees_is_warned(
+async def test_types_are_not_added_up(alice: httpx.AsyncClient, world: Any, job_file: Any) -> None:
+    """A gang lies on one: 17 of 16 and 16 wait, and nobody is told that there are 16 in all."""
+    async with world.engine.begin() as conn:
+        await conn.exec_driver_sql("UPDATE nodes SET gpus = 16")
+        await conn.exec_driver_sql("UPDATE nodes SET gpu_type = 'a100' WHERE name = 'n1'")
+    resources = ({"gpus": 17}, {"gpus": 17, "gpu_types": ["h100"]}, {"gpus": 16})
+    said = [(await alice.post("/v1/jobs", json=job_file(resources=each))).json()["warnings"] for each in resources]
+    assert "hold at most 16 of these on a100 in one cluster, and a gang lies on one GPU type" in said[0][0]
+    assert "hold at most 16 of these on h100 in one cluster, empty" in said[1][0] and said[2] == []
+
+
+async def test_a_gang_that_one_node_cannot_hold_is_warned_where_nodes_do_not_share_its_checkpoints(
     alice: httpx.AsyncClient, world: Any, job_file: Any
 ) -> None:
     async with world.engine.begin() as conn:
-        await conn.exec_driver_sql("UPDATE nodes SET facts = '{\"shared_checkpoints\": false}'")
-    gang, one = job_file(resources={"gpus": 2}), job_file(resources={"gpus": 1})
-    answers = [(await alice.post("/v1/jobs", json=document)).json()["warnings"] for document in (gang, one)]
-    assert "PHALANX_CHECKPOINT_DIR is not shared between nodes" in answers[0][0] and answers[1] == []
+        await conn.exec_driver_sql("UPDATE nodes SET facts = '{\"shared_checkpoints\": false}' WHERE name = 'n1'")
+    documents = [job_file(resources={"gpus": gpus}) for gpus in (9, 8, 1)]
+    answers = [(await alice.post("/v1/jobs", json=document)).json()["warnings"] for document in documents]
+    assert "some nodes (n1) do not share PHALANX_CHECKPOINT_DIR" in answers[0][0] and answers[1:] == [[], []]
 
 
 async def test_the_tenant_defaults_to_the_callers_own(alice: httpx.AsyncClient, job_file: Any) -> None:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -31,13 +32,22 @@ class Largest:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Most:
+    """The most replicas that all nodes together hold, and the GPU type on which they do (None = it plays no part)."""
+
+    replicas: int
+    gpu_type: str | None
+    of_several_types: bool  # others that it accepts hold some as well
+
+
 @dataclass(frozen=True)
 class Hardware:
     """One look. Empty where no node has ever been seen."""
 
     kinds: Sequence[NodeKind] = ()
     unshared: Sequence[str] = ()  # some of the nodes whose checkpoint directory no other node sees
-    _most: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False)
+    _most: dict[tuple[object, ...], Most] = field(default_factory=dict, compare=False)
 
     @cached_property
     def largest(self) -> Mapping[str, Largest]:
@@ -54,18 +64,26 @@ class Hardware:
             for gpu_type, kinds in by_type.items()
         }
 
-    def most_replicas(self, asked: Resources) -> int:
+    def most_replicas(self, asked: Resources) -> Most:
         """How many replicas all nodes that a gang may lie on hold together: those of one cluster and, for GPUs, of one
         type. The pass counts the same (`scheduling.fit.EmptyCluster`)."""
         wanted = (asked.gpus_per_replica, asked.cpus_per_replica, asked.memory_per_replica, asked.gpu_types)
         if wanted not in self._most:
-            by_pool: dict[object, int] = defaultdict(int)
-            for kind in self.kinds:
-                if not asked.gpu_types or kind.gpu_type in asked.gpu_types:
-                    pool = (kind.cluster_id, kind.gpu_type if asked.gpus_per_replica else None)
-                    by_pool[pool] += kind.nodes * _holds(kind, asked)
-            self._most[wanted] = max(by_pool.values(), default=0)
+            by_pool: dict[tuple[UUID, str | None], int] = defaultdict(int)
+            for kind in self._accepted(asked):
+                if replicas := kind.nodes * _holds(kind, asked):
+                    by_pool[kind.cluster_id, kind.gpu_type if asked.gpus_per_replica else None] += replicas
+            replicas = max(by_pool.values(), default=0)
+            best = min((pool[1] or "" for pool, each in by_pool.items() if each == replicas), default="")
+            self._most[wanted] = Most(replicas, best or None, len({pool[1] for pool in by_pool}) > 1)
         return self._most[wanted]
+
+    def most_on_one_node(self, asked: Resources) -> int:
+        """How many replicas the node that holds most of them holds."""
+        return max((_holds(kind, asked) for kind in self._accepted(asked)), default=0)
+
+    def _accepted(self, asked: Resources) -> list[NodeKind]:
+        return [kind for kind in self.kinds if not asked.gpu_types or kind.gpu_type in asked.gpu_types]
 
 
 def _holds(kind: NodeKind, asked: Resources) -> int:

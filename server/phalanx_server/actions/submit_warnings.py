@@ -16,20 +16,26 @@ def warnings_of(spec: JobSpec, hardware: Hardware) -> list[str]:
 
 def _more_than_all(asked: Resources, hardware: Hardware) -> list[str]:
     """Nodes may come: so it is accepted."""
-    if not hardware.kinds or (most := hardware.most_replicas(asked)) >= asked.replicas:
+    if not hardware.kinds or (most := hardware.most_replicas(asked)).replicas >= asked.replicas:
         return []
     shape = Shape(asked.gpus_per_replica, asked.cpus_per_replica, math.ceil(asked.memory_per_replica / GIB))
     types = " or ".join(asked.gpu_types)
+    nodes = f"{types} nodes" if types and most.gpu_type is None else "nodes"
+    on_type = f" on {most.gpu_type}" if most.gpu_type else ""
+    one_type = ", and a gang lies on one GPU type" if most.of_several_types else ""
     return [
-        f"it asks for {asked.replicas} × ({shape.describe(types or None)}), but all {types + ' ' if types else ''}nodes"
-        f" of one cluster together hold at most {most} of these, empty and in any state: it waits until there are more"
+        f"it asks for {asked.replicas} × ({shape.describe(types or None)}), but all {nodes} together hold at most"
+        f" {most.replicas} of these{on_type} in one cluster{one_type}, empty and in any state: it waits until there are"
+        " more"
     ]
 
 
 def _unshared_checkpoints(spec: JobSpec, hardware: Hardware) -> list[str]:
-    if spec.checkpoint.url is not None or spec.resources.replicas == 1 or not hardware.unshared:
+    asked = spec.resources
+    if spec.checkpoint.url is not None or not hardware.unshared or hardware.most_on_one_node(asked) >= asked.replicas:
         return []
+    some = ", ".join(hardware.unshared[:3]) + (", …" if len(hardware.unshared) > 3 else "")
     return [
-        f"PHALANX_CHECKPOINT_DIR is not shared between nodes ({', '.join(hardware.unshared[:3])}): a restart elsewhere"
-        " would not find its checkpoints; set checkpoint.url"
+        f"some nodes ({some}) do not share PHALANX_CHECKPOINT_DIR with others: ranks there would not find the"
+        " checkpoints that other nodes wrote, nor others theirs; set checkpoint.url"
     ]
