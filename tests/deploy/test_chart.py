@@ -77,6 +77,8 @@ def closed(schema: Any) -> Any:
         ({"server": {"replicas": 0}}, "replicas"),
         ({"server": {"replicas": "two"}}, "replicas"),
         ({"controlPlane": {"settings": {"fence": 9}}}, "fence"),
+        ({"controlPlane": {"settings": {"retain_logs_days": 1}}}, "retain_logs_days"),
+        ({"controlPlane": {"settings": {"retain_outputs_days": 0.5}}}, "retain_outputs_days"),
         ({"ray": {"workerGroups": [{"name": "x", "replicas": 1, "cpus": 1}]}}, "memory"),
         ({"ray": {"workerGroups": [{"name": "x", "replicas": 1, "cpus": 1, "memory": "8GiB"}]}}, "memory"),
         ({"ray": {"workerGroups": [{"name": "A_1", "replicas": 1, "cpus": 1, "memory": "8Gi"}]}}, "name"),
