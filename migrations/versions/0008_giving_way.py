@@ -1,7 +1,7 @@
 """Why an attempt gives way, where it goes on, and the place that is kept for a job that waits.
 
 Revision ID: 0008
-Revises: 0006
+Revises: 0007
 """
 
 from alembic import op

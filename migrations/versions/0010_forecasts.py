@@ -1,5 +1,5 @@
 """Between when and when a waiting job is expected to start, and what was first said of each job, to compare with what
-came of it.
+came of it; and what was released when, for what tenants have used.
 
 Revision ID: 0010
 Revises: 0009
@@ -27,8 +27,11 @@ CREATE TABLE forecasts (
     run_low_s       double precision,
     run_high_s      double precision
 );
+
+CREATE INDEX placements_released ON placements (released_at) WHERE released_at IS NOT NULL;
 """
 DOWN = """
+DROP INDEX placements_released;
 DROP TABLE forecasts;
 ALTER TABLE holds DROP COLUMN estimated_start_low, DROP COLUMN estimated_start_high;
 """

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from phalanx_server.api import what_if
+from phalanx_server.domain.access import covers
+from phalanx_server.domain.reason import Reserved, WaitsForVictims
+from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.schedule import ScheduleLoop
+from phalanx_server.scheduling import snapshot as parts
+from phalanx_server.scheduling.plan import HoldGroup, Migration, Plan, Preemption, Resize
 from phalanx_server.store import ids
 
 
@@ -93,3 +101,79 @@ async def test_too_many_questions_at_once_are_put_off(app: FastAPI, admin: httpx
     assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
     questions._turn.release()
     assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
+
+
+def _job(id_: str, tenant: str) -> parts.Job:
+    return parts.Job(id=id_, tenant=tenant, replicas=1, gpus_per_replica=1, submitted_at=0.0, state="queued")
+
+
+@pytest.mark.parametrize("caller", ["research/nlp", "research", None])
+def test_a_plan_names_no_job_that_the_caller_does_not_see(caller: str | None) -> None:
+    own, below, theirs, waits, reserved = (f"{number:032x}" for number in range(1, 6))
+    whose = {
+        own: "research/nlp",
+        below: "research/nlp/deep",
+        theirs: "vision",
+        waits: "research/nlp",
+        reserved: "vision",
+    }
+    node = f"{9:032x}"
+    place = (parts.PlacementItem(node, 1),)
+    plan = Plan(
+        preemptions=(Preemption(own, theirs, "reclaim", 1.0), Preemption(theirs, own, "reclaim", 1.0)),
+        resizes=(Resize(own, theirs, 1, place), Resize(below, own, 1, place)),
+        migrations=(Migration(own, theirs, place), Migration(below, None, place)),
+        hold_groups=(
+            HoldGroup((waits,), WaitsForVictims((own, below, theirs), 1.0), parts.Seat(placement=place)),
+            HoldGroup((waits,), Reserved((theirs,))),
+            HoldGroup((reserved,), Reserved((own,))),
+        ),
+    )
+    snapshot = parts.Snapshot(now=0.0, jobs=tuple(_job(*pair) for pair in whose.items()))
+    outcome = what_if.Outcome(plan, snapshot)
+    document = what_if.plan_document(outcome, lambda tenant: covers(caller, tenant))
+    if caller is None:
+        assert theirs in str(document) and document["preemptions"][0]["for"] == f"job_{theirs}"
+        return
+    assert theirs not in str(document) and reserved not in str(document)
+    assert [row["for"] for row in document["preemptions"]] == [None]
+    assert [row["for"] for row in document["resizes"]] == [None, f"job_{own}"]
+    assert [row["for"] for row in document["migrations"]] == [None, None]
+    victims, kept = document["holds"]
+    assert victims["message"] == f"waits for job_{own}, job_{below} and 1 job of another tenant to stop"
+    assert victims["kept"]["placement"] == [{"node": f"node_{node}", "replicas": 1}], "as in every placement"
+    assert kept["message"] == "what it needs is kept for 1 job of another tenant"
+    assert kept["unblocks"] == ["1 job of another tenant starts and leaves enough"]
+    hold = what_if.hold_of(outcome, waits, lambda tenant: covers(caller, tenant))
+    assert hold is not None and theirs not in hold.message
+
+
+async def test_who_waits_behind_another_tenants_job_is_told_no_id_of_it(
+    app: FastAPI, admin: httpx.AsyncClient, alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    """Some of a node runs, a job of another tenant waits for all of it, and what is left is kept for that one."""
+    now = datetime.now(UTC)
+    nodes = len(world.nodes)
+    leader = Leader(world.engine, holder="test", ttl_s=60, renew_s=20)
+    await leader.tick(now)
+    loop = ScheduleLoop(world.engine, leader, policy=parts.Policy())
+    running = job_file(tenant="vision", resources={"replicas": nodes, "gpus_per_replica": 4}, time_limit="1h")
+    (await admin.post("/v1/jobs", json=running)).raise_for_status()
+    await loop.tick(now)
+    large = job_file(tenant="vision", resources={"replicas": nodes, "gpus_per_replica": 8})
+    ahead = (await admin.post("/v1/jobs", json=large)).json()["id"]
+    await loop.tick(now)
+    small = job_file(resources={"gpus": 4})
+    mine = (await alice.post("/v1/jobs", json=small)).json()["id"]
+    await loop.tick(now)
+    answers = [
+        await alice.get(f"/v1/jobs/{mine}"),
+        await alice.get(f"/v1/jobs/{mine}/explain"),
+        await alice.get("/v1/queue"),
+        await alice.post("/v1/plan", json={"jobs": [small]}),
+        await alice.post("/v1/jobs?dry_run=true", json=small),
+    ]
+    for answer in answers:
+        assert answer.is_success and ahead not in answer.text and "1 job of another tenant" in answer.text, answer.text
+    operators = (await admin.post("/v1/plan", json={})).json()["plan"]["holds"]
+    assert any(ahead in hold["message"] for hold in operators)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
 import pytest
-from phalanx_server.domain.reason import Explanation, Held, HoldReason
+from phalanx_server.domain.reason import Explanation, Held, HoldReason, Reserved, WaitsForVictims
 from phalanx_server.loops.hold_book import HoldBook
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.snapshot import PlacementItem, Seat
@@ -69,3 +70,20 @@ def test_an_expected_start_that_no_date_can_say_is_no_error(at: float) -> None:
     group = HoldGroup([job], Counted(0), expected_start=at)
     ((row, _),) = book.news(Plan(hold_groups=(group,)))
     assert row.estimated_start is None or row.estimated_start.year in (1, 9999)
+
+
+@pytest.mark.parametrize("cause", [lambda jobs: WaitsForVictims(jobs, 0.0), Reserved])
+def test_only_jobs_of_its_own_tenant_and_below_are_named_to_a_waiting_one(
+    cause: Callable[[tuple[str, ...]], Explanation],
+) -> None:
+    whose = ("eng/nlp", "eng/nlp", "eng/nlp/deep", "eng", "eng/nlpx", "vision")
+    waiting, *others = (f"{number:032x}" for number in range(len(whose)))
+    tenants = dict(zip((waiting, *others), whose, strict=True))
+    unknown = f"{99:032x}"
+    group = HoldGroup([waiting], cause((*others, unknown)))
+    ((row, _),) = HoldBook().news(Plan(hold_groups=(group,)), tenant_of=tenants.get)
+    said = " ".join((row.message, *row.unblocks))
+    assert [job for job in (*others, unknown) if job in said] == others[:2]
+    assert "4 jobs of other tenants" in row.message
+    ((row, _),) = HoldBook().news(Plan(hold_groups=(group,)))
+    assert "job_" not in row.message, "who is not known is named to nobody"

@@ -10,9 +10,10 @@ from phalanx_server.actions.set_policy import set_policy
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.errors import Conflict, EtagMismatch, Invalid
 from phalanx_server.scheduling.snapshot import Policy, Slice, Snapshot, Topology
-from phalanx_server.store.policies import load_policy
+from phalanx_server.store.policies import load_policy, write_policy
 from phalanx_server.store.schema import audit
 from phalanx_server.store.snapshots import load_snapshot, reading
+from structlog.testing import capture_logs
 
 
 async def fresh(plane: ControlPlane) -> Snapshot:
@@ -79,3 +80,20 @@ async def test_a_level_stays_while_a_job_names_it(plane: ControlPlane) -> None:
             await set_policy(plane.engine, {"topology_levels": levels}, base=base, if_version=None, actor=SYSTEM)
     wider = {"topology_levels": ["zone", "block", "rack"]}
     await set_policy(plane.engine, wider, base=base, if_version=None, actor=SYSTEM)
+
+
+async def test_what_a_newer_version_stored_is_passed_over_in_a_pass_and_refused_in_a_change(
+    plane: ControlPlane,
+) -> None:
+    settings = {"order": "fifo", "of_next_year": {"a": 1}, "restart_s": "as the moon says"}
+    async with plane.engine.begin() as conn:
+        await write_policy(conn, settings)
+    with capture_logs() as logs:
+        assert await in_force(plane) == Policy(order="fifo")
+        await plane.tick()
+    said = [entry["field"] for entry in logs if "passed over" in entry["event"]]
+    assert sorted(said) == ["of_next_year", "restart_s"], "each once"
+    with pytest.raises(Invalid, match="of_next_year"):
+        await set_policy(plane.engine, {"of_next_year": 1}, base=Policy(), if_version=None, actor=SYSTEM)
+    await set_policy(plane.engine, {"order": "shortest"}, base=Policy(), if_version=None, actor=SYSTEM)
+    assert await in_force(plane) == Policy(order="shortest")

@@ -13,7 +13,7 @@ from phalanx_server.actions.hardware import HardwareWatch
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Services, now
 from phalanx_server.api.job_documents import Hold, too_late
-from phalanx_server.api.what_if import Outcome, hypothetical
+from phalanx_server.api.what_if import Outcome, hold_of, hypothetical
 from phalanx_server.domain.errors import PhalanxError
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Hold as PlannedHold
@@ -52,15 +52,16 @@ async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> Dr
     job = hypothetical(spec, id=ids.new_id().hex, submitted_at=now(), unmet=checked.unmet[0])
     outcome = await services.what_if.with_jobs([job])
     async with services.reads.connect() as conn:
-        would = await _would(conn, outcome, job.id)
+        would = await _would(conn, outcome, job.id, principal)
     late = too_late(would.hold.estimated_start if would.hold else None, spec.deadline)
     return DryRun(spec=spec.dump(), would=would, warnings=[*checked.warnings[0], *late])
 
 
-async def _would(conn: AsyncConnection, outcome: Outcome, job: str) -> Would:
+async def _would(conn: AsyncConnection, outcome: Outcome, job: str, principal: Principal) -> Would:
     start = next((start for start in outcome.plan.starts if start.job == job), None)
     if start is None:
-        return Would(start=False, hold=_hold(outcome.plan.hold_of(job), outcome.snapshot_at), placement=[])
+        hold = hold_of(outcome, job, principal.sees)
+        return Would(start=False, hold=_hold(hold, outcome.snapshot_at), placement=[])
     names = await names_of_nodes(conn, [item.node for item in start.placement])
     placement = [WouldPlace(node=names.get(item.node, item.node), replicas=item.replicas) for item in start.placement]
     return Would(start=True, hold=None, placement=placement)

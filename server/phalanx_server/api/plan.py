@@ -91,7 +91,8 @@ async def make_plan(
 async def _names(services: Services, document: dict[str, Any]) -> dict[str, str]:
     """Names by id of the jobs and nodes that a plan decides about, of a bounded number."""
     rows = [row for kind in document.values() for row in kind]
-    places = {item["node"] for row in rows for item in row.get("placement", ())}
+    seats = [row for row in rows if "placement" in row] + [row["kept"] for row in rows if "kept" in row]
+    places = {item["node"] for seat in seats for item in seat["placement"]}
     jobs = list(dict.fromkeys(row["job"] for row in rows))[:NAMES_MAX]
     async with services.reads.connect() as conn:
         nodes = await names_of_nodes(conn, [id_.removeprefix("node_") for id_ in places if _ID.fullmatch(id_)])

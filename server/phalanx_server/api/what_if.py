@@ -2,7 +2,7 @@
 
 Owns the way from job files to a plan and back to API names. Refuses to change anything. Plans are computed in a thread,
 one at a time; the snapshot they start from is shared for a moment, because loading one is the larger part of the cost,
-and what was learnt of run times for longer.
+and what was learnt of run times and what tenants have used for longer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from phalanx_server.actions.awaited_jobs import Unmet, awaited_by
 from phalanx_server.api.errors import Problem
 from phalanx_server.domain.spec import JobSpec
-from phalanx_server.scheduling.plan import Plan, dump_plan
+from phalanx_server.scheduling.plan import Hold, Plan, dump_plan
 from phalanx_server.scheduling.planner import schedule
 from phalanx_server.scheduling.predict import Predictor, Work
 from phalanx_server.scheduling.snapshot import (
@@ -38,6 +38,7 @@ from phalanx_server.scheduling.snapshot import (
 )
 from phalanx_server.store.forecasts import Forecast, learnt, load_history
 from phalanx_server.store.snapshots import GIB, load_snapshot, reading, topology_of
+from phalanx_server.store.usage import Usage
 
 SNAPSHOT_AGE_S = 1.0
 HISTORY_AGE_S = 60.0
@@ -94,6 +95,7 @@ class WhatIf:
         self._predictor = Predictor()
         self._forecast = Forecast(self._predictor)
         self._learnt_at = -math.inf
+        self._usage: Usage | None = None
 
     async def with_jobs(
         self, jobs: Sequence[Job], works: Mapping[str, Work] | None = None, edits: Edits | None = None
@@ -136,7 +138,9 @@ class WhatIf:
                     self._learnt_at = time.monotonic()
                 self._forecast = Forecast(self._predictor)
                 predict = self._forecast.predicted_s
-                snapshot, cursor = await load_snapshot(conn, datetime.now(UTC), self._policy, predict)
+                now = datetime.now(UTC)
+                snapshot, cursor = await load_snapshot(conn, now, self._policy, predict, self._usage)
+            self._usage = cursor.usage
             self._snapshot = await asyncio.to_thread(self._forecast.begin, snapshot, cursor.works)
             self._loaded_at = time.monotonic()
         return self._snapshot
@@ -214,21 +218,55 @@ def work_of_spec(spec: JobSpec, *, user: str) -> Work:
     return Work(tenant=spec.tenant or "", gpus=gpus, user=user, name=spec.name, time_limit_s=spec.time_limit)
 
 
-def plan_document(outcome: Outcome, visible: Any) -> dict[str, Any]:
-    """The plan in plan-format with API ids, of the jobs that `visible(tenant)` lets through."""
-    tenants = {job.id: job.tenant for job in outcome.snapshot.jobs}
-    document = dump_plan(outcome.plan)
-    return {kind: [_external(row) for row in rows if visible(tenants[row["job"]])] for kind, rows in document.items()}
+def plan_document(outcome: Outcome, sees: Callable[[str], bool]) -> dict[str, Any]:
+    """The plan in plan-format with API ids, of the jobs of tenants that the caller sees. Others' are named nowhere."""
+    visible = _Visible(outcome.snapshot, sees)
+    document = dump_plan(visible.of(outcome.plan))
+    return {kind: [_external(row, visible) for row in rows if visible(row["job"])] for kind, rows in document.items()}
+
+
+def hold_of(outcome: Outcome, job: str, sees: Callable[[str], bool]) -> Hold | None:
+    """Why this job waits, for a caller who sees these tenants; None if the plan does not hold it."""
+    return _Visible(outcome.snapshot, sees).of(outcome.plan).hold_of(job)
+
+
+class _Visible:
+    """Which jobs of a snapshot a caller may know of."""
+
+    def __init__(self, snapshot: Snapshot, sees: Callable[[str], bool]) -> None:
+        self._tenants = {job.id: job.tenant for job in snapshot.jobs}
+        self._sees = sees
+
+    def __call__(self, job: str | None) -> bool:
+        tenant = self._tenants.get(job) if job else None
+        return tenant is not None and self._sees(tenant)
+
+    def of(self, plan: Plan) -> Plan:
+        """The plan, why a job waits said without the jobs that are hidden."""
+
+        def hidden(job: str) -> bool:
+            return not self(job)
+
+        groups = (replace(group, explanation=group.explanation.hiding(hidden)) for group in plan.hold_groups)
+        return replace(plan, hold_groups=tuple(groups))
 
 
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 
-def _external(row: dict[str, Any]) -> dict[str, Any]:
-    named: dict[str, Any] = {key: _prefixed("job", row[key]) for key in ("job", "for") if key in row}
+def _external(row: dict[str, Any], visible: _Visible) -> dict[str, Any]:
+    named: dict[str, Any] = {"job": _prefixed("job", row["job"])}
+    if "for" in row:
+        named["for"] = _prefixed("job", row["for"]) if visible(row["for"]) else None
     if "placement" in row:
-        named["placement"] = [{**item, "node": _prefixed("node", item["node"])} for item in row["placement"]]
+        named["placement"] = _external_places(row["placement"])
+    if "kept" in row:
+        named["kept"] = {**row["kept"], "placement": _external_places(row["kept"]["placement"])}
     return {**row, **named}
+
+
+def _external_places(placement: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**item, "node": _prefixed("node", item["node"])} for item in placement]
 
 
 def _prefixed(kind: str, name: str | None) -> str | None:

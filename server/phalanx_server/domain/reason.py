@@ -6,11 +6,11 @@ pass over many jobs renders nothing. Times are seconds since the Unix epoch.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class HoldReason(StrEnum):
@@ -45,6 +45,10 @@ class Explanation(ABC):
     @abstractmethod
     def unblocks(self) -> tuple[str, ...]:
         """What would let it start, one clause each."""
+
+    def hiding(self, is_hidden: Callable[[str], bool]) -> Self:
+        """The same for a reader who may not know of some jobs that other tenants have: those are only counted."""
+        return self
 
     @property
     def estimated_start(self) -> float | None:
@@ -185,17 +189,25 @@ class OverQuota(Explanation):
 
 @dataclass(frozen=True, slots=True)
 class WaitsForVictims(Explanation):
-    """Jobs are stopping for it; its place is kept."""
+    """Jobs are stopping for it, `hidden` others of other tenants too; its place is kept."""
 
     reason = HoldReason.VICTIMS
     victims: tuple[str, ...]
     starts_at: float
+    hidden: int = 0
 
     def message(self) -> str:
-        return f"waits for {_some(self.victims)} to stop" if self.victims else "waits for its kept place to become free"
+        if not self.victims and not self.hidden:
+            return "waits for its kept place to become free"
+        return f"waits for {_some(self.victims, self.hidden)} to stop"
 
     def unblocks(self) -> tuple[str, ...]:
-        return tuple(f"{_known_as(job)} stops" for job in self.victims)
+        others = (f"{_others(self.hidden)} {'stops' if self.hidden == 1 else 'stop'}",) if self.hidden else ()
+        return (*(f"{_known_as(job)} stops" for job in self.victims), *others)
+
+    def hiding(self, is_hidden: Callable[[str], bool]) -> Self:
+        shown = tuple(job for job in self.victims if not is_hidden(job))
+        return replace(self, victims=shown, hidden=self.hidden + len(self.victims) - len(shown))
 
     @property
     def estimated_start(self) -> float | None:
@@ -298,16 +310,23 @@ class Apart(Explanation):
 
 @dataclass(frozen=True, slots=True)
 class Reserved(Explanation):
-    """What it needs is free, but kept for jobs ahead of it."""
+    """What it needs is free, but kept for jobs ahead of it, `hidden` others of other tenants too."""
 
     reason = HoldReason.RESERVED
     ahead: tuple[str, ...]
+    hidden: int = 0
 
     def message(self) -> str:
-        return f"what it needs is kept for {_some(self.ahead)}"
+        return f"what it needs is kept for {_some(self.ahead, self.hidden)}"
 
     def unblocks(self) -> tuple[str, ...]:
-        return tuple(f"{_known_as(job)} starts and leaves enough" for job in self.ahead)
+        others = f"{'one of ' * (self.hidden > 1)}{_others(self.hidden)} starts and leaves enough"
+        named = tuple(f"{_known_as(job)} starts and leaves enough" for job in self.ahead)
+        return (*named, others) if self.hidden else named
+
+    def hiding(self, is_hidden: Callable[[str], bool]) -> Self:
+        shown = tuple(job for job in self.ahead if not is_hidden(job))
+        return replace(self, ahead=shown, hidden=self.hidden + len(self.ahead) - len(shown))
 
 
 def in_slices(slices: tuple[int, str] | None) -> str:
@@ -322,9 +341,15 @@ def _within(level: str) -> str:
     return f"{'on' if level == 'node' else 'in'} one {level}"
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(map(_known_as, names[:most]))
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _some(names: Sequence[str], hidden: int = 0, most: int = 5) -> str:
+    parts = [", ".join(map(_known_as, names[:most]))] if names else []
+    if len(names) > most:
+        parts.append(f"{len(names) - most} more")
+    return " and ".join([*parts, _others(hidden)] if hidden else parts)
+
+
+def _others(number: int) -> str:
+    return "1 job of another tenant" if number == 1 else f"{number} jobs of other tenants"
 
 
 def _known_as(job: str) -> str:

@@ -4,11 +4,14 @@ Owns the comparison. Whatever is news of a kept place is stored at once: who sto
 a job whose reason changed comes first, then those whose words changed. At most `limit` of these holds per commit are
 news, so that a plan about a hundred thousand jobs costs the database little at a time; each time it is the turn of
 those behind the last that had one, so that words which change in every pass keep nobody from theirs.
+
+What is stored of a job is read by its tenant's viewers: it names jobs of that tenant and of those below it, and only
+counts others' (docs/decisions/0009).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import isfinite
@@ -17,6 +20,7 @@ from uuid import UUID
 
 import structlog
 
+from phalanx_server.domain.access import covers
 from phalanx_server.domain.reason import date_of
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.snapshot import Seat
@@ -100,14 +104,21 @@ class HoldBook:
             estimate = _steps(row.estimated_start.timestamp() if row.estimated_start else None)
             self._stored[row.job_id.hex] = self._intern(Words(row.reason, row.message, tuple(row.unblocks), estimate))
 
-    def news(self, plan: Plan, *, kept: Mapping[str, Seat] | None = None) -> list[tuple[HoldRow, Words]]:
+    def news(
+        self,
+        plan: Plan,
+        *,
+        kept: Mapping[str, Seat] | None = None,
+        tenant_of: Callable[[str], str | None] = lambda job: None,
+    ) -> list[tuple[HoldRow, Words]]:
         """The holds to store: those about a kept place, and at most `limit` others; call `stored` with them once they
-        are. `kept` is what was stored of such places when the pass began."""
+        are. `kept` is what was stored of such places when the pass began. A job of which `tenant_of` knows nothing is
+        named to nobody."""
         kept = kept or {}
         claims: list[News] = []
         places = count()
         for group in plan.hold_groups:
-            words = self._words(group)
+            words = self._words(group, tenant_of)
             for job, place in zip(group.jobs, places, strict=False):
                 if (kept or group.kept) and kept.get(job) != group.kept:
                     claims.append(News(place, job, group, words))
@@ -135,10 +146,13 @@ class HoldBook:
         if len(self._interned) > WORDS_MAX:
             self._interned = {words: words for words in self._stored.values()}
 
-    def _words(self, group: HoldGroup) -> Words:
-        """What is said of a group. A cause that cannot be put into words costs its own jobs their words, not a pass."""
+    def _words(self, group: HoldGroup, tenant_of: Callable[[str], str | None]) -> Words:
+        """What is said of a group, whose jobs are of one tenant. A cause that cannot be put into words costs its own
+        jobs their words, not a pass."""
         why = group.explanation
         try:
+            own = tenant_of(group.jobs[0])
+            why = why.hiding(lambda job: not _may_name(own, tenant_of(job)))
             return self._intern(Words(why.reason.value, why.message(), why.unblocks(), _steps(group.estimated_start)))
         except Exception:
             words = Words(
@@ -150,6 +164,11 @@ class HoldBook:
 
     def _intern(self, words: Words) -> Words:
         return self._interned.setdefault(words, words)
+
+
+def _may_name(own: str | None, other: str | None) -> bool:
+    """Whether everybody who sees jobs of tenant `own` sees those of `other`. None = not known."""
+    return own is not None and other is not None and covers(own, other)
 
 
 def _row(news: News) -> HoldRow:

@@ -35,6 +35,7 @@ from phalanx_server.store.forecasts import Forecast, learnt, load_ends, load_his
 from phalanx_server.store.holds import HoldRow, load_holds
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.snapshots import Cursor, load_changes, load_snapshot, reading
+from phalanx_server.store.usage import Usage
 from phalanx_server.store.wakeups import Wakeups
 
 log = structlog.get_logger()
@@ -95,6 +96,7 @@ class ScheduleLoop:
         self._policy = policy
         self._wakeups = wakeups
         self._memory: Memory | None = None
+        self._usage: Usage | None = None  # stays right whatever becomes of the memory
         self._told = told
         self.holds = HoldBook()
         self.starts = StartRecord()
@@ -131,8 +133,9 @@ class ScheduleLoop:
         async with reading(self._engine) as conn:
             history = await load_history(conn)
             forecast = Forecast(await _run(len(history), lambda: learnt(history)))
-            snapshot, cursor = await load_snapshot(conn, now, self._policy, forecast.predicted_s)
+            snapshot, cursor = await load_snapshot(conn, now, self._policy, forecast.predicted_s, self._usage)
             self.holds.load(await load_holds(conn))
+        self._usage = cursor.usage
         snapshot = await _run(len(snapshot.jobs), partial(forecast.begin, snapshot, cursor.works))
         planner = await _run(len(cursor.versions), lambda: Planner(snapshot))
         plan = await _run(len(cursor.versions), planner.plan)
@@ -145,7 +148,7 @@ class ScheduleLoop:
             changes, cursor = await load_changes(conn, memory.cursor, now)
             ended = await load_ends(conn, [job for job in changes.removed_jobs if job in memory.cursor.works])
         changes = await _run(len(changes.jobs), partial(memory.forecast.follow, changes, cursor.works, ended))
-        memory.cursor, memory.changes = cursor, _count(changes)
+        memory.cursor, memory.changes, self._usage = cursor, _count(changes), cursor.usage
         self.holds.keep(cursor.versions)
         self.starts.keep(cursor.versions)
         self.runs = memory.forecast.predictor.calibration
@@ -154,7 +157,7 @@ class ScheduleLoop:
     async def _commit(self, memory: Memory, plan: Plan, now: datetime) -> Committed | None:
         cursor = memory.cursor
         part, later = _first_part(plan)
-        news = self.holds.news(plan, kept=cursor.kept)
+        news = self.holds.news(plan, kept=cursor.kept, tenant_of=cursor.tenant_of)
         news = [each for each in news if each[0].job_id.hex not in later]
         news = _with_intervals(news, plan, memory.forecast)
         if not (part.starts or part.preemptions or part.resizes or part.migrations or news):

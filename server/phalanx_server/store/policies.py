@@ -1,6 +1,7 @@
 """The policy of the scheduler: what a settings file says, with what was set through the API over it.
 
 Owns the one row of `policy` and how the two are put together. Which values a field may have is the snapshot's to say.
+What a newer version stored and this one cannot read, after a step back, is passed over: no pass fails for it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import structlog
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.scheduling.documents import read_record, write_record
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store.engine import dump_json
+
+log = structlog.get_logger()
+_passed_over: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +30,19 @@ class StoredPolicy:
     version: int
 
     def over(self, base: Policy) -> Policy:
-        """What is in force. ValueError names what does not fit."""
-        return over(base, self.settings)
+        """What is in force: of what is stored, all that this version can read."""
+        return over(base, {name: value for name, value in self.settings.items() if _is_readable(name, value)})
+
+
+def _is_readable(name: str, value: Any) -> bool:
+    try:
+        read_record(Policy, {name: value})
+    except ValueError as error:
+        if name not in _passed_over:
+            _passed_over.add(name)
+            log.warning("a stored field of the policy is passed over", field=name, why=str(error))
+        return False
+    return True
 
 
 def over(base: Policy, settings: Mapping[str, Any]) -> Policy:

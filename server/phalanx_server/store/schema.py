@@ -332,6 +332,7 @@ placements = Table(
     Column("released_at", Time),
 )
 Index("placements_charged", placements.c.node_id, postgresql_where=placements.c.released_at.is_(None))
+Index("placements_released", placements.c.released_at, postgresql_where=placements.c.released_at.is_not(None))
 
 checkpoints = Table(
     "checkpoints",

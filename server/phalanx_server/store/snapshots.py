@@ -15,8 +15,8 @@ its uuid in hex, a cluster its name. Refuses to decide anything.
   checkpoints are. (A new checkpoint does not touch its job's row: it comes with its attempt locked, and jobs come
   before attempts.) It also carries the version of every job that the pass was told of, for `commit_plan` to compare,
   and what is kept for queued ones; and what comes with time and changes no row: whose agents were silent (where it is
-  different now, the nodes are read again), which jobs have ranks that may still run on lost nodes, and as of when what
-  tenants have used was summed up.
+  different now, the nodes are read again), which jobs have ranks that may still run on lost nodes, and what tenants
+  have used, with the moment as of which it was summed up: it is summed up again for another moment only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from phalanx_server.scheduling.snapshot import (
 from phalanx_server.store.forecasts import work_of
 from phalanx_server.store.policies import load_policy
 from phalanx_server.store.seats import read_seat
-from phalanx_server.store.usage import UsageMoment, load_usage, usage_moment
+from phalanx_server.store.usage import Usage, load_usage, usage_moment
 
 GIB = 1 << 30
 Predict = Callable[[Work, float], float | None]
@@ -68,19 +68,20 @@ AGENT_SILENT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """The policy of the settings file, over which the stored one goes; the one in force; and as of when it was told
-    what tenants have used."""
+    """The policy of the settings file, over which the stored one goes; the one in force; and what tenants have used, if
+    that was told."""
 
     base: Policy
     policy: Policy
-    usage: UsageMoment | None
+    usage: Usage | None
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
     """Where the next `load_changes` goes on, the version of each queued job and of each running one as the pass knows
     it, by name, what is kept for queued jobs, the clusters that were silent, and the jobs of lost attempts whose ranks
-    might still run. `works` is what is known of the run time of each job that is not over."""
+    might still run. `works` is what is known of the run time of each job that is not over; `leftovers`: the tenant of
+    each lost attempt that still held something."""
 
     xid: int
     versions: Mapping[str, int]
@@ -90,6 +91,17 @@ class Cursor:
     silent: frozenset[UUID] = frozenset()
     uncertain: frozenset[UUID] = frozenset()
     works: Mapping[str, Work] = field(default_factory=dict)
+    leftovers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def usage(self) -> Usage | None:
+        """What tenants have used, for the next `load_snapshot`."""
+        return self.told.usage
+
+    def tenant_of(self, job: str) -> str | None:
+        """Whose a job is, by its name in the snapshot; None if it is not in it."""
+        work = self.works.get(job)
+        return work.tenant if work else self.leftovers.get(job)
 
 
 @asynccontextmanager
@@ -102,27 +114,27 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 async def load_snapshot(
-    conn: AsyncConnection, now: datetime, policy: Policy, predict: Predict | None = None
+    conn: AsyncConnection, now: datetime, policy: Policy, predict: Predict | None = None, usage: Usage | None = None
 ) -> tuple[Snapshot, Cursor]:
     """Everything. `policy` is that of the settings file, `predict` says how long a job will run in all that has run so
-    long. `conn` must see one moment throughout: see `reading`."""
+    long, `usage` is what was last known of past use. `conn` must see one moment throughout: see `reading`."""
     xid = (await _horizon(conn, since=0)).xid
     jobs: list[Job] = []
-    known = _Known({}, {}, {}, {}, predict)
+    known = _Known({}, {}, {}, {}, {}, predict)
     async for rows in _in_pieces(conn, _JOBS_LIVE, {}):
         jobs += known.read(rows)
     async for rows in _in_pieces(conn, _JOBS_QUEUED, {}):
         jobs += known.read(rows)
-    charged = await conn.execute(_CHARGED_LOST, {"job_ids": None, "now": now})
+    charged = known.leave([_leftover(row) for row in await conn.execute(_CHARGED_LOST, {"job_ids": None, "now": now})])
     silent = await silent_clusters(conn, now=now)
     in_force = (await load_policy(conn)).over(policy)
-    usage = usage_moment(now.timestamp(), in_force)
+    usage = await load_usage(conn, usage_moment(now.timestamp(), in_force), known=usage)
     snapshot = Snapshot(
         now=now.timestamp(),
         policy=in_force,
         tenants=await _load_tenants(conn, usage),
         nodes=tuple(_node(row, silent) for row in await conn.execute(_NODES, {"since": "0", "clusters": []})),
-        jobs=(*jobs, *map(_leftover, charged)),
+        jobs=(*jobs, *charged),
     )
     told = _Told(policy, in_force, usage)
     return snapshot, known.cursor(xid, told, silent, await _uncertain_jobs(conn, now))
@@ -144,10 +156,12 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
     leftovers, gone = await _leftovers(conn, concerned, now)
     known = _Known.of(cursor)
     known.forget(over)
+    known.leave(leftovers, gone)
     told = cursor.told
     policy = (await load_policy(conn)).over(told.base) if horizon.policy_changed else None
-    usage = usage_moment(now.timestamp(), policy or told.policy)
-    tenants_changed = horizon.tenants_changed or usage != told.usage
+    moment = usage_moment(now.timestamp(), policy or told.policy)
+    usage = await load_usage(conn, moment, known=told.usage)
+    tenants_changed = horizon.tenants_changed or usage is not told.usage
     changes = Changes(
         now=now.timestamp(),
         jobs=tuple(known.read(rows)) + leftovers,
@@ -178,14 +192,17 @@ class _Known:
     running: dict[str, int]
     kept: dict[str, Seat]
     works: dict[str, Work]
+    leftovers: dict[str, str]
     predict: Predict | None = None
 
     @classmethod
     def of(cls, cursor: Cursor) -> _Known:
-        return cls(dict(cursor.versions), dict(cursor.running), dict(cursor.kept), dict(cursor.works))
+        kept, works = dict(cursor.kept), dict(cursor.works)
+        return cls(dict(cursor.versions), dict(cursor.running), kept, works, dict(cursor.leftovers))
 
     def cursor(self, xid: int, told: _Told, silent: frozenset[UUID], uncertain: frozenset[UUID]) -> Cursor:
-        return Cursor(xid, self.versions, self.running, self.kept, told, silent, uncertain, self.works)
+        jobs = (self.versions, self.running, self.kept)
+        return Cursor(xid, *jobs, told, silent, uncertain, self.works, self.leftovers)
 
     def read(self, rows: Sequence[Row[Any]]) -> list[Job]:
         """The jobs that the rows say, their versions noted."""
@@ -204,6 +221,13 @@ class _Known:
     def forget(self, over: Sequence[UUID]) -> None:
         for job_id in over:
             self._drop(job_id.hex)
+
+    def leave(self, leftovers: Sequence[Job], gone: Sequence[str] = ()) -> Sequence[Job]:
+        """Note whose these are. Those that are gone hold nothing any more."""
+        self.leftovers.update((job.id, job.tenant) for job in leftovers)
+        for attempt in gone:
+            self.leftovers.pop(attempt, None)
+        return leftovers
 
     def _drop(self, job: str) -> None:
         self.versions.pop(job, None)
@@ -524,9 +548,9 @@ def _node(row: Row[Any], silent: frozenset[UUID]) -> Node:
     )
 
 
-async def _load_tenants(conn: AsyncConnection, moment: UsageMoment | None) -> tuple[Tenant, ...]:
-    usage = await load_usage(conn, moment) if moment else {}
-    return tuple(_tenant(row, usage.get(row.path, {})) for row in await conn.execute(_TENANTS))
+async def _load_tenants(conn: AsyncConnection, usage: Usage | None) -> tuple[Tenant, ...]:
+    used = usage.by_tenant if usage else {}
+    return tuple(_tenant(row, used.get(row.path, {})) for row in await conn.execute(_TENANTS))
 
 
 def _tenant(row: Row[Any], usage: Mapping[str, float]) -> Tenant:
