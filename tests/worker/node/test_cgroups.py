@@ -132,6 +132,31 @@ def test_a_limit_that_cannot_be_set_is_an_error(tmp_path: Path) -> None:
         Cgroups(1, {"pids": tmp_path / "phalanx"}).make("att-0", Limits())
 
 
+def test_a_parent_that_another_has_made_anew_meanwhile_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not handed its controllers down yet: a leaf in it would have no limits."""
+    parent, looked = tmp_path / "phalanx", []
+    hand_down = cgroups._hand_down
+
+    def made_anew_at_first(directory: Path) -> None:
+        looked.append(directory)
+        if len(looked) > 1:
+            return hand_down(directory)
+        directory.rmdir()
+        try:
+            hand_down(directory)
+        finally:
+            directory.mkdir()
+            (directory / "cgroup.controllers").write_text("pids")
+
+    monkeypatch.setattr(cgroups, "_hand_down", made_anew_at_first)
+    Cgroups(2, {"pids": parent})._make(parent / "att-0")
+    assert looked == [parent, parent]
+    assert (parent / "cgroup.subtree_control").read_text() == "+pids"
+    assert (parent / "att-0").is_dir()
+
+
 def test_groups_come_and_go_beside_each_other_in_the_same_parent() -> None:
     """The last one to leave removes the parent, at any moment of another's coming. A runner that starts meanwhile finds
     the same controllers as before."""

@@ -272,7 +272,8 @@ def _empty(own: Path) -> None:
 
 
 def _hand_down(directory: Path) -> None:
-    for name in set(_CONTROLLERS) & set(_available(directory)):
+    """Raises OSError, also where there is no such control group any more."""
+    for name in set(_CONTROLLERS) & set((directory / "cgroup.controllers").read_text().split()):
         (directory / "cgroup.subtree_control").write_text(f"+{name}")
 
 
