@@ -53,10 +53,11 @@ class Server:
 
 @dataclass
 class Cluster:
-    """What outlives an agent: the machines and Ray's placement groups, by attempt."""
+    """What outlives an agent: the machines, Ray's placement groups and the keys of what is not cleared away."""
 
     machines: dict[str, Machine]
     placement_groups: dict[str, dict[str, int]] = field(default_factory=dict)  # attempt -> node -> GPUs
+    keys: set[str] = field(default_factory=set)
 
     def fits(self, attempt: protocol.DesiredAttempt) -> bool:
         """Whether Ray counts enough free GPUs."""
@@ -196,7 +197,7 @@ class FakeAgent:
             gangs=self.gangs,
             living=frozenset(living),
             tables={name: host.table for name, host in living.items() if host.table is not None},
-            placement_groups=frozenset(self.cluster.placement_groups),
+            placement_groups=frozenset(self.cluster.keys),
             answered_s=self.answered_s,
         )
         for step in reconcile(world):
@@ -241,8 +242,8 @@ class FakeAgent:
         """Group by group, a tick apart at times, so that a crash or a lost node finds the gang half started."""
         nodes = [group.node for group in attempt.groups]
         if remains:
-            cleared = yield from self._clear_all(gang, nodes)
             self.cluster.placement_groups.pop(gang.attempt_id, None)
+            cleared = yield from self._clear_all(gang, nodes)
             unknown = [node for node, is_clear in cleared.items() if not is_clear]
             gang.generations.update(dict.fromkeys(unknown, NO_GENERATION))
             if unknown:
@@ -254,6 +255,7 @@ class FakeAgent:
             yield
         problem = self._problem(gang, attempt)
         if problem is None:
+            self.cluster.keys.add(gang.attempt_id)
             self.cluster.placement_groups[gang.attempt_id] = {g.node: len(g.gpu_indices) for g in attempt.groups}
             self._tell(gang, "gang_ready")
             if attempt.launch.environment is not None:
@@ -327,9 +329,10 @@ class FakeAgent:
         return None
 
     def _give_up(self, gang: Gang, attempt: protocol.DesiredAttempt, message: str, node: str | None) -> Work:
-        cleared = yield from self._clear_all(gang, list(gang.generations))
         self.cluster.placement_groups.pop(gang.attempt_id, None)
+        cleared = yield from self._clear_all(gang, list(gang.generations))
         if all(cleared.values()):
+            self.cluster.keys.discard(gang.attempt_id)
             gang.phase = Phase.CLOSING
             nodes = [group.node for group in attempt.groups]
             permanent = message == FOR_GOOD
@@ -378,13 +381,14 @@ class FakeAgent:
     def _close(self, gang: Gang) -> Work:
         assert gang.attempt is not None
         vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
+        self.cluster.placement_groups.pop(gang.attempt_id, None)
         cleared = yield from self._clear_all(gang, vanished)
         if not all(cleared.values()):
             lost = [node for node, is_clear in cleared.items() if not is_clear]
             gang.groups.update({node: replace(gang.groups[node], state=GroupState.LOST) for node in lost})
             gang.phase = Phase.RUNNING
             return
-        self.cluster.placement_groups.pop(gang.attempt_id, None)
+        self.cluster.keys.discard(gang.attempt_id)
         failed = gang.first_failed_rank
         yield from self._finish(
             gang,
@@ -415,6 +419,7 @@ class FakeAgent:
             while not outcome:
                 yield
             self._forget(gang, [node])
+        self.cluster.keys.discard(gang.attempt_id)
         gang.phase = Phase.DONE
 
     def _forget(self, gang: Gang, nodes: list[str]) -> None:

@@ -186,7 +186,7 @@ class World:
                 if machine.runner and machine.runner.present()
             ]
             held = [row.attempt_id.hex for row in await self.plane.rows(placements) if row.released_at is None]
-            if not running and not held and not self.cluster.placement_groups:
+            if not running and not held and not self.cluster.placement_groups and not self.cluster.keys:
                 return
             await self.step(LONGEST_STEP_S, trouble=False)
         raise self._broken([f"{running} still have something, {held} still hold something"])

@@ -202,6 +202,7 @@ class FakePlacements:
     """Placement groups that are there at once, unless the gate is closed or there is an error."""
 
     placed: set[str] = field(default_factory=set)
+    entered: set[str] = field(default_factory=set)  # as long as something may be left of them
     error: str = ""
     fault: Exception | None = None  # that nobody expects
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -216,12 +217,17 @@ class FakePlacements:
         if self.fault:
             raise self.fault
         self.placed.add(attempt.attempt_id)
+        self.entered.add(attempt.attempt_id)
 
     async def remove(self, attempt_id: str) -> None:
         self.placed.discard(attempt_id)
 
+    async def forget(self, attempt_id: str) -> None:
+        assert attempt_id not in self.placed
+        self.entered.discard(attempt_id)
+
     def attempts(self) -> frozenset[str]:
-        return frozenset(self.placed)
+        return frozenset(self.placed | self.entered)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from agent_fakes import FakePlacements, FakeRunner
 from link_server import attempt_of
 from phalanx_worker.agent import launch
 from phalanx_worker.agent.desired import Gang, Group, GroupState, Phase
-from phalanx_worker.agent.hosts import Host, Hosts, RunnerGone
+from phalanx_worker.agent.hosts import Host, Hosts, RunnerGone, RunnerUnavailable
 from phalanx_worker.agent.launch import Launcher
 from phalanx_worker.protocol import AttemptFact, NodeFacts
 
@@ -29,7 +29,7 @@ class Scene:
     def __init__(self) -> None:
         self.told: list[AttemptFact] = []
         self.runners = {name: FakeRunner(name) for name in ("a", "b")}
-        self.placements = FakePlacements(placed={"att_1"})
+        self.placements = FakePlacements(placed={"att_1"}, entered={"att_1"})
         source: Any = None  # nobody follows these runners
         self.hosts = Hosts(source=source, changed=lambda: None)
         for name, runner in self.runners.items():
@@ -49,7 +49,7 @@ class Scene:
         for name, runner in self.runners.items():
             assert not self.runs(name), f"{fact.kind} is told while ranks run on {name}"
             assert ("kill_group", "att_1") in runner.calls, f"{fact.kind} is told though {name} was not cleared"
-        assert not self.placements.placed, f"{fact.kind} is told though its resources are not given back"
+        assert not self.placements.attempts(), f"{fact.kind} is told though its resources are not given back"
         self.told.append(fact)
         return True
 
@@ -65,6 +65,9 @@ class Scene:
 
     async def refuse(self) -> None:
         await self.launcher.refuse(self.gang, GANG, message="stopped before it started", node=None, remains=True)
+
+    async def start(self) -> None:
+        await self.launcher.start(self.gang, GANG, remains=True)
 
     async def close(self) -> None:
         await self.launcher.close(self.gang, GANG)
@@ -98,6 +101,35 @@ async def test_a_refusal_waits_for_a_start_that_ends_only_when_it_is_killed(scen
     scene.runners["b"].hang()
     await refusing
     assert [fact.kind for fact in scene.told] == ["start_failed"]
+
+
+@pytest.mark.parametrize("way", ["refuse", "close", "start"])
+async def test_a_silent_node_keeps_no_gpus_of_the_others(
+    scene: Scene, way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server loses the silent node, frees the others when their runners say so, and gives them to other jobs."""
+
+    async def unavailable(attempt_id: str) -> None:
+        raise RunnerUnavailable("it did not answer")
+
+    monkeypatch.setattr(scene.runners["b"], "kill_group", unavailable)
+    scene.gang.groups = {node: Group(1, GroupState.VANISHED) for node in ("a", "b")}
+    ways = {"refuse": scene.refuse, "close": scene.close, "start": scene.start}
+    under_way = asyncio.create_task(ways[way]())
+    await until(lambda: not scene.runs("a") and scene.asked_to_kill("b") > 3)
+    assert not scene.placements.placed
+    assert not under_way.done() and scene.told == []
+    assert scene.placements.attempts() == {"att_1"}, "should this agent die now, the next one has to clear it"
+    assert sum("cannot be cleared from node b" in line for line in caplog.messages) == 1
+    monkeypatch.undo()
+    await under_way
+
+
+async def test_it_is_not_forgotten_while_a_dead_node_may_still_have_ranks(scene: Scene) -> None:
+    scene.die("b")
+    await scene.refuse()
+    assert not scene.placements.placed
+    assert scene.placements.attempts() == {"att_1"}
 
 
 async def test_a_clearing_that_fails_is_made_again_before_the_refusal(

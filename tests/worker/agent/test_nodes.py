@@ -278,16 +278,30 @@ async def test_the_next_agent_finds_what_exists_and_never_asks_ray_for_all_there
     for name in ("att_1", "att_2", "att_3"):
         await place(groups, name)
     await groups.remove("att_2")
+    assert await found_by_the_next_agent() == {"att_1", "att_2", "att_3"}, "nobody has cleared its nodes yet"
+    await groups.forget("att_2")
     assert await found_by_the_next_agent() == {"att_1", "att_3"}
     assert view.tables_read == tables_read_at_first
-    await groups.remove("att_1")
-    await groups.remove("att_3")
+    for name in ("att_1", "att_3"):
+        await groups.remove(name)
+        await groups.forget(name)
     assert len(view.keys) == 1, "nothing may be left of an attempt"
 
 
 async def test_groups_from_before_there_was_an_index_are_found(view: FakeRay) -> None:
     view.created, view.removed = ["phalanx/att_1", "phalanx/att_2", "another's"], ["phalanx/att_1"]
     assert await found_by_the_next_agent() == await found_by_the_next_agent() == {"att_2"}
+
+
+async def test_a_group_without_a_key_is_removed_by_its_name(view: FakeRay, groups: PlacementGroups) -> None:
+    """An agent from before there was an index made it, after one that had written it."""
+    await groups.load()
+    view.created.append("phalanx/att_1")
+    assert await found_by_the_next_agent() == frozenset()
+    for name in ("att_1", "att_none"):
+        await groups.remove(name)
+        await groups.forget(name)
+    assert view.removed == ["phalanx/att_1"]
 
 
 async def test_a_group_that_ray_made_without_saying_so_is_found_by_the_next_agent(

@@ -63,7 +63,7 @@ class Scene:
         """The server no longer wants it; nothing is left anywhere, not even in the agent's mind."""
         self.link.drop("att_1")
         await self.until(lambda: not self.agent.gangs)
-        assert not self.placements.placed
+        assert not self.placements.attempts()
         assert not self.a.groups
         assert not self.b.groups
 
@@ -322,6 +322,37 @@ async def test_what_an_earlier_agent_began_and_is_to_be_stopped_is_cleared_befor
         await scene.forgotten()
 
 
+async def test_what_is_silent_and_dropped_holds_no_gpus_and_is_cleared_by_the_next_agent_before_it_reports() -> None:
+    scene = Scene()
+    scene.placements.placed.add("att_1")
+    scene.placements.entered.add("att_1")
+    stopped = replace(GANG, action="stop")
+    scene.link.want(stopped)
+    scene.b.hang("kill_group")
+    async with running(scene.agent):
+        await scene.until(lambda: ("kill_group", "att_1") in scene.a.calls and not scene.placements.placed)
+        scene.link.drop("att_1")
+        await asyncio.sleep(0.03)
+        assert scene.placements.attempts() == {"att_1"}
+    scene.link.want(stopped)
+    scene.a.calls.clear()
+    async with running(scene.new_agent()):
+        await scene.until(lambda: ("kill_group", "att_1") in scene.a.calls)
+        await asyncio.sleep(0.03)
+        assert scene.link.kinds("att_1") == []
+        scene.b.hang()
+        await scene.reported("start_failed")
+        await scene.forgotten()
+
+
+async def test_a_key_without_a_group_that_nobody_wants_is_forgotten() -> None:
+    scene = Scene()
+    scene.placements.entered.add("att_1")
+    async with running(scene.agent):
+        await scene.until(lambda: not scene.placements.attempts())
+        await scene.forgotten()
+
+
 async def test_what_ran_and_is_gone_without_a_trace_is_reported_with_unseen_exits() -> None:
     scene = Scene()
     scene.link.want(replace(GANG, started=True))
@@ -383,6 +414,19 @@ async def test_a_runner_that_hangs_during_a_start_ends_that_start(monkeypatch: p
         await scene.reported("start_failed")
         assert scene.link.facts[-1].node == "b"
         await scene.until(lambda: not scene.placements.placed)
+
+
+async def test_a_start_that_is_dropped_holds_no_gpus_while_a_node_is_still_starting(scene: Scene) -> None:
+    scene.b.start_gate.clear()
+    scene.link.want(GANG)
+    await scene.until(lambda: any(call[0] == "start_group" for call in scene.b.calls))
+    scene.link.drop("att_1")
+    await scene.until(lambda: not scene.placements.placed)
+    assert not {"start_failed", "gone"} & set(scene.link.kinds("att_1"))
+    assert scene.placements.attempts() == {"att_1"}
+    scene.b.start_gate.set()
+    await scene.until(lambda: not scene.agent.gangs)
+    await scene.forgotten()
 
 
 async def test_a_runner_that_answers_anything_at_all_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ class World:
     gangs: Mapping[str, Gang]
     living: frozenset[str]  # nodes
     tables: Mapping[str, Mapping[str, Group]]  # node -> attempt -> group, of every node whose runner has answered
-    placement_groups: frozenset[str]  # attempts that have one in Ray
+    placement_groups: frozenset[str]  # attempts that have one in Ray, or had and may not be cleared away
     answered_s: float  # for how long the server has been there so far; stands still while it is away
 
 

@@ -4,13 +4,13 @@ Owns when a group may be created: never before Ray's own view shows its resource
 try waits 0.8 s. Which GPUs, and whether it fits at all, was decided before. Ray's calls block, so they run in threads.
 
 Ray never forgets a removed group: to be told of 100,000 takes it 8 s and 300 MiB of GCS's memory. So which ones there
-may be is kept beside them, in Ray's key-value store.
+may be is kept beside them, in Ray's key-value store. A key outlives its group: it is deleted when nothing is left of
+the attempt on any node, and tells the next agent until then that something may be.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ from phalanx_worker.agent.launch import PlacementUnavailable, StartFailed
 from phalanx_worker.protocol import DesiredAttempt
 
 PREFIX = "phalanx/"
-INDEX_NAMESPACE = "phalanx-placement-groups"  # of Ray's key-value store: a key for each attempt that may have a group
+INDEX_NAMESPACE = "phalanx-placement-groups"  # of Ray's key-value store: keys of attempts that may have left something
 INDEXED = b"indexed"  # the key that says so; before, no group was entered
 OF_ATTEMPT = b"attempt/"
 POLL_S = 0.003
@@ -70,13 +70,13 @@ class PlacementGroups:
     """The placement groups of attempts in the cluster that this process has joined."""
 
     threads: ThreadPoolExecutor
-    handles: dict[str, PlacementGroup] = field(default_factory=dict)  # by attempt
+    handles: dict[str, PlacementGroup | None] = field(default_factory=dict)  # by attempt that has a key
     _waiters: list[_Waiter] = field(default_factory=list)
     _creating: list[_Waiter] = field(default_factory=list)  # granted, and perhaps not yet in Ray's view
     _watch: asyncio.Task[None] | None = None
 
     async def load(self) -> None:
-        """Learn which groups exist."""
+        """Learn which groups there may be."""
         self.handles.update(await self._in_thread(_existing))
 
     def attempts(self) -> frozenset[str]:
@@ -102,21 +102,32 @@ class PlacementGroups:
 
     async def remove(self, attempt_id: str) -> None:
         """Remove the attempt's group; no group is fine. Raises PlacementUnavailable."""
-        handle = self.handles.get(attempt_id)
-        if handle is None:
-            return
 
         def give_back() -> None:
-            remove_placement_group(handle)
-            _internal_kv_del(_key(attempt_id), namespace=INDEX_NAMESPACE)
+            handle = self.handles.get(attempt_id) or _named(attempt_id)  # that of an older agent may have no key
+            if handle is not None:
+                remove_placement_group(handle)
 
         try:
             await self._in_thread(give_back)
         except RayError as error:
             raise PlacementUnavailable(str(error)) from error
+        if attempt_id in self.handles:
+            self.handles[attempt_id] = None
+
+    async def forget(self, attempt_id: str) -> None:
+        """Its group is removed, and nothing is left of it on any node. Raises PlacementUnavailable."""
+        if attempt_id not in self.handles:
+            return
+        try:
+            await self._in_thread(lambda: _internal_kv_del(_key(attempt_id), namespace=INDEX_NAMESPACE))
+        except RayError as error:
+            raise PlacementUnavailable(str(error)) from error
         self.handles.pop(attempt_id, None)
 
     async def _take(self, attempt_id: str, bundles: list[Bundle]) -> None:
+        self.handles[attempt_id] = None
+
         def take() -> bool:
             _internal_kv_put(_key(attempt_id), b"", namespace=INDEX_NAMESPACE)
             self.handles[attempt_id] = handle = placement_group(
@@ -172,22 +183,24 @@ def _key(attempt_id: str) -> bytes:
     return OF_ATTEMPT + attempt_id.encode()
 
 
-def _existing() -> dict[str, PlacementGroup]:
-    """The groups that exist, by attempt.
-
-    A key without a group stays: an agent that this one replaces may just be about to create it.
-    """
+def _existing() -> dict[str, PlacementGroup | None]:
+    """The groups that exist, by attempt. A key without a group tells as much: its nodes may not be clear, and an agent
+    that this one replaces may just be about to create it."""
     if not _internal_kv_exists(INDEXED, namespace=INDEX_NAMESPACE):
         for row in placement_group_table().values():
             if row["name"].startswith(PREFIX) and row["state"] != "REMOVED":
                 _internal_kv_put(_key(row["name"].removeprefix(PREFIX)), b"", namespace=INDEX_NAMESPACE)
         _internal_kv_put(INDEXED, b"", namespace=INDEX_NAMESPACE)
-    handles = {}
-    for key in _internal_kv_list(OF_ATTEMPT, namespace=INDEX_NAMESPACE):
-        attempt_id = key.removeprefix(OF_ATTEMPT).decode()
-        with contextlib.suppress(ValueError):  # there is none of that name
-            handles[attempt_id] = get_placement_group(PREFIX + attempt_id)
-    return handles
+    keys = _internal_kv_list(OF_ATTEMPT, namespace=INDEX_NAMESPACE)
+    attempts = [key.removeprefix(OF_ATTEMPT).decode() for key in keys]
+    return {attempt_id: _named(attempt_id) for attempt_id in attempts}
+
+
+def _named(attempt_id: str) -> PlacementGroup | None:
+    try:
+        return get_placement_group(PREFIX + attempt_id)
+    except ValueError:  # there is none of that name
+        return None
 
 
 def bundles_of(attempt: DesiredAttempt, ray_node_ids: Mapping[str, str]) -> list[Bundle]:

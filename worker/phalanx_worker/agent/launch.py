@@ -53,8 +53,12 @@ class Placements(Protocol):
         """No group is fine. Raises PlacementUnavailable."""
         ...
 
+    async def forget(self, attempt_id: str) -> None:
+        """Nothing is left of it, neither its group nor on any node. Raises PlacementUnavailable."""
+        ...
+
     def attempts(self) -> frozenset[str]:
-        """Those that have a group."""
+        """Those that have a group, or had one and are not forgotten: this agent's, and those of agents before it."""
         ...
 
 
@@ -104,8 +108,7 @@ class Launcher:
         self.aborts.setdefault(gang.attempt_id, asyncio.Event()).set()
 
     async def _clear_remains(self, gang: Gang, nodes: list[str]) -> None:
-        cleared = await self._clear_all(gang, nodes)
-        await self._remove_placement(gang.attempt_id)
+        cleared = await self._give_back(gang, nodes)
         unknown = [node for node, is_clear in cleared.items() if not is_clear]
         gang.generations.update(dict.fromkeys(unknown, NO_GENERATION))
         if unknown:
@@ -157,7 +160,9 @@ class Launcher:
         try:
             return await _unless(self.aborts[gang.attempt_id], _all(calls))
         except Exception:
-            await self._kill_while(gang.attempt_id, [group.node for group in attempt.groups], calls)
+            nodes = [group.node for group in attempt.groups]
+            killing = self._kill_while(gang.attempt_id, nodes, calls)
+            await asyncio.gather(self._remove_placement(gang.attempt_id), killing)
             raise
 
     async def _kill_while(self, attempt_id: str, nodes: list[str], calls: Iterable[asyncio.Task[Any]]) -> None:
@@ -172,14 +177,13 @@ class Launcher:
         """Clear every node that was told to start, then report it: the server frees the GPUs when it hears that.
 
         Where one died meanwhile nobody can say that nothing runs there: then the server has to lose the node first, and
-        the gang stays held with that group lost. The placement group goes last: should this agent die too, it tells the
-        next one that something may be left.
+        the gang stays held with that group lost.
         """
         log.warning("attempt %s could not be started: %s", gang.attempt_id, error)
-        cleared = await self._clear_all(gang, gang.generations)
-        await self._remove_placement(gang.attempt_id)
+        cleared = await self._give_back(gang, gang.generations)
         if all(cleared.values()):
             gang.phase = Phase.CLOSING
+            await self._forget_placement(gang.attempt_id)
             await self._never_ran(gang, attempt, error)
             return
         for node, is_clear in cleared.items():
@@ -239,12 +243,12 @@ class Launcher:
         A node that did not show its group is cleared first: what a dead agent had ordered may have come up there since.
         """
         vanished = [node for node, group in gang.groups.items() if group.state is GroupState.VANISHED]
-        unknown = [node for node, is_clear in (await self._clear_all(gang, vanished)).items() if not is_clear]
+        unknown = [node for node, is_clear in (await self._give_back(gang, vanished)).items() if not is_clear]
         if unknown:  # dead by now: the server has to lose it first
             gang.groups.update({node: replace(gang.groups[node], state=GroupState.LOST) for node in unknown})
             gang.phase = Phase.RUNNING
             return
-        await self._remove_placement(gang.attempt_id)
+        await self._forget_placement(gang.attempt_id)
         first = gang.first_failed_rank
         await self._finish(
             gang,
@@ -261,6 +265,7 @@ class Launcher:
         log.warning("attempt %s epoch %d is not wanted: removing it", gang.attempt_id, gang.epoch)
         await self._remove_placement(gang.attempt_id)
         await asyncio.gather(*(self._clear_for_good(gang, node) for node in nodes))
+        await self._forget_placement(gang.attempt_id)
         gang.phase = Phase.DONE
 
     async def _clear_for_good(self, gang: Gang, node: str) -> None:
@@ -286,6 +291,15 @@ class Launcher:
         await asyncio.gather(*(self._forget_group(gang.attempt_id, node) for node in nodes))
         gang.phase = Phase.DONE
 
+    async def _give_back(self, gang: Gang, nodes: Iterable[str]) -> dict[str, bool]:
+        """Remove the placement group, and see the nodes clear: `_clear_group` of each.
+
+        The group does not wait for them: one may be silent for long, while the server gives the GPUs of the others to
+        other jobs. It is not forgotten yet: should this agent die meanwhile, the next one has to clear the nodes too.
+        """
+        _, cleared = await asyncio.gather(self._remove_placement(gang.attempt_id), self._clear_all(gang, nodes))
+        return cleared
+
     async def _clear_all(self, gang: Gang, nodes: Iterable[str]) -> dict[str, bool]:
         names = list(nodes)
         return dict(
@@ -294,6 +308,7 @@ class Launcher:
 
     async def _clear_group(self, attempt_id: str, node: str) -> bool:
         """Kill the group and see it gone; False if the node is dead and nobody can tell."""
+        said = False
         while True:
             host = self.hosts.get(node)
             if host is None or not host.alive:
@@ -302,7 +317,9 @@ class Launcher:
                 if await _killed(host, attempt_id):
                     return True
             except RunnerError as error:
-                log.warning("attempt %s cannot be cleared from node %s yet: %s", attempt_id, node, error)
+                if not said:
+                    log.warning("attempt %s cannot be cleared from node %s yet: %s", attempt_id, node, error)
+                said = True
                 await asyncio.sleep(RETRY_S)
 
     async def _forget_group(self, attempt_id: str, node: str) -> None:
@@ -312,12 +329,10 @@ class Launcher:
                 host.table.pop(attempt_id, None)
 
     async def _remove_placement(self, attempt_id: str) -> None:
-        while True:
-            try:
-                return await self.placements.remove(attempt_id)
-            except PlacementUnavailable as error:
-                log.warning("placement group of %s cannot be removed yet: %s", attempt_id, error)
-                await asyncio.sleep(RETRY_SLOWLY_S)
+        await _until_available(self.placements.remove, attempt_id)
+
+    async def _forget_placement(self, attempt_id: str) -> None:
+        await _until_available(self.placements.forget, attempt_id)
 
     def _host(self, node: str) -> Host:
         host = self.hosts.get(node)
@@ -362,6 +377,18 @@ def _order(desired: dict[str, Any], group: GroupPlacement, master: dict[str, Any
         "master_port": master["port"],
         "hosts_rendezvous": group.group_rank == 0,
     }
+
+
+async def _until_available(call: Callable[[str], Awaitable[None]], attempt_id: str) -> None:
+    said = False
+    while True:
+        try:
+            return await call(attempt_id)
+        except PlacementUnavailable as error:
+            if not said:
+                log.warning("placement group of %s cannot be removed yet: %s", attempt_id, error)
+            said = True
+            await asyncio.sleep(RETRY_SLOWLY_S)
 
 
 async def _all(calls: list[asyncio.Task[Any]]) -> list[Any]:
