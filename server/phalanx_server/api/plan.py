@@ -132,7 +132,9 @@ async def _edits(services: Services, question: PlanQuestion) -> Edits:
         tenant: {resource: Quota(**quota.model_dump()) for resource, quota in given.items()}
         for tenant, given in (question.quotas or {}).items()
     }
-    nodes = {(await find_node(services, node)).hex: state for node, state in (question.nodes or {}).items()}
+    nodes: dict[str, NodeState] = {
+        (await find_node(services, node)).hex: state for node, state in (question.nodes or {}).items()
+    }
     return Edits(quotas, nodes)
 
 

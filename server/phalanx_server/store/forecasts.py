@@ -220,7 +220,8 @@ class Forecast:
         for name, end in self._ends_at.items():
             if abs(end - at) < _SAME_S:
                 job = self._jobs[name]
-                found.append(self._run_interval(job, began=(job.started_at or at,) * 2))
+                began = job.started_at or at
+                found.append(self._run_interval(job, began=(began, began)))
         if not found:
             return None
         low, high = max(low for low, _ in found), max(high for _, high in found)
