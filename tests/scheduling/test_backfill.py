@@ -208,3 +208,15 @@ def test_a_job_that_may_evict_waits_for_minimum_run_times(jobs, in_s):
 def test_a_job_that_waits_for_victims_is_expected_after_a_restart(restart_s):
     plan = plan_of([running("v", "n0", 8), BIG], policy={"restart_s": restart_s})
     assert (held_by(plan), expected_by(plan)) == ({"big": "victims"}, {"big": NOW + restart_s})
+
+
+def test_a_cpu_job_that_may_start_after_all_does_not_wait_for_those_behind_it():
+    """It is first in the queue, but may not take the CPUs of idle GPUs. Once a job behind it has started and taken less
+    than its GPUs' share, it takes its turn before what is reserved for others."""
+    on = [node("n0", 4, cpus=8)]
+    first = queued("first", 0, priority=2, cpus_per_replica=4)
+    gpus = queued("gpus", 2, priority=1, cpus_per_replica=0, time_limit_s=1000)
+    behind = queued("behind", 4, cpus_per_replica=8, time_limit_s=1000)
+    plan = plan_of([first, gpus, behind], nodes=on)
+    assert sorted(starts_of(plan)) == ["first", "gpus"]
+    assert held_by(plan) == {"behind": "capacity"}

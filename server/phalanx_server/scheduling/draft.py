@@ -9,7 +9,7 @@ all of them up to its own end: so nothing that is kept or reserved is given away
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -275,24 +275,12 @@ class Draft:
     def reserve(self, reservation: Reservation) -> None:
         """Reserve a start; its book is without it so far."""
         self.later.insert(bisect_left(self.later, reservation.starts_at, key=lambda b: b.at), reservation.book)
-        self._during(reservation, 1)
+        for book in self.later:
+            if reservation.starts_at <= book.at < reservation.ends_at:
+                book.take(reservation.load)
         self.reservations.append(reservation)
         self.ahead.append(reservation.job)
         self.version += 1
-
-    def free_reservations(self, jobs: Container[str]) -> None:
-        """Take back what was reserved for these jobs."""
-        for reservation in [r for r in self.reservations if r.job in jobs]:
-            self._during(reservation, -1)
-            self.later = [book for book in self.later if book is not reservation.book]
-            self.reservations.remove(reservation)
-            self.ahead.remove(reservation.job)
-        self.version += 1
-
-    def _during(self, reservation: Reservation, times: int) -> None:
-        for book in self.later:
-            if reservation.starts_at <= book.at < reservation.ends_at:
-                book.take(reservation.load, times)
 
     def columns_mask(self, columns: Iterable[int]) -> Mask:
         """These nodes."""

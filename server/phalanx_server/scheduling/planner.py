@@ -35,26 +35,28 @@ def schedule(snapshot: Snapshot) -> Plan:
        Who fits in quota and on nodes, and delays no reservation, starts. For who does not, room is made: others are
        moved, shrunk or evicted, the least that will do. If that cannot be, it is told why and the earliest moment at
        which it could run is reserved for it.
-    4. Let CPU jobs try again if GPU jobs started, which may have taken less than their share of CPUs.
-    5. Give what is left to elastic jobs, where it buys the most progress.
-    6. If anybody was stopped, do all of it again as if they were stopping already, until that adds nothing.
+    4. Give what is left to elastic jobs, where it buys the most progress.
+    5. If anybody was stopped, do all of it again as if they were stopping already, until that adds nothing; likewise if
+       GPU jobs started while CPU jobs wait for room, for they may have taken less than their share of CPUs.
     """
     return _settled(World(snapshot))
 
 
 def _settled(world: World) -> Plan:
-    """The plan, after which nothing is left to decide while the jobs that it stops are still stopping: where it stops
-    any, the pass is run again on a world where they do, until that adds nothing. The world is left as it was."""
-    plan = latest = _run(world)
+    """The plan, after which nothing is left to decide while the jobs that it stops are still stopping: where it may
+    have made a difference for others, the pass is run again on a world where it is being carried out, until that adds
+    nothing. The world is left as it was."""
+    latest, is_loosened = _run(world)
+    plan = latest
     undo: list[Changes] = []
-    while plan.stops and len(undo) < MOST_ROUNDS:
+    while (plan.stops or is_loosened) and len(undo) < MOST_ROUNDS:
         news = tuple(job for job in begun(world, latest) if job != world.jobs[job.id])
         if not news:
             break
         changes = Changes(now=world.now, jobs=news)
         undo.append(world.undo_of(changes))
         world.absorb(changes)
-        latest = _run(world)
+        latest, is_loosened = _run(world)
         plan = plan.and_then(latest)
     for changes in reversed(undo):
         world.absorb(changes)
@@ -79,7 +81,8 @@ def begun(world: World, plan: Plan) -> Iterator[Job]:
                 yield replace(world.jobs[job_id], kept=group.kept)
 
 
-def _run(world: World) -> Plan:
+def _run(world: World) -> tuple[Plan, bool]:
+    """The plan of one round, and whether it may have made room for CPU jobs that it holds."""
     draft, holds = Draft(world), _Holds()
     settled = honour_claims(draft)
     for job, hold in settled:
@@ -90,20 +93,23 @@ def _run(world: World) -> Plan:
     turns = [turn for turn in (turn_of(group, done) for group in world.queue.classes()) if turn is not None]
     counter = _Counter(draft, holds)
     counter.serve(turns)
-    if draft.has_loosened:
-        counter.serve_again([turn for turn in turns if turn.why is not None and turn.key.ask.shape.is_cpu_only])
     for turn in turns:
         for group in counter.groups(turn):
             holds.add(turn.rank_at(turn.held_at), group)
     grow(draft, _next_changes(draft))
     decided = draft.decided
-    return Plan(
+    plan = Plan(
         starts=tuple(decided.starts),
         preemptions=tuple(decided.preemptions),
         resizes=tuple(decided.resizes),
         migrations=tuple(decided.migrations),
         hold_groups=holds.in_order(),
     )
+    return plan, draft.has_loosened and any(_waits_for_cpus(turn) for turn in turns)
+
+
+def _waits_for_cpus(turn: Turn) -> bool:
+    return turn.key.ask.shape.is_cpu_only and turn.why is not None and turn.why.reason in WAITING_HELPS
 
 
 class _Holds:
@@ -144,16 +150,6 @@ class _Counter:
                 order.defer(turn)
                 continue
             self._settle(turn, order)
-
-    def serve_again(self, turns: Sequence[Turn]) -> None:
-        """Let those try again that were held before more became free for them."""
-        self._desk = Desk(self._draft, self._lending)
-        held = {job for turn in turns for job in turn.waiting}
-        self._draft.free_reservations(held)
-        self._expected = {job: at for job, at in self._expected.items() if job not in held}
-        for turn in turns:
-            turn.at, turn.why, turn.is_deferred = turn.held_at, None, False
-        self.serve(turns)
 
     def _in_order(self, turns: Sequence[Turn]) -> Turns | FairTurns:
         if self._draft.world.policy.fair_sharing:
