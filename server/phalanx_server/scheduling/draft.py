@@ -9,7 +9,7 @@ all of them up to its own end: so nothing that is kept or reserved is given away
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -281,9 +281,3 @@ class Draft:
         self.reservations.append(reservation)
         self.ahead.append(reservation.job)
         self.version += 1
-
-    def columns_mask(self, columns: Iterable[int]) -> Mask:
-        """These nodes."""
-        mask = np.zeros(len(self.table.names), dtype=np.bool_)
-        mask[list(columns)] = True
-        return mask

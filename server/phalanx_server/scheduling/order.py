@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 from phalanx_server.domain.reason import Explanation
 from phalanx_server.domain.resources import Shape
-from phalanx_server.scheduling.snapshot import ArrayLimit, Dependency, Job, Policy, Topology
+from phalanx_server.scheduling.snapshot import ArrayLimit, Dependency, Job, Policy, Topology, time_limit_of
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -173,12 +173,9 @@ class Queue:
             preemptible=job.preemptible,
         )
 
-    def _limit_s(self, job: Job) -> float | None:
-        return self._policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
-
     def _run_s(self, job: Job) -> float | None:
         """What is left to run as predicted, at most its time limit."""
-        limit_s = self._limit_s(job)
+        limit_s = time_limit_of(job, self._policy)
         if job.predicted_s is None or job.predicted_s <= job.done_s:
             return limit_s
         left_s = job.predicted_s - job.done_s
@@ -190,7 +187,7 @@ class Queue:
         return AGING * (UNKNOWN_RUN_S if run_s is None else run_s) * job.replicas * max(1, job.gpus_per_replica)
 
     def _ask_of(self, job: Job) -> Ask:
-        limit = self._limit_s(job)
+        limit = time_limit_of(job, self._policy)
         values = (
             Shape(job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica),
             job.replicas,

@@ -96,7 +96,8 @@ def _run(world: World) -> tuple[Plan, bool]:
     for turn in turns:
         for group in counter.groups(turn):
             holds.add(turn.rank_at(turn.held_at), group)
-    grow(draft, _next_changes(draft))
+    if world.elastic:
+        grow(draft, _next_changes(draft))
     decided = draft.decided
     plan = Plan(
         starts=tuple(decided.starts),

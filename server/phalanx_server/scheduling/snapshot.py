@@ -224,6 +224,11 @@ class Changes(_Record):
     maintenance: tuple[Maintenance, ...] | None = None
 
 
+def time_limit_of(job: Job, policy: Policy) -> float | None:
+    """The seconds after which a job is stopped; None = never."""
+    return policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+
+
 def changed(snapshot: Snapshot, changes: Changes) -> Snapshot:
     """The snapshot after the changes."""
     return replace(

@@ -19,7 +19,17 @@ from phalanx_server.scheduling.fit import EmptyCluster
 from phalanx_server.scheduling.nodes import GPUS, Amounts, NodeTable, amounts_of, same_pool
 from phalanx_server.scheduling.order import Queue
 from phalanx_server.scheduling.quota import QuotaForest, QuotaUse
-from phalanx_server.scheduling.snapshot import Changes, Job, Node, Policy, Seat, Snapshot, changed, spread
+from phalanx_server.scheduling.snapshot import (
+    Changes,
+    Job,
+    Node,
+    Policy,
+    Seat,
+    Snapshot,
+    changed,
+    spread,
+    time_limit_of,
+)
 from phalanx_server.scheduling.speedup import progress
 
 
@@ -191,12 +201,9 @@ class World:
     def expected_end(self, job: Job) -> float:
         """When a running job is expected to end; not before now. Infinite if nothing tells."""
         ends = expected_ends(job, self.policy)
-        if not ends or (ends[-1] <= self.now and self._limit_of(job) is None):
+        if not ends or (ends[-1] <= self.now and time_limit_of(job, self.policy) is None):
             return inf
         return max(self.now, next((end for end in ends if end > self.now), ends[-1]))
-
-    def _limit_of(self, job: Job) -> float | None:
-        return self.policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
 
     def _charge(self, job: Job, *, times: int) -> None:
         load = self.load(job, states_of(job))
@@ -262,7 +269,7 @@ def expected_ends(job: Job, policy: Policy) -> list[float]:
     limit; either may be missing."""
     if job.started_at is None:
         return []
-    limit_s = policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+    limit_s = time_limit_of(job, policy)
     by_limit = [] if limit_s is None else [job.started_at + limit_s]
     if job.predicted_s is None:
         return by_limit

@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.scheduling.plan import Plan
 from phalanx_server.scheduling.predict import Expectation, Predictor, Work, rounded
-from phalanx_server.scheduling.snapshot import Changes, Job, Policy, Snapshot
+from phalanx_server.scheduling.snapshot import Changes, Job, Policy, Snapshot, time_limit_of
 from phalanx_server.scheduling.speedup import progress
 from phalanx_server.scheduling.world import expected_ends
 
@@ -233,7 +233,7 @@ class Forecast:
         if job is None:
             return None
         run_s = [job.predicted_s - job.done_s] if job.predicted_s is not None else []
-        limit_s = self._policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+        limit_s = time_limit_of(job, self._policy)
         run_s += [limit_s] if limit_s is not None else []
         if not run_s:
             return None
@@ -243,7 +243,7 @@ class Forecast:
     def _run_interval(self, job: Job, *, began: Interval) -> Interval:
         """Between when and when it ends that begins between these."""
         attained_s = _attained_s(job, self._now) if job.state == "running" else job.done_s
-        limit_s = self._policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+        limit_s = time_limit_of(job, self._policy)
         said = self.expectation(self._works[job.id], attained_s)
         if said is None:
             return began[0], began[1] + (0.0 if limit_s is None else limit_s)
