@@ -9,7 +9,8 @@ all of them up to its own end: so nothing that is kept or reserved is given away
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +106,7 @@ class Draft:
         """Look at those as well, for a moment, that are inside their minimum run time."""
         self.memo: dict[tuple[object, ...], Any] = {}
         """What others have worked out about the running jobs, until room is made."""
+        self._memo_past_protection: dict[tuple[object, ...], Any] = {}
         self.disturbed: set[str] = set()
         self.ends: list[tuple[float, str]] = []
         """When what was started or kept in this pass is expected to end."""
@@ -231,6 +233,15 @@ class Draft:
         counts = room(self.usable(key.ask, books)[:, spot.columns], key.ask.shape, sum(spot.replicas))
         return bool((counts * self.allowed(key, books)[spot.columns] >= spot.replicas).all())
 
+    @contextmanager
+    def past_protection(self) -> Iterator[None]:
+        """As if all minimum run times were over."""
+        self.even_protected = True
+        self.memo, self._memo_past_protection = self._memo_past_protection, self.memo
+        yield
+        self.even_protected = False
+        self.memo, self._memo_past_protection = self._memo_past_protection, self.memo
+
     # ------------------------------------------------------------------ what is decided
 
     def start(self, bid: Bid, spot: Spot) -> None:
@@ -275,6 +286,7 @@ class Draft:
             self.decided.migrations.append(Migration(job.job.id, for_job, seat.placement))
         self.version += 1
         self.memo.clear()
+        self._memo_past_protection.clear()
 
     def _leave(self, running: Running, next_: Seat | None) -> None:
         """From now on it stops; until it is gone it takes the larger of what it has and what it will have."""

@@ -37,9 +37,8 @@ class Right:
 class Claim:
     """The rights of one waiting job in a trial. `submitted_at`: with `lower_or_newer_equal` it matters."""
 
-    def __init__(self, trial: Trial, submitted_at: float, *, spare_protected: bool = True) -> None:
+    def __init__(self, trial: Trial, submitted_at: float) -> None:
         self._trial, self._draft, self._submitted_at = trial, trial.draft, submitted_at
-        self._spare_protected = spare_protected
         self._world, self._forest = trial.draft.world, trial.draft.world.forest
         self._tenant, self._priority = trial.key.tenant, trial.key.priority
         self._rules = self._forest.tenants[self._forest.number[self._tenant]].preemption
@@ -62,7 +61,7 @@ class Claim:
     def _of(self, tenant: str) -> list[tuple[_Order, Running]]:
         """The jobs of a tenant that may be evicted at all, in the order of victims."""
         draft, world = self._draft, self._world
-        question = ("evictable", tenant, self._spare_protected)
+        question = ("evictable", tenant)
         if question not in draft.memo:
             restart_s = world.policy.restart_s
             draft.memo[question] = sorted(
@@ -75,7 +74,7 @@ class Claim:
     def _may_go(self, running: Running) -> bool:
         if not running.job.preemptible or running.job.id in self._draft.disturbed:
             return False
-        if not running.may_be_disturbed(self._world.now, even_protected=not self._spare_protected):
+        if not running.may_be_disturbed(self._world.now, even_protected=self._draft.even_protected):
             return False
         return not self._world.is_lost(running)
 

@@ -9,6 +9,7 @@ reservation as in Maui; with predictions as in Tsafrir, Etsion and Feitelson 200
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -44,9 +45,10 @@ class _Found:
 def reserve(draft: Draft, bid: Bid, options: Sequence[Option]) -> float | None:
     """Reserve the earliest start of a job; gives its time, None where nothing tells."""
     found = _earliest(draft, bid, options)
-    by_protection = _once_unprotected(draft, bid, options)
-    if by_protection is not None and (found is None or by_protection.at < found.at):
-        found = by_protection
+    if _first_unprotected(draft) < (inf if found is None else found.at):
+        by_protection = _once_unprotected(draft, bid, options)
+        if by_protection is not None and (found is None or by_protection.at < found.at):
+            found = by_protection
     if found is None:
         return None
     load = draft.load(bid.job, bid.key, found.spot)
@@ -99,14 +101,20 @@ def _spot_at(
     return None
 
 
+def _first_unprotected(draft: Draft) -> float:
+    """When the first minimum run time is over; infinite if nobody is in one."""
+    question = ("first unprotected",)
+    if question not in draft.memo:
+        ends = (r.job.protected_until for r in draft.world.running.values() if r.job.protected_until is not None)
+        draft.memo[question] = min((at for at in ends if at > draft.world.now), default=inf)
+    return float(draft.memo[question])
+
+
 def _once_unprotected(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | None:
     """When the minimum run times are over of those whom it could evict but for that."""
     now = draft.world.now
-    if not any(not running.may_be_disturbed(now) for running in draft.world.running.values()):
-        return None
-    draft.even_protected, memo, draft.memo = True, draft.memo, {}
-    room = make_room(draft, bid, options, spare_protected=False)
-    draft.even_protected, draft.memo = False, memo
+    with draft.past_protection():
+        room = make_room(draft, bid, options)
     if room is None:
         return None
     given = [running for running, _ in (*room.evicted, *room.shrunk)]
