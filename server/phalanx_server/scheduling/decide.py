@@ -72,15 +72,21 @@ class Desk:
         waits = self._with_what_leaves(bid, options, refusals) or self._with_room_made(bid, options)
         if waits is not None:
             return waits
+        if len(refusals) == 1:
+            return refusals[0]
         return Refusal(weakest([r.why for r in refusals]), max(r.unless_it_ends_by for r in refusals))
 
     def demand(self, group: JobClass) -> Demand:
-        """What a job of the class takes of the quotas, by its first option."""
-        return options_of(self._draft.world, group)[0].demand
+        """What a job of the class takes, by its first option."""
+        first = options_of(self._draft.world, group)[0]
+        return group.key.ask.shape.demand(first.gpu_type, group.key.ask.replicas)
 
     def borrows(self, group: JobClass) -> bool:
         """Would a job of the class use others' nominal quota, whatever option is taken?"""
-        return all(self._borrows_by(group.key, option) for option in options_of(self._draft.world, group))
+        for option in options_of(self._draft.world, group):  # noqa: SIM110  (one of the hot places of a pass)
+            if not self._borrows_by(group.key, option):
+                return False
+        return True
 
     def options(self, group: JobClass) -> Sequence[Option]:
         """How a job of the class may run, best first; where it names no GPU type, those first by which it borrows

@@ -14,7 +14,7 @@ that bounds its wait, whatever comes.
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from operator import attrgetter
@@ -275,6 +275,8 @@ class Turn:
     """From which member on, and why, those wait that do not start."""
     settled: set[str] | None = None
     """The members that start, or wait for a place that is kept for them."""
+    has_reserved: bool = False
+    """Is a start reserved for any of them?"""
     tried_until: float = -inf
     """What would end later than that was tried: whoever waits has to wait whatever comes, unless it ends by then."""
 
@@ -323,6 +325,8 @@ class Turn:
 
     def skip_tried(self, now: float) -> bool:
         """Go on to the next member that may be tried; False if there is none."""
+        if self.tried_until == -inf:
+            return False
         for at in range(self.at + 1, len(self.members)):
             if now + self.members[at].run_s <= self.tried_until:
                 self.at = at
@@ -341,12 +345,19 @@ class Turn:
                 yield rank_of(self.key, places[0]), why, [m.id for m in places]
 
 
-def turn_of(group: JobClass, settled: Set[str]) -> Turn | None:
-    """The class's turn, leaving out the jobs that are settled already; None if that is all of them."""
-    if settled and not settled.isdisjoint(group.ids):
-        members = [m for m in group.members if m.id not in settled]
-        return Turn(group, members) if members else None
-    return Turn(group, group.members)
+def turns_of(queue: Queue, settled: Collection[Job]) -> list[Turn]:
+    """The turns of all classes in the order of the queue, leaving out the jobs that are settled already."""
+    done = {job.id for job in settled}
+    touched = {queue.key_of(job) for job in settled}
+    turns = []
+    for group in queue.classes():
+        if not touched or group.key not in touched:
+            turns.append(Turn(group, group.members))
+        elif members := [m for m in group.members if m.id not in done]:
+            turns.append(Turn(group, members))
+    if touched:
+        turns.sort(key=attrgetter("rank"))
+    return turns
 
 
 class Turns:

@@ -112,8 +112,8 @@ def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int
     if rules.reclaim == "never":
         return 0
     way = forest.way_up(key.tenant)
-    limited = [(r, n) for r, n in option.least_demand if use.left(way[0], r) is not None]
-    asked = tuple(r for r, _ in limited)
+    limited = option.least_demand
+    asked = tuple([r for r, _ in limited])
     if rules.borrow is not None or (world.policy.fair_sharing and _is_behind(draft, key, option, asked)):
         return sum(_borrowed(draft, forest.parent[a], a, asked, option.gpu_type) for a in way[:-1])
     # It may take back what is its side's own, if it ends within that.

@@ -62,6 +62,11 @@ class QuotaForest:
         }
         self._most = {r: [idle.left(i, r) for i in range(len(self.tenants))] for r in resources}
 
+    def limited(self, tenant: str, demand: Demand) -> Demand:
+        """What of a demand is limited for the tenant."""
+        i = self.number[tenant]
+        return tuple((r, n) for r, n in demand if r in self.limits and self.limits[r].limited[i])
+
     def most(self, tenant: str, resource: str) -> int | None:
         """What the tenant could use if all others, and its own jobs, were idle; None = no limit."""
         by_tenant = self._most.get(resource)
