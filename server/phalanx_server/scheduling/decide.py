@@ -69,8 +69,9 @@ class Desk:
             if isinstance(answer, Spot):
                 return answer
             refusals.append(answer)
-        waits = self._with_what_leaves(bid, options, refusals) or self._with_room_made(bid, options)
-        if waits is not None:
+        if self._draft.leaving and (waits := self._with_what_leaves(bid, options, refusals)) is not None:
+            return waits
+        if may_be_made(self._draft, bid.key, options) and (waits := self._with_room_made(bid, options)) is not None:
             return waits
         if len(refusals) == 1:
             return refusals[0]
@@ -143,7 +144,7 @@ class Desk:
         question = (key.ask, option.gpu_type, draft.account(key))
         if question in self._no_room:
             return self._no_room[question]
-        version = (draft.now.use.changes, draft.soon.use.changes)
+        version = (draft.now.changes, draft.soon.changes)
         if self._has_room.get(question) != version:
             if not draft.may_hold(key, option.gpu_type):
                 why = self._no_room[question] = explain_nodes(draft, key, option.gpu_type)
@@ -163,8 +164,6 @@ class Desk:
 
     def _with_what_leaves(self, bid: Bid, options: Sequence[Option], refusals: list[Refusal]) -> Waits | None:
         draft, key = self._draft, bid.key
-        if not draft.leaving:
-            return None
         books = draft.soon_until(draft.ends_at(bid))
         for option in options:
             if not draft.is_in_quota(key.tenant, option.least_demand, books) or self._is_kept_from(bid, option):
@@ -178,8 +177,6 @@ class Desk:
 
     def _with_room_made(self, bid: Bid, options: Sequence[Option]) -> Waits | None:
         key = bid.key
-        if not may_be_made(self._draft, key, options):
-            return None
         question = (key.tenant, key.priority, key.ask, key.preemptible, self._draft.version)
         if question in self._hopeless:
             return None

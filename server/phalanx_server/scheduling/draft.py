@@ -30,10 +30,11 @@ from phalanx_server.scheduling.world import Load, Running, World, states_of
 class Book:
     """What is free on the nodes, what is used of the quotas, and who shares which node, at one moment."""
 
-    __slots__ = ("at", "free", "occupants", "use")
+    __slots__ = ("at", "changes", "free", "occupants", "use")
 
     def __init__(self, at: float, free: Amounts, use: QuotaUse, occupants: Occupants | None) -> None:
         self.at = at
+        self.changes = 0
         self.free = free
         self.use = use
         self.occupants = occupants
@@ -45,6 +46,7 @@ class Book:
 
     def take(self, load: Load, times: int = 1) -> None:
         """Take what a job takes; `times` -1 gives it back."""
+        self.changes += 1
         self.free[:, load.columns] -= times * load.amounts
         self.use.charge(load.tenant, load.demand, times)
         if self.occupants is not None:

@@ -301,7 +301,8 @@ class Turn:
 
     def rank_at(self, at: int) -> Rank:
         """Where another member stands."""
-        return self.group.rank if at == 0 and self.members is self.group.members else rank_of(self.key, self.members[at])
+        is_head = at == 0 and self.members is self.group.members
+        return self.group.rank if is_head else rank_of(self.group.key, self.members[at])
 
     def settle(self) -> None:
         """This member is served."""
@@ -368,21 +369,22 @@ class Turns:
         self._turns = list(turns)
         for i, turn in enumerate(self._turns):
             turn.number = i
-        self._next = 0
-        self._again: list[tuple[bool, Rank, int]] = []
+        self._deferred: list[Turn] = []
+        self._again: list[tuple[Rank, int, Turn]] = []
 
     def __iter__(self) -> Iterator[Turn]:
-        """Each next turn, for as long as there are any."""
-        while self._next < len(self._turns) or self._again:
-            yield self._pop()
+        """Each next turn, for as long as there are any: first of those that stay within nominal."""
+        yield from self._in_order(self._turns)
+        yield from self._in_order(sorted(self._deferred, key=attrgetter("rank")))
 
-    def _pop(self) -> Turn:
-        if self._next < len(self._turns):
-            first = self._turns[self._next]
-            if not self._again or (False, first.rank, first.number) < self._again[0]:
-                self._next += 1
-                return first
-        return self._turns[heapq.heappop(self._again)[-1]]
+    def _in_order(self, turns: Iterable[Turn]) -> Iterator[Turn]:
+        """Those given, and between them whoever comes again."""
+        for turn in turns:
+            while self._again and self._again[0][0] < turn.rank:
+                yield heapq.heappop(self._again)[-1]
+            yield turn
+        while self._again:
+            yield heapq.heappop(self._again)[-1]
 
     def again(self, turn: Turn) -> None:
         """Its member is done with: the class comes again with the next one, if there is one."""
@@ -393,8 +395,8 @@ class Turns:
     def defer(self, turn: Turn) -> None:
         """It borrows: the class comes again after all that stay within nominal."""
         turn.is_deferred = True
-        self.return_to(turn)
+        self._deferred.append(turn)
 
     def return_to(self, turn: Turn) -> None:
         """The class comes again with the member at which it stands."""
-        heapq.heappush(self._again, (turn.is_deferred, turn.rank, turn.number))
+        heapq.heappush(self._again, (turn.rank, turn.number, turn))

@@ -4,7 +4,6 @@ Refuses to say more than "perhaps": whatever it turns down could not be helped, 
 is turned down here, at a few additions each.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from phalanx_server.scheduling.draft import Draft
@@ -12,7 +11,6 @@ from phalanx_server.scheduling.nodes import GPUS
 from phalanx_server.scheduling.order import ClassKey
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.quota import QuotaUse
-from phalanx_server.scheduling.world import Running
 
 Resources = tuple[str, ...]
 
@@ -24,14 +22,11 @@ def may_gather(draft: Draft, key: ClassKey, option: Option) -> bool:
 
 def is_promising(draft: Draft, key: ClassKey, option: Option) -> bool:
     """May enough be free once all has given way that the job could ask for? Without regard to where it is."""
-    lent = _lent_gpus(draft, option.gpu_type)
-    own = _own_gpus(draft, key, option.gpu_type)
-    missing = _wanted(key) - _free_gpus(draft, option.gpu_type) if option.gpu_type else 1
-    given = lent + own
-    if given > 0 and given >= missing:
-        return True
-    given += _others_gpus(draft, key, option, given)
-    return given > 0 and given >= missing
+    missing = max(1, _wanted(key) - _free_gpus(draft, option.gpu_type))
+    given = _own_gpus(draft, key, option.gpu_type)
+    if draft.world.elastic:
+        given += _lent_gpus(draft, option.gpu_type)
+    return given >= missing or given + _others_gpus(draft, key, option, given) >= missing
 
 
 def _wanted(key: ClassKey) -> int:
@@ -65,25 +60,27 @@ def _lent_gpus(draft: Draft, gpu_type: str | None) -> int:
 
 def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> int:
     """What its tenant's jobs have that it may evict."""
-    world = draft.world
-    rule = world.forest.tenants[world.forest.number[key.tenant]].preemption.within_tenant
+    forest = draft.world.forest
+    rule = forest.tenants[forest.number[key.tenant]].preemption.within_tenant
     if rule == "never":
         return 0
     most = key.priority if rule == "lower_or_newer_equal" else key.priority - 1
-    question = ("own", key.tenant, gpu_type, most)
+    return sum(gpus for priority, gpus in _evictable(draft).get((key.tenant, gpu_type), ()) if priority <= most)
+
+
+def _evictable(draft: Draft) -> dict[tuple[str, str | None], list[tuple[int, int]]]:
+    """By tenant and GPU type the (priority, GPUs) of the jobs that somebody might evict; 1 for a CPU job."""
+    question = ("evictable",)
     if question not in draft.memo:
-        mine = world.of_tenant.get(key.tenant, {}).values()
-        candidates = (r for r in mine if r.job.priority <= most and r.gpu_type == gpu_type)
-        draft.memo[question] = sum(max(1, r.gpus) for r in _evictable(draft, candidates))
-    return int(draft.memo[question])
-
-
-def _evictable(draft: Draft, candidates: Iterable[Running]) -> Iterable[Running]:
-    now, disturbed = draft.world.now, draft.disturbed
-    for r in candidates:
-        job = r.job
-        if job.preemptible and job.id not in disturbed and r.may_be_disturbed(now, even_protected=draft.even_protected):
-            yield r
+        now, disturbed, even_protected = draft.world.now, draft.disturbed, draft.even_protected
+        found: dict[tuple[str, str | None], list[tuple[int, int]]] = {}
+        for r in draft.world.running.values():
+            job = r.job
+            if job.preemptible and job.id not in disturbed and r.may_be_disturbed(now, even_protected=even_protected):
+                found.setdefault((job.tenant, r.gpu_type), []).append((job.priority, r.gpus or 1))
+        draft.memo[question] = found
+    known: dict[tuple[str, str | None], list[tuple[int, int]]] = draft.memo[question]
+    return known
 
 
 # ------------------------------------------------------------------ what others have
@@ -132,10 +129,10 @@ def _borrowed(draft: Draft, parent: int, me: int, asked: Resources, gpu_type: st
     """What the children of a tenant, but for one, would give up at most."""
     use, question = draft.soon.use, ("borrowed", parent, asked, gpu_type)
     known = draft.memo.get(question)
-    if known is None or known[0] != use.changes:
+    if known is None or known[0] != use.changes[parent]:
         above = _above(draft, gpu_type)
         by_child = {b: above.most(b, use, asked, gpu_type) for b in _borrowing(draft, parent, asked)}
-        known = draft.memo[question] = (use.changes, by_child, sum(by_child.values()))
+        known = draft.memo[question] = (use.changes[parent], by_child, sum(by_child.values()))
     _, by_child, total = known
     return int(total - by_child.get(me, 0))
 
@@ -150,10 +147,10 @@ def _above(draft: Draft, gpu_type: str | None) -> _Above:
     if question not in draft.memo:
         forest = draft.world.forest
         gpus, largest = [0] * len(forest.tenants), [0] * len(forest.tenants)
-        for r in _evictable(draft, (r for r in draft.world.running.values() if r.gpu_type == gpu_type)):
-            i, has = forest.number[r.job.tenant], max(1, r.gpus)
-            gpus[i] += has
-            largest[i] = max(largest[i], has)
+        for (tenant, of), jobs in _evictable(draft).items():
+            if of == gpu_type:
+                gpus[forest.number[tenant]] = sum(has for _, has in jobs)
+                largest[forest.number[tenant]] = max(has for _, has in jobs)
         for i in forest.upward:
             if (above := forest.parent[i]) >= 0:
                 gpus[above] += gpus[i]
