@@ -202,10 +202,11 @@ class Draft:
 
     def _fitting(self, ask: Ask, books: Books, allowed: Mask) -> tuple[Amounts, Mask]:
         """(`usable`, the allowed nodes on which a replica could stand by the first book): the amounts are right there,
-        and elsewhere nothing, which is much quicker where most nodes are full."""
+        and elsewhere nothing, which is much quicker where most nodes are full. With a topology all of the allowed ones,
+        for domains compare by all that they have."""
         shape, first = ask.shape, books[0].free
         row, each = (CPUS, shape.cpus) if shape.is_cpu_only else (GPUS, shape.gpus)
-        fitting = allowed & (first[row] >= each)
+        fitting = allowed if ask.topology is not None else allowed & (first[row] >= each)
         columns = np.flatnonzero(fitting)
         total = self.table.total[:, columns]
         free = usable(first[:, columns], total, by_cpu_jobs=shape.is_cpu_only)

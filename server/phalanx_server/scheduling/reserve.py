@@ -70,7 +70,8 @@ def _earliest(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | Non
 
 def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) -> Iterator[tuple[float, Book]]:
     """The moments that are worth a look. Mostly the first one will do at which enough is free. If not, then the first at
-    which there would be a place if nothing began until then, and a number of those after it."""
+    which there would be a place if nothing were reserved, and a number of those after it. (A window may close a place
+    again, and GPUs that become free keep CPUs from a CPU job: then there is no such first.)"""
     accepting = draft.accepting(bid.key, ())
     with_room = [outlook.moments_with_room(bid.key.ask, accepting & draft.table.of_type(o.gpu_type)) for o in options]
     moments = outlook.moments[np.unique(np.concatenate(with_room))].tolist()
@@ -79,9 +80,10 @@ def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) 
     yield moments[0], outlook.book(moments[0])
 
     def has_place(at: float) -> bool:
-        return _spot_at(draft, bid, options, at, outlook.book(at, only_ends=True), is_last=True) is not None
+        return _spot_at(draft, bid, options, at, outlook.book(at, but_reserved=True), is_last=True) is not None
 
-    low = max(1, bisect_left(moments, True, key=has_place))
+    only_opens = not draft.windows.ends and not bid.key.ask.shape.is_cpu_only
+    low = bisect_left(moments, True, lo=1, key=has_place) if only_opens else 1
     for at in moments[low : low + MOST_LOOKS]:
         yield at, outlook.book(at)
 
