@@ -167,7 +167,7 @@ async def test_an_array_that_waits_is_cancelled_as_a_whole(plane: ControlPlane) 
 
 @pytest.mark.parametrize("code", [0, 1])
 async def test_an_end_that_concerns_nobody_yet_locks_none_of_those_that_wait(plane: ControlPlane, code: int) -> None:
-    """Else an array of n that waits for an array of m costs n times m locks, and stands in the way of its own cancel."""
+    """Else an array of n that waits for an array of m costs n times m locks, and is in the way of a cancel."""
     await plane.add_nodes(1, gpus=3)
     name, members = await array(plane, "0-2")
     await plane.tick()

@@ -38,6 +38,7 @@ from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.leases import Lease
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
@@ -52,6 +53,7 @@ class Committed:
     unheld: frozenset[str] = frozenset()
 
 
+@rerun_on_deadlock
 async def commit_plan(
     engine: AsyncEngine,
     plan: Plan,

@@ -32,6 +32,7 @@ from phalanx_server.store.engine import is_of_the_data
 from phalanx_server.store.events import Event, record_alike, record_events
 from phalanx_server.store.idempotency import Kept, KeyRow, read_keys, take_keys
 from phalanx_server.store.jobs import ArrayRow, JobRow, insert_jobs
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 FLUSH_MAX_JOBS = 4000
@@ -249,6 +250,7 @@ class Submitter:
         for pending in taken:
             pending.settle()
 
+    @rerun_on_deadlock
     async def _carry_out(self, taken: Sequence[_Pending], write: Write) -> list[_Pending]:
         """Check and write in one transaction; those that were good."""
         async with self._engine.begin() as conn:

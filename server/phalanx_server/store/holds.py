@@ -1,6 +1,7 @@
 """Holds: why each queued job waits, as the last pass said, and the place that is kept for it.
 
-Owns the rows. A job that is not queued gets none, and how long a reason has held is kept when only its words change.
+Owns the rows, which are locked in the order of their jobs. A job that is not queued gets none, and how long a reason
+has held is kept when only its words change.
 What is kept is part of a job's scheduling state: where it changes, the job's row does (a trigger), and is locked.
 """
 
@@ -43,6 +44,7 @@ _UPSERT = text(
                 CAST(:lows AS timestamptz[]), CAST(:highs AS timestamptz[]))
          AS hold (job_id, reason, message, unblocks, estimated_start, kept, low, high)
     JOIN jobs j ON j.id = hold.job_id AND j.state = 'queued'
+    ORDER BY j.id
     ON CONFLICT (job_id) DO UPDATE SET
         reason = EXCLUDED.reason, message = EXCLUDED.message, unblocks = EXCLUDED.unblocks,
         estimated_start = EXCLUDED.estimated_start, kept = EXCLUDED.kept,
@@ -93,9 +95,17 @@ async def upsert_holds(conn: AsyncConnection, rows: Sequence[HoldRow], *, now: d
         await conn.execute(_FIRST_SAID, first)
 
 
+_DELETE = text(
+    """
+    DELETE FROM holds WHERE job_id = ANY(ARRAY(
+        SELECT job_id FROM holds WHERE job_id = ANY(CAST(:ids AS uuid[])) ORDER BY job_id FOR UPDATE))
+    """
+)
+
+
 async def delete_holds(conn: AsyncConnection, job_ids: Sequence[UUID]) -> None:
-    """Forget the holds of jobs that started."""
-    await conn.execute(text("DELETE FROM holds WHERE job_id = ANY(CAST(:ids AS uuid[]))"), {"ids": list(job_ids)})
+    """Forget the holds of jobs that started or ended."""
+    await conn.execute(_DELETE, {"ids": list(job_ids)})
 
 
 async def load_holds(conn: AsyncConnection) -> list[Row[Any]]:
