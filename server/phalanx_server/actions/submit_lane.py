@@ -55,6 +55,7 @@ class Lane(Generic[W]):
                 await task
         _fail_all(self._waiting, Unavailable("the submit was not carried out; try again"))
         self._waiting.clear()
+        self.waiting_jobs = 0
 
     def put(self, waiting: W) -> None:
         self._waiting.append(waiting)
@@ -65,6 +66,8 @@ class Lane(Generic[W]):
         while True:
             await self._arrived.wait()
             taken = self._take()
+            if not taken:  # another task was quicker
+                continue
             try:
                 await self._flush(taken)
             except asyncio.CancelledError:
