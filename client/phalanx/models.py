@@ -382,7 +382,18 @@ class QueueItem(Model):
 
 
 @dataclass(frozen=True)
+class Remaining(Model):
+    """A job that still holds something on a draining node: why, and when it is gone at the latest, if anything says."""
+
+    job: str
+    why: str = ""
+    ends_by: datetime | None = None
+
+
+@dataclass(frozen=True)
 class Node(Model):
+    """`remaining` and `outlook`: of a draining node, what keeps it from being empty."""
+
     id: str
     name: str
     cluster: str = ""
@@ -401,6 +412,8 @@ class Node(Model):
     clock_skew_s: float | None = None
     stats: dict[str, Any] | None = None
     jobs: list[str] = field(default_factory=list)
+    remaining: list[Remaining] = field(default_factory=list)
+    outlook: str | None = None
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from phalanx_server.store.events import Event, record_alike
 from phalanx_server.store.holds import delete_holds
 from phalanx_server.store.jobs import LockedJob, change_jobs, lock_array, lock_job
 from phalanx_server.store.outbox import post_notices, state_notice
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
+@rerun_on_deadlock
 async def cancel_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for a job that has ended otherwise."""
     async with engine.begin() as conn:
@@ -40,6 +42,7 @@ async def cancel_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: da
             await record_audit(conn, actor, "cancel_job", ids.encode("job", job_id), {"state": job.state})
 
 
+@rerun_on_deadlock
 async def cancel_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Cancel the jobs of an array that have not ended. Raises NotFound, and Conflict where all have."""
     async with engine.begin() as conn:

@@ -12,8 +12,10 @@ from phalanx_server.actions.request_stop import request_stop
 from phalanx_server.domain.attempt import StopCause
 from phalanx_server.store.attempts import lock_attempts, overdue_attempts
 from phalanx_server.store.leases import Lease
+from phalanx_server.store.transactions import rerun_on_deadlock
 
 
+@rerun_on_deadlock
 async def enforce_limits(engine: AsyncEngine, lease: Lease, *, now: datetime) -> list[UUID]:
     """The jobs that were asked to end. Raises LeaseLost."""
     async with engine.connect() as conn:

@@ -22,6 +22,7 @@ from phalanx_server.store.attempts import lock_attempts_on
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.nodes import lock_node, mark_lost
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
@@ -42,6 +43,7 @@ class Judged:
     runner_seen_at: datetime | None
 
 
+@rerun_on_deadlock
 async def lose_node(
     engine: AsyncEngine,
     node_id: UUID,

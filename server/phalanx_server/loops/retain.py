@@ -178,8 +178,10 @@ class Retain:
             await self._bundles.set_aside(digest)
         async with self._engine.connect() as conn:
             wanted = await bundles_of_anybody(conn, list(digests))
-        for digest in digests:
-            await (self._bundles.put_back(digest) if digest in wanted else self._bundles.delete_aside(digest))
+        for digest in digests & wanted:
+            await self._bundles.put_back(digest)
+        for digest in digests - wanted:
+            await self._bundles.delete_aside(digest)
 
     async def run_forever(self) -> None:
         """Partitions must exist before they are needed: the first round comes with the election."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.scheduling.predict import Expectation
@@ -58,33 +59,51 @@ class Calibrated:
     median_relative_error: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """When a waiting job was said to start, and between when and when."""
+
+    start: datetime
+    low: datetime | None
+    high: datetime | None
+
+
 class StartRecord:
-    """The same of starts, counted in one process as they come."""
+    """The same of starts, counted in one process as they come: each with what was first said while the job waited."""
 
     def __init__(self) -> None:
         self.jobs = self.within = 0
         self.error_s = 0.0
-        self._said: dict[str, HoldRow] = {}
+        self._said: dict[str, Said] = {}
+
+    def load(self, holds: Iterable[Row[Any]]) -> None:
+        """Go on from the stored holds (`store.holds.load_holds`): who waits was told before this process led."""
+        self._said = {
+            row.job_id.hex: Said(row.first_start, row.first_start_low, row.first_start_high)
+            for row in holds
+            if row.first_start is not None
+        }
 
     def told(self, rows: Iterable[HoldRow]) -> None:
         """These holds were stored: the first expected start of a job is kept until the job starts."""
         for row in rows:
             if row.estimated_start is not None:
-                self._said.setdefault(row.job_id.hex, row)
+                said = Said(row.estimated_start, row.estimated_start_low, row.estimated_start_high)
+                self._said.setdefault(row.job_id.hex, said)
 
     def started(self, jobs: Iterable[str], *, now: datetime) -> None:
         for job in jobs:
-            row = self._said.pop(job, None)
-            if row is None or row.estimated_start is None:
+            said = self._said.pop(job, None)
+            if said is None:
                 continue
             self.jobs += 1
-            self.error_s += abs((now - row.estimated_start).total_seconds())
-            low, high, by = row.estimated_start_low, row.estimated_start_high, timedelta(seconds=TOLERANCE_S)
-            self.within += low is not None and high is not None and low - by <= now <= high + by
+            self.error_s += abs((now - said.start).total_seconds())
+            by = timedelta(seconds=TOLERANCE_S)
+            self.within += said.low is not None and said.high is not None and said.low - by <= now <= said.high + by
 
     def keep(self, queued: Container[str]) -> None:
         """Forget who waits no more without having started."""
-        self._said = {job: row for job, row in self._said.items() if job in queued}
+        self._said = {job: said for job, said in self._said.items() if job in queued}
 
 
 _STARTS_CALIBRATED = text(

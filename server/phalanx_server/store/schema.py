@@ -223,6 +223,8 @@ Index("jobs_tenant", jobs.c.tenant_id, jobs.c.id.desc())
 Index("jobs_state", jobs.c.state, jobs.c.id.desc())
 Index("jobs_name", jobs.c.name, jobs.c.id.desc())
 Index("jobs_finished", jobs.c.finished_at, jobs.c.id, postgresql_where=jobs.c.finished_at.isnot(None))
+_RAN = text("attempts > 0 AND finished_at IS NOT NULL")
+Index("jobs_ran", jobs.c.state, jobs.c.id.desc(), postgresql_where=_RAN)
 Index("jobs_changed", jobs.c.changed_xid)
 Index("jobs_bundle", jobs.c.tenant_id, jobs.c.bundle, postgresql_where=jobs.c.bundle.isnot(None))
 Index("jobs_labels", jobs.c.labels, postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"})
@@ -261,6 +263,9 @@ holds = Table(
     _seat("kept"),
     Column("estimated_start_low", Time),
     Column("estimated_start_high", Time),
+    Column("first_start", Time),
+    Column("first_start_low", Time),
+    Column("first_start_high", Time),
 )
 Index("holds_kept", holds.c.job_id, postgresql_where=holds.c.kept.isnot(None))
 
