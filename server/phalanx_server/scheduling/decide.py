@@ -202,10 +202,7 @@ def hold_for(draft: Draft, job: str, spot: Spot) -> HoldGroup:
 
 def _victims(draft: Draft, job: str, seat: Seat) -> tuple[str, ...]:
     """Who stops for it; if nobody does, who leaves the nodes that are kept for it."""
-    decided = draft.decided
-    made = {d.job for d in (*decided.preemptions, *decided.resizes, *decided.migrations) if d.for_job == job}
-    mine = made | {other.id for other in draft.leaving.values() if other.for_job == job}
-    if mine:
+    if mine := draft.stops_for.get(job):
         return tuple(sorted(mine))
     nodes = {item.node for item in seat.placement}
     leaving = draft.leaving.values()

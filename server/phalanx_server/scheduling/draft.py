@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from phalanx_server.domain.resources import Demand
+from phalanx_server.scheduling.evictable import Evictable
 from phalanx_server.scheduling.fit import holds_gang, room, usable_by
 from phalanx_server.scheduling.nodes import CPUS, GPUS, Amounts, Mask, Occupants, Windows, amounts_of, usable
 from phalanx_server.scheduling.order import Ask, Bid, ClassKey, sized
@@ -109,6 +110,12 @@ class Draft:
         self.memo: dict[tuple[object, ...], Any] = {}
         """What others have worked out about the running jobs, until room is made."""
         self._memo_past_protection: dict[tuple[object, ...], Any] = {}
+        self._evictable: dict[bool, Evictable] = {}
+        self.stops_for: dict[str, set[str]] = {}
+        """Who stops for whom."""
+        for id_, job in self.leaving.items():
+            if job.for_job is not None:
+                self.stops_for.setdefault(job.for_job, set()).add(id_)
         self.disturbed: set[str] = set()
         self.ends: list[tuple[float, str]] = []
         """When what was started or kept in this pass is expected to end."""
@@ -236,6 +243,15 @@ class Draft:
         counts = room(self.usable(key.ask, books)[:, spot.columns], key.ask.shape, sum(spot.replicas))
         return bool((counts * self.allowed(key, books)[spot.columns] >= spot.replicas).all())
 
+    @property
+    def evictable(self) -> Evictable:
+        """Whom somebody might evict."""
+        if self.even_protected not in self._evictable:
+            self._evictable[self.even_protected] = Evictable(
+                self.world, self.disturbed, even_protected=self.even_protected
+            )
+        return self._evictable[self.even_protected]
+
     @contextmanager
     def past_protection(self) -> Iterator[None]:
         """As if all minimum run times were over."""
@@ -276,6 +292,9 @@ class Draft:
     def make(self, room: Room, for_job: str | None) -> None:
         """Decide who stops, shrinks and moves."""
         now, restart_s = self.world.now, self.world.policy.restart_s
+        if for_job is not None:
+            gone = {running.job.id for running, _ in (*room.evicted, *room.shrunk, *room.moved)}
+            self.stops_for.setdefault(for_job, set()).update(gone)
         for victim, reason in room.evicted:
             self._leave(victim, None)
             lost_gpu_s = victim.loss(now, restart_s) - victim.gpus * restart_s
@@ -295,6 +314,8 @@ class Draft:
         """From now on it stops; until it is gone it takes the larger of what it has and what it will have."""
         job = running.job
         self.disturbed.add(job.id)
+        for evictable in self._evictable.values():
+            evictable.drop(running)
         self.leaving[job.id] = job
         for book in (self.soon, *self.overlapping(running)):
             book.take(running.load, -1)

@@ -4,13 +4,10 @@ Refuses to say more than "perhaps": whatever it turns down could not be helped, 
 is turned down here, at a few additions each.
 """
 
-from dataclasses import dataclass
-
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.nodes import GPUS
 from phalanx_server.scheduling.order import ClassKey
 from phalanx_server.scheduling.possible import Option
-from phalanx_server.scheduling.quota import QuotaUse
 
 Resources = tuple[str, ...]
 
@@ -65,40 +62,10 @@ def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> int:
     if rule == "never":
         return 0
     most = key.priority if rule == "lower_or_newer_equal" else key.priority - 1
-    return sum(gpus for priority, gpus in _evictable(draft).get((key.tenant, gpu_type), ()) if priority <= most)
-
-
-def _evictable(draft: Draft) -> dict[tuple[str, str | None], list[tuple[int, int]]]:
-    """By tenant and GPU type the (priority, GPUs) of the jobs that somebody might evict; 1 for a CPU job."""
-    question = ("evictable",)
-    if question not in draft.memo:
-        now, disturbed, even_protected = draft.world.now, draft.disturbed, draft.even_protected
-        found: dict[tuple[str, str | None], list[tuple[int, int]]] = {}
-        for r in draft.world.running.values():
-            job = r.job
-            if job.preemptible and job.id not in disturbed and r.may_be_disturbed(now, even_protected=even_protected):
-                found.setdefault((job.tenant, r.gpu_type), []).append((job.priority, r.gpus or 1))
-        draft.memo[question] = found
-    known: dict[tuple[str, str | None], list[tuple[int, int]]] = draft.memo[question]
-    return known
+    return draft.evictable.gpus(key.tenant, gpu_type, most)
 
 
 # ------------------------------------------------------------------ what others have
-
-
-@dataclass(frozen=True, slots=True)
-class _Above:
-    """The evictable GPUs of the jobs of each tenant's subtree, by tenant number, and of the largest of them."""
-
-    gpus: list[int]
-    largest: list[int]
-
-    def most(self, i: int, use: QuotaUse, asked: Resources, gpu_type: str | None) -> int:
-        """What the subtree of tenant number `i` would give up at most: of what is asked for, nobody is evicted any more
-        who does not borrow."""
-        if asked != (gpu_type,):
-            return self.gpus[i]
-        return min(self.gpus[i], use.excess(i, asked[0]) - 1 + self.largest[i])
 
 
 def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int:
@@ -130,8 +97,7 @@ def _borrowed(draft: Draft, parent: int, me: int, asked: Resources, gpu_type: st
     use, question = draft.soon.use, ("borrowed", parent, asked, gpu_type)
     known = draft.memo.get(question)
     if known is None or known[0] != use.changes[parent]:
-        above = _above(draft, gpu_type)
-        by_child = {b: above.most(b, use, asked, gpu_type) for b in _borrowing(draft, parent, asked)}
+        by_child = {b: _most_of(draft, b, asked, gpu_type) for b in _borrowing(draft, parent, asked)}
         known = draft.memo[question] = (use.changes[parent], by_child, sum(by_child.values()))
     _, by_child, total = known
     return int(total - by_child.get(me, 0))
@@ -142,22 +108,11 @@ def _borrowing(draft: Draft, parent: int, asked: Resources) -> list[int]:
     return [b for b in draft.world.forest.children[parent] if any(use.excess(b, r) > 0 for r in asked)]
 
 
-def _above(draft: Draft, gpu_type: str | None) -> _Above:
-    question = ("evictable gpus", gpu_type)
-    if question not in draft.memo:
-        forest = draft.world.forest
-        gpus, largest = [0] * len(forest.tenants), [0] * len(forest.tenants)
-        for (tenant, of), jobs in _evictable(draft).items():
-            if of == gpu_type:
-                gpus[forest.number[tenant]] = sum(has for _, has in jobs)
-                largest[forest.number[tenant]] = max(has for _, has in jobs)
-        for i in forest.upward:
-            if (above := forest.parent[i]) >= 0:
-                gpus[above] += gpus[i]
-                largest[above] = max(largest[above], largest[i])
-        draft.memo[question] = _Above(gpus, largest)
-    found: _Above = draft.memo[question]
-    return found
+def _most_of(draft: Draft, i: int, asked: Resources, gpu_type: str | None) -> int:
+    """What the subtree of tenant number `i` would give up at most: of what is asked for, nobody is evicted any more who
+    does not borrow."""
+    gpus, largest = draft.evictable.gpus_below(i, gpu_type)
+    return gpus if asked != (gpu_type,) else min(gpus, draft.soon.use.excess(i, asked[0]) - 1 + largest)
 
 
 def _is_behind(draft: Draft, key: ClassKey, option: Option, asked: Resources) -> bool:

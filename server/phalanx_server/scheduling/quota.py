@@ -52,6 +52,11 @@ class QuotaForest:
         for i, above in enumerate(self.parent):
             if above >= 0:
                 self.children[above].append(i)
+        self.subtree: list[list[str]] = [[t.name] for t in self.tenants]
+        """By number, the names of a tenant and all below it."""
+        for i in self.upward:
+            if (above := self.parent[i]) >= 0:
+                self.subtree[above] += self.subtree[i]
         self._ways = [self._way(i) for i in range(len(self.tenants))]
         resources = sorted({name for t in self.tenants for name in t.quotas})
         self.limits = {name: self._limits(name) for name in resources}
