@@ -117,7 +117,7 @@ def _loops(
         leader=leader,
         schedule=ScheduleLoop(engine, leader, policy=policy, wakeups=wakeups, told=passes.observe),
         watch_nodes=WatchNodes(engine, leader, patience),
-        enforce=Enforce(engine, leader),
+        enforce=Enforce(engine, leader, policy=policy),
         outbox=DeliverOutbox(engine, leader, webhook_url=settings.webhook_url, client=client),
         retain=Retain(
             engine,

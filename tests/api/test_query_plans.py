@@ -339,7 +339,7 @@ async def test_the_scheduler(full: None, calls: Any, world: Any, job_file: Any) 
         for each in (
             leader,
             WatchNodes(world.engine, leader, patience),
-            Enforce(world.engine, leader),
+            Enforce(world.engine, leader, policy=Policy()),
             DeliverOutbox(world.engine, leader, webhook_url="http://127.0.0.1:9", client=client),
             retain_of(world, leader),
         ):

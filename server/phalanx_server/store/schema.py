@@ -218,6 +218,7 @@ jobs = Table(
     _count("unmet"),
 )
 Index("jobs_queue", jobs.c.priority.desc(), jobs.c.submitted_at, jobs.c.id, postgresql_where=text("state = 'queued'"))
+Index("jobs_tried", jobs.c.id, postgresql_where=text("state = 'queued' AND attempts > 0"))
 Index("jobs_live", jobs.c.state, postgresql_where=text("state IN ('starting', 'running', 'stopping')"))
 Index("jobs_tenant", jobs.c.tenant_id, jobs.c.id.desc())
 Index("jobs_state", jobs.c.state, jobs.c.id.desc())

@@ -57,6 +57,7 @@ from phalanx_server.scheduling.snapshot import (
 from phalanx_server.store.forecasts import work_of
 from phalanx_server.store.policies import load_policy
 from phalanx_server.store.seats import read_seat
+from phalanx_server.store.time_limits import DONE_S
 from phalanx_server.store.usage import Usage, load_usage, usage_moment
 
 GIB = 1 << 30
@@ -265,7 +266,7 @@ async def _horizon(conn: AsyncConnection, *, since: int) -> _Horizon:
 
 # ------------------------------------------------------------------ jobs
 
-_COLUMNS = """
+_COLUMNS = f"""
     j.id, j.state, j.version, j.name, j.created_by, j.array_index, t.path AS tenant, j.priority, j.submitted_at,
     j.held, j.not_before, j.backoff_until, j.avoid_nodes, CAST(j.spec->'resources' AS text) AS resources,
     CAST(j.spec->'preemption' AS text) AS preemption,
@@ -276,10 +277,7 @@ _COLUMNS = """
                 || replace(CAST(d.on_id AS text), '-', ''), d.kind) ORDER BY d.on_id, d.kind)
         FROM dependencies d WHERE d.job_id = j.id
     ) END AS after,
-    CASE WHEN j.attempts > 0 THEN (
-        SELECT sum(extract(epoch FROM past.ended_at - past.started_at)) FROM attempts past
-        WHERE past.job_id = j.id AND past.ended_at IS NOT NULL
-    ) END AS done_s,
+    {DONE_S} AS done_s,
     CASE WHEN j.attempts > 0 THEN (
         SELECT max(past.ended_at) FROM attempts past WHERE past.job_id = j.id AND past.outcome = 'resized'
     ) END AS last_resized_at
@@ -328,7 +326,7 @@ def _work(row: Row[Any], ask: _Ask) -> Work:
 
 def _job(row: Row[Any], predict: Predict | None) -> Job:
     ask, rules = _ask(row.resources), _rules(row.preemption)
-    started_at, done_s = _seconds(row.started_at), float(row.done_s or 0)
+    started_at, done_s = _seconds(row.started_at), row.done_s or 0.0
     return Job(
         id=_name(row),
         tenant=row.tenant,
