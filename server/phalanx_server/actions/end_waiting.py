@@ -41,7 +41,7 @@ async def end_waiting(conn: AsyncConnection, jobs: Sequence[LockedJob], ending: 
     job_ids = [job.id for job in jobs]
     state, message = advance(JobState.QUEUED, ending.state), ending.message
     values = {"state": state, "finished_at": now, "reason": ending.reason, "message": message, "unmet": 0}
-    await change_jobs(conn, job_ids, values | ending.columns)
+    await change_jobs(conn, job_ids, {**values, **ending.columns})
     await forget_all(conn, job_ids)
     await delete_holds(conn, job_ids)
     event = Event(at=now, kind=EventKind(state), message=f"{message[:1].upper()}{message[1:]}.")

@@ -250,6 +250,21 @@ policy = Table(
     _changed_xid(),
 )
 
+maintenance = Table(
+    "maintenance",
+    metadata,
+    _id(),
+    Column("nodes", ARRAY(Uuid), nullable=False, server_default=text("'{}'")),
+    _object("labels"),
+    Column("starts_at", Time, nullable=False),
+    Column("ends_at", Time, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("created_by", Text, nullable=False),
+    _created_at(),
+    _version(),
+)
+Index("maintenance_ends", maintenance.c.ends_at)
+
 holds = Table(
     "holds",
     metadata,
