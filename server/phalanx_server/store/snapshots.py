@@ -59,6 +59,7 @@ from phalanx_server.store.forecasts import work_of
 from phalanx_server.store.maintenance import EDITION, Windows, load_windows
 from phalanx_server.store.policies import load_policy
 from phalanx_server.store.seats import read_seat
+from phalanx_server.store.speeds import FIGURES, speedup_in
 from phalanx_server.store.time_limits import DONE_S
 from phalanx_server.store.usage import Usage, load_usage, usage_moment
 
@@ -289,7 +290,7 @@ _COLUMNS = f"""
                 || replace(CAST(d.on_id AS text), '-', ''), d.kind) ORDER BY d.on_id, d.kind)
         FROM dependencies d WHERE d.job_id = j.id
     ) END AS after,
-    {DONE_S} AS done_s,
+    {DONE_S} AS done_s, {FIGURES} AS speeds,
     CASE WHEN j.attempts > 0 THEN (
         SELECT max(past.ended_at) FROM attempts past WHERE past.job_id = j.id AND past.outcome = 'resized'
     ) END AS last_resized_at
@@ -353,6 +354,7 @@ def _job(row: Row[Any], predict: Predict | None) -> Job:
         memory_gib_per_replica=ask.memory_gib,
         min_replicas=ask.min_replicas,
         max_replicas=ask.max_replicas,
+        speedup=speedup_in(row.speeds, row.gpu_type),
         topology=ask.topology,
         not_before=_seconds(row.not_before),
         deadline=_seconds(row.deadline),
