@@ -195,6 +195,19 @@ class Progress(Model):
 
 
 @dataclass(frozen=True)
+class Speed(Model):
+    """Progress per second of an elastic job with so many replicas; `relative` to one. Null `per_s`: an earlier job of
+    the same name was measured."""
+
+    replicas: int
+    gpu_type: str | None = None
+    per_s: float | None = None
+    unit: str | None = None
+    relative: float | None = None
+    measured_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Checkpoint(Model):
     url: str
     step: int | None = None
@@ -234,6 +247,7 @@ class Job(Model):
     failures: int = 0
     attempt: Attempt | None = None
     progress: Progress | None = None
+    speeds: list[Speed] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     phases: Phases | None = None
     bundle: str | None = None

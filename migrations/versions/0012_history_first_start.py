@@ -2,14 +2,14 @@
 told of its start, kept for as long as it waits.
 
 Revision ID: 0012
-Revises: 0010
+Revises: 0011
 """
 
 from alembic import op
 from phalanx_server.store.migrate import run_script
 
 revision = "0012"
-down_revision = "0010"
+down_revision = "0011"
 branch_labels = None
 depends_on = None
 

@@ -38,6 +38,7 @@ from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.leases import Lease
+from phalanx_server.store.speeds import inherit
 from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
@@ -128,6 +129,7 @@ async def _start(
         else:
             dropped[start.job] = launch
     await _write(conn, launches)
+    await inherit(conn, [launch.job.id for launch in launches if launch.is_first_of_elastic])
     return Committed({launch.start.job: launch.attempt_id for launch in launches}, dropped)
 
 
@@ -169,6 +171,10 @@ class Launch:
     def created_at(self) -> datetime:
         """Not before the job was accepted, whatever the clocks of two servers say."""
         return max(self.decided_at, self.job.submitted_at)
+
+    @property
+    def is_first_of_elastic(self) -> bool:
+        return not self.job.attempts and self.job.spec["resources"].get("elastic") is not None
 
     def attempt(self) -> NewAttempt:
         return NewAttempt(

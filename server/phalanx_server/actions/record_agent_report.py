@@ -98,7 +98,7 @@ def _take(fact: AttemptFact, changes: Mapping[str, AttemptChange], clock: Clock,
 def _end(change: AttemptChange, fact: AttemptFact, clock: Clock, at: datetime, groups: Sequence[Row[Any]]) -> None:
     failed_to_start = fact.kind == "start_failed"
     facts = replace(
-        change.end_facts(),
+        change.end_facts(at=at),
         exits=_every_rank(rank_ends(fact.exits), groups),
         first_failed_rank=fact.first_failed_rank,
         start_error=(fact.message or "no reason was given") if failed_to_start else None,

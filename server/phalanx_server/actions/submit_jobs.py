@@ -91,6 +91,7 @@ class NewJob:
     checkpoint_at: datetime | None = None
     array_id: UUID | None = None
     array_index: int | None = None
+    speeds: None = None
 
 
 Render = Callable[[Sequence[NewJob]], Any]

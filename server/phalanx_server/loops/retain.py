@@ -50,7 +50,7 @@ class Keep:
     """How long things are kept."""
 
     metrics: timedelta
-    events: timedelta  # and roll-ups, and audit rows
+    events: timedelta  # and roll-ups, audit rows, and maintenance windows that are over
     logs: timedelta  # after the end of their job
     bundles: timedelta = timedelta(days=30)  # after the last use, and the end of every job that ran them
     outputs: timedelta = timedelta(days=30)  # after the end of their job
@@ -132,6 +132,7 @@ class Retain:
         ages = {
             "events": keep.events,
             "audit": keep.events,
+            "maintenance": keep.events,
             "idempotency_keys": keep.idempotency_keys,
             "outbox": keep.outbox,
             "leases": keep.leases,

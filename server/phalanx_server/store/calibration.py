@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.scheduling.predict import Expectation
 from phalanx_server.store.holds import HoldRow
+from phalanx_server.store.job_views import SUBTREE
 
 NEWEST = 10_000
 """So many of the newest forecasts are compared."""
@@ -106,8 +107,17 @@ class StartRecord:
         self._said = {job: said for job, said in self._said.items() if job in queued}
 
 
-_STARTS_CALIBRATED = text(
-    """
+# The newest forecasts of some kind; of a tenant's subtree they are read by tenant, so that the cost does not depend on
+# how many others there are.
+_NEWEST_OF_ALL = "SELECT * FROM forecasts f WHERE {told} ORDER BY job_id DESC LIMIT :newest"
+_NEWEST_OF_TENANT = f"""
+    SELECT newest.* FROM tenants, LATERAL (
+        SELECT f.* FROM jobs j JOIN forecasts f ON f.job_id = j.id
+        WHERE j.tenant_id = tenants.id AND {{told}} ORDER BY j.id DESC LIMIT :newest
+    ) newest
+    WHERE {SUBTREE} ORDER BY newest.job_id DESC LIMIT :newest
+"""
+_STARTS_CALIBRATED = """
     SELECT count(*) AS jobs,
            CAST(avg(CAST(error_low <= :tolerance AND error_high <= :tolerance AS integer)) AS double precision)
                AS within_interval,
@@ -118,14 +128,11 @@ _STARTS_CALIBRATED = text(
                extract(epoch FROM f.start_low - a.created_at) AS error_low,
                extract(epoch FROM a.created_at - f.start_high) AS error_high,
                CAST(extract(epoch FROM a.created_at - f.said_at) AS double precision) AS wait_s
-        FROM (SELECT * FROM forecasts WHERE start IS NOT NULL ORDER BY job_id DESC LIMIT :newest) f
-        JOIN attempts a ON a.job_id = f.job_id AND a.number = 1
+        FROM ({newest}) f JOIN attempts a ON a.job_id = f.job_id AND a.number = 1
     ) compared
-    """
-)
+"""
 # What a job ran with other replicas than it prefers is no outcome of what was said.
-_RUNS_CALIBRATED = text(
-    """
+_RUNS_CALIBRATED = """
     SELECT count(*) AS jobs,
            CAST(avg(CAST(ran_s BETWEEN run_low_s * 0.95 AND run_high_s * 1.05 AS integer)) AS double precision)
                AS within_interval,
@@ -137,19 +144,23 @@ _RUNS_CALIBRATED = text(
             FROM attempts a WHERE a.job_id = f.job_id
             HAVING bool_and(a.replicas = CAST(j.spec->'resources'->>'replicas' AS integer))
         ) AS ran_s
-        FROM (SELECT * FROM forecasts WHERE run_s IS NOT NULL ORDER BY job_id DESC LIMIT :newest) f
-        JOIN jobs j ON j.id = f.job_id AND j.finished_at IS NOT NULL
+        FROM ({newest}) f JOIN jobs j ON j.id = f.job_id AND j.finished_at IS NOT NULL
     ) compared WHERE ran_s IS NOT NULL
-    """
-)
+"""
 
 
-async def calibrated_starts(conn: AsyncConnection) -> Calibrated:
-    """Expected starts, as first told, against the first attempts. Relative errors are of the wait that was left."""
-    row = (await conn.execute(_STARTS_CALIBRATED, {"newest": NEWEST, "tolerance": TOLERANCE_S})).one()
-    return Calibrated(*row)
+async def calibrated_starts(conn: AsyncConnection, *, tenant: str | None = None) -> Calibrated:
+    """Expected starts, as first told, against the first attempts, of the jobs of a tenant and all below it (None = of
+    all). Relative errors are of the wait that was left."""
+    return await _compare(conn, _STARTS_CALIBRATED, "f.start IS NOT NULL", tenant, tolerance=TOLERANCE_S)
 
 
-async def calibrated_runs(conn: AsyncConnection) -> Calibrated:
-    """Run times, as expected when jobs first started, against what they ran."""
-    return Calibrated(*(await conn.execute(_RUNS_CALIBRATED, {"newest": NEWEST})).one())
+async def calibrated_runs(conn: AsyncConnection, *, tenant: str | None = None) -> Calibrated:
+    """Run times, as expected when jobs first started, against what they ran; of whose jobs: as `calibrated_starts`."""
+    return await _compare(conn, _RUNS_CALIBRATED, "f.run_s IS NOT NULL", tenant)
+
+
+async def _compare(conn: AsyncConnection, query: str, told: str, tenant: str | None, **values: float) -> Calibrated:
+    newest = _NEWEST_OF_TENANT if tenant else _NEWEST_OF_ALL
+    bound = {"newest": NEWEST, **values} | ({"tenant": tenant} if tenant else {})
+    return Calibrated(*(await conn.execute(text(query.format(newest=newest.format(told=told))), bound)).one())
