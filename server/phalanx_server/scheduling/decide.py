@@ -105,7 +105,8 @@ class Desk:
         if refusal is not None:
             return Refusal(refusal)
         if self._borrows_by(key, option) and (kept := self._lending.refuses(bid, option)):
-            return Refusal(Reserved(tuple(w.job for w in kept)), max(-inf if w.starts_at is None else w.starts_at for w in kept))
+            free_until = max(-inf if wanted.starts_at is None else wanted.starts_at for wanted in kept)
+            return Refusal(Reserved(tuple(wanted.job for wanted in kept)), free_until)
         spot = self._largest(bid, option)
         if spot is not None:
             return spot

@@ -39,7 +39,7 @@ def make_room(draft: Draft, bid: Bid, options: Sequence[Option]) -> Room | None:
 def may_be_made(draft: Draft, key: ClassKey, options: Sequence[Option]) -> bool:
     """Is it worth a try? False: it is not, for any job of the class."""
     gathers = draft.world.policy.consolidation
-    for option in options:
+    for option in options:  # noqa: SIM110  (one of the hot places of a pass)
         if (gathers and may_gather(draft, key, option)) or is_promising(draft, key, option):
             return True
     return False

@@ -128,7 +128,7 @@ class Bid:
 
 
 class JobClass:
-    """The queued jobs of one class, in their tenant's order. Never empty in a queue. `options` belongs to `possible`."""
+    """The queued jobs of one class, in their tenant's order; at least one. `options` belongs to `possible`."""
 
     __slots__ = ("_ids", "_rank", "key", "members", "options")
 
@@ -363,7 +363,8 @@ def turns_of(queue: Queue, settled: Collection[Job]) -> list[Turn]:
 
 class Turns:
     """Whose turn it is: one entry per class, given in the order of the queue. Whoever is given a turn says what became
-    of it: `again`, `defer`, or nothing, and then the class is out. `fair.FairTurns` does the same under fair sharing."""
+    of it: `again`, `defer`, `return_to`, or nothing, and then the class is out. (Under fair sharing: `fair.FairTurns`.)
+    """
 
     def __init__(self, turns: Iterable[Turn]) -> None:
         self._turns = list(turns)

@@ -66,8 +66,8 @@ class _Flat:
 
 
 class Outlook:
-    """What is expected after *soon*: the next `most_ends` ends of running jobs, and up to the last of them all else that
-    the pass has decided and reserved."""
+    """What is expected after *soon*: the next `most_ends` ends of running jobs, and up to the last of them what else the
+    pass has decided and reserved."""
 
     def __init__(self, draft: Draft, most_ends: int) -> None:
         self._draft = draft
@@ -91,9 +91,10 @@ class Outlook:
         passed = [c for c, is_over in zip(flat.changes, over.tolist(), strict=True) if is_over]
         use = draft.soon.use.after((c.load.tenant, c.load.demand, c.times) for c in passed)
         occupants = None if draft.soon.occupants is None else draft.soon.occupants.copy()
-        for change in passed if occupants is not None else ():
-            load = change.load
-            occupants.enter(load.account, load.columns, load.replicas, times=change.times)
+        if occupants is not None:
+            for change in passed:
+                load = change.load
+                occupants.enter(load.account, load.columns, load.replicas, times=change.times)
         return Book(at, free, use, occupants)
 
     def moments_with_room(self, ask: Ask, allowed: Mask) -> Indexes:

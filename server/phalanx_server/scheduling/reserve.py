@@ -69,7 +69,7 @@ def _earliest(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | Non
 
 
 def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) -> Iterator[tuple[float, Book]]:
-    """The moments that are worth a look. Mostly the first one will do at which enough is free. If not, then the first at
+    """The moments that are worth a look. Mostly the first at which enough is free will do. If not, then the first at
     which there would be a place if nothing were reserved, and a number of those after it. (A window may close a place
     again, and GPUs that become free keep CPUs from a CPU job: then there is no such first.)"""
     accepting = draft.accepting(bid.key, ())
