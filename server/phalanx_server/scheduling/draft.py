@@ -117,6 +117,8 @@ class Draft:
             if job.for_job is not None:
                 self.stops_for.setdefault(job.for_job, set()).add(id_)
         self.disturbed: set[str] = set()
+        self.relieved: list[str] = []
+        """The tenants of those that were made to stop, one after the other: their use has become less."""
         self.ends: list[tuple[float, str]] = []
         """When what was started or kept in this pass is expected to end."""
         self.taken: dict[str, Load] = {}
@@ -314,6 +316,7 @@ class Draft:
         """From now on it stops; until it is gone it takes the larger of what it has and what it will have."""
         job = running.job
         self.disturbed.add(job.id)
+        self.relieved.append(job.tenant)
         for evictable in self._evictable.values():
             evictable.drop(running)
         self.leaving[job.id] = job

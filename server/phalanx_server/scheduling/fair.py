@@ -32,8 +32,10 @@ class FairTurns:
             [[] for _ in range(count)],
             [[] for _ in range(count)],
         )
+        self._roots = [i for i, above in enumerate(self._forest.parent) if above < 0]
         self._best: tuple[dict[int, int | None], ...] = ({}, {})
-        self._seen = draft.version
+        self._keys: tuple[dict[int, _Key], ...] = ({}, {})
+        self._seen = 0
         for turn in turns:
             turn.number = len(self._turns)
             self._turns.append(turn)
@@ -66,9 +68,9 @@ class FairTurns:
         self._forget(way)
 
     def _forget(self, way: Iterable[int]) -> None:
-        for best in self._best:
+        for known in (*self._best, *self._keys):
             for i in way:
-                best.pop(i, None)
+                known.pop(i, None)
 
     def return_to(self, turn: Turn) -> None:
         """The class comes again with the member at which it stands."""
@@ -77,12 +79,10 @@ class FairTurns:
         self._forget(self._forest.way_up(turn.key.tenant))
 
     def _next(self, *, deferred: bool) -> Turn | None:
-        if self._seen != self._draft.version:
-            self._seen = self._draft.version
-            for best in self._best:
-                best.clear()
-        roots = [i for i, above in enumerate(self._forest.parent) if above < 0]
-        found = [w for w in (self._winner(i, deferred) for i in roots) if w is not None]
+        for tenant in self._draft.relieved[self._seen :]:
+            self._forget(self._forest.way_up(tenant))
+        self._seen = len(self._draft.relieved)
+        found = [w for w in (self._winner(i, deferred) for i in self._roots) if w is not None]
         if not found:
             return None
         turn = min((self._turns[number] for number in found), key=lambda t: t.rank)
@@ -97,17 +97,19 @@ class FairTurns:
             waiting = self._waiting[deferred][i]
             own = [waiting[0][1]] if waiting else []
             below = [(c, w) for c in self._forest.children[i] if (w := self._winner(c, deferred)) is not None]
-            below.sort(key=lambda entry: self._key(*entry))
-            best[i] = next(iter([*own, *(w for _, w in below)]), None)
+            if own or not below:
+                best[i] = own[0] if own else None
+            else:
+                best[i] = min(below, key=lambda entry: self._key(*entry, deferred))[1]
         return best[i]
 
-    def _key(self, i: int, number: int) -> _Key:
-        turn = self._turns[number]
-        use, demand = self._draft.soon.use, self._demand_of(turn.group)
-        use.charge(turn.key.tenant, demand)
-        share = use.share(i)
-        use.charge(turn.key.tenant, demand, -1)
-        return share, self._past_share(i), turn.rank
+    def _key(self, i: int, number: int, deferred: bool) -> _Key:
+        keys = self._keys[deferred]
+        if i not in keys:
+            turn = self._turns[number]
+            share = self._draft.soon.use.share_with(i, turn.key.tenant, self._demand_of(turn.group))
+            keys[i] = share, self._past_share(i), turn.rank
+        return keys[i]
 
     # ------------------------------------------------------------------ past use
 

@@ -66,8 +66,8 @@ class _Flat:
 
 
 class Outlook:
-    """What is expected after *soon*: the next `most_ends` ends of running jobs, and up to the last of them what else the
-    pass has decided and reserved."""
+    """What is expected after *soon*: the next `most_ends` ends of running jobs, and up to the last of them what
+    else the pass has decided and reserved."""
 
     def __init__(self, draft: Draft, most_ends: int) -> None:
         self._draft = draft

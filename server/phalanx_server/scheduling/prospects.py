@@ -118,11 +118,8 @@ def _most_of(draft: Draft, i: int, asked: Resources, gpu_type: str | None) -> in
 def _is_behind(draft: Draft, key: ClassKey, option: Option, asked: Resources) -> bool:
     """Would its side have less, with the job started, than somebody else's has that borrows?"""
     use, forest = draft.soon.use, draft.world.forest
-    way = forest.way_up(key.tenant)
-    with_it = use.copy()
-    with_it.charge(key.tenant, option.least_demand)
-    for a in way[:-1]:
-        mine = with_it.share(a)
+    for a in forest.way_up(key.tenant)[:-1]:
+        mine = use.share_with(a, key.tenant, option.least_demand)
         if any(mine < use.share(b) for b in _borrowing(draft, forest.parent[a], asked) if b != a):
             return True
     return False

@@ -190,8 +190,18 @@ class QuotaUse:
     def charge(self, tenant: str, demand: Demand, times: int = 1) -> None:
         """Count a demand as used; `times` -1 gives it back."""
         self._known.clear()
-        for j in self.forest.way_up(tenant):
-            self.changes[j] += 1
+        for i in self.forest.way_up(tenant):
+            self.changes[i] += 1
+        self._add(tenant, demand, times)
+
+    def share_with(self, i: int, tenant: str, demand: Demand) -> float:
+        """The `share` of tenant number `i` if a demand of somebody in its subtree counted as well."""
+        self._add(tenant, demand, 1)
+        share = self.share(i)
+        self._add(tenant, demand, -1)
+        return share
+
+    def _add(self, tenant: str, demand: Demand, times: int) -> None:
         i = self.forest.number[tenant]
         for resource, amount in demand:
             limits = self.forest.limits.get(resource)
