@@ -21,6 +21,7 @@ from phalanx_server.supervise import Child, Family, wait_until
 from phalanx_server.up_command import free_port, prepare_database
 
 HOST = "127.0.0.1"
+TIMED_SCHEDULER = Path(__file__).with_name("timed_scheduler.py")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class ControlPlane:
     database_url: str
     token: str
     cluster_token: str
+    family: Family
+
+    def peak_mib(self) -> dict[str, float]:
+        """The most memory that each of its own processes had so far."""
+        return {each.name: peak_mib(each.process.pid) for each in self.family.children if each.process is not None}
 
     async def connect(self) -> asyncpg.Connection:
         """Straight to the database, past the server."""
@@ -45,9 +51,15 @@ class ControlPlane:
             await connection.close()
 
 
+def peak_mib(pid: int) -> float:
+    """The most memory that a process had so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 @contextmanager
-def control_plane(*, scheduler: bool) -> Iterator[ControlPlane]:
-    """Run one. Raises what its parts say when they do not start."""
+def control_plane(*, scheduler: bool, passes: Path | None = None) -> Iterator[ControlPlane]:
+    """Run one. Raises what its parts say when they do not start. `passes`: where the scheduler writes their times."""
     with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as name:
         data, family = Path(name), Family()
         postgres = EmbeddedPostgres(data / "postgres")
@@ -55,23 +67,26 @@ def control_plane(*, scheduler: bool) -> Iterator[ControlPlane]:
             database_url = postgres.start()
             tokens: Any = asyncio.run(prepare_database(database_url))
             plane = ControlPlane(
-                f"http://{HOST}:{free_port(HOST, 0)}", database_url, tokens.admin_token, tokens.cluster_token
+                f"http://{HOST}:{free_port(HOST, 0)}", database_url, tokens.admin_token, tokens.cluster_token, family
             )
-            _start(plane, data, family, scheduler=scheduler)
+            _start(plane, data, scheduler=scheduler, passes=passes)
             yield plane
         finally:
             family.stop()
             postgres.stop()
 
 
-def _start(plane: ControlPlane, data: Path, family: Family, *, scheduler: bool) -> None:
+def _start(plane: ControlPlane, data: Path, *, scheduler: bool, passes: Path | None) -> None:
+    family = plane.family
     settings = {"PHALANX_DATABASE_URL": plane.database_url, "PHALANX_DATA_DIR": str(data)}
     env = {**os.environ, **settings}
     port = plane.url.rpartition(":")[2]
     argv = [sys.executable, "-m", "phalanx"]
     server = family.start(Child("server", [*argv, "server", "--port", port], env, data / "server.log"))
     if scheduler:
-        family.start(Child("scheduler", [*argv, "scheduler"], env, data / "scheduler.log"))
+        timed = [sys.executable, str(TIMED_SCHEDULER), str(passes)]
+        command = timed if passes is not None else [*argv, "scheduler"]
+        family.start(Child("scheduler", command, env, data / "scheduler.log"))
 
     def ready() -> bool:
         server.expect_alive()
