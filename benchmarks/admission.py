@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 from admission_shapes import BASELINE, GPU, KAI, KAI_QUICK, LARGE, JobSet, KaiShape, QueueShape, smaller
-from control_plane import ControlPlane, control_plane, peak_mib
+from control_plane import ControlPlane, control_plane, cpu_s, peak_mib
 from load import Connection, request
 from measure import percentile, show
 from phalanx_worker.protocol import NodeFacts
@@ -58,8 +58,10 @@ class Bench:
     def pass_ms(self) -> list[float]:
         return [1_000 * float(line.split()[0]) for line in self.passes.read_text().splitlines()]
 
-    def peaks(self) -> dict[str, float]:
-        return self.plane.peak_mib() | {"agent": peak_mib(self.agent_pid)}
+    def of_processes(self, measure: Callable[[int], float]) -> str:
+        """A figure of each process."""
+        pids = self.plane.pids() | {"agent": self.agent_pid}
+        return ", ".join(f"{name} {measure(pid):,.0f}" for name, pid in pids.items())
 
     def create_tenant(self, path: str, **quota: int) -> None:
         body = {"path": path, "quotas": {GPU: quota} if quota else {}}
@@ -190,8 +192,11 @@ def _use(theirs: Any) -> str:
 def _process_rows(running: Bench) -> list[list[str]]:
     ms = running.pass_ms()
     times = f"{percentile(ms, 0.5):,.0f} / {percentile(ms, 0.99):,.0f} / {max(ms):,.0f} ({len(ms):,})"
-    peaks = ", ".join(f"{name} {mib:,.0f}" for name, mib in running.peaks().items())
-    return [["scheduler's tick, p50 / p99 / most (ms)", times, ""], ["most memory (MiB)", peaks, ""]]
+    return [
+        ["scheduler's tick, p50 / p99 / most (ms)", times, ""],
+        ["CPU time (s)", running.of_processes(cpu_s), ""],
+        ["most memory (MiB)", running.of_processes(peak_mib), ""],
+    ]
 
 
 # ------------------------------------------------------------------ KAI

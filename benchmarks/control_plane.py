@@ -15,6 +15,7 @@ from typing import Any
 
 import asyncpg
 import httpx
+import psutil
 from phalanx_server.store.embedded import EmbeddedPostgres
 from phalanx_server.store.engine import driver_dsn
 from phalanx_server.supervise import Child, Family, wait_until
@@ -33,10 +34,12 @@ class ControlPlane:
     token: str
     cluster_token: str
     family: Family
+    postgres_pid: int
 
-    def peak_mib(self) -> dict[str, float]:
-        """The most memory that each of its own processes had so far."""
-        return {each.name: peak_mib(each.process.pid) for each in self.family.children if each.process is not None}
+    def pids(self) -> dict[str, int]:
+        """Its processes; PostgreSQL's has one for each connection below it."""
+        own = {each.name: each.process.pid for each in self.family.children if each.process is not None}
+        return own | {"PostgreSQL": self.postgres_pid}
 
     async def connect(self) -> asyncpg.Connection:
         """Straight to the database, past the server."""
@@ -57,6 +60,14 @@ def peak_mib(pid: int) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+def cpu_s(pid: int) -> float:
+    """The CPU time of a process and of those that it started, so far."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    ended = family[0].cpu_times()
+    times = [process.cpu_times() for process in family]
+    return sum(each.user + each.system for each in times) + ended.children_user + ended.children_system
+
+
 @contextmanager
 def control_plane(*, scheduler: bool, passes: Path | None = None) -> Iterator[ControlPlane]:
     """Run one. Raises what its parts say when they do not start. `passes`: where the scheduler writes their times."""
@@ -66,9 +77,9 @@ def control_plane(*, scheduler: bool, passes: Path | None = None) -> Iterator[Co
         try:
             database_url = postgres.start()
             tokens: Any = asyncio.run(prepare_database(database_url))
-            plane = ControlPlane(
-                f"http://{HOST}:{free_port(HOST, 0)}", database_url, tokens.admin_token, tokens.cluster_token, family
-            )
+            url, pid = f"http://{HOST}:{free_port(HOST, 0)}", postgres.pid()
+            assert pid is not None, "it has just been started"
+            plane = ControlPlane(url, database_url, tokens.admin_token, tokens.cluster_token, family, pid)
             _start(plane, data, scheduler=scheduler, passes=passes)
             yield plane
         finally:
