@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,19 @@ class Bench:
     agent_pid: int
     passes: Path
     http: httpx.Client
+    cpu_before_s: dict[str, float] = field(default_factory=dict)
 
     def pass_ms(self) -> list[float]:
         return [1_000 * float(line.split()[0]) for line in self.passes.read_text().splitlines()]
 
-    def of_processes(self, measure: Callable[[int], float]) -> str:
+    def of_processes(self, measure: Callable[[int], float]) -> dict[str, float]:
         """A figure of each process."""
         pids = self.plane.pids() | {"agent": self.agent_pid}
-        return ", ".join(f"{name} {measure(pid):,.0f}" for name, pid in pids.items())
+        return {name: measure(pid) for name, pid in pids.items()}
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU time of each process since it was ready."""
+        return {name: s - self.cpu_before_s.get(name, 0.0) for name, s in self.of_processes(cpu_s).items()}
 
     def create_tenant(self, path: str, **quota: int) -> None:
         body = {"path": path, "quotas": {GPU: quota} if quota else {}}
@@ -108,6 +113,7 @@ def bench(nodes: Sequence[NodeFacts]) -> Iterator[Bench]:
             ):
                 running = Bench(plane, pid, passes, http)
                 running.wait(lambda: running.value("SELECT count(*) FROM nodes WHERE alive") == len(nodes))
+                running.cpu_before_s.update(running.of_processes(cpu_s))
                 yield running
 
 
@@ -194,9 +200,13 @@ def _process_rows(running: Bench) -> list[list[str]]:
     times = f"{percentile(ms, 0.5):,.0f} / {percentile(ms, 0.99):,.0f} / {max(ms):,.0f} ({len(ms):,})"
     return [
         ["scheduler's tick, p50 / p99 / most (ms)", times, ""],
-        ["CPU time (s)", running.of_processes(cpu_s), ""],
-        ["most memory (MiB)", running.of_processes(peak_mib), ""],
+        ["CPU time (s)", _of_each(running.cpu_s(), 1), ""],
+        ["most memory (MiB)", _of_each(running.of_processes(peak_mib), 0), ""],
     ]
+
+
+def _of_each(figures: dict[str, float], digits: int) -> str:
+    return ", ".join(f"{name} {value:,.{digits}f}" for name, value in figures.items())
 
 
 # ------------------------------------------------------------------ KAI
@@ -229,7 +239,7 @@ def kai_gang(shape: KaiShape) -> tuple[float, list[list[str]]]:
     """Seconds from the submit of the gang until all of it runs, on an empty cluster of its own."""
     with bench(make_nodes(shape.gang_nodes, gpus=shape.gpus_per_node, labels=shape.labels())) as running:
         etag = running.http.get("/v1/policy").raise_for_status().headers["ETag"]
-        settings = {"topology_levels": ["zone", "block", "rack"]}
+        settings = {"settings": {"topology_levels": ["zone", "block", "rack"]}}
         running.http.put("/v1/policy", json=settings, headers={"If-Match": etag}).raise_for_status()
         running.create_tenant("kai")
         resources = {
@@ -259,7 +269,7 @@ def kai_verdict(running: Bench, shape: KaiShape) -> tuple[float, str]:
     (job_id,) = running.submit([job("kai/reclaimer", "gang", gpus=0, run_s=1, resources=resources)])
     while (hold := running.http.get(f"/v1/jobs/{job_id}").raise_for_status().json()["hold"]) is None:
         time.sleep(0.01)
-    return time.monotonic() - began, hold["reason"]
+    return time.monotonic() - began, f"{hold['reason']}, {hold['message']}"
 
 
 # ------------------------------------------------------------------ command

@@ -8,8 +8,6 @@ cost as much as all that runs.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -46,7 +44,16 @@ _LIVE = text(
     ORDER BY a.created_at, a.id
     """
 )
+_VERSION = text(
+    """
+    SELECT md5(string_agg(concat_ws(' ', a.id, a.started_at IS NOT NULL,
+                                    CASE WHEN a.state = 'stopping' THEN a.grace_s END), ',' ORDER BY a.id))
+    FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
+    """
+)
 
+NOTHING = "0" * 32
+"""The version where nothing should exist."""
 Known = dict[UUID, dict[UUID, DesiredAttempt]]
 """By cluster: the attempts of the last answer, as they were told."""
 
@@ -54,19 +61,19 @@ Known = dict[UUID, dict[UUID, DesiredAttempt]]
 async def desired(conn: AsyncConnection, *, cluster_id: UUID, now: datetime, known: Known | None = None) -> Desired:
     """Everything that should exist on the cluster. `known` is kept up to date from answer to answer."""
     before = known.get(cluster_id, {}) if known is not None else {}
+    version = await desired_version(conn, cluster_id=cluster_id)  # first: what comes in between makes it an old one
     live = list(await conn.execute(_LIVE, {"cluster_id": cluster_id}))
     new = [row.id for row in live if row.id not in before]
     read = {row.id: _attempt(row) for row in await conn.execute(_ATTEMPTS, {"attempt_ids": new})} if new else {}
     told = {row.id: _as_now(attempt, row) for row in live if (attempt := before.get(row.id) or read.get(row.id))}
     if known is not None:
         known[cluster_id] = told
-    version = _digest([row for row in live if row.id in told])
     return Desired(version=version, attempts=list(told.values()), server_time=now.timestamp())
 
 
 async def desired_version(conn: AsyncConnection, *, cluster_id: UUID) -> str:
     """The version that `desired` would have: cheap, for a long poll."""
-    return _digest(list(await conn.execute(_LIVE, {"cluster_id": cluster_id})))
+    return (await conn.execute(_VERSION, {"cluster_id": cluster_id})).scalar_one() or NOTHING
 
 
 def _as_now(attempt: DesiredAttempt, row: Row[Any]) -> DesiredAttempt:
@@ -75,13 +82,6 @@ def _as_now(attempt: DesiredAttempt, row: Row[Any]) -> DesiredAttempt:
     if (attempt.action, attempt.grace_s, attempt.started) == (action, row.grace_s, row.started):
         return attempt
     return attempt.model_copy(update={"action": action, "grace_s": row.grace_s, "started": row.started})
-
-
-def _digest(live: Sequence[Row[Any]]) -> str:
-    lines = sorted(
-        f"{row.id.hex} {row.stopping:d} {row.grace_s if row.stopping else 0:g} {row.started:d}" for row in live
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
 def _attempt(row: Row[Any]) -> DesiredAttempt:
