@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.phalanx-setup
 BENCHMARKS := accept_rate queue_page metric_ingest gang_start turnover short_jobs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow worlds check format lock bench clean
+.PHONY: help setup demo test test-slow worlds check format lock bench shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ bench: setup  ## measure against the budgets, beside named peers (half an hour; 
 	@$(BIN)/python benchmarks/pass_speed.py
 	@$(BIN)/python benchmarks/first_step.py
 	@$(BIN)/python benchmarks/steps_per_second.py
+
+shapes: setup  ## replay Kueue's and KAI's scale shapes (half an hour; BENCH_FLAGS=--quick: 3 minutes)
+	@$(BIN)/python benchmarks/admission.py $(BENCH_FLAGS)
 
 clean:  ## remove the virtual environment and the data of the demo
 	@rm -rf $(VENV) .phalanx

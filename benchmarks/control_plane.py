@@ -15,12 +15,14 @@ from typing import Any
 
 import asyncpg
 import httpx
+import psutil
 from phalanx_server.store.embedded import EmbeddedPostgres
 from phalanx_server.store.engine import driver_dsn
 from phalanx_server.supervise import Child, Family, wait_until
 from phalanx_server.up_command import prepare_database, reserved_port
 
 HOST = "127.0.0.1"
+TIMED_SCHEDULER = Path(__file__).with_name("timed_scheduler.py")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,13 @@ class ControlPlane:
     database_url: str
     token: str
     cluster_token: str
+    family: Family
+    postgres_pid: int
+
+    def pids(self) -> dict[str, int]:
+        """Its processes; PostgreSQL's has one for each connection below it."""
+        own = {each.name: each.process.pid for each in self.family.children if each.process is not None}
+        return own | {"PostgreSQL": self.postgres_pid}
 
     async def connect(self) -> asyncpg.Connection:
         """Straight to the database, past the server."""
@@ -45,33 +54,52 @@ class ControlPlane:
             await connection.close()
 
 
+def peak_mib(pid: int) -> float:
+    """The most memory that a process had so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def cpu_s(pid: int) -> float:
+    """The CPU time of a process and of those that it started, so far."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    ended = family[0].cpu_times()
+    times = [process.cpu_times() for process in family]
+    return sum(each.user + each.system for each in times) + ended.children_user + ended.children_system
+
+
 @contextmanager
-def control_plane(*, scheduler: bool) -> Iterator[ControlPlane]:
-    """Run one. Raises what its parts say when they do not start."""
+def control_plane(*, scheduler: bool, passes: Path | None = None) -> Iterator[ControlPlane]:
+    """Run one. Raises what its parts say when they do not start. `passes`: where the scheduler writes their times."""
     with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as name:
         data, family = Path(name), Family()
         postgres = EmbeddedPostgres(data / "postgres")
         try:
             database_url = postgres.start()
             tokens: Any = asyncio.run(prepare_database(database_url))
+            pid = postgres.pid()
+            assert pid is not None, "it has just been started"
             with reserved_port(HOST, 0) as port:
                 url = f"http://{HOST}:{port}"
-                plane = ControlPlane(url, database_url, tokens.admin_token, tokens.cluster_token)
-                _start(plane, data, family, scheduler=scheduler)
+                plane = ControlPlane(url, database_url, tokens.admin_token, tokens.cluster_token, family, pid)
+                _start(plane, data, scheduler=scheduler, passes=passes)
                 yield plane
         finally:
             family.stop()
             postgres.stop()
 
 
-def _start(plane: ControlPlane, data: Path, family: Family, *, scheduler: bool) -> None:
+def _start(plane: ControlPlane, data: Path, *, scheduler: bool, passes: Path | None) -> None:
+    family = plane.family
     settings = {"PHALANX_DATABASE_URL": plane.database_url, "PHALANX_DATA_DIR": str(data)}
     env = {**os.environ, **settings}
     port = plane.url.rpartition(":")[2]
     argv = [sys.executable, "-m", "phalanx"]
     server = family.start(Child("server", [*argv, "server", "--port", port], env, data / "server.log"))
     if scheduler:
-        family.start(Child("scheduler", [*argv, "scheduler"], env, data / "scheduler.log"))
+        timed = [sys.executable, str(TIMED_SCHEDULER), str(passes)]
+        command = timed if passes is not None else [*argv, "scheduler"]
+        family.start(Child("scheduler", command, env, data / "scheduler.log"))
 
     def ready() -> bool:
         server.expect_alive()

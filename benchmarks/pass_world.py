@@ -44,7 +44,7 @@ LARGEST_GPUS, LARGEST_GANG = 64, (8, 8)
 PRIORITIES = (-10, 0, 0, 0, 10)
 TIME_LIMITS_S = (3_600.0, 14_400.0, 14_400.0, 43_200.0, 86_400.0, 259_200.0)
 MIN_RUNTIME_S = 1_200.0
-WAITING_TO_STARTED = 4  # among those that start first, large gangs are rarer than among those that wait
+WAITING_TO_STARTED = 4.8  # among those that start first, large gangs are rarer than among those that wait
 SUBMITS, ENDS, CANCELS = 50, 35, 15
 
 # Tenants for one question each, which have no jobs before: who may take back what others borrow, and who may only

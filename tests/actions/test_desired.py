@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from control_plane import GIB, ControlPlane
-from phalanx_server.actions.desired import desired_version
+from phalanx_server.actions.cancel_job import cancel_job
+from phalanx_server.actions.desired import Known, desired, desired_version
+from phalanx_server.domain.access import SYSTEM
+from phalanx_server.domain.messages import DesiredAttempt
 
 
 async def version(plane: ControlPlane) -> str:
@@ -51,3 +54,29 @@ async def test_the_version_changes_with_the_answer_and_only_then(plane: ControlP
     assert await version(plane) == running
     await plane.report(plane.ended(attempt, 0))
     assert await version(plane) == empty
+
+
+async def test_what_was_told_before_is_told_as_it_is_now(plane: ControlPlane) -> None:
+    await plane.add_nodes(2)
+    ending, job_id = await plane.submit(), await plane.submit(name="gpt")
+    await plane.tick()
+    known: Known = {}
+    assert await told(plane, known) == (await plane.desired()).attempts
+    await plane.start(job_id)
+    ended = await plane.start(ending)
+    await plane.report(plane.ended(ended, 0))
+    await cancel_job(plane.engine, job_id, actor=SYSTEM, now=plane.now)
+    await plane.submit(name="new")
+    await plane.tick()
+    now = await told(plane, known)
+    assert now == (await plane.desired()).attempts
+    assert {(each.job_name, each.action, each.started) for each in now} == {
+        ("gpt", "stop", True),
+        ("new", "run", False),
+    }
+    assert list(known[plane.cluster_id].values()) == now, "what is over is forgotten"
+
+
+async def told(plane: ControlPlane, known: Known) -> list[DesiredAttempt]:
+    async with plane.engine.connect() as conn:
+        return (await desired(conn, cluster_id=plane.cluster_id, now=plane.now, known=known)).attempts

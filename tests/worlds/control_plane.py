@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from phalanx_server.actions.desired import desired
+from phalanx_server.actions.desired import Known, desired
 from phalanx_server.actions.lose_node import Loss, lose_node
 from phalanx_server.actions.record_agent_report import record_agent_report
 from phalanx_server.actions.record_node_report import record_node_report
@@ -52,6 +52,7 @@ class ControlPlane:
     policy: Policy = field(default_factory=Policy)  # of the settings file
     facts: dict[str, m.NodeFacts] = field(default_factory=dict)
     seqs: dict[str, int] = field(default_factory=dict)
+    known: Known = field(default_factory=dict)  # what the agent was told last
     leader: Leader = field(init=False)
     scheduler: ScheduleLoop = field(init=False)
 
@@ -198,7 +199,7 @@ class ControlPlane:
 
     async def desired(self) -> m.Desired:
         async with self.engine.connect() as conn:
-            return await desired(conn, cluster_id=self.cluster_id, now=self.now)
+            return await desired(conn, cluster_id=self.cluster_id, now=self.now, known=self.known)
 
     def fact(self, attempt: Row[Any], kind: str, **values: Any) -> m.AttemptFact:
         given = {"epoch": attempt.epoch, "at": self.now.timestamp()} | values

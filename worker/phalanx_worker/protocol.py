@@ -9,6 +9,7 @@ otherwise. The server has its own types for the same JSON; `tests/contract/` hol
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -354,7 +355,23 @@ class NodeAnswer:
 
 def encode(message: Any) -> dict[str, Any]:
     """The JSON form of a message: its fields by name, nested."""
-    return dataclasses.asdict(message)
+    return {name: _plain(getattr(message, name)) for name in _names_of(type(message))}
+
+
+def _plain(value: Any) -> Any:
+    """As `dataclasses.asdict`, which copies every leaf as well, and takes three times as long."""
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return encode(value) if dataclasses.is_dataclass(value) else value
+
+
+@functools.cache
+def _names_of(kind: type) -> tuple[str, ...]:
+    return tuple(spec.name for spec in dataclasses.fields(kind))
 
 
 def decode(kind: type[T], data: Any, where: str = "") -> T:

@@ -1,18 +1,18 @@
 """What should exist on a cluster: every live attempt, to run or to stop, as its agent is told.
 
 Owns the translation from attempts to `Desired` and its version, a digest that changes whenever an answer would. What is
-not desired must not run, so a lost or ended attempt is simply missing.
+not desired must not run, so a lost or ended attempt is simply missing. Of a live attempt nothing changes but whether it
+is to stop, with which grace, and whether it has started: the rest is read once and kept (`Known`), or each answer would
+cost as much as all that runs.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, text
+from sqlalchemy import ARRAY, Row, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.array import size_of
@@ -20,7 +20,7 @@ from phalanx_server.domain.attempt import AttemptState
 from phalanx_server.domain.messages import Desired, DesiredAttempt, Environment, GroupPlacement, Launch, Mount
 from phalanx_server.store import ids
 
-_LIVE = text(
+_ATTEMPTS = text(
     """
     SELECT a.id, a.job_id, a.number, a.epoch, a.state, a.grace_s, a.resume_from, a.started_at IS NOT NULL AS started,
            j.name AS job_name, j.spec, j.bundle, j.traceparent, j.array_id, j.array_index,
@@ -34,37 +34,54 @@ _LIVE = text(
                array_agg(p.memory_bytes ORDER BY p.group_rank) AS memory
         FROM placements p JOIN nodes n ON n.id = p.node_id WHERE p.attempt_id = a.id
     ) placed
-    WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
+    WHERE a.id = ANY(:attempt_ids)
+    """
+).bindparams(bindparam("attempt_ids", type_=ARRAY(Uuid)))
+_LIVE = text(
+    """
+    SELECT a.id, a.state = 'stopping' AS stopping, a.grace_s, a.started_at IS NOT NULL AS started
+    FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
     ORDER BY a.created_at, a.id
     """
 )
 _VERSION = text(
     """
-    SELECT a.id, a.state = 'stopping' AS stopping, a.grace_s, a.started_at IS NOT NULL AS started
-    FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping') ORDER BY a.id
+    SELECT md5(string_agg(concat_ws(' ', a.id, a.started_at IS NOT NULL,
+                                    CASE WHEN a.state = 'stopping' THEN a.grace_s END), ',' ORDER BY a.id))
+    FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
     """
 )
 
+NOTHING = "0" * 32
+"""The version where nothing should exist."""
+Known = dict[UUID, dict[UUID, DesiredAttempt]]
+"""By cluster: the attempts of the last answer, as they were told."""
 
-async def desired(conn: AsyncConnection, *, cluster_id: UUID, now: datetime) -> Desired:
-    """Everything that should exist on the cluster."""
-    rows = list(await conn.execute(_LIVE, {"cluster_id": cluster_id}))
-    version = _digest([(row.id, row.state == AttemptState.STOPPING, row.grace_s, row.started) for row in rows])
-    return Desired(version=version, attempts=[_attempt(row) for row in rows], server_time=now.timestamp())
+
+async def desired(conn: AsyncConnection, *, cluster_id: UUID, now: datetime, known: Known | None = None) -> Desired:
+    """Everything that should exist on the cluster. `known` is kept up to date from answer to answer."""
+    before = known.get(cluster_id, {}) if known is not None else {}
+    version = await desired_version(conn, cluster_id=cluster_id)  # first: what comes in between makes it an old one
+    live = list(await conn.execute(_LIVE, {"cluster_id": cluster_id}))
+    new = [row.id for row in live if row.id not in before]
+    read = {row.id: _attempt(row) for row in await conn.execute(_ATTEMPTS, {"attempt_ids": new})} if new else {}
+    told = {row.id: _as_now(attempt, row) for row in live if (attempt := before.get(row.id) or read.get(row.id))}
+    if known is not None:
+        known[cluster_id] = told
+    return Desired(version=version, attempts=list(told.values()), server_time=now.timestamp())
 
 
 async def desired_version(conn: AsyncConnection, *, cluster_id: UUID) -> str:
     """The version that `desired` would have: cheap, for a long poll."""
-    rows = await conn.execute(_VERSION, {"cluster_id": cluster_id})
-    return _digest([(row.id, row.stopping, row.grace_s, row.started) for row in rows])
+    return (await conn.execute(_VERSION, {"cluster_id": cluster_id})).scalar_one() or NOTHING
 
 
-def _digest(attempts: Sequence[tuple[UUID, bool, float, bool]]) -> str:
-    lines = sorted(
-        f"{attempt_id.hex} {stopping:d} {grace_s if stopping else 0:g} {started:d}"
-        for attempt_id, stopping, grace_s, started in attempts
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+def _as_now(attempt: DesiredAttempt, row: Row[Any]) -> DesiredAttempt:
+    """The attempt with what may have changed since it was read."""
+    action = "stop" if row.stopping else "run"
+    if (attempt.action, attempt.grace_s, attempt.started) == (action, row.grace_s, row.started):
+        return attempt
+    return attempt.model_copy(update={"action": action, "grace_s": row.grace_s, "started": row.started})
 
 
 def _attempt(row: Row[Any]) -> DesiredAttempt:

@@ -89,7 +89,7 @@ def _take(fact: AttemptFact, changes: Mapping[str, AttemptChange], clock: Clock,
     if fact.kind == "gang_ready":
         change.gang_ready(at)
     elif fact.kind == "started":
-        change.started(at, [each.encode() | {"started_at": clock.iso(each.started_at)} for each in fact.ranks_started])
+        change.started(at, [dict(each) | {"started_at": clock.iso(each.started_at)} for each in fact.ranks_started])
     elif fact.kind in _OVER and change.live:
         _end(change, fact, clock, at, groups.get(change.row.id, ()))
     return None
@@ -106,7 +106,7 @@ def _end(change: AttemptChange, fact: AttemptFact, clock: Clock, at: datetime, g
     )
     end = decide_end(facts)
     exits = [
-        each.encode() | {"ended_at": clock.iso(each.ended_at), "tail": each.tail[-TAIL_CHARS:]} for each in fact.exits
+        dict(each) | {"ended_at": clock.iso(each.ended_at), "tail": each.tail[-TAIL_CHARS:]} for each in fact.exits
     ]
     blamed = _node_of_name(groups, fact.node) if failed_to_start else _node_of_rank(groups, end.failed_rank)
     change.end(end, at=at, exits=exits, avoid=blamed)

@@ -66,7 +66,7 @@ async def get_desired(
     async with services.link_reads.connect() as conn:
         if instance:
             await expect_instance(conn, cluster_id=cluster_id, instance=instance)
-        return answer(await desired(conn, cluster_id=cluster_id, now=now()))
+        return answer(await desired(conn, cluster_id=cluster_id, now=now(), known=services.desired))
 
 
 async def _wait_for_another(services: Services, cluster_id: UUID, version: str, wait_s: float) -> None:

@@ -15,6 +15,7 @@ from uuid import UUID
 from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from phalanx_server.actions.desired import Known
 from phalanx_server.actions.submit_jobs import Submitter
 from phalanx_server.api.admission import Gates
 from phalanx_server.api.auth import Authenticator, Principal
@@ -54,6 +55,8 @@ class Services:
     policy: Policy = field(default_factory=Policy)
     """Of the settings file; what is set through the API goes over it."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    desired: Known = field(default_factory=dict)
+    """What agents were told last: not read again while it is the same."""
 
     async def wait(self, subscription: Subscription, timeout_s: float) -> None:
         """Wait for a wakeup, the time, or the end of the process: a long poll must not hold up a shutdown."""

@@ -14,10 +14,12 @@ planner; with nothing learnt they go through as they are.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -52,6 +54,22 @@ class Ended:
     work: Work
     run_s: float
     said: Expectation | None = None
+
+
+class _Ends:
+    """When running jobs are expected to end, and the intervals of those that are asked for, each made once."""
+
+    def __init__(self, ends_at: Mapping[str, float], interval_of: Callable[[str], Interval]) -> None:
+        self._ends = sorted((end, name) for name, end in ends_at.items())
+        self._interval_of = cache(interval_of)
+
+    def about(self, at: float) -> Iterator[Interval]:
+        """Of all that are expected to end at about this time."""
+        first = bisect_right(self._ends, (at - _SAME_S, chr(0x10FFFF)))
+        for end, name in islice(self._ends, first, None):
+            if end >= at + _SAME_S:
+                return
+            yield self._interval_of(name)
 
 
 _ENDS = """
@@ -203,30 +221,31 @@ class Forecast:
         time that a cause itself says is sure; else the start waits for somebody's expected end, whose interval it
         takes. Jobs of which nothing tells are left out."""
         intervals: dict[str, Interval] = {}
+        running = _Ends(self._ends_at, self._interval_of_running)
         ends = [self._end_of(start.job, (self._now, self._now)) for start in plan.starts]
         looked = [group for group in plan.hold_groups if group.estimated_start is not None]
         for group in sorted(looked, key=lambda group: group.estimated_start or 0.0):
             at = group.estimated_start
             assert at is not None, "chosen so"
             sure = group.explanation.estimated_start is not None
-            interval = (at, at) if sure else self._interval_at(at, ends)
+            interval = (at, at) if sure else self._interval_at(at, ends, running)
             if interval is None:
                 continue
             intervals |= dict.fromkeys(group.jobs, interval)
             ends += [self._end_of(job, interval, starts_at=at) for job in group.jobs[:1]]
         return intervals
 
-    def _interval_at(self, at: float, ends: Sequence[tuple[float, Interval] | None]) -> Interval | None:
+    def _interval_at(self, at: float, ends: Sequence[tuple[float, Interval] | None], running: _Ends) -> Interval | None:
         found = [end[1] for end in ends if end is not None and abs(end[0] - at) < _SAME_S]
-        for name, end in self._ends_at.items():
-            if abs(end - at) < _SAME_S:
-                job = self._jobs[name]
-                began = job.started_at or at
-                found.append(self._run_interval(job, began=(began, began)))
+        found += running.about(at)
         if not found:
             return None
         low, high = max(low for low, _ in found), max(high for _, high in found)
         return max(self._now, min(low, at)), max(high, at)
+
+    def _interval_of_running(self, name: str) -> Interval:
+        began = self._jobs[name].started_at or self._now
+        return self._run_interval(self._jobs[name], began=(began, began))
 
     def _end_of(self, name: str, began: Interval, *, starts_at: float | None = None) -> tuple[float, Interval] | None:
         """When a job that begins then is expected to end, and the interval of that."""

@@ -10,9 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from link_server import attempt_of
 from phalanx_worker.agent import backoff, link
 from phalanx_worker.agent.link import FactOutbox, ServerAway, ServerLink, ServerRefused, Superseded
-from phalanx_worker.protocol import AttemptFact
+from phalanx_worker.protocol import AttemptFact, encode
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -89,9 +90,24 @@ async def test_calls_carry_the_token_and_the_instance() -> None:
     assert seen[0].url.params["instance"] == "i1"
 
 
+async def test_an_attempt_that_is_told_again_is_read_once_and_one_that_changed_anew() -> None:
+    run, other = encode(attempt_of("a", "true", nodes={"n0": [0]})), encode(attempt_of("b", "true", nodes={"n0": [1]}))
+    answers = [[run], [run, other], [run | {"action": "stop"}, other], [other]]
+    given = iter(answers)
+    link = server_link(
+        lambda _: httpx.Response(200, json={"version": "1", "attempts": next(given), "server_time": 1.0})
+    )
+    desired = [(await link.desired("")).attempts for _ in answers]
+    assert [[encode(attempt) for attempt in attempts] for attempts in desired] == answers
+    assert desired[1][0] is desired[0][0]
+    assert desired[3][0] is desired[1][1]
+
+
 @pytest.mark.parametrize(
     ("response", "error"),
     [
+        (httpx.Response(200, json={"version": "7", "server_time": 1.0}), ServerAway),
+        (httpx.Response(200, json=[]), ServerAway),
         (problem(409, "superseded"), Superseded),
         (problem(503, "unavailable"), ServerAway),
         (problem(429, "rate_limited"), ServerAway),

@@ -13,7 +13,8 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -26,6 +27,7 @@ from phalanx_worker.protocol import (
     AttemptFact,
     Backlog,
     Desired,
+    DesiredAttempt,
     Inventory,
     InventoryAnswer,
     NodeFacts,
@@ -77,6 +79,7 @@ class ServerLink:
         self.instance = instance
         self._token = token
         self._bearer = token()
+        self._desired: dict[str, tuple[Any, DesiredAttempt]] = {}  # the last answer's attempts: as they came, as read
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -85,19 +88,32 @@ class ServerLink:
         message = Inventory(
             instance=self.instance, sent_at=time.time(), nodes=nodes, without_token=without_token, backlog=backlog
         )
-        return await self._call(InventoryAnswer, "PUT", "/v1/agent/nodes", json=encode(message))
+        read = partial(decode, InventoryAnswer)
+        return await self._call(read, "PUT", "/v1/agent/nodes", json=encode(message))
 
     async def desired(self, version: str) -> Desired:
         query = {"version": version, "wait_s": str(DESIRED_WAIT_S), "instance": self.instance}
         timeout = httpx.Timeout(DESIRED_WAIT_S + CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        return await self._call(Desired, "GET", "/v1/agent/desired", params=query, timeout=timeout)
+        return await self._call(self._read_desired, "GET", "/v1/agent/desired", params=query, timeout=timeout)
 
     async def report(self, facts: list[AttemptFact]) -> ReportAnswer:
         message = AgentReport(instance=self.instance, sent_at=time.time(), facts=facts)
-        return await self._call(ReportAnswer, "POST", "/v1/agent/reports", json=encode(message))
+        return await self._call(partial(decode, ReportAnswer), "POST", "/v1/agent/reports", json=encode(message))
 
-    async def _call(self, kind: type[T], method: str, path: str, **request: Any) -> T:
-        """One call, its answer read as `kind`. Raises Superseded, ServerAway or ServerRefused."""
+    def _read_desired(self, answer: Any) -> Desired:
+        """Attempts that are as they were in the last answer are not read again: most are, however many run."""
+        if not isinstance(answer, dict) or not isinstance(answer.get("attempts"), list):
+            return decode(Desired, answer)  # says what is wrong with it
+        before, self._desired = self._desired, {}
+        for given in answer["attempts"]:
+            told = before.get(str(given.get("attempt_id"))) if isinstance(given, dict) else None
+            attempt = told[1] if told is not None and told[0] == given else decode(DesiredAttempt, given)
+            self._desired[attempt.attempt_id] = given, attempt
+        attempts = [attempt for _, attempt in self._desired.values()]
+        return replace(decode(Desired, answer | {"attempts": []}), attempts=attempts)
+
+    async def _call(self, read: Callable[[Any], T], method: str, path: str, **request: Any) -> T:
+        """One call, its answer read by `read`. Raises Superseded, ServerAway or ServerRefused."""
         try:
             headers = {"Authorization": f"Bearer {self._bearer}"}
             response = await self.client.request(method, path, headers=headers, **request)
@@ -106,7 +122,7 @@ class ServerLink:
         if not response.is_success:
             raise self._refusal(response, f"{method} {path}")
         try:
-            return decode(kind, response.json())
+            return read(response.json())
         except ValueError as error:
             raise ServerAway(f"{method} {path}: the answer is not understood: {error}") from error
 
