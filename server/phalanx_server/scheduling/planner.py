@@ -11,8 +11,8 @@ from itertools import takewhile
 from phalanx_server.scheduling.decide import Desk, Waits, hold_for
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.drain import empty_nodes
-from phalanx_server.scheduling.elastic import grow
 from phalanx_server.scheduling.fair import FairTurns
+from phalanx_server.scheduling.growth import grow
 from phalanx_server.scheduling.honour import honour_claims
 from phalanx_server.scheduling.lend import Lending
 from phalanx_server.scheduling.order import Rank, Turn, Turns, rank_of, turn_of
