@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from phalanx_server.scheduling.draft import Books, Draft, Room
-from phalanx_server.scheduling.order import ClassKey, sized
+from phalanx_server.scheduling.order import Bid, sized
 from phalanx_server.scheduling.place import Spot, find_spot
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.snapshot import Seat
@@ -20,12 +20,12 @@ MOST_TRIED = 256
 MOST_MOVED = 8
 
 
-def moves(draft: Draft, key: ClassKey, option: Option) -> Room | None:
-    """The fewest moves that make room for a job of the class; None if there are none, or `policy.consolidation` is
+def moves(draft: Draft, bid: Bid, option: Option) -> Room | None:
+    """The fewest moves that make room for a job; None if there are none, or `policy.consolidation` is
     off."""
     if not draft.world.policy.consolidation:
         return None
-    trial = Trial(draft, key, option, key.ask.least_replicas)
+    trial = Trial(draft, bid, option)
     trial.look_ahead()
     if not trial.is_in_quota():
         return None

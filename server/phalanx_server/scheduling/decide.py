@@ -6,16 +6,16 @@ tenant or priority asks for it, because what is free now only shrinks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from phalanx_server.domain.reason import Explanation, Reserved, WaitsForVictims
 from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.draft import Draft, Room
 from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weakest
-from phalanx_server.scheduling.fit import holds_gang
 from phalanx_server.scheduling.gates import closed_gate
 from phalanx_server.scheduling.lend import Lending
-from phalanx_server.scheduling.make_room import make_room
-from phalanx_server.scheduling.order import NO_GATES, Ask, ClassKey, JobClass, Turn, sized
+from phalanx_server.scheduling.make_room import make_room, may_be_made
+from phalanx_server.scheduling.order import NO_GATES, Ask, Bid, ClassKey, JobClass
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup
 from phalanx_server.scheduling.possible import Option, explain_impossible, options_of
@@ -30,13 +30,23 @@ class Waits:
     room: Room | None
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A job cannot start now, and nothing is kept for it. A job of its class that ends by `unless_it_ends_by` may: it
+    is out of the way of what is reserved."""
+
+    why: Explanation
+    unless_it_ends_by: float = -inf
+
+
 class Desk:
     """Decides against a draft, and remembers refusals."""
 
     def __init__(self, draft: Draft, lending: Lending) -> None:
         self._draft = draft
         self._lending = lending
-        self._no_room: dict[tuple[Ask, str | None, str], Explanation | None] = {}
+        self._no_room: dict[tuple[Ask, str | None, str], Explanation] = {}
+        self._has_room: dict[tuple[Ask, str | None, str], tuple[int, int]] = {}
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
         self._hopeless: set[tuple[object, ...]] = set()
 
@@ -50,19 +60,19 @@ class Desk:
             return None
         return closed_gate(gates, self._draft.world.now, self._draft.array_jobs)
 
-    def decide(self, turn: Turn) -> Spot | Waits | Explanation:
+    def decide(self, bid: Bid, options: Sequence[Option]) -> Spot | Waits | Refusal:
         """For the first option, best first, that the quotas and the nodes allow: the place. Else the same with what
         others leave, or are made to leave. Else why there is none. To be asked about a class that is not refused."""
-        refusals: list[Explanation] = []
-        options = self._options(turn.group)
+        refusals: list[Refusal] = []
         for option in options:
-            answer = self._start(turn.key, option)
+            answer = self._start(bid, option)
             if isinstance(answer, Spot):
                 return answer
             refusals.append(answer)
-        why = weakest(refusals)
-        lendable = [o for o in options if not self._is_kept_from(turn.key, o)]
-        return self._with_what_leaves(turn.key, lendable) or self._with_room_made(turn, lendable) or why
+        waits = self._with_what_leaves(bid, options, refusals) or self._with_room_made(bid, options)
+        if waits is not None:
+            return waits
+        return Refusal(weakest([r.why for r in refusals]), max(r.unless_it_ends_by for r in refusals))
 
     def demand(self, group: JobClass) -> Demand:
         """What a job of the class takes of the quotas, by its first option."""
@@ -73,38 +83,50 @@ class Desk:
         return all(self._borrows_by(group.key, option) for option in options_of(self._draft.world, group))
 
     def options(self, group: JobClass) -> Sequence[Option]:
-        """How a job of the class may run, best first."""
-        return self._options(group)
+        """How a job of the class may run, best first; where it names no GPU type, those first by which it borrows
+        nothing."""
+        options = options_of(self._draft.world, group)
+        if group.key.ask.gpu_types or len(options) < 2:
+            return options
+        return sorted(options, key=lambda o: (self._borrows_by(group.key, o), o.gpu_type or ""))
 
     # ------------------------------------------------------------------ starting
 
-    def _start(self, key: ClassKey, option: Option) -> Spot | Explanation:
-        least = key.ask.shape.demand(option.gpu_type, key.ask.least_replicas)
-        refusal = self._quota_refusal(key, least) or self._room_refusal(key, option)
+    def _start(self, bid: Bid, option: Option) -> Spot | Refusal:
+        key = bid.key
+        refusal = self._quota_refusal(key.tenant, option.least_demand) or self._room_refusal(key, option)
         if refusal is not None:
-            return refusal
-        if ahead := self._lending.refuses(key, option) if self._borrows_by(key, option) else ():
-            return Reserved(ahead)
-        spot = self._largest(key, option)
-        return spot if spot is not None else Reserved(tuple(self._draft.ahead))
+            return Refusal(refusal)
+        if self._borrows_by(key, option) and (kept := self._lending.refuses(bid, option)):
+            return Refusal(Reserved(tuple(w.job for w in kept)), max(-inf if w.starts_at is None else w.starts_at for w in kept))
+        spot = self._largest(bid, option)
+        if spot is not None:
+            return spot
+        return Refusal(Reserved(tuple(self._draft.ahead)), self._last_book(bid))
 
-    def _largest(self, key: ClassKey, option: Option) -> Spot | None:
+    def _last_book(self, bid: Bid) -> float:
+        """The moment of the last book that it has to be in order in: who ends by then has fewer of them."""
+        books = self._draft.soon_until(self._draft.ends_at(bid))
+        return books[-1].at if len(books) > 1 else -inf
+
+    def _largest(self, bid: Bid, option: Option) -> Spot | None:
         """The place for as many replicas as are asked for; or, of an elastic job, for as many as there is room."""
-        spot, step = self._spot(key, option, key.ask.replicas), key.ask.step
-        low, high = key.ask.least_replicas // step, (key.ask.replicas - 1) // step
+        ask = bid.key.ask
+        spot, step = self._spot(bid, option, ask.replicas), ask.step
+        low, high = ask.least_replicas // step, (ask.replicas - 1) // step
         if spot is not None:
             return spot
         while low <= high:
             middle = (low + high + 1) // 2
-            found = self._spot(key, option, middle * step)
+            found = self._spot(bid, option, middle * step)
             if found is not None:
                 spot, low = found, middle + 1
             else:
                 high = middle - 1
         return spot
 
-    def _spot(self, key: ClassKey, option: Option, replicas: int) -> Spot | None:
-        books = self._draft.until(self._draft.ends_at(key))
+    def _spot(self, bid: Bid, option: Option, replicas: int) -> Spot | None:
+        books, key = self._draft.until(self._draft.ends_at(bid)), bid.key
         if not self._draft.is_in_quota(key.tenant, key.ask.shape.demand(option.gpu_type, replicas), books):
             return None
         return self._draft.spot(key, option.gpu_type, books, replicas=replicas)
@@ -113,59 +135,56 @@ class Desk:
         """Why the nodes have no room now or soon, reservations apart."""
         draft = self._draft
         question = (key.ask, option.gpu_type, draft.account(key))
-        known = self._no_room.get(question)
-        if known is not None:
-            return known
-        books = (draft.now, draft.soon)
-        least = sized(key.ask, key.ask.least_replicas)
-        if holds_gang(draft.table, draft.usable(key.ask, books), least, option.gpu_type, draft.allowed(key, books)):
-            return None
-        why = self._no_room[question] = explain_nodes(draft, key, option.gpu_type)
-        return why
+        if question in self._no_room:
+            return self._no_room[question]
+        version = (draft.now.use.changes, draft.soon.use.changes)
+        if self._has_room.get(question) != version:
+            if not draft.may_hold(key, option.gpu_type):
+                why = self._no_room[question] = explain_nodes(draft, key, option.gpu_type)
+                return why
+            self._has_room[question] = version
+        return None
 
-    def _quota_refusal(self, key: ClassKey, demand: Demand) -> Explanation | None:
-        if self._draft.is_in_quota(key.tenant, demand, (self._draft.now, self._draft.soon)):
+    def _quota_refusal(self, tenant: str, demand: Demand) -> Explanation | None:
+        if self._draft.is_in_quota(tenant, demand, self._draft.now_and_soon):
             return None
-        question = (key.tenant, demand)
+        question = (tenant, demand)
         if question not in self._over_quota:
             self._over_quota[question] = explain_quota(self._draft, *question)
         return self._over_quota[question]
 
     # ------------------------------------------------------------------ waiting for others to stop
 
-    def _with_what_leaves(self, key: ClassKey, options: Sequence[Option]) -> Waits | None:
-        draft = self._draft
+    def _with_what_leaves(self, bid: Bid, options: Sequence[Option], refusals: list[Refusal]) -> Waits | None:
+        draft, key = self._draft, bid.key
         if not draft.leaving:
             return None
-        books = draft.soon_until(draft.ends_at(key))
+        books = draft.soon_until(draft.ends_at(bid))
         for option in options:
-            replicas = key.ask.least_replicas
-            if draft.is_in_quota(key.tenant, key.ask.shape.demand(option.gpu_type, replicas), books):
-                spot = draft.spot(key, option.gpu_type, books, replicas=replicas)
-                if spot is not None:
-                    return Waits(spot, None)
+            if not draft.is_in_quota(key.tenant, option.least_demand, books) or self._is_kept_from(bid, option):
+                continue
+            spot = draft.spot(key, option.gpu_type, books, replicas=key.ask.least_replicas)
+            if spot is not None:
+                return Waits(spot, None)
+            if len(books) > 1:
+                refusals.append(Refusal(refusals[0].why, books[-1].at))
         return None
 
-    def _with_room_made(self, turn: Turn, options: Sequence[Option]) -> Waits | None:
-        key = turn.key
+    def _with_room_made(self, bid: Bid, options: Sequence[Option]) -> Waits | None:
+        key = bid.key
+        if not may_be_made(self._draft, key, options):
+            return None
         question = (key.tenant, key.priority, key.ask, key.preemptible, self._draft.version)
         if question in self._hopeless:
             return None
-        room = make_room(self._draft, turn.key, turn.submitted_at, options)
+        room = make_room(self._draft, bid, [o for o in options if not self._is_kept_from(bid, o)])
         if room is None:
             self._hopeless.add(question)
             return None
         return Waits(room.spot, room)
 
-    def _is_kept_from(self, key: ClassKey, option: Option) -> bool:
-        return self._borrows_by(key, option) and bool(self._lending.refuses(key, option))
-
-    def _options(self, group: JobClass) -> Sequence[Option]:
-        """The options, best first; where the job names no GPU type, those first by which it borrows nothing."""
-        options = options_of(self._draft.world, group)
-        if group.key.ask.gpu_types or len(options) < 2:
-            return options
-        return sorted(options, key=lambda o: (self._borrows_by(group.key, o), o.gpu_type or ""))
+    def _is_kept_from(self, bid: Bid, option: Option) -> bool:
+        return self._borrows_by(bid.key, option) and bool(self._lending.refuses(bid, option))
 
     def _borrows_by(self, key: ClassKey, option: Option) -> bool:
         return self._draft.now.use.borrows(key.tenant, option.demand)

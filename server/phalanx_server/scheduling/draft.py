@@ -11,15 +11,14 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 import numpy as np
 
 from phalanx_server.domain.resources import Demand
-from phalanx_server.scheduling.fit import room, usable_by
-from phalanx_server.scheduling.nodes import Amounts, Mask, Occupants, Windows, amounts_of
-from phalanx_server.scheduling.order import Ask, ClassKey, sized
+from phalanx_server.scheduling.fit import holds_gang, room, usable_by
+from phalanx_server.scheduling.nodes import CPUS, GPUS, Amounts, Mask, Occupants, Windows, amounts_of, usable
+from phalanx_server.scheduling.order import Ask, Bid, ClassKey, sized
 from phalanx_server.scheduling.place import Spot, find_spot
 from phalanx_server.scheduling.plan import Migration, Preemption, Resize, Start
 from phalanx_server.scheduling.quota import QuotaUse
@@ -134,6 +133,11 @@ class Draft:
 
     # ------------------------------------------------------------------ what is free
 
+    @property
+    def now_and_soon(self) -> Books:
+        """The books that every job must be in order in that starts now."""
+        return (self.now, self.soon)
+
     def until(self, ends_at: float) -> list[Book]:
         """The books that a job must be in order in that starts now and ends then."""
         return [self.now, *self.soon_until(ends_at)]
@@ -142,10 +146,9 @@ class Draft:
         """The same for one that starts as soon as what stops has stopped."""
         return [self.soon, *self.later[: bisect_left(self.later, ends_at, key=lambda book: book.at)]]
 
-    def ends_at(self, key: ClassKey, starts_at: float | None = None) -> float:
-        """When a job of the class would be expected to end."""
-        starts = self.world.now if starts_at is None else starts_at
-        return inf if key.run_s is None else starts + key.run_s
+    def ends_at(self, bid: Bid, starts_at: float | None = None) -> float:
+        """When a job would be expected to end."""
+        return (self.world.now if starts_at is None else starts_at) + bid.run_s
 
     def account(self, key: ClassKey, job: str = "") -> str:
         """New jobs of one account may enter the same nodes."""
@@ -184,8 +187,30 @@ class Draft:
         at: float | None = None,
     ) -> Spot | None:
         """Where a gang of this class would go by these books, now or at a later time."""
-        free, allowed = self.usable(key.ask, books), self.allowed(key, books, at)
+        free, allowed = self._fitting(key.ask, books, self.allowed(key, books, at))
         return find_spot(self.table, free, sized(key.ask, replicas), gpu_type, allowed)
+
+    def may_hold(self, key: ClassKey, gpu_type: str | None) -> bool:
+        """Do the nodes have room for the least that a job of this class asks for, now and soon?"""
+        books = self.now_and_soon
+        free, allowed = self._fitting(key.ask, books, self.allowed(key, books))
+        return holds_gang(self.table, free, sized(key.ask, key.ask.least_replicas), gpu_type, allowed)
+
+    def _fitting(self, ask: Ask, books: Books, allowed: Mask) -> tuple[Amounts, Mask]:
+        """(`usable`, the allowed nodes on which a replica could stand by the first book): the amounts are right there,
+        and elsewhere nothing, which is much quicker where most nodes are full."""
+        shape, first = ask.shape, books[0].free
+        row, each = (CPUS, shape.cpus) if shape.is_cpu_only else (GPUS, shape.gpus)
+        fitting = allowed & (first[row] >= each)
+        columns = np.flatnonzero(fitting)
+        total = self.table.total[:, columns]
+        free = usable(first[:, columns], total, by_cpu_jobs=shape.is_cpu_only)
+        for book in books[1:]:
+            more = usable(book.free[:, columns], total, by_cpu_jobs=shape.is_cpu_only)
+            np.minimum(free, more, out=free)
+        out = np.zeros_like(first)
+        out[:, columns] = free
+        return out, fitting
 
     def spot_at(self, seat: Seat, gpu_type: str | None) -> Spot | None:
         """The very place of a seat, if all its nodes exist."""
@@ -208,25 +233,25 @@ class Draft:
 
     # ------------------------------------------------------------------ what is decided
 
-    def start(self, job: str, key: ClassKey, spot: Spot) -> None:
+    def start(self, bid: Bid, spot: Spot) -> None:
         """Decide that the job starts there."""
-        self._enter(job, key, spot, self.until(self.ends_at(key)))
-        self.decided.starts.append(Start(job, spot.gpu_type, sum(spot.replicas), spot.placement(self.table)))
+        self._enter(bid, spot, self.until(self.ends_at(bid)))
+        self.decided.starts.append(Start(bid.job, spot.gpu_type, sum(spot.replicas), spot.placement(self.table)))
         # Its GPUs no longer keep their share of CPUs, which may be more than it takes itself.
-        self.has_loosened |= not key.ask.shape.is_cpu_only
+        self.has_loosened |= not bid.key.ask.shape.is_cpu_only
 
-    def keep(self, job: str, key: ClassKey, spot: Spot) -> None:
+    def keep(self, bid: Bid, spot: Spot) -> None:
         """Decide that the job waits, and that this place is kept for it."""
-        self._enter(job, key, spot, self.soon_until(self.ends_at(key)))
-        self.ahead.append(job)
+        self._enter(bid, spot, self.soon_until(self.ends_at(bid)))
+        self.ahead.append(bid.job)
 
-    def _enter(self, job: str, key: ClassKey, spot: Spot, books: Books) -> None:
-        load = self.taken[job] = self.load(job, key, spot)
+    def _enter(self, bid: Bid, spot: Spot, books: Books) -> None:
+        load = self.taken[bid.job] = self.load(bid.job, bid.key, spot)
         for book in books:
             book.take(load)
-        insort(self.ends, (self.ends_at(key), job))
-        if key.gates.array is not None:
-            self.array_jobs[key.gates.array.id] += 1
+        insort(self.ends, (self.ends_at(bid), bid.job))
+        if bid.key.gates.array is not None:
+            self.array_jobs[bid.key.gates.array.id] += 1
 
     def load(self, job: str, key: ClassKey, spot: Spot) -> Load:
         """What a job of the class would take there."""

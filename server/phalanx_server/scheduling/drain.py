@@ -16,8 +16,7 @@ def empty_nodes(draft: Draft) -> None:
     """Stop what is in a window, and move what is on draining nodes."""
     world = draft.world
     in_window = draft.windows.closed()
-    states = {world.nodes[item.node].state for running in world.running.values() for item in running.job.placement}
-    if "draining" not in states and not in_window.any():
+    if not (draft.table.states == "draining").any() and not in_window.any():
         return
     for running in sorted(world.running.values(), key=lambda r: (-r.job.priority, r.job.submitted_at, r.job.id)):
         nodes = [world.nodes[item.node] for item in running.job.placement]

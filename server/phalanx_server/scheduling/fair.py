@@ -37,7 +37,7 @@ class FairTurns:
         for turn in turns:
             turn.number = len(self._turns)
             self._turns.append(turn)
-            self._push(turn)
+            self.return_to(turn)
 
     def __iter__(self) -> Iterator[Turn]:
         """Each next turn, for as long as there are any: first of those that stay within nominal."""
@@ -45,17 +45,17 @@ class FairTurns:
             yield turn
 
     def again(self, turn: Turn) -> None:
-        """Its member is settled: the class comes again with the next one, if there is one."""
-        if turn.why is None:
+        """Its member is done with: the class comes again with the next one, if there is one."""
+        if turn.is_settled:
             self._enter(turn)
         turn.at += 1
         if turn.at < len(turn.members):
-            self._push(turn)
+            self.return_to(turn)
 
     def defer(self, turn: Turn) -> None:
         """It borrows: the class comes again after all that stay within nominal."""
         turn.is_deferred = True
-        self._push(turn)
+        self.return_to(turn)
 
     def _enter(self, turn: Turn) -> None:
         way = self._forest.way_up(turn.key.tenant)
@@ -70,7 +70,8 @@ class FairTurns:
             for i in way:
                 best.pop(i, None)
 
-    def _push(self, turn: Turn) -> None:
+    def return_to(self, turn: Turn) -> None:
+        """The class comes again with the member at which it stands."""
         i = self._forest.number[turn.key.tenant]
         heapq.heappush(self._waiting[turn.is_deferred][i], (turn.rank, turn.number))
         self._forget(self._forest.way_up(turn.key.tenant))

@@ -23,6 +23,14 @@ def room(free: Amounts, shape: Shape, most: int) -> Amounts:
     return np.maximum(counts, 0, out=counts)
 
 
+def room_where(free: Amounts, shape: Shape, most: int, allowed: Mask) -> Amounts:
+    """The same, and none where it is not allowed."""
+    counts = np.zeros(free.shape[1], dtype=np.int64)
+    columns = np.flatnonzero(allowed)
+    counts[columns] = room(free[:, columns], shape, most)
+    return counts
+
+
 def usable_by(free: Amounts, table: NodeTable, ask: Ask) -> Amounts:
     """What of the free amounts the ask's replicas may take."""
     return usable(free, table.total, by_cpu_jobs=ask.shape.is_cpu_only)
@@ -36,7 +44,7 @@ def most_replicas(
     found = 0
     for number, domain in enumerate(table.domains(gpu_type)):
         columns = domain.columns
-        counts = room(free[:, columns], ask.shape, at_most) * allowed[columns]
+        counts = room_where(free[:, columns], ask.shape, at_most, allowed[columns])
         if ask.topology is None:
             found = max(found, int(counts.sum()))
             continue
@@ -57,7 +65,7 @@ def holds_gang(
 class EmptyCluster:
     """What could be held if no other job ran, also by CPU jobs of what free GPUs keep from them: GPUs in use do not.
 
-    Answers are remembered; when nodes change it is made anew.
+    Answers are remembered; when what nodes have changes it is made anew.
     """
 
     def __init__(self, table: NodeTable) -> None:
@@ -81,6 +89,10 @@ class EmptyCluster:
             others = wanted & ~self._table.mask_of(ask.avoid_nodes)
             self._accepting[ask] = others if ask.avoid_nodes and self._ever_holds(ask, others) else wanted
         return self._accepting[ask]
+
+    def forget_states(self) -> None:
+        """Nodes are in other states than before."""
+        self._accepting.clear()
 
     def _ever_holds(self, ask: Ask, allowed: Mask) -> bool:
         types = [None] if ask.shape.is_cpu_only else ask.gpu_types or self._table.gpu_types

@@ -10,7 +10,7 @@ import itertools
 from phalanx_server.scheduling.decide import hold_for
 from phalanx_server.scheduling.draft import Books, Draft
 from phalanx_server.scheduling.gates import closed_gate
-from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup
 from phalanx_server.scheduling.possible import possible_options
@@ -24,9 +24,9 @@ def honour_claims(draft: Draft) -> list[tuple[Job, HoldGroup | None]]:
     claimants = [world.jobs[i] for i in wanted if i in world.jobs and world.jobs[i].state == "queued"]
     settled = []
     for job in sorted(claimants, key=lambda j: (-j.priority, j.submitted_at, j.id)):
-        key = world.queue.key_of(job)
-        if closed_gate(key.gates, world.now, draft.array_jobs) is None and (spot := _claim(draft, job, key)):
-            settled.append((job, _settle(draft, job, key, spot)))
+        bid = world.queue.bid_of(job)
+        if closed_gate(bid.key.gates, world.now, draft.array_jobs) is None and (spot := _claim(draft, job, bid.key)):
+            settled.append((job, _settle(draft, bid, spot)))
     return settled
 
 
@@ -48,9 +48,9 @@ def _spot_in_quota(draft: Draft, key: ClassKey, gpu_type: str | None, books: Boo
     return spot if spot is not None and draft.is_open(key, spot, books) else None
 
 
-def _settle(draft: Draft, job: Job, key: ClassKey, spot: Spot) -> HoldGroup | None:
-    if draft.is_open(key, spot, (draft.now, draft.soon)):
-        draft.start(job.id, key, spot)
+def _settle(draft: Draft, bid: Bid, spot: Spot) -> HoldGroup | None:
+    if draft.is_open(bid.key, spot, (draft.now, draft.soon)):
+        draft.start(bid, spot)
         return None
-    draft.keep(job.id, key, spot)
-    return hold_for(draft, job.id, spot)
+    draft.keep(bid, spot)
+    return hold_for(draft, bid.job, spot)

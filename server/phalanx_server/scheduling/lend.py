@@ -5,15 +5,16 @@ start.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.order import Bid, ClassKey, Turn
 from phalanx_server.scheduling.possible import Option
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class Wanted:
     """An owner's idle nominal for which a job of its own waits. `starts_at`: when that is expected to start."""
 
     tenant: str
@@ -29,12 +30,16 @@ class Lending:
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
-        self._wanted: list[_Wanted] = []
+        self._wanted: list[Wanted] = []
         self._seen: set[str] = set()
         self._has_strict = False
 
-    def want(self, job: str, key: ClassKey, option: Option, starts_at: float | None) -> None:
-        """A job waits that its tenant's nominal quota would hold."""
+    def want(self, turn: Turn, options: Sequence[Option], starts_at: float | None) -> None:
+        """A job waits. Does its tenant's nominal quota hold it?"""
+        for option in options if turn.key.tenant not in self._seen else ():
+            self._want(turn.member.id, turn.key, option, starts_at)
+
+    def _want(self, job: str, key: ClassKey, option: Option, starts_at: float | None) -> None:
         forest, use = self._draft.world.forest, self._draft.soon.use
         i = forest.number[key.tenant]
         idle = {}
@@ -49,22 +54,23 @@ class Lending:
             self._seen.add(key.tenant)
             reclaim = forest.tenants[i].preemption.reclaim
             self._has_strict |= reclaim != "any"
-            self._wanted.append(_Wanted(key.tenant, key.priority, reclaim, job, tuple(idle.items()), starts_at))
+            self._wanted.append(Wanted(key.tenant, key.priority, reclaim, job, tuple(idle.items()), starts_at))
 
-    def refuses(self, key: ClassKey, option: Option) -> tuple[str, ...]:
-        """The jobs for which a borrower has to wait; () = it may borrow."""
+    def refuses(self, bid: Bid, option: Option) -> Sequence[Wanted]:
+        """For what a borrower has to wait; () = it may borrow."""
+        key = bid.key
         if key.preemptible and not self._has_strict:
             return ()
-        ends_at = self._draft.ends_at(key)
+        ends_at = self._draft.ends_at(bid)
         against = [w for w in self._wanted if self._is_kept(w, key, ends_at)]
         if not against:
             return ()
         use = self._draft.soon.use.copy()
         for wanted in against:
             use.charge(wanted.tenant, tuple(Counter(dict(wanted.amounts)).items()))
-        return tuple(w.job for w in against) if use.shortage(key.tenant, option.demand) is not None else ()
+        return against if use.shortage(key.tenant, option.demand) is not None else ()
 
-    def _is_kept(self, wanted: _Wanted, key: ClassKey, ends_at: float) -> bool:
+    def _is_kept(self, wanted: Wanted, key: ClassKey, ends_at: float) -> bool:
         if wanted.tenant == key.tenant or (wanted.starts_at is not None and ends_at <= wanted.starts_at):
             return False
         could_reclaim = wanted.reclaim == "any" or (

@@ -11,10 +11,10 @@ from itertools import islice
 from phalanx_server.scheduling.consolidate import moves
 from phalanx_server.scheduling.draft import Draft, Room
 from phalanx_server.scheduling.elastic import seat_without, spare_replicas
-from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.preempt import Claim
-from phalanx_server.scheduling.prospects import is_promising
+from phalanx_server.scheduling.prospects import is_promising, may_gather
 from phalanx_server.scheduling.snapshot import Seat
 from phalanx_server.scheduling.trial import Piece, Trial
 from phalanx_server.scheduling.world import Running
@@ -27,23 +27,31 @@ MOST_PROTECTED = 64
 
 
 def make_room(
-    draft: Draft, key: ClassKey, submitted_at: float, options: Sequence[Option], *, spare_protected: bool = True
+    draft: Draft, bid: Bid, options: Sequence[Option], *, spare_protected: bool = True
 ) -> Room | None:
-    """The cheapest way to make room for a job of the class, or None if there is none that it is entitled to."""
+    """The cheapest way to make room for a job, or None if there is none that it is entitled to."""
     for option in options:
-        room = moves(draft, key, option) if spare_protected else None
-        room = room or _take(draft, key, submitted_at, option, spare_protected=spare_protected)
+        room = moves(draft, bid, option) if spare_protected and may_gather(draft, bid.key, option) else None
+        room = room or _take(draft, bid, option, spare_protected=spare_protected)
         if room is not None:
             return room
     return None
 
 
-def _take(draft: Draft, key: ClassKey, submitted_at: float, option: Option, *, spare_protected: bool) -> Room | None:
-    replicas = key.ask.least_replicas
-    if not is_promising(draft, key, option):
+def may_be_made(draft: Draft, key: ClassKey, options: Sequence[Option]) -> bool:
+    """Is it worth a try? False: it is not, for any job of the class."""
+    gathers = draft.world.policy.consolidation
+    for option in options:
+        if (gathers and may_gather(draft, key, option)) or is_promising(draft, key, option):
+            return True
+    return False
+
+
+def _take(draft: Draft, bid: Bid, option: Option, *, spare_protected: bool) -> Room | None:
+    if not is_promising(draft, bid.key, option):
         return None
-    trial = Trial(draft, key, option, replicas)
-    claim = Claim(trial, submitted_at, spare_protected=spare_protected)
+    trial = Trial(draft, bid, option)
+    claim = Claim(trial, bid.submitted_at, spare_protected=spare_protected)
     for right in claim.rights():
         most = MOST_VICTIMS if spare_protected else MOST_PROTECTED
         pieces = islice(_pieces(trial, right.victims(), spare_protected=spare_protected), most)

@@ -14,8 +14,11 @@ that bounds its wait, whatever comes.
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
+from math import inf
+from operator import attrgetter
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from phalanx_server.domain.reason import Explanation
@@ -91,45 +94,74 @@ UNKNOWN_RUN_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class ClassKey:
-    """What makes two queued jobs identical to a pass. `run_s`: how long it is expected to run, None = nobody knows.
-    `order_s`: what its place in the tenant's own order is behind its submission."""
+    """What queued jobs have in common that ask a pass for the same."""
 
     tenant: str
     priority: int
     ask: Ask
     gates: Gates
-    run_s: float | None
-    order_s: float
     preemptible: bool
 
 
-class JobClass:
-    """The queued jobs of one class, oldest first. Never empty in a queue. `options` belongs to `possible`."""
+class Member(NamedTuple):
+    """A queued job within its class; the smallest is first. `order_at`: its place in the tenant's own order. `run_s`:
+    how long it is expected to run, infinite if nobody knows."""
 
-    __slots__ = ("_ids", "key", "members", "options")
+    order_at: float
+    submitted_at: float
+    id: str
+    run_s: float
+
+
+Rank = tuple[int, float, float, str]
+"""A place in the queue; the smallest is first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bid:
+    """One queued job at its turn."""
+
+    key: ClassKey
+    job: str
+    submitted_at: float
+    run_s: float
+
+
+class JobClass:
+    """The queued jobs of one class, in their tenant's order. Never empty in a queue. `options` belongs to `possible`."""
+
+    __slots__ = ("_ids", "_rank", "key", "members", "options")
 
     def __init__(self, key: ClassKey) -> None:
         self.key = key
         self.options: object = None
-        self.members: list[tuple[float, str]] = []
+        self.members: list[Member] = []
         self._ids: tuple[str, ...] | None = None
+        self._rank: Rank | None = None
 
-    def add(self, job: Job) -> None:
+    def add(self, member: Member) -> None:
         """Take a job in, at its place."""
-        insort(self.members, (job.submitted_at, job.id))
-        self._ids = None
+        insort(self.members, member)
+        self._ids = self._rank = None
 
-    def remove(self, job: Job) -> None:
+    def remove(self, member: Member) -> None:
         """Let a job go that is in the class."""
-        del self.members[bisect_left(self.members, (job.submitted_at, job.id))]
-        self._ids = None
+        del self.members[bisect_left(self.members, member)]
+        self._ids = self._rank = None
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The ids, oldest first."""
+        """The ids, in order."""
         if self._ids is None:
-            self._ids = tuple(id_ for _, id_ in self.members)
+            self._ids = tuple(member.id for member in self.members)
         return self._ids
+
+    @property
+    def rank(self) -> Rank:
+        """Where its first member stands in the queue."""
+        if self._rank is None:
+            self._rank = rank_of(self.key, self.members[0])
+        return self._rank
 
 
 class Queue:
@@ -139,52 +171,69 @@ class Queue:
         self._policy = policy
         self._run_limits_matter = run_limits_matter
         self._classes: dict[ClassKey, JobClass] = {}
+        self._in_order: list[JobClass] = []
+        self._new: list[JobClass] = []
         self._asks: WeakValueDictionary[tuple[object, ...], Ask] = WeakValueDictionary()
 
     def add(self, job: Job) -> None:
         """Take in a queued job."""
         key = self.key_of(job)
-        if key not in self._classes:
-            self._classes[key] = JobClass(key)
-        self._classes[key].add(job)
+        group = self._classes.get(key)
+        if group is None:
+            group = self._classes[key] = JobClass(key)
+            self._new.append(group)
+        group.add(self._member(job))
 
     def remove(self, job: Job) -> None:
         """Let a job go, which is given as it was added."""
         key = self.key_of(job)
-        self._classes[key].remove(job)
+        self._classes[key].remove(self._member(job))
         if not self._classes[key].members:
             del self._classes[key]
 
-    def classes(self) -> Collection[JobClass]:
-        """All classes, in no particular order."""
-        return self._classes.values()
+    def classes(self) -> Sequence[JobClass]:
+        """All classes in the order of the queue, by their first members. Not to be changed."""
+        if any(not group.members for group in self._in_order) or self._new:
+            self._in_order = [group for group in (*self._in_order, *self._new) if group.members]
+            self._new = []
+        self._in_order.sort(key=attrgetter("rank"))
+        return self._in_order
+
+    def bid_of(self, job: Job) -> Bid:
+        """What a queued job asks for."""
+        return Bid(self.key_of(job), job.id, job.submitted_at, self._run_s(job))
+
+    def rank_of(self, job: Job) -> Rank:
+        """Where a queued job stands."""
+        return rank_of(self.key_of(job), self._member(job))
+
+    def _member(self, job: Job) -> Member:
+        run_s = self._run_s(job)
+        return Member(job.submitted_at + self._order_s(job, run_s), job.submitted_at, job.id, run_s)
 
     def key_of(self, job: Job) -> ClassKey:
         """The class that a queued job belongs to."""
         gates = Gates(job.held, job.after, job.array, job.not_before, job.backoff_until, job.delay_until)
-        run_s = self._run_s(job)
         return ClassKey(
             tenant=job.tenant,
             priority=job.priority,
             ask=self._ask_of(job),
             gates=NO_GATES if gates == NO_GATES else gates,
-            run_s=run_s,
-            order_s=self._order_s(job, run_s),
             preemptible=job.preemptible,
         )
 
-    def _run_s(self, job: Job) -> float | None:
+    def _run_s(self, job: Job) -> float:
         """What is left to run as predicted, at most its time limit."""
         limit_s = time_limit_of(job, self._policy)
+        most_s = inf if limit_s is None else limit_s
         if job.predicted_s is None or job.predicted_s <= job.done_s:
-            return limit_s
-        left_s = job.predicted_s - job.done_s
-        return left_s if limit_s is None else min(left_s, limit_s)
+            return most_s
+        return min(job.predicted_s - job.done_s, most_s)
 
-    def _order_s(self, job: Job, run_s: float | None) -> float:
+    def _order_s(self, job: Job, run_s: float) -> float:
         if self._policy.order == "fifo":
             return 0.0
-        return AGING * (UNKNOWN_RUN_S if run_s is None else run_s) * job.replicas * max(1, job.gpus_per_replica)
+        return AGING * (UNKNOWN_RUN_S if run_s == inf else run_s) * job.replicas * max(1, job.gpus_per_replica)
 
     def _ask_of(self, job: Job) -> Ask:
         limit = time_limit_of(job, self._policy)
@@ -208,13 +257,9 @@ def _least_replicas(job: Job) -> int:
     return -(-(job.min_replicas or job.replicas) // step) * step
 
 
-Rank = tuple[int, float, float, str]
-"""A place in the queue; the smallest is first."""
-
-
-def rank_of(key: ClassKey, submitted_at: float, id_: str) -> Rank:
+def rank_of(key: ClassKey, member: Member) -> Rank:
     """The place of a member of a class."""
-    return -key.priority, submitted_at + key.order_s, submitted_at, id_
+    return -key.priority, member.order_at, member.submitted_at, member.id
 
 
 @dataclass(slots=True)
@@ -222,25 +267,30 @@ class Turn:
     """A class within one pass; `at` is the member whose turn it is, `number` the class's own in `Turns`."""
 
     group: JobClass
-    members: Sequence[tuple[float, str]]
+    members: Sequence[Member]
     number: int = 0
     at: int = 0
     is_deferred: bool = False
-    held_at: int = -1
-    why: Explanation | None = None
-    """Why the members from `held_at` on wait."""
+    whys: list[tuple[int, Explanation]] = field(default_factory=list)
+    """From which member on, and why, those wait that do not start."""
+    settled: set[str] | None = None
+    """The members that start, or wait for a place that is kept for them."""
+    tried_until: float = -inf
+    """What would end later than that was tried: whoever waits has to wait whatever comes, unless it ends by then."""
 
     @property
     def key(self) -> ClassKey:
         return self.group.key
 
     @property
-    def job(self) -> str:
-        return self.members[self.at][1]
+    def member(self) -> Member:
+        return self.members[self.at]
 
     @property
-    def submitted_at(self) -> float:
-        return self.members[self.at][0]
+    def bid(self) -> Bid:
+        """The member whose turn it is."""
+        _, submitted_at, job, run_s = self.members[self.at]
+        return Bid(self.group.key, job, submitted_at, run_s)
 
     @property
     def rank(self) -> Rank:
@@ -249,54 +299,91 @@ class Turn:
 
     def rank_at(self, at: int) -> Rank:
         """Where another member stands."""
-        return rank_of(self.group.key, *self.members[at])
+        return self.group.rank if at == 0 and self.members is self.group.members else rank_of(self.key, self.members[at])
 
-    def hold(self, why: Explanation) -> None:
-        """This member and all after it wait: they are identical."""
-        self.held_at, self.why = self.at, why
+    def settle(self) -> None:
+        """This member is served."""
+        if self.settled is None:
+            self.settled = set()
+        self.settled.add(self.members[self.at].id)
 
     @property
-    def waiting(self) -> Sequence[str]:
-        """The ids of the members that are held."""
-        if self.members is self.group.members:
-            return self.group.ids[self.held_at :]
-        return [id_ for _, id_ in self.members[self.held_at :]]
+    def is_settled(self) -> bool:
+        """Is the member whose turn it is served?"""
+        return self.settled is not None and self.members[self.at].id in self.settled
+
+    def hold(self, why: Explanation, tried_until: float = -inf) -> None:
+        """This member and those after it wait, except who would end by `tried_until`."""
+        self.whys.append((self.at, why))
+        self.tried_until = tried_until
+
+    def may_be_tried(self, now: float) -> bool:
+        """Nobody of the class was refused so far, or only for running too long?"""
+        return not self.whys or now + self.members[self.at].run_s <= self.tried_until
+
+    def skip_tried(self, now: float) -> bool:
+        """Go on to the next member that may be tried; False if there is none."""
+        for at in range(self.at + 1, len(self.members)):
+            if now + self.members[at].run_s <= self.tried_until:
+                self.at = at
+                return True
+        return False
+
+    def waiting(self) -> Iterator[tuple[Rank, Explanation, Sequence[str]]]:
+        """Who waits, and why: (where the first of them stands, why, their ids)."""
+        ends = [*(at for at, _ in self.whys[1:]), len(self.members)]
+        for (start, why), end in zip(self.whys, ends, strict=False):
+            if self.settled is None and end - start == len(self.group.members):
+                yield self.group.rank, why, self.group.ids
+                continue
+            places = [m for m in self.members[start:end] if self.settled is None or m.id not in self.settled]
+            if places:
+                yield rank_of(self.key, places[0]), why, [m.id for m in places]
 
 
 def turn_of(group: JobClass, settled: Set[str]) -> Turn | None:
     """The class's turn, leaving out the jobs that are settled already; None if that is all of them."""
     if settled and not settled.isdisjoint(group.ids):
-        members = [m for m in group.members if m[1] not in settled]
+        members = [m for m in group.members if m.id not in settled]
         return Turn(group, members) if members else None
     return Turn(group, group.members)
 
 
 class Turns:
-    """Whose turn it is: one entry per class. Whoever is given a turn says what became of it: `again`, `defer`, or
-    nothing, and then the class is out. `fair.FairTurns` does the same under fair sharing."""
+    """Whose turn it is: one entry per class, given in the order of the queue. Whoever is given a turn says what became
+    of it: `again`, `defer`, or nothing, and then the class is out. `fair.FairTurns` does the same under fair sharing."""
 
     def __init__(self, turns: Iterable[Turn]) -> None:
         self._turns = list(turns)
         for i, turn in enumerate(self._turns):
             turn.number = i
-        self._heap = [(turn.is_deferred, *turn.rank, turn.number) for turn in self._turns]
-        heapq.heapify(self._heap)
+        self._next = 0
+        self._again: list[tuple[bool, Rank, int]] = []
 
     def __iter__(self) -> Iterator[Turn]:
         """Each next turn, for as long as there are any."""
-        while self._heap:
-            yield self._turns[heapq.heappop(self._heap)[-1]]
+        while self._next < len(self._turns) or self._again:
+            yield self._pop()
+
+    def _pop(self) -> Turn:
+        if self._next < len(self._turns):
+            first = self._turns[self._next]
+            if not self._again or (False, first.rank, first.number) < self._again[0]:
+                self._next += 1
+                return first
+        return self._turns[heapq.heappop(self._again)[-1]]
 
     def again(self, turn: Turn) -> None:
-        """Its member is settled: the class comes again with the next one, if there is one."""
+        """Its member is done with: the class comes again with the next one, if there is one."""
         turn.at += 1
         if turn.at < len(turn.members):
-            self._push(turn)
+            self.return_to(turn)
 
     def defer(self, turn: Turn) -> None:
         """It borrows: the class comes again after all that stay within nominal."""
         turn.is_deferred = True
-        self._push(turn)
+        self.return_to(turn)
 
-    def _push(self, turn: Turn) -> None:
-        heapq.heappush(self._heap, (turn.is_deferred, *turn.rank, turn.number))
+    def return_to(self, turn: Turn) -> None:
+        """The class comes again with the member at which it stands."""
+        heapq.heappush(self._again, (turn.is_deferred, turn.rank, turn.number))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phalanx_server.scheduling.fit import room
+from phalanx_server.scheduling.fit import room, room_where
 from phalanx_server.scheduling.nodes import CPUS, GPUS, MEMORY, Amounts, Mask, NodeTable
 from phalanx_server.scheduling.order import Ask
 from phalanx_server.scheduling.snapshot import PlacementItem
@@ -44,15 +44,16 @@ def find_spot(
     best: tuple[int, int, int] | None = None
     spot = None
     for number, domain in enumerate(table.domains(gpu_type)):
-        columns = domain.columns
-        counts = room(free[:, columns], ask.shape, wanted) * allowed[columns]
+        columns = domain.columns.start + np.flatnonzero(allowed[domain.columns])
+        here = free[:, columns]
+        counts = room(here, ask.shape, wanted)
         if int(counts.sum()) < wanted:
             continue
-        tightness = _tightness(free[:, columns], table.total[:, columns], ask.shape.is_cpu_only)
+        tightness = _tightness(here, table.total[:, columns], ask.shape.is_cpu_only)
         nodes, on_each = choose_nodes(counts, tightness, wanted)
         rank = (len(nodes), int(tightness[nodes].max()), number)
         if best is None or rank < best:
-            best, spot = rank, Spot(gpu_type, [columns.start + i for i in nodes], on_each)
+            best, spot = rank, Spot(gpu_type, columns[nodes].tolist(), on_each)
     return spot
 
 
@@ -68,7 +69,7 @@ def _spot_by_topology(
     resource = CPUS if ask.shape.is_cpu_only else GPUS
     for domain, tree in zip(table.domains(gpu_type), table.trees(gpu_type), strict=True):
         columns, order = domain.columns, tree.columns - domain.columns.start
-        counts = room(free[:, columns], ask.shape, max(wanted, MOST)) * allowed[columns]
+        counts = room_where(free[:, columns], ask.shape, max(wanted, MOST), allowed[columns])
         if int(counts.sum()) < wanted:
             continue
         amounts = np.maximum(free[resource, columns], 0) * allowed[columns]

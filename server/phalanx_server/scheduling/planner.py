@@ -4,18 +4,18 @@ Refuses to know the clock, the database and what becomes of the plan. The same s
 whatever order its lists are, and `Planner.apply` gives what `schedule` gives on the whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from operator import itemgetter
 
-from phalanx_server.scheduling.decide import Desk, Waits, hold_for
+from phalanx_server.scheduling.decide import Desk, Refusal, hold_for
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.drain import empty_nodes
 from phalanx_server.scheduling.fair import FairTurns
 from phalanx_server.scheduling.growth import grow
 from phalanx_server.scheduling.honour import honour_claims
 from phalanx_server.scheduling.lend import Lending
-from phalanx_server.scheduling.order import Rank, Turn, Turns, rank_of, turn_of
+from phalanx_server.scheduling.order import Rank, Turn, Turns, turn_of
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.reserve import MOST_RESERVATIONS, WAITING_HELPS, reserve
@@ -87,15 +87,13 @@ def _run(world: World) -> tuple[Plan, bool]:
     settled = honour_claims(draft)
     for job, hold in settled:
         if hold is not None:
-            holds.add(rank_of(world.queue.key_of(job), job.submitted_at, job.id), hold)
+            holds.add(world.queue.rank_of(job), hold)
     empty_nodes(draft)
     done = {job.id for job, _ in settled}
-    turns = [turn for turn in (turn_of(group, done) for group in world.queue.classes()) if turn is not None]
+    turns = [turn for group in world.queue.classes() if (turn := turn_of(group, done)) is not None]
     counter = _Counter(draft, holds)
     counter.serve(turns)
-    for turn in turns:
-        for group in counter.groups(turn):
-            holds.add(turn.rank_at(turn.held_at), group)
+    counter.tell(turns)
     if world.elastic:
         grow(draft, _next_changes(draft))
     decided = draft.decided
@@ -110,7 +108,7 @@ def _run(world: World) -> tuple[Plan, bool]:
 
 
 def _waits_for_cpus(turn: Turn) -> bool:
-    return turn.key.ask.shape.is_cpu_only and turn.why is not None and turn.why.reason in WAITING_HELPS
+    return turn.key.ask.shape.is_cpu_only and any(why.reason in WAITING_HELPS for _, why in turn.whys)
 
 
 class _Holds:
@@ -123,34 +121,33 @@ class _Holds:
         self._groups.append((rank, group))
 
     def in_order(self) -> tuple[HoldGroup, ...]:
-        return tuple(group for _, group in sorted(self._groups, key=lambda entry: entry[0]))
+        self._groups.sort(key=itemgetter(0))
+        return tuple(group for _, group in self._groups)
 
 
 class _Counter:
     """Serves the queue, one job after the other."""
 
     def __init__(self, draft: Draft, holds: _Holds) -> None:
-        self._draft, self._holds = draft, holds
+        self._draft, self._holds, self._now = draft, holds, draft.world.now
         self._lending = Lending(draft)
         self._desk = Desk(draft, self._lending)
         self._expected: dict[str, float] = {}
 
     def serve(self, turns: Sequence[Turn]) -> None:
-        """Settle them all. Jobs of one class are identical, and what is free now only shrinks: once one has to wait for
-        room, so have those after it, and only what is reserved may still differ."""
+        """Settle them all. Jobs of one class ask for the same, and what is free now only shrinks: once one has to wait
+        for room, so have those after it, unless they are gone again before what is reserved begins. What else may still
+        differ is what is reserved for them."""
         order = self._in_order(turns)
         for turn in order:
-            if turn.why is not None:
-                if self._reserve(turn):
-                    order.again(turn)
-                continue
-            if (why := self._desk.refuse(turn.group)) is not None:
+            if not turn.may_be_tried(self._now):
+                self._wait(turn, order)
+            elif (why := self._desk.refuse(turn.group)) is not None:
                 turn.hold(why)
-                continue
-            if not turn.is_deferred and self._desk.borrows(turn.group):
+            elif not turn.is_deferred and self._desk.borrows(turn.group):
                 order.defer(turn)
-                continue
-            self._settle(turn, order)
+            else:
+                self._settle(turn, order)
 
     def _in_order(self, turns: Sequence[Turn]) -> Turns | FairTurns:
         if self._draft.world.policy.fair_sharing:
@@ -164,44 +161,53 @@ class _Counter:
         return why is not None
 
     def _settle(self, turn: Turn, order: Turns | FairTurns) -> None:
-        answer = self._desk.decide(turn)
+        bid, options = turn.bid, self._desk.options(turn.group)
+        answer = self._desk.decide(bid, options)
+        if isinstance(answer, Refusal):
+            turn.hold(answer.why, answer.unless_it_ends_by)
+            self._wait(turn, order)
+            return
         if isinstance(answer, Spot):
-            self._draft.start(turn.job, turn.key, answer)
-        elif isinstance(answer, Waits):
-            if answer.room is not None:
-                self._draft.make(answer.room, turn.job)
-            self._draft.keep(turn.job, turn.key, answer.spot)
-            self._holds.add(turn.rank, hold_for(self._draft, turn.job, answer.spot))
+            self._draft.start(bid, answer)
         else:
-            turn.hold(answer)
-            if not self._reserve(turn):
-                return
+            if answer.room is not None:
+                self._draft.make(answer.room, bid.job)
+            self._draft.keep(bid, answer.spot)
+            self._holds.add(turn.rank, hold_for(self._draft, bid.job, answer.spot))
+        turn.settle()
         order.again(turn)
 
+    def _wait(self, turn: Turn, order: Turns | FairTurns) -> None:
+        """The member whose turn it is waits. As long as starts may be reserved, each has a turn for that."""
+        if self._reserve(turn):
+            order.again(turn)
+        elif turn.skip_tried(self._now):
+            order.return_to(turn)
+
     def _reserve(self, turn: Turn) -> bool:
-        """Reserve a start for the member of a held class whose turn it is; False if none can or may be."""
-        draft, options = self._draft, self._desk.options(turn.group)
-        assert turn.why is not None, "only who waits needs a reservation"
-        starts_at = None
+        """Reserve a start for the member whose turn it is; False if none can or may be."""
+        draft, why, options = self._draft, turn.whys[-1][1], self._desk.options(turn.group)
         may_reserve = draft.world.policy.backfill and len(draft.reservations) < MOST_RESERVATIONS
-        if may_reserve and turn.why.reason in WAITING_HELPS:
-            starts_at = reserve(draft, turn.job, turn.key, turn.submitted_at, options)
-        for option in options:
-            self._lending.want(turn.job, turn.key, option, starts_at)
+        starts_at = None
+        if may_reserve and why.reason in WAITING_HELPS:
+            starts_at = reserve(draft, turn.bid, options)
+        self._lending.want(turn, options, starts_at)
         if starts_at is not None:
-            self._expected[turn.job] = starts_at
+            self._expected[turn.member.id] = starts_at
         return starts_at is not None
 
-    def groups(self, turn: Turn) -> Iterator[HoldGroup]:
-        """The waiting jobs of a class: those with an expected start of their own, then the others."""
-        if turn.why is None:
-            return
-        jobs = turn.waiting
-        head = list(takewhile(self._expected.__contains__, jobs))
-        for job in head:
-            yield HoldGroup((job,), turn.why, expected_start=self._expected[job])
-        if len(head) < len(jobs):
-            yield HoldGroup(jobs[len(head) :] if head else jobs, turn.why)
+    def tell(self, turns: Iterable[Turn]) -> None:
+        """Hold who waits: those with an expected start of their own, and the others together."""
+        for turn in turns:
+            for rank, why, jobs in turn.waiting():
+                if not self._expected or self._expected.keys().isdisjoint(jobs):
+                    self._holds.add(rank, HoldGroup(jobs, why))
+                    continue
+                for job in jobs:
+                    if job in self._expected:
+                        self._holds.add(rank, HoldGroup((job,), why, expected_start=self._expected[job]))
+                if others := [job for job in jobs if job not in self._expected]:
+                    self._holds.add(rank, HoldGroup(others, why))
 
 
 def _next_changes(draft: Draft) -> dict[str | None, float]:

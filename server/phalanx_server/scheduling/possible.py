@@ -15,10 +15,12 @@ from phalanx_server.scheduling.world import World
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to run a job: a GPU type (None = a CPU job), and what that takes of the quotas."""
+    """One way to run a job: a GPU type (None = a CPU job), and what that takes of the quotas, with all its replicas and
+    with the least number of them."""
 
     gpu_type: str | None
     demand: Demand
+    least_demand: Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ def possible_options(world: World, key: ClassKey) -> tuple[Option, ...]:
     """The options of jobs of this class, best first; () = they can never start."""
     ask = key.ask
     types = [t for t in _named_types(world, ask) if _limit(world, key.tenant, ask, t) is None]
-    return tuple(Option(t, ask.shape.demand(t, ask.replicas)) for t in types)
+    demand = ask.shape.demand
+    return tuple(Option(t, demand(t, ask.replicas), demand(t, ask.least_replicas)) for t in types)
 
 
 def explain_impossible(world: World, key: ClassKey) -> Impossible:

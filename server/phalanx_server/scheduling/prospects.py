@@ -1,61 +1,54 @@
 """Owns the quick look whether it is worth a try to make room for a job: what others could give up at the very most.
 
 Refuses to say more than "perhaps": whatever it turns down could not be helped, and most of what waits in a busy cluster
-is turned down here, once for all jobs of a tenant that are alike.
+is turned down here, at a few additions each.
 """
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.nodes import GPUS
 from phalanx_server.scheduling.order import ClassKey
 from phalanx_server.scheduling.possible import Option
+from phalanx_server.scheduling.quota import QuotaUse
+from phalanx_server.scheduling.world import Running
+
+Resources = tuple[str, ...]
+
+
+def may_gather(draft: Draft, key: ClassKey, option: Option) -> bool:
+    """Is so much free in all that it would fit if that lay together?"""
+    return _free_gpus(draft, option.gpu_type) >= _wanted(key)
 
 
 def is_promising(draft: Draft, key: ClassKey, option: Option) -> bool:
     """May enough be free once all has given way that the job could ask for? Without regard to where it is."""
-    question = ("promising", key.tenant, key.priority, key.ask, option.gpu_type)
-    if question not in draft.memo:
-        draft.memo[question] = _is_promising(draft, key, option)
-    return bool(draft.memo[question])
+    lent = _lent_gpus(draft, option.gpu_type)
+    own = _own_gpus(draft, key, option.gpu_type)
+    missing = _wanted(key) - _free_gpus(draft, option.gpu_type) if option.gpu_type else 1
+    given = lent + own
+    if given > 0 and given >= missing:
+        return True
+    given += _others_gpus(draft, key, option, given)
+    return given > 0 and given >= missing
 
 
-def _is_promising(draft: Draft, key: ClassKey, option: Option) -> bool:
-    given = _lent_gpus(draft, option.gpu_type) + _own_gpus(draft, key, option.gpu_type)
-    wanted = key.ask.least_replicas * key.ask.shape.gpus - _free_gpus(draft, option.gpu_type)
-    given += _others_gpus(draft, key, option)
-    return given > 0 and (not option.gpu_type or given >= wanted)
+def _wanted(key: ClassKey) -> int:
+    return key.ask.least_replicas * key.ask.shape.gpus
 
 
 def _free_gpus(draft: Draft, gpu_type: str | None) -> int:
-    mask = draft.table.of_type(gpu_type) & draft.table.ready
-    return int(draft.soon.free[GPUS].clip(min=0)[mask].sum())
-
-
-def _evictable(draft: Draft, gpu_type: str | None) -> list[int]:
-    """By tenant number, what the jobs of its subtree have that somebody might evict; 1 for a CPU job."""
-    question = ("evictable gpus", gpu_type)
+    """What was free when it was first asked for: starts only take from it."""
+    question = ("free gpus", gpu_type)
     if question not in draft.memo:
-        forest, now = draft.world.forest, draft.world.now
-        below = [0] * len(forest.tenants)
-        for r in draft.world.running.values():
-            is_candidate = r.gpu_type == gpu_type and r.job.preemptible and r.job.id not in draft.disturbed
-            if is_candidate and r.may_be_disturbed(now, even_protected=draft.even_protected):
-                below[forest.number[r.job.tenant]] += max(1, r.gpus)
-        for i in forest.upward:
-            if (above := forest.parent[i]) >= 0:
-                below[above] += below[i]
-        draft.memo[question] = below
-    return draft.memo[question]
+        mask = draft.table.of_type(gpu_type) & draft.table.ready
+        draft.memo[question] = int(draft.soon.free[GPUS].clip(min=0)[mask].sum())
+    return int(draft.memo[question])
 
 
-def _others_gpus(draft: Draft, key: ClassKey, option: Option) -> int:
-    """What others have who borrow what it asks for, if it could have a right to that."""
-    borrowing = _may_evict_others(draft, key, option)
-    evictable = _evictable(draft, option.gpu_type) if borrowing else []
-    return sum(evictable[b] for _, b in borrowing)
-
-
-def _lent_gpus(draft: Draft, gpu_type: str | None) -> float:
-    """What elastic jobs have above their minimum; of a CPU job, infinite if there is anything."""
+def _lent_gpus(draft: Draft, gpu_type: str | None) -> int:
+    """What elastic jobs have above their minimum; of a CPU job, 1 for each."""
     if not draft.world.policy.elastic:
         return 0
     question = ("lent", gpu_type)
@@ -67,10 +60,10 @@ def _lent_gpus(draft: Draft, gpu_type: str | None) -> float:
                 spare = sum(item.replicas for item in job.placement) - (job.min_replicas or job.replicas)
                 lent += spare * max(1, job.gpus_per_replica)
         draft.memo[question] = lent
-    return float(draft.memo[question])
+    return int(draft.memo[question])
 
 
-def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> float:
+def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> int:
     """What its tenant's jobs have that it may evict."""
     world = draft.world
     rule = world.forest.tenants[world.forest.number[key.tenant]].preemption.within_tenant
@@ -80,57 +73,104 @@ def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> float:
     question = ("own", key.tenant, gpu_type, most)
     if question not in draft.memo:
         mine = world.of_tenant.get(key.tenant, {}).values()
-        draft.memo[question] = sum(
-            max(1, r.gpus)
-            for r in mine
-            if r.gpu_type == gpu_type
-            and r.job.priority <= most
-            and r.job.preemptible
-            and r.job.id not in draft.disturbed
-            and r.may_be_disturbed(world.now, even_protected=draft.even_protected)
-        )
-    return float(draft.memo[question])
+        candidates = (r for r in mine if r.job.priority <= most and r.gpu_type == gpu_type)
+        draft.memo[question] = sum(max(1, r.gpus) for r in _evictable(draft, candidates))
+    return int(draft.memo[question])
 
 
-def _may_evict_others(draft: Draft, key: ClassKey, option: Option) -> list[tuple[int, int]]:
-    """The sides in its tree that borrow what it asks for, each with its own side, if it could have a right to that."""
-    world, use = draft.world, draft.soon.use
-    forest = world.forest
+def _evictable(draft: Draft, candidates: Iterable[Running]) -> Iterable[Running]:
+    now, disturbed = draft.world.now, draft.disturbed
+    for r in candidates:
+        job = r.job
+        if job.preemptible and job.id not in disturbed and r.may_be_disturbed(now, even_protected=draft.even_protected):
+            yield r
+
+
+# ------------------------------------------------------------------ what others have
+
+
+@dataclass(frozen=True, slots=True)
+class _Above:
+    """The evictable GPUs of the jobs of each tenant's subtree, by tenant number, and of the largest of them."""
+
+    gpus: list[int]
+    largest: list[int]
+
+    def most(self, i: int, use: QuotaUse, asked: Resources, gpu_type: str | None) -> int:
+        """What the subtree of tenant number `i` would give up at most: of what is asked for, nobody is evicted any more
+        who does not borrow."""
+        if asked != (gpu_type,):
+            return self.gpus[i]
+        return min(self.gpus[i], use.excess(i, asked[0]) - 1 + self.largest[i])
+
+
+def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int:
+    """What others have who borrow what it asks for, if it could have a right to that. `given`: what its own side could
+    free of its quota."""
+    world, use, forest = draft.world, draft.soon.use, draft.world.forest
     rules = forest.tenants[forest.number[key.tenant]].preemption
     if rules.reclaim == "never":
-        return []
+        return 0
     way = forest.way_up(key.tenant)
-    demand = key.ask.shape.demand(option.gpu_type, key.ask.least_replicas)
-    limited = [(r, n) for r, n in demand if use.left(way[0], r) is not None]
-    below = [a for a in way[:-1] if all(use.excess(a, r) < 0 for r, _ in limited)]
-    if not below and rules.borrow is None and not world.policy.fair_sharing:
-        return []
+    limited = [(r, n) for r, n in option.least_demand if use.left(way[0], r) is not None]
     asked = tuple(r for r, _ in limited)
-    borrowing = [(a, b) for a in way[:-1] for b in _borrowing(draft, forest.parent[a], asked) if b != a]
-    if rules.borrow is not None or not borrowing:
-        return borrowing
-    if world.policy.fair_sharing and _is_behind(draft, key, option, borrowing):
-        return borrowing
-    return [(a, b) for a, b in borrowing if a in below]
+    if rules.borrow is not None or (world.policy.fair_sharing and _is_behind(draft, key, option, asked)):
+        return sum(_borrowed(draft, forest.parent[a], a, asked, option.gpu_type) for a in way[:-1])
+    # It may take back what is its side's own, if it ends within that.
+    taken = 0
+    for a in way[:-1]:
+        for resource, amount in limited:
+            over = use.excess(a, resource)
+            if over >= 0 or (resource == option.gpu_type and over + amount > given + taken):
+                break
+        else:
+            taken += _borrowed(draft, forest.parent[a], a, asked, option.gpu_type)
+    return taken
 
 
-def _borrowing(draft: Draft, parent: int, resources: tuple[str, ...]) -> list[int]:
-    """The children of a tenant that borrow one of these resources. Starts only add to them: looked at once, and again
-    when room was made."""
-    question = ("borrowing", parent, resources)
-    if question not in draft.memo:
-        use = draft.soon.use
-        children = draft.world.forest.children[parent]
-        draft.memo[question] = [b for b in children if any(use.excess(b, r) > 0 for r in resources)]
-    return draft.memo[question]
+def _borrowed(draft: Draft, parent: int, me: int, asked: Resources, gpu_type: str | None) -> int:
+    """What the children of a tenant, but for one, would give up at most."""
+    use, question = draft.soon.use, ("borrowed", parent, asked, gpu_type)
+    known = draft.memo.get(question)
+    if known is None or known[0] != use.changes:
+        above = _above(draft, gpu_type)
+        by_child = {b: above.most(b, use, asked, gpu_type) for b in _borrowing(draft, parent, asked)}
+        known = draft.memo[question] = (use.changes, by_child, sum(by_child.values()))
+    _, by_child, total = known
+    return int(total - by_child.get(me, 0))
 
 
-def _is_behind(draft: Draft, key: ClassKey, option: Option, borrowing: list[tuple[int, int]]) -> bool:
-    """Would its side have less, with the job started, than somebody else's has?"""
+def _borrowing(draft: Draft, parent: int, asked: Resources) -> list[int]:
     use = draft.soon.use
-    demand = key.ask.shape.demand(option.gpu_type, key.ask.least_replicas)
-    before = {b: use.share(b) for _, b in borrowing}
-    use.charge(key.tenant, demand)
-    is_behind = any(use.share(a) < before[b] for a, b in borrowing)
-    use.charge(key.tenant, demand, -1)
-    return is_behind
+    return [b for b in draft.world.forest.children[parent] if any(use.excess(b, r) > 0 for r in asked)]
+
+
+def _above(draft: Draft, gpu_type: str | None) -> _Above:
+    question = ("evictable gpus", gpu_type)
+    if question not in draft.memo:
+        forest = draft.world.forest
+        gpus, largest = [0] * len(forest.tenants), [0] * len(forest.tenants)
+        for r in _evictable(draft, (r for r in draft.world.running.values() if r.gpu_type == gpu_type)):
+            i, has = forest.number[r.job.tenant], max(1, r.gpus)
+            gpus[i] += has
+            largest[i] = max(largest[i], has)
+        for i in forest.upward:
+            if (above := forest.parent[i]) >= 0:
+                gpus[above] += gpus[i]
+                largest[above] = max(largest[above], largest[i])
+        draft.memo[question] = _Above(gpus, largest)
+    found: _Above = draft.memo[question]
+    return found
+
+
+def _is_behind(draft: Draft, key: ClassKey, option: Option, asked: Resources) -> bool:
+    """Would its side have less, with the job started, than somebody else's has that borrows?"""
+    use, forest = draft.soon.use, draft.world.forest
+    way = forest.way_up(key.tenant)
+    with_it = use.copy()
+    with_it.charge(key.tenant, option.least_demand)
+    for a in way[:-1]:
+        mine = with_it.share(a)
+        if any(mine < use.share(b) for b in _borrowing(draft, forest.parent[a], asked) if b != a):
+            return True
+    return False

@@ -140,6 +140,8 @@ class QuotaUse:
         self._used = {r: [0] * len(forest.tenants) for r in forest.limits}
         self._over = {r: [0] * len(forest.tenants) for r in forest.limits}
         self._known: dict[tuple[int, str], tuple[int | None, int]] = {}
+        self.changes = 0
+        """How often it was charged: what was worked out in between still holds."""
 
     def copy(self) -> "QuotaUse":
         """The same use, to be changed apart from this one."""
@@ -148,11 +150,37 @@ class QuotaUse:
         twin._used = {r: list(v) for r, v in self._used.items()}
         twin._over = {r: list(v) for r, v in self._over.items()}
         twin._known = dict(self._known)
+        twin.changes = self.changes
+        return twin
+
+    def after(self, charges: Iterable[tuple[str, Demand, int]]) -> "QuotaUse":
+        """The use once all of these (tenant, demand, times) are charged, whatever their order. In one sweep up the
+        tree: quicker than `charge` for more than a few."""
+        forest, amounts = self.forest, {r: [0] * len(self.forest.tenants) for r in self.forest.limits}
+        for tenant, demand, times in charges:
+            i = forest.number[tenant]
+            for resource, amount in demand:
+                if resource in amounts and forest.limits[resource].limited[i]:
+                    amounts[resource][i] += amount * times
+        twin = self.copy()
+        for resource, added in amounts.items():
+            limits = forest.limits[resource]
+            for load, absorbed in ((twin._used[resource], limits.own), (twin._over[resource], limits.nominal)):
+                more = list(added)
+                for i in forest.upward:
+                    if more[i]:
+                        before = max(0, load[i] - absorbed[i])
+                        load[i] += more[i]
+                        if (above := forest.parent[i]) >= 0:
+                            more[above] += max(0, load[i] - absorbed[i]) - before
+        twin._known.clear()
+        twin.changes += 1
         return twin
 
     def charge(self, tenant: str, demand: Demand, times: int = 1) -> None:
         """Count a demand as used; `times` -1 gives it back."""
         self._known.clear()
+        self.changes += 1
         i = self.forest.number[tenant]
         for resource, amount in demand:
             limits = self.forest.limits.get(resource)

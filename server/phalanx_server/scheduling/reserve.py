@@ -6,22 +6,24 @@ the pass: nothing may start that would still hold it then (backfilling as in EAS
 reservation as in Maui; with predictions as in Tsafrir, Etsion and Feitelson 2007).
 """
 
-import heapq
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+
+import numpy as np
 
 from phalanx_server.domain.reason import HoldReason
 from phalanx_server.scheduling.draft import Book, Draft, Reservation
 from phalanx_server.scheduling.make_room import make_room
-from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.order import Bid
+from phalanx_server.scheduling.outlook import Outlook
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.possible import Option
-from phalanx_server.scheduling.world import Load
 
 MOST_RESERVATIONS = 16
-MOST_ENDS = 2048
-MOST_LOOKS = 256
+NEXT_ENDS, MOST_ENDS = 256, 2048
+"""So many ends are looked at first, and so many if that does not do."""
+MOST_LOOKS = 64
 WAITING_HELPS = {
     HoldReason.QUOTA,
     HoldReason.MAINTENANCE,
@@ -39,81 +41,71 @@ class _Found:
     spot: Spot
 
 
-def reserve(draft: Draft, job: str, key: ClassKey, submitted_at: float, options: Sequence[Option]) -> float | None:
-    """Reserve the earliest start of a job of the class; gives its time, None where nothing tells."""
-    found = _earliest(draft, key, options)
-    by_protection = _once_unprotected(draft, key, submitted_at, options)
+def reserve(draft: Draft, bid: Bid, options: Sequence[Option]) -> float | None:
+    """Reserve the earliest start of a job; gives its time, None where nothing tells."""
+    found = _earliest(draft, bid, options)
+    by_protection = _once_unprotected(draft, bid, options)
     if by_protection is not None and (found is None or by_protection.at < found.at):
         found = by_protection
     if found is None:
         return None
-    load = draft.load(job, key, found.spot)
-    draft.reserve(Reservation(job, load, found.at, draft.ends_at(key, found.at), found.book))
+    load = draft.load(bid.job, bid.key, found.spot)
+    draft.reserve(Reservation(bid.job, load, found.at, draft.ends_at(bid, found.at), found.book))
     return found.at
 
 
-def _earliest(draft: Draft, key: ClassKey, options: Sequence[Option]) -> _Found | None:
-    for at, book in islice(_moments(draft), MOST_LOOKS):
-        spot = _spot_at(draft, key, options, at, book)
-        if spot is not None:
-            return _Found(at, book.copy(at), spot)
+def _earliest(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | None:
+    for most_ends in (NEXT_ENDS, MOST_ENDS):
+        outlook = Outlook(draft, most_ends)
+        for at, book in _looks(draft, outlook, bid, options):
+            spot = _spot_at(draft, bid, options, at, book)
+            if spot is not None:
+                return _Found(at, book, spot)
+        if outlook.is_whole:
+            break
     return None
 
 
-def _spot_at(draft: Draft, key: ClassKey, options: Sequence[Option], at: float, book: Book) -> Spot | None:
-    ends_at = draft.ends_at(key, at)
-    books = [book, *(later for later in draft.later if at < later.at < ends_at)]
+def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) -> Iterator[tuple[float, Book]]:
+    """The moments that are worth a look. Mostly the first one will do at which enough is free. If not, then the first at
+    which there would be a place if nothing began until then, and a number of those after it."""
+    accepting = draft.accepting(bid.key, ())
+    with_room = [outlook.moments_with_room(bid.key.ask, accepting & draft.table.of_type(o.gpu_type)) for o in options]
+    moments = outlook.moments[np.unique(np.concatenate(with_room))].tolist()
+    if not moments:
+        return
+    yield moments[0], outlook.book(moments[0])
+
+    def has_place(at: float) -> bool:
+        return _spot_at(draft, bid, options, at, outlook.book(at, only_ends=True), is_last=True) is not None
+
+    low = max(1, bisect_left(moments, True, key=has_place))
+    for at in moments[low : low + MOST_LOOKS]:
+        yield at, outlook.book(at)
+
+
+def _spot_at(
+    draft: Draft, bid: Bid, options: Sequence[Option], at: float, book: Book, *, is_last: bool = False
+) -> Spot | None:
+    """Where it would start at that moment; `is_last`: if nothing were reserved after it."""
+    key, ends_at = bid.key, draft.ends_at(bid, at)
+    books = [book] if is_last else [book, *(later for later in draft.later if at < later.at < ends_at)]
     replicas = key.ask.least_replicas
     for option in options:
-        if draft.is_in_quota(key.tenant, key.ask.shape.demand(option.gpu_type, replicas), books):
+        if draft.is_in_quota(key.tenant, option.least_demand, books):
             spot = draft.spot(key, option.gpu_type, books, replicas=replicas, at=at)
             if spot is not None:
                 return spot
     return None
 
 
-def _moments(draft: Draft) -> Iterator[tuple[float, Book]]:
-    """Each moment at which something is expected to change, with the book of that moment, which is the same object."""
-    book = draft.soon.copy()
-    pending = list(_changes(draft))
-    heapq.heapify(pending)
-    while pending:
-        at = pending[0][0]
-        while pending and pending[0][0] <= at:
-            _, _, _, load, times = heapq.heappop(pending)
-            if load is not None:
-                book.take(load, times)
-        yield at, book
-
-
-def _changes(draft: Draft) -> Iterator[tuple[float, int, str, Load | None, int]]:
-    """(when, rank at that moment, whose, what changes, 1 to take or -1 to give back)."""
-    world = draft.world
-    for count, (at, id_) in enumerate(world.upcoming_ends()):
-        if count >= MOST_ENDS:
-            break
-        if id_ in draft.following:
-            yield at, 0, id_, draft.following[id_], -1
-        elif id_ not in draft.disturbed:
-            yield at, 0, id_, world.running[id_].load, -1
-    for at, id_ in draft.ends:
-        if at < float("inf"):
-            yield at, 1, id_, draft.taken[id_], -1
-    for r in draft.reservations:
-        yield r.starts_at, 3, r.job, r.load, 1
-        if r.ends_at < float("inf"):
-            yield r.ends_at, 2, r.job, r.load, -1
-    for at in draft.windows.ends:
-        yield at, 4, "", None, 0
-
-
-def _once_unprotected(draft: Draft, key: ClassKey, submitted_at: float, options: Sequence[Option]) -> _Found | None:
+def _once_unprotected(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | None:
     """When the minimum run times are over of those whom it could evict but for that."""
     now = draft.world.now
     if not any(not running.may_be_disturbed(now) for running in draft.world.running.values()):
         return None
     draft.even_protected, memo, draft.memo = True, draft.memo, {}
-    room = make_room(draft, key, submitted_at, options, spare_protected=False)
+    room = make_room(draft, bid, options, spare_protected=False)
     draft.even_protected, draft.memo = False, memo
     if room is None:
         return None
@@ -121,11 +113,7 @@ def _once_unprotected(draft: Draft, key: ClassKey, submitted_at: float, options:
     at = max((running.job.protected_until or now for running in given), default=now)
     if at <= now:
         return None
-    book = draft.soon.copy(at)
-    for moment, passing in _moments(draft):
-        if moment > at:
-            break
-        book = passing.copy(at)
+    book = _book_at(draft, at)
     for running, _ in room.evicted:
         if draft.world.expected_end(running.job) > at:
             book.take(running.load, -1)
@@ -134,3 +122,10 @@ def _once_unprotected(draft: Draft, key: ClassKey, submitted_at: float, options:
             book.take(running.load, -1)
             book.take(draft.world.load(running.job, [seat]))
     return _Found(at, book, room.spot)
+
+
+def _book_at(draft: Draft, at: float) -> Book:
+    outlook = Outlook(draft, NEXT_ENDS)
+    if not outlook.is_whole and at > outlook.moments[-1]:
+        outlook = Outlook(draft, MOST_ENDS)
+    return outlook.book(at)

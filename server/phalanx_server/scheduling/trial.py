@@ -12,7 +12,7 @@ import numpy as np
 from phalanx_server.scheduling.draft import Book, Draft
 from phalanx_server.scheduling.fit import room
 from phalanx_server.scheduling.nodes import Amounts, Mask
-from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.order import Bid
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.world import Load, Running
@@ -33,10 +33,10 @@ class Piece:
 class Trial:
     """One waiting job, one way to run it, and what is taken away for it."""
 
-    def __init__(self, draft: Draft, key: ClassKey, option: Option, replicas: int, *, at: float | None = None) -> None:
-        self.draft, self.key, self.option, self.replicas = draft, key, option, replicas
-        self.demand = key.ask.shape.demand(option.gpu_type, replicas)
-        soon, *self._later = draft.soon_until(draft.ends_at(key, at))
+    def __init__(self, draft: Draft, bid: Bid, option: Option) -> None:
+        self.draft, self.key, self.option, self.replicas = draft, bid.key, option, bid.key.ask.least_replicas
+        self.demand = option.least_demand
+        soon, *self._later = draft.soon_until(draft.ends_at(bid))
         self.books = [soon.copy()]
         self.taken: list[Piece] = []
         self._counts: Amounts | None = None

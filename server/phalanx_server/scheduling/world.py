@@ -159,10 +159,15 @@ class World:
         )
 
     def _replace_nodes(self, nodes: list[Node]) -> None:
+        is_as_large = True
         for node in nodes:
-            self.free[:, self.table.column[node.name]] += self.table.replace(node)
+            grown = self.table.replace(node)
+            is_as_large &= not grown.any()
+            self.free[:, self.table.column[node.name]] += grown
             self.nodes[node.name] = node
-        if nodes:
+        if is_as_large:
+            self.empty.forget_states()
+        else:
             self.empty = EmptyCluster(self.table)
 
     def _put(self, job: Job) -> None:
