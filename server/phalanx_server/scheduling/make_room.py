@@ -11,7 +11,7 @@ from itertools import islice
 from phalanx_server.scheduling.consolidate import moves
 from phalanx_server.scheduling.draft import Draft, Room
 from phalanx_server.scheduling.elastic import seat_without, spare_replicas
-from phalanx_server.scheduling.order import Bid, ClassKey
+from phalanx_server.scheduling.order import Bid
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.preempt import Claim
 from phalanx_server.scheduling.prospects import is_promising, may_gather
@@ -26,9 +26,7 @@ MOST_PROTECTED = 64
 """And so many when it only looks ahead to the end of minimum run times."""
 
 
-def make_room(
-    draft: Draft, bid: Bid, options: Sequence[Option], *, spare_protected: bool = True
-) -> Room | None:
+def make_room(draft: Draft, bid: Bid, options: Sequence[Option], *, spare_protected: bool = True) -> Room | None:
     """The cheapest way to make room for a job, or None if there is none that it is entitled to."""
     for option in options:
         room = moves(draft, bid, option) if spare_protected and may_gather(draft, bid.key, option) else None
@@ -38,20 +36,20 @@ def make_room(
     return None
 
 
-def may_be_made(draft: Draft, key: ClassKey, options: Sequence[Option]) -> bool:
-    """Is it worth a try? False: it is not, for any job of the class."""
+def may_be_made(draft: Draft, bid: Bid, options: Sequence[Option]) -> bool:
+    """Is it worth a try? False: it is not, for this job and those of its class that stand behind it."""
     gathers = draft.world.policy.consolidation
     for option in options:
-        if (gathers and may_gather(draft, key, option)) or is_promising(draft, key, option):
+        if (gathers and may_gather(draft, bid.key, option)) or is_promising(draft, bid, option):
             return True
     return False
 
 
 def _take(draft: Draft, bid: Bid, option: Option, *, spare_protected: bool) -> Room | None:
-    if not is_promising(draft, bid.key, option):
+    if not is_promising(draft, bid, option):
         return None
     trial = Trial(draft, bid, option)
-    claim = Claim(trial, bid.submitted_at, spare_protected=spare_protected)
+    claim = Claim(trial, bid, spare_protected=spare_protected)
     for right in claim.rights():
         most = MOST_VICTIMS if spare_protected else MOST_PROTECTED
         pieces = islice(_pieces(trial, right.victims(), spare_protected=spare_protected), most)

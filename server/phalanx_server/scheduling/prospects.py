@@ -4,15 +4,18 @@ Refuses to say more than "perhaps": whatever it turns down could not be helped, 
 is turned down here, at a few additions each.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.nodes import GPUS
-from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.quota import QuotaUse
 from phalanx_server.scheduling.world import Running
+from phalanx_server.scheduling.yielding import places_of
 
 Resources = tuple[str, ...]
 
@@ -22,10 +25,11 @@ def may_gather(draft: Draft, key: ClassKey, option: Option) -> bool:
     return _free_gpus(draft, option.gpu_type) >= _wanted(key)
 
 
-def is_promising(draft: Draft, key: ClassKey, option: Option) -> bool:
+def is_promising(draft: Draft, bid: Bid, option: Option) -> bool:
     """May enough be free once all has given way that the job could ask for? Without regard to where it is."""
+    key = bid.key
     lent = _lent_gpus(draft, option.gpu_type)
-    own = _own_gpus(draft, key, option.gpu_type)
+    own = _own_gpus(draft, bid, option.gpu_type)
     missing = _wanted(key) - _free_gpus(draft, option.gpu_type) if option.gpu_type else 1
     given = lent + own
     if given > 0 and given >= missing:
@@ -63,9 +67,9 @@ def _lent_gpus(draft: Draft, gpu_type: str | None) -> int:
     return int(draft.memo[question])
 
 
-def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> int:
+def _own_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
     """What its tenant's jobs have that it may evict."""
-    world = draft.world
+    world, key = draft.world, bid.key
     rule = world.forest.tenants[world.forest.number[key.tenant]].preemption.within_tenant
     if rule == "never":
         return 0
@@ -75,7 +79,22 @@ def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> int:
         mine = world.of_tenant.get(key.tenant, {}).values()
         candidates = (r for r in mine if r.job.priority <= most and r.gpu_type == gpu_type)
         draft.memo[question] = sum(max(1, r.gpus) for r in _evictable(draft, candidates))
-    return int(draft.memo[question])
+    return int(draft.memo[question]) + _longer_gpus(draft, bid, gpu_type)
+
+
+def _longer_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
+    """What jobs of its tenant and priority have that yield to it because they need longer."""
+    places = places_of(draft, bid.key.tenant)
+    if not places:
+        return 0
+    question = ("longer", bid.key.tenant, gpu_type, bid.key.priority)
+    if question not in draft.memo:
+        mine = (r for r in draft.world.of_tenant[bid.key.tenant].values() if r.job.id in places)
+        alike = (r for r in mine if r.job.priority == bid.key.priority and r.gpu_type == gpu_type)
+        rows = sorted((-places[r.job.id].most_s, max(1, r.gpus)) for r in _evictable(draft, alike))
+        draft.memo[question] = [at for at, _ in rows], [0, *accumulate(gpus for _, gpus in rows)]
+    longest_first, sums = draft.memo[question]
+    return int(sums[bisect_left(longest_first, -bid.behind_s)])
 
 
 def _evictable(draft: Draft, candidates: Iterable[Running]) -> Iterable[Running]:

@@ -40,6 +40,7 @@ class Policy(_Record):
     consolidation: Switch = False
     elastic: Switch = True
     order: Literal["fifo", "shortest"] = "fifo"
+    preempt_longer: Switch = False
     topology_levels: tuple[str, ...] = ()
     share_nodes: Literal["all", "tenant", "none"] = "all"
     usage_half_life_s: Number = 604_800.0
