@@ -48,6 +48,11 @@ class Policy(_Record):
     restart_s: Number = 30.0
 
 
+RECOMMENDED = Policy(order="shortest", preempt_longer=True)
+"""What `phalanx simulate` follows unless it is told otherwise (decision 22). A snapshot that says nothing means
+`Policy()`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota(_Record):
     """Of one GPU type, or of `cpu` or `memory_gib`, for one tenant. No borrowing or lending limit = unlimited."""
