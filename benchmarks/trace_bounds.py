@@ -1,8 +1,8 @@
 """What needs no planner: strict first come, first served, and what an oracle could do that stops jobs for free.
 
-All of a cluster's GPUs count as one pool, as in the simulators of others: a job is a gang of one-GPU replicas that may
-be spread. `strict_fifo` never lets anybody pass a job that waits. `with_oracle` knows the true run times, and preempts at
-every event and at no cost: the shortest remaining GPU-seconds first (`srsf`), or the shortest remaining time (`srtf`).
+All GPUs of a cluster count as one pool, as in the simulators of others: a job is a gang of one-GPU replicas and can be
+spread. `strict_fifo` never lets anybody pass a job that waits. `with_oracle` knows the true run times and preempts at
+every event, at no cost: the shortest remaining GPU-seconds first (`srsf`), or the shortest remaining time (`srtf`).
 """
 
 import heapq

@@ -20,7 +20,6 @@ RIGID, WITH_PROFILES, FAIR = "rigid", "elastic", "fair sharing"
 SCHEDULING = "phalanx_server.scheduling"
 CONSTANTS: Sequence[tuple[str, str, str]] = (
     ("order", "AGING", RIGID),
-    ("order", "UNKNOWN_RUN_S", RIGID),
     ("yielding", "CLEARLY_SHORTER", RIGID),
     ("yielding", "LEAST_RESTARTS", RIGID),
     ("planner", "MOST_RESERVATIONS", RIGID),
