@@ -18,7 +18,7 @@ import httpx
 from phalanx_server.store.embedded import EmbeddedPostgres
 from phalanx_server.store.engine import driver_dsn
 from phalanx_server.supervise import Child, Family, wait_until
-from phalanx_server.up_command import free_port, prepare_database
+from phalanx_server.up_command import prepare_database, reserved_port
 
 HOST = "127.0.0.1"
 
@@ -54,11 +54,11 @@ def control_plane(*, scheduler: bool) -> Iterator[ControlPlane]:
         try:
             database_url = postgres.start()
             tokens: Any = asyncio.run(prepare_database(database_url))
-            plane = ControlPlane(
-                f"http://{HOST}:{free_port(HOST, 0)}", database_url, tokens.admin_token, tokens.cluster_token
-            )
-            _start(plane, data, family, scheduler=scheduler)
-            yield plane
+            with reserved_port(HOST, 0) as port:
+                url = f"http://{HOST}:{port}"
+                plane = ControlPlane(url, database_url, tokens.admin_token, tokens.cluster_token)
+                _start(plane, data, family, scheduler=scheduler)
+                yield plane
         finally:
             family.stop()
             postgres.stop()

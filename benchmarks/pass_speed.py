@@ -1,187 +1,261 @@
-"""How long a pass takes: cold (`schedule` on a whole snapshot) and steady (`Planner.apply` of 100 events).
+"""How long a pass takes on a cluster that is full, with a long queue (`pass_world` says of what kind):
 
-    python benchmarks/pass_speed.py [--size small]
+    python benchmarks/pass_speed.py [--quick] [--growth]
 
-A cluster that is almost full, 100 tenants in 10 departments with quotas, and a long queue of gangs of many shapes. An
-event is a job that ends, one that is submitted, or one that the last plan started. Everything comes from one seed.
-Times are CPU time of the one thread that plans, so that neighbours on the machine do not count.
+* cold: a planner made from a whole snapshot, and its first plan
+* steady: `Planner.apply` of what the last plan did and of 100 events (submits, ends, cancels)
+* a gang of 512 whole nodes within one block: placed where there is room, and told why it waits where there is none
+* the verdict on a gang of 80 GPUs, with its reason in words
+* an owner takes back 4,000 GPUs from one-GPU jobs
+
+`--growth` adds how cold and steady passes grow with nodes, queued jobs and kinds of jobs. Each size is measured in a
+process of its own, whose most memory (inputs included) is printed. Times are CPU time of the thread that plans, so that
+neighbours on the machine count little.
 """
+
+from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
+import os
+import pickle
 import resource
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from random import Random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from measure import percentile, show
+from pass_world import GPUS_PER_NODE, GUEST, LARGE, OWNER, Life, Size
 from phalanx_server.scheduling.plan import Plan
 from phalanx_server.scheduling.planner import Planner, schedule
-from phalanx_server.scheduling.snapshot import Changes, Job, Node, Quota, Snapshot, Tenant
+from phalanx_server.scheduling.snapshot import Changes, Job, Snapshot, Topology
 
-GPUS_PER_NODE = 8
-DEPARTMENTS, TEAMS = 10, 10
-GANGS = [(1, 1), (1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8), (8, 1), (8, 8), (16, 8)]
-PRIORITIES = [-10, 0, 0, 0, 10]
-EVENTS = 100
-MIN_RUNTIME_S = 600.0
+QUICK = Size(nodes=1_000, queued=10_000, running=800, tenants=100, kinds=1_000)
+VERDICT_NODES = 10
+PARTS = ("cold", "steady", "gang", "verdict", "reclaim")
+GROWTH_PARTS = ("cold", "steady")
+
+
+@dataclass
+class Figure:
+    """One line: CPU seconds, and what to know beside them."""
+
+    seconds: list[float]
+    note: str = ""
+
+
+@dataclass
+class Figures:
+    """Of one size. `classes` are groups of identical queued jobs, of which each is considered once in a pass."""
+
+    size: Size
+    queued: int = 0
+    running: int = 0
+    classes: int = 0
+    peak_mib: float = 0.0
+    lines: dict[str, Figure] = field(default_factory=dict)
+
+    def title(self) -> str:
+        size = f"{self.size.nodes:,} nodes × {GPUS_PER_NODE} GPUs, {self.size.tenants:,} tenants"
+        jobs = f"{self.queued:,} queued in {self.classes:,} classes, {self.running:,} running"
+        return f"{size}, {jobs}; most memory {self.peak_mib:,.0f} MiB (CPU ms)"
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much of everything."""
+class Work:
+    """What to measure of one size."""
 
-    nodes: int
-    queued: int
+    size: Size
+    parts: tuple[str, ...]
+    repeats: int
+    rounds: int
+    seed: int
+    world: Path | None = None
 
-
-SMALL, LARGE = Size(1_000, 10_000), Size(10_000, 100_000)
-
-
-def tenants(size: Size) -> Iterator[Tenant]:
-    """A company, its departments, their teams; the teams own it all and lend it."""
-    yield Tenant(name="all")
-    each = size.nodes * GPUS_PER_NODE // (DEPARTMENTS * TEAMS)
-    for d in range(DEPARTMENTS):
-        yield Tenant(name=f"all/{d}", parent="all")
-        for t in range(TEAMS):
-            quotas = {"h100": Quota(nominal=each * 7 // 10), "a100": Quota(nominal=each * 3 // 10)}
-            yield Tenant(name=f"all/{d}/{t}", parent=f"all/{d}", quotas=quotas)
-
-
-def nodes(size: Size) -> Iterator[Node]:
-    """Seven in ten have the better GPUs."""
-    for i in range(size.nodes):
-        gpu_type = "h100" if i % 10 < 7 else "a100"
-        yield Node(name=f"n{i:06}", gpu_type=gpu_type, gpus=GPUS_PER_NODE, cpus=96, memory_gib=1024, cluster="main")
-
-
-def job(dice: Random, number: int, now: float) -> Job:
-    """One more queued job."""
-    replicas, gpus = dice.choice(GANGS)
-    return Job(
-        id=f"job{number:08}",
-        tenant=f"all/{dice.randrange(DEPARTMENTS)}/{dice.randrange(TEAMS)}",
-        state="queued",
-        replicas=replicas,
-        gpus_per_replica=gpus,
-        cpus_per_replica=8 * gpus,
-        memory_gib_per_replica=64 * gpus,
-        submitted_at=now,
-        priority=dice.choice(PRIORITIES),
-        gpu_types=dice.choice([("h100",), ("a100",), ("h100", "a100")]),
-        time_limit_s=float(dice.randrange(600, 90_000)),
-    )
-
-
-def carried_out(plan: Plan, jobs: dict[str, Job], now: float) -> tuple[Job, ...]:
-    """The jobs that the plan starts, running, and those that it evicts, which wait again."""
-    started = [
-        replace(
-            jobs[s.job],
-            state="running",
-            kept=None,
-            started_at=now,
-            protected_until=now + MIN_RUNTIME_S,
-            placement=s.placement,
-            gpu_type=s.gpu_type,
-        )
-        for s in plan.starts
-    ]
-    evicted = [jobs[p.job] for p in plan.preemptions]
-    waiting = [
-        replace(j, state="queued", placement=(), gpu_type=None, started_at=None, protected_until=None) for j in evicted
-    ]
-    kept = [replace(jobs[h.job], kept=h.kept) for h in plan.holds if h.kept is not None] if plan.preemptions else []
-    return (*started, *waiting, *kept)
-
-
-class Life:
-    """A cluster that goes on: what happened since the last plan, event by event."""
-
-    def __init__(self, size: Size, seed: int) -> None:
-        self.dice, self.number, self.now = Random(seed), 0, 1_000.0
-        empty = Snapshot(now=self.now, tenants=tuple(tenants(size)), nodes=tuple(nodes(size)))
-        self.jobs = {j.id: j for j in (self._submit() for _ in range(size.queued + 3 * size.nodes))}
-        self.empty = replace(empty, jobs=tuple(self.jobs.values()))
-        self._run(schedule(self.empty))
-        for _ in range(size.queued - sum(j.state == "queued" for j in self.jobs.values())):
-            new = self._submit()
-            self.jobs[new.id] = new
-        self.full = replace(empty, jobs=tuple(self.jobs.values()))
-
-    def _submit(self) -> Job:
-        self.number += 1
-        return job(self.dice, self.number, self.now + self.number)
-
-    def _run(self, plan: Plan) -> tuple[Job, ...]:
-        started = carried_out(plan, self.jobs, self.now)
-        self.jobs.update((j.id, j) for j in started)
-        return started
-
-    def events(self, last: Plan) -> Changes:
-        """A hundred events: what the last plan started, then ends and submissions by halves."""
-        started = self._run(last)
-        others = max(0, EVENTS - len(started))
-        running = [i for i, j in self.jobs.items() if j.state == "running" and j not in started]
-        ended = tuple(self.dice.sample(running, others // 2))
-        new = tuple(self._submit() for _ in range(others - len(ended)))
-        for id_ in ended:
-            del self.jobs[id_]
-        self.jobs.update((j.id, j) for j in new)
-        self.now += 1
-        return Changes(now=self.now, jobs=started + new, removed_jobs=ended)
+    def life(self) -> Life:
+        """Drawn anew, or as it was kept in `world`."""
+        if self.world is not None and self.world.exists():
+            return pickle.loads(self.world.read_bytes())
+        life = Life(self.size, self.seed)
+        if self.world is not None:
+            self.world.write_bytes(pickle.dumps(life))
+        return life
 
 
 def timed(run: Callable[[], Plan]) -> tuple[float, Plan]:
     """(CPU seconds, plan)"""
+    gc.collect()
     begin = time.process_time()
     plan = run()
     return time.process_time() - begin, plan
 
 
-def row(what: str, seconds: list[float], note: str = "") -> None:
-    """One line of the table, in milliseconds."""
-    ms = sorted(1_000 * s for s in seconds)
-    p95 = ms[min(len(ms) - 1, int(0.95 * len(ms)))]
-    print(f"  {what:<34} {statistics.median(ms):>9.1f} {p95:>9.1f} {ms[0]:>9.1f} {ms[-1]:>9.1f}  {note}")
+def measure(work: Work) -> Figures:
+    """The figures of one size; in a process of its own."""
+    life = work.life()
+    full = life.snapshot()
+    if life.size != work.size:
+        raise SystemExit(f"{work.world} is a world of another size: {life.size}")
+    planner = Planner(full)
+    running = sum(job.state == "running" for job in full.jobs)
+    figures = Figures(work.size, len(full.jobs) - running, running, planner.size.classes)
+    lines = figures.lines
+    if "cold" in work.parts:
+        lines["cold, nothing runs yet"] = _cold(life.empty, 1)
+        lines["cold, cluster full"] = _cold(full, work.repeats)
+    if "gang" in work.parts:
+        lines |= _gang(life, work.repeats)
+    if "verdict" in work.parts:
+        lines["verdict on an 80-GPU gang"] = _verdict(life, work.repeats)
+    if "reclaim" in work.parts:
+        lines[f"{work.size.reclaimed_gpus:,} one-GPU jobs reclaim"] = _reclaim(life)
+    if "steady" in work.parts:  # last, for life goes on in it
+        lines["steady, 100 events"] = _steady(planner, life, work.rounds)
+    figures.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return figures
 
 
-def measure(size: Size, *, repeats: int, rounds: int, seed: int) -> None:
-    """Print the table of one size."""
-    life = Life(size, seed)
-    waiting = sum(j.state == "queued" for j in life.jobs.values())
-    print(f"\n{size.nodes:,} nodes × {GPUS_PER_NODE} GPUs, {waiting:,} queued, {len(life.jobs) - waiting:,} running")
-    print(f"  {'CPU ms':<34} {'p50':>9} {'p95':>9} {'least':>9} {'most':>9}")
-    first = [timed(lambda: schedule(life.empty)) for _ in range(repeats)]
-    row("cold, nothing runs yet", [s for s, _ in first], f"{len(first[0][1].starts):,} start")
-    cold = [timed(lambda: schedule(life.full)) for _ in range(repeats)]
-    row("cold, cluster full", [s for s, _ in cold], f"{len(cold[0][1].starts):,} start")
-    planner = Planner(life.full)
-    plan, steady, starts = planner.plan(), [], 0
+def _cold(snapshot: Snapshot, repeats: int) -> Figure:
+    runs = [timed(lambda: schedule(snapshot)) for _ in range(repeats)]
+    return Figure([seconds for seconds, _ in runs], _said(runs[0][1]))
+
+
+def _said(plan: Plan) -> str:
+    said = {"start": len(plan.starts), "evicted": len(plan.preemptions)}
+    return ", ".join(f"{count:,} {what}" for what, count in said.items())
+
+
+def _steady(planner: Planner, life: Life, rounds: int) -> Figure:
+    plan, seconds, starts, evicted = planner.plan(), [], 0, 0
     for _ in range(rounds):
         changes = life.events(plan)
-        seconds, plan = timed(lambda changes=changes: planner.apply(changes))
-        steady.append(seconds)
+        took, plan = timed(lambda changes=changes: planner.apply(changes))
+        seconds.append(took)
         starts += len(plan.starts)
-    groups = len(plan.hold_groups)
-    row(f"steady, {EVENTS} events", steady, f"{starts / rounds:.0f} start each, {groups:,} groups of holds")
-    row("spelling out every hold", [timed(lambda: plan.holds and plan)[0]])
+        evicted += len(plan.preemptions)
+    each = f"{starts / rounds:.0f} start, {evicted / rounds:.0f} evicted each"
+    return Figure(seconds, each)
+
+
+def _asked(snapshot: Snapshot, jobs: tuple[Job, ...], repeats: int) -> tuple[Figure, Plan]:
+    """What a pass says to these jobs, on a planner that has seen the rest; their holds put into words."""
+    planner = Planner(snapshot)
+    planner.plan()
+    seconds: list[float] = []
+    for _ in range(repeats):
+        took, plan = timed(lambda: _worded(planner.apply(Changes(now=snapshot.now, jobs=jobs)), jobs))
+        seconds.append(took)
+        planner.apply(Changes(now=snapshot.now, removed_jobs=tuple(job.id for job in jobs)))
+    return Figure(seconds, _said(plan)), plan
+
+
+def _worded(plan: Plan, jobs: tuple[Job, ...]) -> Plan:
+    plan.hold_of(jobs[0].id)
+    return plan
+
+
+def _gang(life: Life, repeats: int) -> dict[str, Figure]:
+    wanted = life.size.gang_nodes
+    roomy = life.cleared(set(life.good_nodes(wanted)), tenant=GUEST)
+    block = Topology(required="block")
+    owned = life.gang(LARGE, replicas=wanted, gpus=GPUS_PER_NODE, topology=block)
+    placed, plan = _asked(replace(life.snapshot(), jobs=tuple(roomy.values())), (owned,), repeats)
+    assert owned.id in {start.job for start in plan.starts}, plan.hold_of(owned.id)
+    guest = life.gang(GUEST, replicas=wanted, gpus=GPUS_PER_NODE, topology=block)
+    waits, plan = _asked(life.snapshot(), (guest,), repeats)
+    hold = plan.hold_of(guest.id)
+    assert hold is not None, "there is no room for it"
+    waits.note = f"{hold.reason.value}: {hold.message}"
+    return {f"gang of {wanted} nodes in a block, placed": placed, "the same where all is full": waits}
+
+
+def _verdict(life: Life, repeats: int) -> Figure:
+    gang = life.gang(GUEST, replicas=VERDICT_NODES, gpus=GPUS_PER_NODE)
+    figure, plan = _asked(life.snapshot(), (gang,), repeats)
+    hold = plan.hold_of(gang.id)
+    assert hold is not None, "there is no room for it"
+    figure.note = f"{hold.reason.value}: {hold.message}"
+    return figure
+
+
+def _reclaim(life: Life) -> Figure:
+    names = life.good_nodes(life.size.reclaimed_gpus // GPUS_PER_NODE)
+    jobs = life.cleared(set(names), tenant=GUEST)
+    jobs |= {job.id: job for job in life.guests(names)}
+    kind = life.gang(OWNER, replicas=1, gpus=1)
+    owners = tuple(life.new(kind) for _ in range(life.size.reclaimed_gpus))
+    figure, plan = _asked(replace(life.snapshot(), jobs=tuple(jobs.values())), owners, 1)
+    mine = {job.id for job in owners}
+    assert sum(victim.for_job in mine for victim in plan.preemptions), "somebody makes room"
+    return figure
+
+
+def growth(full: Size, *, quick: bool) -> list[Size]:
+    """The sizes of the table: nodes, then queued jobs, then kinds of them, each with the rest as in `full`."""
+    steps = (100, 10) if quick else (100, 10, 1)
+    by_nodes = [replace(full, nodes=full.nodes // n, running=full.running // n) for n in steps]
+    by_queue = [replace(full, queued=full.queued // n) for n in steps if n > 1]
+    by_kinds = [replace(full, kinds=full.kinds // 10), replace(full, kinds=full.kinds * 10)]
+    return [*by_nodes, *by_queue, *by_kinds]
+
+
+def in_own_process(work: Work) -> Figures:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, work).result()
+
+
+def show_figures(figures: Figures) -> None:
+    columns = ["", "n", "p50", "p99", "min–max", ""]
+    rows = [[name, str(len(f.seconds)), *_cells(f.seconds), f.note] for name, f in figures.lines.items()]
+    show(figures.title(), columns, rows)
+
+
+def _cells(seconds: list[float]) -> list[str]:
+    ms = [1_000 * s for s in seconds]
+    return [f"{percentile(ms, 0.5):,.0f}", f"{percentile(ms, 0.99):,.0f}", f"{min(ms):,.0f}–{max(ms):,.0f}"]
+
+
+def show_growth(sizes: list[Figures]) -> None:
+    rows: list[list[str]] = []
+    for figures in sizes:
+        size, cold, steady = figures.size, figures.lines["cold, cluster full"], figures.lines["steady, 100 events"]
+        amounts = [size.nodes, figures.queued, figures.running, size.kinds, figures.classes]
+        row = [f"{amount:,}" for amount in amounts] + [_cells(cold.seconds)[0], *_cells(steady.seconds)[:2]]
+        rows.append([*row, f"{figures.peak_mib:,.0f}"])
+    columns = ["nodes", "queued", "running", "kinds", "classes", "cold p50", "steady p50", "p99", "MiB"]
+    show("How it grows (CPU ms)", columns, rows)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything, fewer rounds")
+    parser.add_argument("--growth", action="store_true", help="the table of sizes as well")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="these parts")
+    for name in ("nodes", "queued", "running", "tenants", "kinds"):
+        parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Size(), name):,}")
+    parser.add_argument("--repeats", type=int, default=3, help="of each but steady passes (default 3)")
+    parser.add_argument("--rounds", type=int, help="steady passes (default 100, quick 30)")
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--world", type=Path, metavar="FILE", help="keep the drawn cluster here, and use it next time")
+    return parser.parse_args()
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--size", choices=("small", "large", "both"), default="both")
-    options.add_argument("--repeats", type=int, default=3, help="cold passes (default 3)")
-    options.add_argument("--rounds", type=int, default=30, help="steady passes (default 30)")
-    options.add_argument("--seed", type=int, default=20)
-    chosen = options.parse_args()
-    sizes = {"small": [SMALL], "large": [LARGE], "both": [SMALL, LARGE]}[chosen.size]
-    for size in sizes:
-        gc.collect()
-        measure(size, repeats=chosen.repeats, rounds=chosen.rounds, seed=chosen.seed)
-    print(f"\nmost memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB (inputs included)")
+    chosen = options()
+    base = QUICK if chosen.quick else Size()
+    given = {name: getattr(chosen, name) for name in ("nodes", "queued", "running", "tenants", "kinds")}
+    size = replace(base, **{name: value for name, value in given.items() if value is not None})
+    rounds = chosen.rounds or (30 if chosen.quick else 100)
+    work = Work(size, tuple(chosen.only), chosen.repeats, rounds, chosen.seed, chosen.world)
+    show_figures(in_own_process(work))
+    if chosen.growth:
+        sizes = growth(size, quick=chosen.quick)
+        show_growth([in_own_process(Work(each, GROWTH_PARTS, 1, rounds, chosen.seed)) for each in sizes])
+    print(f"load average {', '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The clients: `Client` blocks, `AsyncClient` awaits. This module owns the list of operations; what each one is stands
-in `job_requests.py`, `array_requests.py`, `outputs.py`, `environments.py` and `fleet_requests.py`, how it is carried
-out in `transport.py`.
+in `job_requests.py`, `array_requests.py`, `outputs.py`, `environments.py`, `maintenance.py`, `fleet_requests.py`, how
+it is carried out in `transport.py`.
 
     job_file = {"name": "hello", "resources": {"gpus": 2}, "run": {"command": "python train.py"}}
     with phalanx.Client() as client:  # the server of PHALANX_URL and PHALANX_TOKEN, else of `phalanx login`
@@ -22,6 +22,7 @@ from phalanx import config
 from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
+from phalanx import maintenance as upkeep
 from phalanx import outputs as files
 from phalanx.calls import Call, Download, Pages, Steps, Stream
 from phalanx.retry import RetryPolicy
@@ -188,6 +189,12 @@ class Client:
     cordon = _call(fleet.cordon)
     uncordon = _call(fleet.uncordon)
     drain = _call(fleet.drain)
+    maintenance_windows = _pages(upkeep.maintenance_windows)
+    maintenance_window = _call(upkeep.maintenance_window)
+    create_maintenance = _call(upkeep.create_maintenance)
+    change_maintenance = _call(upkeep.change_maintenance)
+    end_maintenance = _call(upkeep.end_maintenance)
+    delete_maintenance = _call(upkeep.delete_maintenance)
     clusters = _pages(fleet.clusters)
     create_cluster = _call(fleet.create_cluster)
     tenants = _pages(fleet.tenants)
@@ -275,6 +282,12 @@ class AsyncClient:
     cordon = _acall(fleet.cordon)
     uncordon = _acall(fleet.uncordon)
     drain = _acall(fleet.drain)
+    maintenance_windows = _apages(upkeep.maintenance_windows)
+    maintenance_window = _acall(upkeep.maintenance_window)
+    create_maintenance = _acall(upkeep.create_maintenance)
+    change_maintenance = _acall(upkeep.change_maintenance)
+    end_maintenance = _acall(upkeep.end_maintenance)
+    delete_maintenance = _acall(upkeep.delete_maintenance)
     clusters = _apages(fleet.clusters)
     create_cluster = _acall(fleet.create_cluster)
     tenants = _apages(fleet.tenants)

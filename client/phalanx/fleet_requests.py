@@ -40,7 +40,7 @@ def plan(
 
 
 def calibration() -> Call[models.CalibrationReport]:
-    """How good the scheduler's forecasts of starts and run times were."""
+    """How good the scheduler's forecasts of starts and run times were, of the jobs that the caller may see."""
     return Call("GET", "/v1/scheduler/calibration", one(models.CalibrationReport))
 
 

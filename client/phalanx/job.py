@@ -33,6 +33,9 @@ def report(*, step: int | None = None, total_steps: int | None = None, **metrics
     Values may be ints, floats, or NumPy or torch scalars; NaN and infinities are kept as such. Never blocks and never
     raises: when the node is overloaded the point is dropped and counted. One exception to "never blocks" is of the
     caller's making: reading a CUDA tensor waits for the GPU, so pass `loss.item()` only where the loop has it anyway.
+
+    An elastic job grows by what it reports: `tokens_per_s`, `samples_per_s` or `global_batch`, of the whole job, from
+    rank 0; else its steps count.
     """
     link = _link()
     if link is not None:

@@ -195,6 +195,19 @@ class Progress(Model):
 
 
 @dataclass(frozen=True)
+class Speed(Model):
+    """Progress per second of an elastic job with so many replicas; `relative` to one. Null `per_s`: an earlier job of
+    the same name was measured."""
+
+    replicas: int
+    gpu_type: str | None = None
+    per_s: float | None = None
+    unit: str | None = None
+    relative: float | None = None
+    measured_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Checkpoint(Model):
     url: str
     step: int | None = None
@@ -234,6 +247,7 @@ class Job(Model):
     failures: int = 0
     attempt: Attempt | None = None
     progress: Progress | None = None
+    speeds: list[Speed] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     phases: Phases | None = None
     bundle: str | None = None
@@ -382,7 +396,18 @@ class QueueItem(Model):
 
 
 @dataclass(frozen=True)
+class Remaining(Model):
+    """A job that still holds something on a draining node: why, and when it is gone at the latest, if anything says."""
+
+    job: str
+    why: str = ""
+    ends_by: datetime | None = None
+
+
+@dataclass(frozen=True)
 class Node(Model):
+    """`remaining` and `outlook`: of a draining node, what keeps it from being empty."""
+
     id: str
     name: str
     cluster: str = ""
@@ -401,6 +426,8 @@ class Node(Model):
     clock_skew_s: float | None = None
     stats: dict[str, Any] | None = None
     jobs: list[str] = field(default_factory=list)
+    remaining: list[Remaining] = field(default_factory=list)
+    outlook: str | None = None
 
 
 @dataclass(frozen=True)

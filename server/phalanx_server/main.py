@@ -33,6 +33,7 @@ from phalanx_server.api import (
     health,
     jobs,
     logs,
+    maintenance,
     metrics,
     node_link,
     nodes,
@@ -64,7 +65,7 @@ from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
 OF_JOBS = (jobs, arrays, events, explain, logs, outputs, metrics, queue, plan, calibration, bundles, environments)
-RESOURCES = (*OF_JOBS, nodes, tenants, quotas, policy, tokens, clusters)
+RESOURCES = (*OF_JOBS, nodes, maintenance, tenants, quotas, policy, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
 

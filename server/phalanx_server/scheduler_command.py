@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from phalanx_server.loops.deliver_outbox import DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.measure_speeds import MeasureSpeeds
 from phalanx_server.loops.measures import Loop, Loops, PassMeasures, measure, serve_measures
 from phalanx_server.loops.retain import Keep, Retain
 from phalanx_server.loops.schedule import ScheduleLoop
@@ -117,7 +118,8 @@ def _loops(
         leader=leader,
         schedule=ScheduleLoop(engine, leader, policy=policy, wakeups=wakeups, told=passes.observe),
         watch_nodes=WatchNodes(engine, leader, patience),
-        enforce=Enforce(engine, leader),
+        enforce=Enforce(engine, leader, policy=policy),
+        speeds=MeasureSpeeds(engine, leader),
         outbox=DeliverOutbox(engine, leader, webhook_url=settings.webhook_url, client=client),
         retain=Retain(
             engine,

@@ -97,17 +97,20 @@ def stopped_by_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. SystemExit names the port if it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+@contextmanager
+def reserved_port(host: str, port: int) -> Iterator[int]:
+    """`port`, or a free one for 0, which nobody gets meanwhile who does not ask for it by its number: Ray, which starts
+    beside the server, takes many. It is bound and never listened on; the server binds it too (both say that they share
+    the address). SystemExit names the port if it is taken."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            reserved.bind((host, port))
         except OSError as error:
             raise SystemExit(
                 f"phalanx up: cannot listen on {host}:{port} ({error.strerror}); choose another --port"
             ) from None
-        return probe.getsockname()[1]
+        yield reserved.getsockname()[1]
 
 
 async def prepare_database(url: str) -> Any:
@@ -341,8 +344,9 @@ def mount_warnings(allowed: Iterable[str]) -> list[str]:
 
 def bring_up(machine: Machine, command: list[str]) -> int:
     make_directories(machine.data)
-    with exclusive(machine.data), stopped_by_signals() as stop_request:
-        up = Up(replace(machine, port=free_port(machine.host, machine.port)), stop_request)
+    reserved = reserved_port(machine.host, machine.port)
+    with exclusive(machine.data), reserved as port, stopped_by_signals() as stop_request:
+        up = Up(replace(machine, port=port), stop_request)
         try:
             with console.status("Starting PostgreSQL, the server, the scheduler and Ray"):
                 up.start()

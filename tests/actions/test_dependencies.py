@@ -9,12 +9,15 @@ from uuid import UUID
 import pytest
 from control_plane import ControlPlane
 from phalanx_server.actions.cancel_job import cancel_array, cancel_job
+from phalanx_server.actions.settle_dependents import settle_dependents
 from phalanx_server.actions.submit_jobs import Submission, Submitter
 from phalanx_server.domain.access import SYSTEM, Actor
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.spec import parse_job
 from phalanx_server.scheduling.snapshot import Dependency, Job
 from phalanx_server.store import ids
+from phalanx_server.store.attempts import lock_jobs
+from phalanx_server.store.jobs import change_jobs
 from phalanx_server.store.schema import dependencies, events, jobs, outbox, tenants
 from sqlalchemy import insert, select
 
@@ -160,6 +163,37 @@ async def test_an_array_that_waits_is_cancelled_as_a_whole(plane: ControlPlane) 
     last = await after(plane, ok=members[:5])
     await cancel_job(plane.engine, first, actor=SYSTEM, now=plane.now)
     assert {await plane.state(each) for each in [*members, last]} == {"cancelled"}
+
+
+@pytest.mark.parametrize("code", [0, 1])
+async def test_an_end_that_concerns_nobody_yet_locks_none_of_those_that_wait(plane: ControlPlane, code: int) -> None:
+    """Else an array of n that waits for an array of m costs n times m locks, and is in the way of a cancel."""
+    await plane.add_nodes(1, gpus=3)
+    name, members = await array(plane, "0-2")
+    await plane.tick()
+    for member in members:
+        await plane.start(member)
+    waiting = (await plane.submit_file(array={"indices": "0-3"}, after={"any": [name]})).jobs[0].id
+    async with plane.engine.begin() as conn:
+        await lock_jobs(conn, [waiting], held=())
+        for member in members[:2]:
+            await asyncio.wait_for(end(plane, member, code), 5)
+        last = asyncio.create_task(end(plane, members[2]))
+        assert not (await asyncio.wait([last], timeout=0.3))[0], "the last end locks whom it lets go on"
+    await last
+    assert (await plane.job(waiting)).unmet == 0
+
+
+async def test_the_last_two_jobs_of_an_array_may_end_at_the_same_time(plane: ControlPlane) -> None:
+    name, (first, last) = await array(plane, "0-1")
+    waiting = (await plane.submit_file(after={"any": [name]})).jobs[0].id
+    async with plane.engine.begin() as conn:
+        await change_jobs(conn, [first], {"state": "cancelled", "finished_at": plane.now})
+        await settle_dependents(conn, [first], now=plane.now)
+        other = asyncio.create_task(cancel_job(plane.engine, last, actor=SYSTEM, now=plane.now))
+        await asyncio.wait([other], timeout=0.3)
+    await other
+    assert (await plane.job(waiting)).unmet == 0, "neither saw what the other had ended"
 
 
 async def test_what_is_met_already_is_not_waited_for(plane: ControlPlane) -> None:

@@ -14,7 +14,8 @@ from phalanx_server.actions.set_node_state import set_node_state
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.node import NodeState
-from phalanx_server.scheduling.plan import Migration, Plan, Preemption, Resize, Start
+from phalanx_server.domain.reason import Held
+from phalanx_server.scheduling.plan import HoldGroup, Migration, Plan, Preemption, Resize, Start
 from phalanx_server.scheduling.snapshot import Job, PlacementItem, Policy, Seat, Snapshot
 from phalanx_server.store import ids
 from phalanx_server.store.holds import HoldRow
@@ -210,6 +211,46 @@ async def test_nobody_gives_way_for_a_job_that_no_longer_waits_as_it_did(plane: 
     done = await commit(plane, Plan(preemptions=(evict(victim, big),)), cursor=cursor)
     assert done.dropped == {victim.hex: "the job that it would give way to no longer waits as the pass saw it"}
     assert await plane.state(victim) == "running"
+
+
+@pytest.mark.parametrize("how", ["cordoned", "lost", "smaller", "silent", "open"])
+async def test_nobody_gives_way_for_a_place_that_has_closed_meanwhile(plane: ControlPlane, how: str) -> None:
+    """Its victim is on another node than the one that closes: only what is kept tells."""
+    await plane.add_nodes(1, gpus=3)
+    victim, _ = await plane.run(gpus=3)
+    await plane.add_nodes(1, gpus=4)
+    big = await plane.submit(replicas=2, gpus=3, name="big", priority="high")
+    held = HoldGroup([big.hex], Held(), await seat(plane, {"node-0": 1, "node-1": 1}))
+    _, cursor = await seen(plane)
+    match how:
+        case "cordoned":
+            node_id = (await plane.node("node-1")).id
+            await set_node_state(plane.engine, node_id, wanted=NodeState.CORDONED, actor=SYSTEM, now=plane.now)
+        case "lost":
+            await plane.lose("node-1")
+        case "smaller":
+            plane.change_node("node-1", gpus=2)
+            await plane.send_inventory()
+        case "silent":
+            plane.later(3600)
+    done = await commit(
+        plane,
+        Plan(preemptions=(evict(victim, big),), hold_groups=(held,)),
+        await waits(plane, big, {"node-0": 1, "node-1": 1}),
+        cursor=cursor,
+    )
+    assert await plane.state(victim) == ("stopping" if how == "open" else "running")
+    assert done.unheld == (frozenset() if how == "open" else {big.hex})
+    assert (
+        set(done.dropped.values())
+        == {
+            "cordoned": {"a node does not take work"},
+            "lost": {"a node does not take work"},
+            "smaller": {"node-1 will have no room for it"},
+            "silent": {"the agent of node-0 is silent"},
+            "open": set(),
+        }[how]
+    )
 
 
 async def test_who_stops_already_is_not_stopped_again(plane: ControlPlane) -> None:

@@ -11,10 +11,11 @@ from phalanx_server.actions.bootstrap import bootstrap
 from phalanx_server.actions.create_tenant import NewTenant, create_tenant
 from phalanx_server.actions.idempotency import Idempotency
 from phalanx_server.actions.save_bundle import save_bundle
-from phalanx_server.actions.submit_jobs import Submission, Submitter
+from phalanx_server.actions.submit_jobs import LARGE_JOBS, SHARED_MAX_JOBS, Submission, Submitter
 from phalanx_server.domain.access import SYSTEM, Actor
 from phalanx_server.domain.errors import IdempotencyConflict, Impossible, Invalid, Unavailable
 from phalanx_server.domain.spec import parse_job
+from phalanx_server.store.attempts import lock_jobs
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.job_views import load_jobs
 from phalanx_server.store.schema import audit, clusters, events, idempotency_keys, jobs, nodes
@@ -100,6 +101,36 @@ async def test_submits_that_come_together_share_a_commit(ready, submitter):
     assert await count(ready, jobs) == 200
     assert len({answer.jobs[0].id for answer in answers}) == 200
     assert len(commits) <= 3
+
+
+async def test_a_shared_transaction_is_bounded(ready):
+    flushed = []
+    submitter = Submitter(ready, on_flush=flushed.append)
+    await submitter.start()
+    try:
+        await asyncio.gather(*(submitter.submit(submission(job(f"j{n}"))) for n in range(SHARED_MAX_JOBS + 50)))
+        await submitter.submit(submission(*[job()] * (LARGE_JOBS + 1), batch=True))
+    finally:
+        await submitter.close()
+    assert flushed == [SHARED_MAX_JOBS, 50, LARGE_JOBS + 1], "and none is empty"
+
+
+@pytest.mark.parametrize("large", ["array", "batch"])
+async def test_nobody_waits_for_a_large_submit_which_stays_all_or_nothing(ready, submitter, large):
+    """It waits itself, for what another transaction holds."""
+    (first,) = (await submitter.submit(submission())).jobs
+    more = {"after": {"any": [f"job_{first.id.hex}"]}}
+    size = LARGE_JOBS + 1
+    specs = [job("many", array={"indices": f"0-{size - 1}"}, **more)] if large == "array" else [job(**more)] * size
+    async with ready.begin() as conn:
+        await lock_jobs(conn, [first.id], held=())
+        slow = asyncio.create_task(submitter.submit(submission(*specs, batch=large == "batch")))
+        for n in range(3):
+            await asyncio.wait_for(submitter.submit(submission(job(f"other-{n}"))), 5)
+        assert not slow.done() and await count(ready, jobs) == 4
+    with commits_of(ready) as commits:
+        await slow
+    assert len(commits) == 1 and await count(ready, jobs) == 4 + size
 
 
 async def test_one_that_is_refused_fails_alone(ready, submitter):

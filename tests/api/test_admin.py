@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
+from phalanx_server.store.schema import attempts
+from sqlalchemy import update
 
 
 async def test_a_tenant_is_created_once(admin: httpx.AsyncClient) -> None:
@@ -154,3 +157,50 @@ async def test_a_name_that_two_clusters_use_has_to_be_an_id(admin: httpx.AsyncCl
         )
     answer = await admin.get("/v1/nodes/n0")
     assert answer.status_code == 409 and "east" in answer.json()["detail"]
+
+
+async def test_a_drain_says_what_will_not_leave_and_until_when(
+    admin: httpx.AsyncClient, calls: Any, world: Any, job_file: Any
+) -> None:
+    """To each caller of the jobs that they may see; and the node's view says it again."""
+    stays = {"preemption": {"preemptible": False, "grace": "10s"}}
+    wanted = (
+        ("not_preemptible", stays | {"time_limit": "1h"}),
+        ("not_preemptible", stays),
+        ("min_runtime", {"preemption": {"min_runtime": "1h"}, "time_limit": "2h"}),
+        ("no_room", {"tenant": "vision"}),
+    )
+    assert (await admin.post("/v1/nodes/n0/drain")).json()["outlook"] == "Nothing is left there."
+    await admin.post("/v1/nodes/n0/uncordon")
+    made = []
+    for _, fields in wanted:
+        job = (await admin.post("/v1/jobs", json=job_file(**fields))).json()["id"]
+        await world.place(job)
+        made.append(job)
+    started = datetime.now(UTC).replace(microsecond=0)
+    async with world.engine.begin() as conn:
+        await conn.execute(update(attempts).values(started_at=started, state="running", grace_s=10))
+    assert (await admin.get("/v1/nodes/n0")).json()["remaining"] == [], "it is not draining"
+    answer = (await admin.post("/v1/nodes/n0/drain")).json()
+    assert [(each["job"], each["why"]) for each in answer["remaining"]] == [
+        (job, why) for job, (why, _) in zip(made, wanted, strict=True)
+    ]
+    ends = [each["ends_by"] and datetime.fromisoformat(each["ends_by"]) - started for each in answer["remaining"]]
+    assert ends == [timedelta(seconds=3610), None, timedelta(seconds=7210), None]
+    assert answer["outlook"].startswith(
+        "2 jobs are not preemptible and run on, 1 without a time limit. 1 job moves after"
+    )
+    assert "It may not empty by itself" in answer["outlook"]
+    assert (await admin.get("/v1/nodes/n0")).json() == answer
+    assert (await admin.get("/v1/nodes")).json()["items"][0] == answer
+    bobs = (await calls("bob").get("/v1/nodes/n0")).json()
+    assert [each["job"] for each in bobs["remaining"]] == made[3:] and bobs["outlook"].startswith("1 job moves once")
+
+
+async def test_what_a_draining_node_holds_for_others_is_told_to_nobody_else(
+    admin: httpx.AsyncClient, calls: Any, world: Any, job_file: Any
+) -> None:
+    await world.place((await admin.post("/v1/jobs", json=job_file())).json()["id"])
+    await admin.post("/v1/nodes/n0/drain")
+    bobs = (await calls("bob").get("/v1/nodes/n0")).json()
+    assert (bobs["remaining"], bobs["outlook"], bobs["gpus_used"]) == ([], None, 1)

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from phalanx_server.loops.deliver_outbox import DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.measure_speeds import MeasureSpeeds
 from phalanx_server.loops.retain import Keep, Retain
 from phalanx_server.loops.schedule import ScheduleLoop
 from phalanx_server.loops.watch_nodes import Patience, WatchNodes
@@ -339,7 +340,8 @@ async def test_the_scheduler(full: None, calls: Any, world: Any, job_file: Any) 
         for each in (
             leader,
             WatchNodes(world.engine, leader, patience),
-            Enforce(world.engine, leader),
+            Enforce(world.engine, leader, policy=Policy()),
+            MeasureSpeeds(world.engine, leader),
             DeliverOutbox(world.engine, leader, webhook_url="http://127.0.0.1:9", client=client),
             retain_of(world, leader),
         ):

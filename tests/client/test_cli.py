@@ -326,6 +326,21 @@ def test_queue_and_nodes_and_tenants(wired: FakeServer, run: Run) -> None:
     assert "h100 8/8" in run("tenants").stdout
 
 
+def test_a_drain_says_what_will_not_leave(wired: FakeServer, run: Run) -> None:
+    remaining = [
+        {"job": JOB_ID, "why": "not_preemptible", "ends_by": "2026-11-21T13:00:00Z"},
+        {"job": JOB_ID, "why": "no_room", "ends_by": None},
+    ]
+    node = {"id": "node_1", "name": "node-0", "state": "draining", "gpus": 8, "gpus_used": 2}
+    node |= {"remaining": remaining, "outlook": "1 job stays. It may not empty by itself."}
+    wired.on("POST /v1/nodes/node-0/drain", answer(node)).on("GET /v1/nodes/node-0", answer(node))
+    for command in ("drain", "show"):
+        said = run("nodes", command, "node-0").stdout
+        assert "It may not empty by itself." in said
+        assert f"{JOB_ID}  not preemptible, 2026-11-21 13:00:00Z at the latest" in said
+        assert f"{JOB_ID}  no room, no time limit" in said
+
+
 def test_a_node_says_whose_users_run_its_ranks(wired: FakeServer, run: Run) -> None:
     node = {"id": "node_1", "name": "node-0", "state": "ready", "gpus": 8}
     wired.on("GET /v1/nodes/node-0", answer(node | {"own_users": True}))

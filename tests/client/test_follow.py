@@ -138,6 +138,23 @@ def test_a_job_that_is_tried_again_says_meanwhile_what_went_wrong(following) -> 
     assert describe.last_end(Job.from_json(job("failed", message=NO_START))) is None, "it waits no more"
 
 
+def test_how_fast_an_elastic_job_is_with_each_number_of_replicas() -> None:
+    measured = {"unit": "tokens_per_s", "gpu_type": "h100"}
+    speeds = [
+        measured | {"replicas": 1, "per_s": 1000.0, "relative": 1.0},
+        measured | {"replicas": 2, "per_s": 1912.5, "relative": 1.9125},
+    ]
+    assert describe.speeds(Job.from_json(job("running", speeds=speeds))) == [
+        "1 replica: 1,000 tokens/s",
+        "2 replicas: 1,912 tokens/s, 1.91 × one",
+    ]
+    earlier = [{"replicas": n, "gpu_type": kind, "relative": n * 0.9} for n, kind in ((2, "a100"), (4, "h100"))]
+    assert describe.speeds(Job.from_json(job("running", speeds=earlier))) == [
+        "2 replicas of a100: 1.80 × one (an earlier job of this name)",
+        "4 replicas of h100: 3.60 × one (an earlier job of this name)",
+    ]
+
+
 def test_a_job_that_failed_shows_the_stderr_of_the_rank_that_failed(following) -> None:
     exits = [
         {"rank": 0, "signal": signal.SIGTERM, "ended_at": 20.0},

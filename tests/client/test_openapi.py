@@ -13,6 +13,7 @@ from phalanx import array_requests as arrays
 from phalanx import environments as packages
 from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
+from phalanx import maintenance as upkeep
 from phalanx import outputs as files
 from phalanx.bundle import Bundle
 from phalanx.calls import Call, Stream
@@ -65,6 +66,12 @@ ASKED: dict[str, Any] = {
     "cordon": fleet.cordon("n"),
     "uncordon": fleet.uncordon("n"),
     "drain": fleet.drain("n"),
+    "maintenance_windows": upkeep.maintenance_windows(over=True)("c"),
+    "maintenance_window": upkeep.maintenance_window("mnt_1"),
+    "create_maintenance": upkeep.create_maintenance(starts_at=NOW, ends_at=NOW, nodes=["n"]),
+    "change_maintenance": upkeep.change_maintenance("mnt_1", ends_at=NOW),
+    "end_maintenance": upkeep.end_maintenance("mnt_1"),
+    "delete_maintenance": upkeep.delete_maintenance("mnt_1"),
     "clusters": fleet.clusters()(None),
     "create_cluster": fleet.create_cluster("c"),
     "tenants": fleet.tenants()(None),

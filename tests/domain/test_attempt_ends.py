@@ -64,6 +64,26 @@ SENTENCES = {
         Outcome.PREEMPTED,
         JobState.QUEUED,
     ),
+    "preempted with time left: queued": (
+        {"cause": StopCause.PREEMPTION, "exits": [KILLED], "time_left_s": 0.5},
+        Outcome.PREEMPTED,
+        JobState.QUEUED,
+    ),
+    "preempted with nothing left of its time limit: failed": (
+        {"cause": StopCause.PREEMPTION, "exits": [OK], "time_left_s": 0.0},
+        Outcome.PREEMPTED,
+        JobState.FAILED,
+    ),
+    "preempted with nothing left, but it says that it is done: succeeded": (
+        {"cause": StopCause.PREEMPTION, "exits": [DONE], "time_left_s": -3.0},
+        Outcome.SUCCEEDED,
+        JobState.SUCCEEDED,
+    ),
+    "a crash with a retry left, but no time: failed": (
+        {"exits": [CRASH], "max_retries": 3, "time_left_s": -1.0},
+        Outcome.FAILED,
+        JobState.FAILED,
+    ),
     "it could not start four times: failed": (
         {"start_error": "no such bundle", "failures": 3},
         Outcome.START_FAILED,
@@ -77,6 +97,17 @@ def test_table_of_ends(sentence):
     facts, outcome, job_state = SENTENCES[sentence]
     end = decide_end(EndFacts(**facts))
     assert (end.outcome, end.job_state) == (outcome, job_state)
+
+
+def test_a_job_without_time_left_fails_for_its_limit_whatever_ended_its_attempt():
+    facts = EndFacts(cause=StopCause.PREEMPTION, exits=[KILLED], time_left_s=0.0)
+    end = decide_end(facts)
+    assert (end.outcome, end.reason) == (Outcome.PREEMPTED, Outcome.TIME_LIMIT)
+    assert end.message == "gave way to another job, and nothing is left of its time limit"
+    crash = decide_end(EndFacts(exits=[CRASH], max_retries=1, time_left_s=0.0))
+    assert (crash.reason, crash.counts_as_failure) == (Outcome.TIME_LIMIT, True)
+    final = decide_end(EndFacts(exits=[CRASH], time_left_s=0.0))
+    assert final.reason == Outcome.FAILED, "it would have failed anyway"
 
 
 @pytest.mark.parametrize("cause", STOPS)

@@ -68,7 +68,7 @@ class Crowd:
 
     async def scheduler(self) -> None:
         await self.plane.tick()
-        await Enforce(self.plane.engine, self.plane.leader).tick(self.plane.now)
+        await Enforce(self.plane.engine, self.plane.leader, policy=self.plane.policy).tick(self.plane.now)
         self.plane.later(0.2)
 
     async def agent(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import datetime, timedelta
-from uuid import UUID
 
 import httpx
 import pytest
@@ -14,76 +13,14 @@ from phalanx_server.actions.cancel_job import cancel_job
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.loops import deliver_outbox, ticking
 from phalanx_server.loops.deliver_outbox import MAX_TRIES, DeliverOutbox
-from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.retain import AHEAD, BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
 from phalanx_server.loops.ticking import tick_forever
-from phalanx_server.store.attempts import overdue_attempts
 from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.outbox import mark_delivered, mark_failed
 from phalanx_server.store.outputs import OutputFiles
-from phalanx_server.store.schema import events, holds, idempotency_keys, leases, logs, metrics, outbox
-from sqlalchemy import insert, select, update
+from phalanx_server.store.schema import events, holds, idempotency_keys, logs, metrics, outbox
+from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
-
-# ------------------------------------------------------------------ time limits
-
-
-async def test_a_job_over_its_limit_is_asked_to_end(plane: ControlPlane) -> None:
-    await plane.add_nodes(1)
-    enforce = Enforce(plane.engine, plane.leader)
-    limited, attempt = await plane.run(time_limit="10m")
-    free, _ = await plane.run()
-    plane.later(599)
-    assert await enforce.tick(plane.now) == []
-    plane.later(1)
-    assert await enforce.tick(plane.now) == [limited]
-    assert await enforce.tick(plane.now) == []
-    assert (await plane.attempt(limited)).stop_cause == "time_limit"
-    assert (await plane.state(limited), await plane.state(free)) == ("stopping", "running")
-    await plane.report(plane.ended(attempt, 143))
-    job = await plane.job(limited)
-    assert (job.state, job.reason) == ("failed", "time_limit")
-
-
-async def test_the_limit_of_one_attempt_never_ends_the_next(
-    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The attempt that ran for too long fails by itself, and its job starts again, between two statements."""
-    await plane.add_nodes(1)
-    job_id, attempt = await plane.run(time_limit="10m", retries={"max": 1, "backoff": 0})
-    plane.later(600)
-
-    async def overdue(conn: AsyncConnection, *, now: datetime) -> list[UUID]:
-        found = await overdue_attempts(conn, now=now)
-        await plane.report(plane.ended(attempt, 1))
-        await plane.tick()
-        return found
-
-    monkeypatch.setattr("phalanx_server.actions.enforce_limits.overdue_attempts", overdue)
-    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
-    assert await plane.state(job_id) == "starting"
-
-
-async def test_a_deposed_leader_ends_nothing(plane: ControlPlane) -> None:
-    await plane.add_nodes(1)
-    job_id, _ = await plane.run(time_limit="10m")
-    plane.later(600)
-    await depose(plane)
-    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
-    assert await plane.state(job_id) == "running"
-
-
-async def test_time_spent_waiting_is_not_limited(plane: ControlPlane) -> None:
-    await plane.add_nodes(1)
-    job_id = await plane.submit(time_limit=10)
-    plane.later(100)
-    await plane.tick()
-    plane.later(100)
-    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
-    await plane.start(job_id)
-    assert await Enforce(plane.engine, plane.leader).tick(plane.now) == []
-
 
 # ------------------------------------------------------------------ outbox
 
@@ -157,12 +94,6 @@ async def test_without_a_webhook_nothing_piles_up(plane: ControlPlane) -> None:
     assert all(row.delivered_at for row in await plane.rows(outbox))
 
 
-async def depose(plane: ControlPlane) -> None:
-    """Another leads, and this leader does not know it yet."""
-    async with plane.engine.begin() as conn:
-        await conn.execute(update(leases).values(epoch=leases.c.epoch + 1))
-
-
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("url", [None, "http://hook.test"])
 async def test_a_deposed_leader_notes_no_delivery_and_no_failure(
@@ -172,7 +103,7 @@ async def test_a_deposed_leader_notes_no_delivery_and_no_failure(
     await plane.run()
     receiver = Receiver()
     receiver.status = status
-    await depose(plane)
+    await plane.depose()
     assert await receiver.loop(plane, url).tick(plane.now) == 0
     (row,) = await plane.rows(outbox)
     assert (row.tries, row.delivered_at, row.last_error) == (0, None, None)
@@ -281,7 +212,7 @@ async def test_a_deposed_leader_forgets_nothing(plane: ControlPlane) -> None:
     await plane.node_report("node-0", logs=[plane.log(attempt, "x")])
     await plane.report(plane.ended(attempt, 0))
     before = await partitions(plane, "metrics")
-    await depose(plane)
+    await plane.depose()
     await retain_of(plane).tick(plane.later(400 * 86400))
     assert await plane.kinds(job_id) != []
     assert len(await plane.rows(outbox)) == 2

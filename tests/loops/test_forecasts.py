@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
 from control_plane import ControlPlane
+from phalanx_server.actions.requeue_job import requeue_job
+from phalanx_server.domain.access import SYSTEM
+from phalanx_server.loops.schedule import ScheduleLoop
 from phalanx_server.scheduling.snapshot import Job, Policy, Snapshot
 from phalanx_server.store.calibration import calibrated_runs, calibrated_starts
-from phalanx_server.store.forecasts import HISTORY_JOBS, load_history
+from phalanx_server.store.forecasts import HISTORY_JOBS, NEWEST, load_history
 from phalanx_server.store.schema import forecasts, holds
 from phalanx_server.store.snapshots import load_snapshot, reading
-from sqlalchemy import select
+from sqlalchemy import select, text
+
+FIRST = ("first_start", "first_start_low", "first_start_high")
 
 
 async def ran(plane: ControlPlane, run_s: float, **fields: object) -> UUID:
@@ -200,6 +206,72 @@ async def test_an_expected_start_has_an_interval_and_is_compared_with_what_came(
     await plane.tick()
     await plane.tick()
     assert plane.scheduler.runs.jobs == 12, "a new leader knows as much"
+
+
+async def test_what_was_first_said_of_a_start_outlives_the_scheduler_and_not_the_wait(
+    plane: ControlPlane,
+) -> None:
+    """The next scheduler says something else by then: it is the first that is compared."""
+    await plane.add_nodes(1)
+    for run_s in range(100, 1300, 100):
+        await ran(plane, run_s, gpus=4)
+    _, attempt = await plane.run(gpus=4)
+    began_at = plane.now
+    waiting = await plane.submit(gpus=4)
+    plane.later(10)
+    await plane.tick()
+    (told,) = await plane.rows(holds)
+    plane.later(990)  # longer than was expected
+    plane.scheduler = ScheduleLoop(plane.engine, plane.leader, policy=plane.policy)
+    await plane.tick()
+    await plane.tick()
+    (again,) = await plane.rows(holds)
+    assert again.estimated_start > told.estimated_start == told.first_start
+    assert [getattr(again, name) for name in FIRST] == [getattr(told, name) for name in FIRST]
+    plane.later(10)
+    await plane.report(plane.ended(attempt, 0))
+    await plane.tick()
+    assert await plane.state(waiting) == "starting"
+    record, error_s = plane.scheduler.starts, (plane.now - told.first_start).total_seconds()
+    assert (record.jobs, record.error_s) == (1, error_s) and error_s == pytest.approx(360, abs=20)
+    async with plane.engine.connect() as conn:
+        assert (await calibrated_starts(conn)).median_error_s == error_s
+    assert (plane.now - began_at).total_seconds() == 1010
+
+    await plane.start(waiting)
+    await requeue_job(plane.engine, waiting, actor=SYSTEM, now=plane.now)
+    await plane.submit(gpus=4, priority="high")
+    await plane.report(plane.ended(await plane.attempt(waiting), 0))
+    await plane.tick()
+    plane.later(10)
+    await plane.tick()
+    (next_wait,) = await plane.rows(holds)
+    assert next_wait.job_id == waiting and next_wait.first_start > plane.now, "another wait has another first"
+
+
+async def test_after_a_mass_cancel_the_history_is_found_without_looking_at_it(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id = await ran(plane, 10, gpus=4)
+    async with plane.engine.begin() as conn:
+        await conn.execute(text(MANY_CANCELLED), {"id": job_id, "at": plane.now})
+    async with plane.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
+        await conn.execute(text("ANALYZE"))
+    async with plane.engine.connect() as conn:
+        query = text("EXPLAIN (ANALYZE, FORMAT JSON) " + NEWEST)
+        (plan,) = (await conn.execute(query, {"most": HISTORY_JOBS})).scalar_one()
+        assert [each.run_s for each in await load_history(conn)] == [10]
+    assert looked_at_in_vain(plan["Plan"]) == 0
+
+
+MANY_CANCELLED = """
+    INSERT INTO jobs (id, tenant_id, name, state, spec, created_by, received_at, submitted_at, queued_at, finished_at)
+    SELECT gen_random_uuid(), j.tenant_id, 'given-up', 'cancelled', '{}', 'ann', :at, :at, :at, :at
+    FROM jobs j, generate_series(1, 20000) WHERE j.id = :id
+"""
+
+
+def looked_at_in_vain(plan: dict[str, Any]) -> int:
+    return plan.get("Rows Removed by Filter", 0) + sum(map(looked_at_in_vain, plan.get("Plans", ())))
 
 
 async def test_a_time_that_is_sure_is_an_interval_of_no_width(plane: ControlPlane) -> None:

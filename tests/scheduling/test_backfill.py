@@ -23,8 +23,12 @@ LET_PAST = {
     "the limit counts where the prediction is longer": ({"time_limit_s": 100, "predicted_s": 900}, True),
     "what earlier attempts ran counts as done": ({"predicted_s": 600, "done_s": 500}, True),
     "a job that outlived its prediction is taken to run to its limit": (
-        {"predicted_s": 600, "done_s": 600, "time_limit_s": 101}, False,
+        {"predicted_s": 600, "done_s": 600, "time_limit_s": 701}, False,
     ),
+    "of its limit counts what earlier attempts left": ({"time_limit_s": 600, "done_s": 500}, True),
+    "which may be too much": ({"time_limit_s": 600, "done_s": 499}, False),
+    "or nothing at all": ({"time_limit_s": 600, "done_s": 700}, True),
+    "and so it is with the default limit": ({"done_s": 500, "default": 600}, True),
     "one that would not delay it does not need to end": ({"gpus_per_replica": 4, "gpu_types": ["a100"]}, True),
     "nor one on what the waiting job leaves": ({"gpus_per_replica": 0, "cpus_per_replica": 4}, True),
 }  # fmt: skip
@@ -32,9 +36,10 @@ LET_PAST = {
 
 @pytest.mark.parametrize(("small", "starts"), LET_PAST.values(), ids=LET_PAST.keys())
 def test_who_is_let_past_a_waiting_job(small, starts):
+    policy = {"default_time_limit_s": small.pop("default")} if "default" in small else {}
     nodes = [node("n0", cpus=8), {**node("n1"), "gpu_type": "a100"}, node("cpu", gpus=0, cpus=8)]
     big = BIG | {"gpu_types": ["h100"]}
-    plan = plan_of([HALF, big, queued("small", 4, **({"gpu_types": ["h100"]} | small))], nodes)
+    plan = plan_of([HALF, big, queued("small", 4, **({"gpu_types": ["h100"]} | small))], nodes, policy=policy)
     assert set(starts_of(plan)) == ({"small"} if starts else set())
     assert held_by(plan) == {"big": "capacity"} | ({} if starts else {"small": "reserved"})
     assert expected_by(plan)["big"] == NOW + 100
@@ -51,6 +56,8 @@ RUNNING = {
     "the prediction, if it is sooner": ({"time_limit_s": 500, "predicted_s": 300}, 200),
     "the limit, if that is sooner": ({"time_limit_s": 500, "predicted_s": 900}, 400),
     "a prediction without the time of earlier attempts": ({"predicted_s": 300, "done_s": 100}, 100),
+    "what earlier attempts left of the limit": ({"time_limit_s": 500, "done_s": 300}, 100),
+    "now, if that is nothing": ({"time_limit_s": 500, "done_s": 900}, 0),
     "the limit, once the prediction has passed": ({"time_limit_s": 500, "predicted_s": 50}, 400),
     "nothing, once the prediction has passed and there is no limit": ({"predicted_s": 50}, None),
     "nothing at all": ({}, None),

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.logs import LogFiles
 from phalanx_server.store.outputs import OutputFiles
 
+DIGEST = "0" * 64
 KINDS = pytest.mark.parametrize("kind", [LogFiles, OutputFiles])
 
 
@@ -20,6 +22,9 @@ class Refusing:
         return False
 
     def rm(self, path: str, **_: Any) -> None:
+        raise PermissionError(path)
+
+    def mv(self, path: str, _: str) -> None:
         raise PermissionError(path)
 
 
@@ -75,3 +80,33 @@ async def test_what_the_storage_refuses_is_said(kind: Any, storage: Any, error: 
 @KINDS
 async def test_an_object_storage_has_no_root_to_look_for(kind: Any) -> None:
     await kind("memory://nowhere").delete(["a"])
+
+
+TAKES = pytest.mark.parametrize("take", [BundleFiles.set_aside, BundleFiles.put_back, BundleFiles.delete_aside])
+
+
+@TAKES
+async def test_a_bundle_that_is_not_there_is_passed_over(take: Any, tmp_path: Path) -> None:
+    for root in (tmp_path.as_uri(), "memory://nowhere"):
+        await take(BundleFiles(root), DIGEST)
+
+
+@TAKES
+async def test_a_bundle_is_not_taken_for_gone_because_the_storage_is_away(take: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="mount"):
+        await take(BundleFiles((tmp_path / "away").as_uri()), DIGEST)
+    files = BundleFiles("memory://")
+    files._fs = Refusing()
+    with pytest.raises(PermissionError):
+        await take(files, DIGEST)
+
+
+async def test_a_bundle_goes_in_two_steps_of_which_the_first_can_be_undone(tmp_path: Path) -> None:
+    (source := tmp_path / "source").write_bytes(b"code")
+    files = BundleFiles((tmp_path / "storage").as_uri())
+    await files.write(DIGEST, source)
+    for undo, size in ((files.put_back, 4), (files.delete_aside, None)):
+        await files.set_aside(DIGEST)
+        assert await files.size_bytes(DIGEST) is None
+        await undo(DIGEST)
+        assert await files.size_bytes(DIGEST) == size

@@ -27,7 +27,7 @@ from phalanx_server.scheduling.snapshot import Job, Policy
 from phalanx_server.store import ids
 from phalanx_server.store.jobs import JobRow, insert_jobs
 from phalanx_server.store.logs import LogFiles
-from phalanx_server.store.schema import attempts, clusters, events, jobs, nodes, placements, tenants
+from phalanx_server.store.schema import attempts, clusters, events, jobs, leases, nodes, placements, tenants
 from phalanx_server.store.snapshots import load_snapshot, reading
 from sqlalchemy import Row, Table, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -67,6 +67,11 @@ class ControlPlane:
 
     def new_leader(self, holder: str, ttl_s: float = 600.0) -> Leader:
         return Leader(self.engine, holder=holder, ttl_s=ttl_s, renew_s=1.0)
+
+    async def depose(self) -> None:
+        """Another leads, and this leader does not know it yet."""
+        async with self.engine.begin() as conn:
+            await conn.execute(update(leases).values(epoch=leases.c.epoch + 1))
 
     def later(self, seconds: float) -> datetime:
         self.now += timedelta(seconds=seconds)

@@ -128,7 +128,7 @@ class World:
             leader,
             ScheduleLoop(engine, leader, policy=self.policy),
             WatchNodes(engine, leader, PATIENCE),
-            Enforce(engine, leader),
+            Enforce(engine, leader, policy=self.policy),
         )
 
     # ------------------------------------------------------------------ time

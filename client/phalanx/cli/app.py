@@ -12,6 +12,7 @@ from phalanx.cli import (
     environment,
     failures,
     fleet,
+    maintenance,
     observe,
     outputs,
     plugins,
@@ -53,5 +54,5 @@ def root(
         typer.echo(ctx.get_help())
 
 
-for module in (submit, observe, streams, outputs, change, environment, fleet, tenancy, policy, account):
+for module in (submit, observe, streams, outputs, change, environment, fleet, maintenance, tenancy, policy, account):
     module.register(app)

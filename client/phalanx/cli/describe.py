@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from phalanx.cli import output
-from phalanx.models import Attempt, Checkpoint, Job, Phases, Progress, RankExit
+from phalanx.models import Attempt, Checkpoint, Job, Phases, Progress, RankExit, Speed
 
 GIVING_WAY = {
     "preemption": "gives way",
@@ -168,6 +168,21 @@ def values(progress: Progress | None) -> list[str]:
 def progress(found: Progress | None) -> str | None:
     parts = [f"step {step(found)}"] if step(found) else []
     return "  ".join(parts + values(found)) or None
+
+
+def speeds(job: Job) -> list[str]:
+    """One line for each number of replicas with which an elastic job, or an earlier one of its name, was measured."""
+    kinds = {found.gpu_type for found in job.speeds}
+    return [_speed(found, named=len(kinds) > 1) for found in job.speeds]
+
+
+def _speed(found: Speed, *, named: bool) -> str:
+    counted = "1 replica" if found.replicas == 1 else f"{found.replicas} replicas"
+    on = f" of {found.gpu_type}" if named and found.gpu_type else ""
+    rate = f"{output.number(found.per_s)} {(found.unit or '').removesuffix('_per_s')}/s" if found.per_s else None
+    times = f"{found.relative:.2f} × one" if found.relative is not None and found.replicas > 1 else None
+    said = ", ".join(filter(None, [rate, times])) or "1.00"
+    return f"{counted}{on}: {said}{'' if found.per_s else ' (an earlier job of this name)'}"
 
 
 def checkpoint(found: Checkpoint | None) -> str | None:

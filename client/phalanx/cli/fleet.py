@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from phalanx.cli import output
 from phalanx.cli.output import Column
 from phalanx.cli.session import connected
-from phalanx.models import Node
+from phalanx.models import Node, Remaining
 
 NODE_COLUMNS = (
     Column("NAME", lambda node: node.name),
@@ -75,7 +75,8 @@ def show_node(node: NodeArgument, output_as: output.Output = output.Format.TABLE
     skew = f"{found.clock_skew_s * 1e3:.0f} ms" if found.clock_skew_s is not None else None
     shown = [(column.title.lower(), column.show(found)) for column in NODE_COLUMNS]
     users = "one for each tenant" if found.own_users else "the runner's own, for every tenant"
-    output.fields([("id", found.id), *shown, ("users of ranks", users), ("labels", labels), ("clock skew", skew)])
+    more = [("users of ranks", users), ("labels", labels), ("clock skew", skew), ("outlook", found.outlook)]
+    output.fields([("id", found.id), *shown, *more, *(("remains", _remains(each)) for each in found.remaining)])
 
 
 @nodes.command()
@@ -94,7 +95,7 @@ def uncordon(node: NodeArgument, output_as: output.Output = output.Format.TABLE)
 
 @nodes.command()
 def drain(node: NodeArgument, output_as: output.Output = output.Format.TABLE) -> None:
-    """Place nothing new on a node, and move what runs there where there is room elsewhere."""
+    """Place nothing new on a node, and move what runs there where there is room elsewhere; says what will stay."""
     with connected() as client:
         _print(client.drain(node), "is being emptied; its preemptible jobs move where there is room", output_as)
 
@@ -103,6 +104,15 @@ def _print(node: Node, said: str, output_as: output.Format) -> None:
     if output_as is not output.Format.TABLE:
         return output.data(node.raw, output_as)
     typer.echo(f"{node.name} {said} ({node.gpus_used} of {node.gpus} GPUs in use)")
+    if node.outlook:
+        typer.echo(node.outlook)
+    for each in node.remaining:
+        typer.echo(f"  {_remains(each)}")
+
+
+def _remains(remaining: Remaining) -> str:
+    ends = f"{remaining.ends_by:%Y-%m-%d %H:%M:%SZ} at the latest" if remaining.ends_by else "no time limit"
+    return f"{remaining.job}  {remaining.why.replace('_', ' ')}, {ends}"
 
 
 @clusters.callback()

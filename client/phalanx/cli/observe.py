@@ -177,6 +177,7 @@ def _print_job(job: Job) -> None:
             ("ran on", "\n".join(describe.places(attempt))),
             ("ranks", describe.warmth(attempt)),
             ("progress", describe.progress(job.progress)),
+            ("speed", "\n".join(describe.speeds(job))),
             ("checkpoint", describe.checkpoint(job.checkpoint)),
             ("first step", describe.phases(job.phases)),
             ("ended", "\n".join(describe.exits(attempt))),

@@ -127,8 +127,9 @@ class AttemptChange:
         self.attempt |= {"message": message, "certain_at": certain_at, "next": None}
         self._leave(end, backoff_until=backoff_until, avoid=None)
 
-    def end_facts(self, *, default_cause: StopCause | None = None) -> EndFacts:
-        """What `decide_end` needs to know and the database does; a caller adds what it saw of the end."""
+    def end_facts(self, *, at: datetime, default_cause: StopCause | None = None) -> EndFacts:
+        """What `decide_end` needs to know of an end at this time and the database does; a caller adds what it saw of
+        the end."""
         retries = self.row.spec["retries"]
         cause = self.get("stop_cause")
         return EndFacts(
@@ -139,7 +140,16 @@ class AttemptChange:
             max_retries=retries["max"],
             backoff_s=retries["backoff"],
             gave_way=GAVE_WAY.get(self.row.stop_reason, ""),
+            time_left_s=self._time_left_s(at),
         )
+
+    def _time_left_s(self, at: datetime) -> float | None:
+        """Of the job's own limit. That of the policy is for the loop that enforces limits."""
+        limit_s, started_at = self.row.spec["time_limit"], self.get("started_at")
+        if limit_s is None:
+            return None
+        ran_s = (at - started_at).total_seconds() if started_at is not None else 0.0
+        return limit_s - (self.row.done_s or 0.0) - ran_s
 
     def _over(self, end: End, *, outcome: Outcome, at: datetime, exits: Sequence[dict[str, Any]]) -> None:
         self.attempt |= {"outcome": outcome.value, "message": end.message, "ended_at": at, "exits": list(exits)}
@@ -148,7 +158,7 @@ class AttemptChange:
         self._event(kind, message, at, outcome=outcome.value, failed_rank=end.failed_rank)
 
     def _leave(self, end: End, *, backoff_until: datetime | None, avoid: UUID | None) -> None:
-        self.job |= {"reason": end.outcome.value, "message": end.message}
+        self.job |= {"reason": end.reason.value, "message": end.message}
         if end.counts_as_failure:
             self.job["failures"] = self.row.failures + 1
         if end.job_state in TERMINAL:

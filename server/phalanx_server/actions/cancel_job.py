@@ -10,24 +10,23 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from phalanx_server.actions.end_waiting import Ending, end_waiting
 from phalanx_server.actions.request_stop import request_stop
-from phalanx_server.actions.settle_dependents import settle_dependents
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.errors import Conflict, NotFound
 from phalanx_server.domain.event import EventKind
-from phalanx_server.domain.job import TERMINAL, JobState, advance
+from phalanx_server.domain.job import TERMINAL, JobState
 from phalanx_server.store import ids
 from phalanx_server.store.attempts import lock_live_attempts
 from phalanx_server.store.audit import record_audit
-from phalanx_server.store.dependencies import forget_all
 from phalanx_server.store.events import Event, record_alike
-from phalanx_server.store.holds import delete_holds
 from phalanx_server.store.jobs import LockedJob, change_jobs, lock_array, lock_job
-from phalanx_server.store.outbox import post_notices, state_notice
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
+@rerun_on_deadlock
 async def cancel_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for a job that has ended otherwise."""
     async with engine.begin() as conn:
@@ -40,6 +39,7 @@ async def cancel_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: da
             await record_audit(conn, actor, "cancel_job", ids.encode("job", job_id), {"state": job.state})
 
 
+@rerun_on_deadlock
 async def cancel_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Cancel the jobs of an array that have not ended. Raises NotFound, and Conflict where all have."""
     async with engine.begin() as conn:
@@ -65,23 +65,9 @@ async def _cancel(conn: AsyncConnection, jobs: Sequence[LockedJob], actor: Actor
 
 
 async def _cancel_waiting(conn: AsyncConnection, jobs: Sequence[LockedJob], actor: Actor, now: datetime) -> None:
-    if not jobs:
-        return
-    job_ids = [job.id for job in jobs]
-    state = advance(JobState.QUEUED, JobState.CANCELLED)
     message = f"cancelled by {actor.name} before it started"
-    values = {"state": state, "cancel_requested_at": now, "finished_at": now, "reason": "cancelled", "message": message}
-    await change_jobs(conn, job_ids, values | {"unmet": 0})
-    await forget_all(conn, job_ids)
-    await delete_holds(conn, job_ids)
-    event = Event(at=now, kind=EventKind.CANCELLED, message=f"C{message[1:]}.")
-    await record_alike(conn, job_ids, event)
-    notices = [
-        state_notice(j.id, name=j.name, tenant=j.tenant, state=state, attempt=j.attempts, message=message, now=now)
-        for j in jobs
-    ]
-    await post_notices(conn, notices, now=now)
-    await settle_dependents(conn, job_ids, now=now)
+    ending = Ending(JobState.CANCELLED, "cancelled", message, {"cancel_requested_at": now})
+    await end_waiting(conn, jobs, ending, now=now)
 
 
 async def _cancel_live(conn: AsyncConnection, job_ids: Sequence[UUID], actor: Actor, now: datetime) -> None:

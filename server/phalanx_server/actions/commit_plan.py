@@ -18,7 +18,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from phalanx_server.actions.expect_lease import expect_lease
-from phalanx_server.actions.give_way import Seen, give_way, jobs_of, nodes_of, orders_of
+from phalanx_server.actions.give_way import Seen, give_way, jobs_of, kept_of, nodes_of, orders_of
 from phalanx_server.actions.ledger import Ledger
 from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.event import EventKind
@@ -38,6 +38,8 @@ from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.leases import Lease
+from phalanx_server.store.speeds import inherit
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
@@ -52,6 +54,7 @@ class Committed:
     unheld: frozenset[str] = frozenset()
 
 
+@rerun_on_deadlock
 async def commit_plan(
     engine: AsyncEngine,
     plan: Plan,
@@ -89,8 +92,9 @@ async def _carry_out(
 ) -> Committed:
     """Locks in the order of `store.attempts`: nodes, then jobs, those of the holds that are about a kept place too."""
     orders = orders_of(plan)
+    kept = kept_of(plan, orders)
     starting = [UUID(hex=start.job) for start in plan.starts]
-    nodes = nodes_of(orders) | {UUID(hex=item.node) for start in plan.starts for item in start.placement}
+    nodes = nodes_of(orders, kept) | {UUID(hex=item.node) for start in plan.starts for item in start.placement}
     ledger = await Ledger.open(conn, nodes, now=now, soon=bool(orders))
     claims = [row.job_id for row in holds if row.kept is not None]
     await lock_jobs(conn, [*starting, *jobs_of(orders), *claims], held=[row.job_id for row in holds])
@@ -100,7 +104,7 @@ async def _carry_out(
     if not orders:
         return committed
     still_waiting = {job: row for job, row in waiting.items() if job.hex not in committed.started}
-    gave_way = await give_way(conn, orders, ledger, Seen(versions, running, still_waiting), now=now)
+    gave_way = await give_way(conn, orders, ledger, Seen(versions, running, still_waiting, kept), now=now)
     dropped = {**committed.dropped, **gave_way.dropped}
     return Committed(committed.started, dropped, gave_way.stopped, gave_way.in_vain)
 
@@ -125,6 +129,7 @@ async def _start(
         else:
             dropped[start.job] = launch
     await _write(conn, launches)
+    await inherit(conn, [launch.job.id for launch in launches if launch.is_first_of_elastic])
     return Committed({launch.start.job: launch.attempt_id for launch in launches}, dropped)
 
 
@@ -166,6 +171,10 @@ class Launch:
     def created_at(self) -> datetime:
         """Not before the job was accepted, whatever the clocks of two servers say."""
         return max(self.decided_at, self.job.submitted_at)
+
+    @property
+    def is_first_of_elastic(self) -> bool:
+        return not self.job.attempts and self.job.spec["resources"].get("elastic") is not None
 
     def attempt(self) -> NewAttempt:
         return NewAttempt(

@@ -1,13 +1,14 @@
 """Let running jobs give way as a plan says: be preempted, resized or moved.
 
 Owns the last word on these decisions. Each is checked under the caller's locks: the job is as the pass saw it and runs,
-the one that it is for waits as the pass saw it, and where it is to go on is open and has room once all that is stopping
-has stopped. Decisions for one waiting job hold together or not at all: nobody gives way in vain.
+the one that it is for waits as the pass saw it, and both the place that is kept for that one and where it is to go on
+itself are open and have room once all that is stopping has stopped. Decisions for one waiting job hold together or not
+at all: nobody gives way in vain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -61,13 +62,32 @@ def _uuid(name: str | None) -> UUID | None:
     return None if name is None else UUID(hex=name)
 
 
+Kept = Mapping[UUID, Replicas]
+"""Where jobs that wait for others to give way will start."""
+
+
+def kept_of(plan: Plan, orders: Iterable[Order]) -> Kept:
+    """What the plan keeps for those that the orders are for."""
+    wanted = {order.for_job for order in orders if order.for_job is not None}
+    groups = [group for group in plan.hold_groups if group.kept is not None] if wanted else []
+    return {
+        job_id: by_node(group.kept.placement)
+        for group in groups
+        if group.kept is not None
+        for job in group.jobs
+        if (job_id := UUID(hex=job)) in wanted
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the pass saw, and what is: versions of jobs by name, and the waiting jobs, locked, by id."""
+    """What the pass saw, and what is: versions of jobs by name, and the waiting jobs, locked, by id. `kept`: what the
+    pass keeps for those that others give way to."""
 
     versions: Mapping[str, int]
     running: Mapping[str, int]
     waiting: Mapping[UUID, Row[Any]]
+    kept: Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +98,6 @@ class Stop:
     row: Row[Any]
     held: Mapping[UUID, Amounts]
     next: Replicas
-
-    def asked(self, node_id: UUID) -> Amounts:
-        return asked_of(self.row.spec["resources"], self.next[node_id])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +129,7 @@ async def give_way(
     undone = {order.for_job for order in orders if order.job.hex in dropped and order.for_job is not None}
     for job in undone:
         _drop(groups, job, "another decision for the same job no longer holds", dropped)
-    undone |= _drop_without_room(groups, ledger, dropped)
+    undone |= _drop_without_room(groups, ledger, seen, dropped)
     stops = [stop for group in groups.values() for stop in group]
     await write(conn, [_change(stop, ledger, seen, now) for stop in stops], now=now)
     stopped = {stop.order.job.hex: stop.order.cause for stop in stops}
@@ -137,33 +154,43 @@ def _drop(groups: dict[UUID, list[Stop]], group: UUID, why: str, dropped: dict[s
         dropped[stop.order.job.hex] = why
 
 
-def _drop_without_room(groups: dict[UUID, list[Stop]], ledger: Ledger, dropped: dict[str, str]) -> set[UUID]:
-    """Drop the groups in which a job is to go on where it cannot; those of them that were for a waiting job. What one
-    group frees another may have counted on, so after each all are looked at again."""
+def _drop_without_room(
+    groups: dict[UUID, list[Stop]], ledger: Ledger, seen: Seen, dropped: dict[str, str]
+) -> set[UUID]:
+    """Drop the groups in which a job is to go on, or the one that waits to start, where it cannot; those of them that
+    were for a waiting job. What one group frees another may have counted on, so after each all are looked at again."""
     undone: set[UUID] = set()
-    while (found := _first_without_room(groups, ledger)) is not None:
+    while (found := _first_without_room(groups, ledger, seen)) is not None:
         group, why = found
         undone |= {group} if groups[group][0].order.for_job is not None else set()
         _drop(groups, group, why, dropped)
     return undone
 
 
-def _first_without_room(groups: Mapping[UUID, Sequence[Stop]], ledger: Ledger) -> tuple[UUID, str] | None:
+def _first_without_room(groups: Mapping[UUID, Sequence[Stop]], ledger: Ledger, seen: Seen) -> tuple[UUID, str] | None:
     soon = dict(ledger.soon)
     for stop in (stop for group in groups.values() for stop in group):
         for node_id, amounts in stop.held.items():
             if node_id in soon:
                 soon[node_id] += amounts
     for name, group in groups.items():
-        for stop in group:
-            why = ledger.closed(stop.next)
+        for replicas, resources in _wanted(name, group, seen):
+            why = ledger.closed(replicas)
             if why is not None:
                 return name, why
-            for node_id in stop.next:
-                soon[node_id] -= stop.asked(node_id)
+            for node_id, count in replicas.items():
+                soon[node_id] -= asked_of(resources, count)
                 if soon[node_id].overdrawn:
                     return name, f"{ledger.nodes[node_id].name} will have no room for it"
     return None
+
+
+def _wanted(name: UUID, group: Sequence[Stop], seen: Seen) -> Iterator[tuple[Replicas, Mapping[str, Any]]]:
+    """Where the jobs of a group go on, and where the one that it is for will start; each with what it asks for."""
+    for stop in group:
+        yield stop.next, stop.row.spec["resources"]
+    if name in seen.kept:
+        yield seen.kept[name], seen.waiting[name].spec["resources"]
 
 
 def _change(stop: Stop, ledger: Ledger, seen: Seen, now: datetime) -> AttemptChange:
@@ -213,9 +240,10 @@ def _whom(order: Order, row: Row[Any], waiting: Mapping[UUID, Row[Any]]) -> tupl
     return f"{job.name} ({name})", name
 
 
-def nodes_of(orders: Iterable[Order]) -> set[UUID]:
-    """Where the orders let jobs go on."""
-    return {UUID(hex=item.node) for order in orders for item in order.placement}
+def nodes_of(orders: Iterable[Order], kept: Kept) -> set[UUID]:
+    """Where the orders let jobs go on, and those that they are for start."""
+    going_on = {UUID(hex=item.node) for order in orders for item in order.placement}
+    return going_on.union(*(replicas.keys() for replicas in kept.values()))
 
 
 def jobs_of(orders: Iterable[Order]) -> set[UUID]:

@@ -15,27 +15,32 @@ from phalanx_server.domain.event import EventKind
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.events import Event, record_alike
 from phalanx_server.store.jobs import LockedJob, change_jobs
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
+@rerun_on_deadlock
 async def hold_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for a job that has ended."""
     async with engine.begin() as conn:
         await _set_held(conn, *await open_jobs(conn, job_id), held=True, actor=actor, now=now)
 
 
+@rerun_on_deadlock
 async def release_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for a job that has ended."""
     async with engine.begin() as conn:
         await _set_held(conn, *await open_jobs(conn, job_id), held=False, actor=actor, now=now)
 
 
+@rerun_on_deadlock
 async def hold_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for an array whose jobs have all ended."""
     async with engine.begin() as conn:
         await _set_held(conn, *await open_jobs_of_array(conn, array_id), held=True, actor=actor, now=now)
 
 
+@rerun_on_deadlock
 async def release_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for an array whose jobs have all ended."""
     async with engine.begin() as conn:

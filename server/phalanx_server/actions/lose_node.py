@@ -22,6 +22,7 @@ from phalanx_server.store.attempts import lock_attempts_on
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.nodes import lock_node, mark_lost
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
@@ -42,6 +43,7 @@ class Judged:
     runner_seen_at: datetime | None
 
 
+@rerun_on_deadlock
 async def lose_node(
     engine: AsyncEngine,
     node_id: UUID,
@@ -83,7 +85,7 @@ def _is_as(judged: Judged | None, node: Row[Any]) -> bool:
 
 def _lose(change: AttemptChange, node: str, certain_at: datetime) -> None:
     """A stop that was asked for before still decides what becomes of the job."""
-    end = decide_end(change.end_facts(default_cause=StopCause.NODE_LOST))
+    end = decide_end(change.end_facts(at=change.now, default_cause=StopCause.NODE_LOST))
     eager = change.row.spec["restart"] == "eager"
     backoff_until = None if eager else certain_at
     change.lose(end, message=f"node {node} was lost", certain_at=certain_at, backoff_until=backoff_until)

@@ -24,6 +24,7 @@ from phalanx_server.domain.job import JobState
 from phalanx_server.domain.messages import AgentReport, AttemptFact, Refused, ReportAnswer
 from phalanx_server.store import ids
 from phalanx_server.store.attempts import load_groups, lock_attempts, release, update_jobs
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 TAIL_CHARS = 2048
@@ -31,6 +32,7 @@ Groups = Mapping[UUID, Sequence[Row[Any]]]
 _OVER = frozenset({"ended", "start_failed"})
 
 
+@rerun_on_deadlock
 async def record_agent_report(
     engine: AsyncEngine, report: AgentReport, *, cluster_id: UUID, now: datetime
 ) -> ReportAnswer:
@@ -96,7 +98,7 @@ def _take(fact: AttemptFact, changes: Mapping[str, AttemptChange], clock: Clock,
 def _end(change: AttemptChange, fact: AttemptFact, clock: Clock, at: datetime, groups: Sequence[Row[Any]]) -> None:
     failed_to_start = fact.kind == "start_failed"
     facts = replace(
-        change.end_facts(),
+        change.end_facts(at=at),
         exits=_every_rank(rank_ends(fact.exits), groups),
         first_failed_rank=fact.first_failed_rank,
         start_error=(fact.message or "no reason was given") if failed_to_start else None,

@@ -36,6 +36,7 @@ from phalanx_server.store.engine import is_of_the_data
 from phalanx_server.store.events import Event, record_once
 from phalanx_server.store.logs import LogBatch, LogFiles, LogPiece, index_logs, job_directory
 from phalanx_server.store.nodes import Heard, last_report, lost_attempts_without_ranks, note_heard, take_report
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 log = structlog.get_logger("phalanx.reports")
@@ -112,6 +113,7 @@ async def _note_heard(engine: AsyncEngine, heard: Heard) -> None:
         log.warning("a heartbeat could not be noted", node_id=heard.node_id.hex, error=str(error)[:300])
 
 
+@rerun_on_deadlock
 async def _take(engine: AsyncEngine, files: LogFiles, report: NodeReport, *, node_id: UUID, clock: Clock) -> NodeAnswer:
     now = clock.now
     attempt_ids = {attempt_id for part in _parts(report) if (attempt_id := attempt_id_of(part.attempt_id)) is not None}
@@ -261,6 +263,7 @@ async def _left_behind(conn: AsyncConnection, report: NodeReport, node_id: UUID,
     return await lost_attempts_without_ranks(conn, node_id=node_id, present=present, before=before)
 
 
+@rerun_on_deadlock
 async def _release(engine: AsyncEngine, attempt_ids: Sequence[UUID], node_id: UUID, now: datetime) -> None:
     """In a transaction of its own: it locks jobs, which come before the attempts that marks have locked."""
     async with engine.begin() as conn:

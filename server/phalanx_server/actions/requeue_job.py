@@ -21,12 +21,14 @@ from phalanx_server.store.attempts import lock_live_attempts
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.events import Event, record_alike
 from phalanx_server.store.jobs import LockedJob
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 # What stops for these will not be queued again.
 _FINAL = frozenset({StopCause.CANCEL.value, StopCause.TIME_LIMIT.value})
 
 
+@rerun_on_deadlock
 async def requeue_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Raises NotFound, and Conflict for a job that waits, that has ended or is about to."""
     async with engine.begin() as conn:
@@ -41,6 +43,7 @@ async def requeue_job(engine: AsyncEngine, job_id: UUID, *, actor: Actor, now: d
         await _requeue(conn, name, [job], actor, now)
 
 
+@rerun_on_deadlock
 async def requeue_array(engine: AsyncEngine, array_id: UUID, *, actor: Actor, now: datetime) -> None:
     """Put back the jobs that run. Raises NotFound, and Conflict for an array whose jobs have all ended."""
     async with engine.begin() as conn:

@@ -17,9 +17,11 @@ from phalanx_server.domain.job import priority_of
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.events import Event, record_alike
 from phalanx_server.store.jobs import LockedJob, change_jobs
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 
+@rerun_on_deadlock
 async def set_priority(engine: AsyncEngine, job_id: UUID, given: str | int, *, actor: Actor, now: datetime) -> None:
     """Raises Invalid, NotFound, and Conflict for a job that has ended."""
     priority = _checked(given)
@@ -27,6 +29,7 @@ async def set_priority(engine: AsyncEngine, job_id: UUID, given: str | int, *, a
         await _set(conn, *await open_jobs(conn, job_id), priority, actor=actor, now=now)
 
 
+@rerun_on_deadlock
 async def set_array_priority(
     engine: AsyncEngine, array_id: UUID, given: str | int, *, actor: Actor, now: datetime
 ) -> None:

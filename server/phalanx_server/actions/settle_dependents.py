@@ -25,6 +25,7 @@ from phalanx_server.store.dependencies import (
     bad_of_arrays,
     forget_all,
     forget_met,
+    lock_ends,
     lock_waiting,
     still_open,
     unmet,
@@ -49,10 +50,14 @@ async def settle_dependents(conn: AsyncConnection, ended: Sequence[UUID], *, now
 
 async def _settle(conn: AsyncConnection, over: Sequence[Row[Any]], now: datetime) -> list[UUID]:
     """One link of the chains: the jobs that were cancelled."""
-    on_ids = {id_ for row in over for id_ in (row.job_id, row.array_id) if id_ is not None}
-    waiting = {row.id: row for row in await lock_waiting(conn, on_ids) if row.state == JobState.QUEUED}
-    found = await unmet(conn, waiting, on_ids)
-    targets = await _targets(conn, over, on_ids)
+    await lock_ends(conn, {row.array_id for row in over if row.as_array})
+    targets = await _targets(conn, over)
+    closed = [target.id for target in targets.values() if not target.is_open]
+    bad = [target.id for target in targets.values() if target.bad is not None]
+    if not closed and not bad:
+        return []
+    waiting = {row.id: row for row in await lock_waiting(conn, over=closed, bad=bad) if row.state == JobState.QUEUED}
+    found = await unmet(conn, waiting, targets.keys())
     broken: dict[UUID, Target] = {}
     met: list[Row[Any]] = []
     for dependency in found:
@@ -83,9 +88,11 @@ class Target:
         return ids.encode("array" if self.is_array else "job", self.id)
 
 
-async def _targets(conn: AsyncConnection, over: Sequence[Row[Any]], on_ids: set[UUID]) -> Mapping[UUID, Target]:
+async def _targets(conn: AsyncConnection, over: Sequence[Row[Any]]) -> Mapping[UUID, Target]:
+    """What somebody waits for of what these jobs are."""
+    arrays = {row.array_id for row in over if row.as_array}
+    on_ids = arrays | {row.job_id for row in over if row.itself}
     open_ = await still_open(conn, on_ids)
-    arrays = {row.array_id for row in over if row.array_id is not None}
     bad: dict[UUID, Row[Any]] = dict(await bad_of_arrays(conn, {id_ for id_ in arrays if not open_[id_]}))
     for row in over:
         if row.state in BAD:

@@ -3,11 +3,13 @@
 Owns the flusher, one per process: it takes whatever is waiting, checks it, inserts all of it with one statement per
 table, and commits; what arrives meanwhile is the next flush. Only when the database refuses the whole does each submit
 get a savepoint of its own, so that one bad one fails alone. Measured: 430–510 submits/s without, 2,800/s with.
+
+What is large, a batch or an array, is all or nothing and takes its time: it has a transaction of its own, beside those
+that the others share, and nobody waits for it. Measured beside an array of 10,000: a submit took 95 ms at most, where
+it was in the same lane 1,500.
 """
 
 import asyncio
-import contextlib
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from phalanx_server.actions.check_jobs import Checked, Request, check_jobs
 from phalanx_server.actions.hardware import HardwareWatch
 from phalanx_server.actions.idempotency import Idempotency, judge
+from phalanx_server.actions.submit_lane import Lane
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.errors import Invalid, PhalanxError, Unavailable
 from phalanx_server.domain.event import EventKind
@@ -32,9 +35,14 @@ from phalanx_server.store.engine import is_of_the_data
 from phalanx_server.store.events import Event, record_alike, record_events
 from phalanx_server.store.idempotency import Kept, KeyRow, read_keys, take_keys
 from phalanx_server.store.jobs import ArrayRow, JobRow, insert_jobs
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
-FLUSH_MAX_JOBS = 4000
+SHARED_MAX_JOBS = 500
+"""So many jobs share a transaction: some 50 ms, which who comes meanwhile waits for."""
+LARGE_JOBS = 100
+"""A submit of more has a transaction of its own; a few of those run at once."""
+LARGE_AT_ONCE = 3
 WAITING_MAX_JOBS = 100_000
 _DEFAULTS = Policy()
 
@@ -83,6 +91,7 @@ class NewJob:
     checkpoint_at: datetime | None = None
     array_id: UUID | None = None
     array_index: int | None = None
+    speeds: None = None
 
 
 Render = Callable[[Sequence[NewJob]], Any]
@@ -132,6 +141,10 @@ class _Pending:
     result: Accepted | BaseException | None = None
 
     @property
+    def size_jobs(self) -> int:
+        return self.submission.size_jobs
+
+    @property
     def key(self) -> tuple[str, str] | None:
         idempotency = self.submission.idempotency
         return (idempotency.scope, idempotency.key) if idempotency else None
@@ -139,6 +152,10 @@ class _Pending:
     def begin(self) -> None:
         """Forget what a transaction that was rolled back left here."""
         self.jobs, self.rows, self.response, self.result = [], [], None, None
+
+    def fail(self, error: BaseException) -> None:
+        self.result = error
+        self.settle()
 
     def settle(self) -> None:
         """Tell the one who waits, if they still do."""
@@ -170,73 +187,36 @@ class Submitter:
         self._clock = clock
         self._on_flush = on_flush
         self._hardware = HardwareWatch()
-        self._waiting: deque[_Pending] = deque()
-        self._waiting_jobs = 0
-        self._arrived = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._shared: Lane[_Pending] = Lane(self._flush, most_jobs=SHARED_MAX_JOBS)
+        self._large: Lane[_Pending] = Lane(self._flush, most_jobs=0, at_once=LARGE_AT_ONCE)
+        self._open = False
 
     @property
     def waiting_jobs(self) -> int:
         """Jobs that no transaction has taken up yet."""
-        return self._waiting_jobs
+        return self._shared.waiting_jobs + self._large.waiting_jobs
 
     async def start(self) -> None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._flush_forever(), name="submitter")
+        self._open = True
+        self._shared.start()
+        self._large.start()
 
     async def close(self) -> None:
         """Stop; what was not flushed is refused as unavailable."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        while self._waiting:
-            self._waiting.popleft().settle()
+        self._open = False
+        await self._shared.close()
+        await self._large.close()
 
     async def submit(self, submission: Submission) -> Accepted:
         """Accept the jobs, durably. Raises Invalid, Impossible, IdempotencyConflict, Unavailable."""
-        if self._task is None or self._waiting_jobs + submission.size_jobs > WAITING_MAX_JOBS:
+        size = submission.size_jobs
+        if not self._open or self.waiting_jobs + size > WAITING_MAX_JOBS:
             raise Unavailable("too many submits are waiting; try again shortly")
         pending = _Pending(submission, asyncio.get_running_loop().create_future())
-        self._waiting.append(pending)
-        self._waiting_jobs += submission.size_jobs
-        self._arrived.set()
+        (self._large if size > LARGE_JOBS else self._shared).put(pending)
         return await pending.answer
 
-    # -------------------------------------------------------------- the flusher
-
-    async def _flush_forever(self) -> None:
-        while True:
-            await self._arrived.wait()
-            taken = self._take()
-            try:
-                await self._flush(taken)
-            except asyncio.CancelledError:
-                _fail_all(taken, Unavailable("the server is stopping; try again shortly"))
-                raise
-            except Exception as error:  # the flusher outlives whatever a flush meets: each submit is told what it was
-                _fail_all(taken, error)
-
-    def _take(self) -> list[_Pending]:
-        """What the next flush carries: as much as fits, each idempotency key once."""
-        taken: list[_Pending] = []
-        put_back: list[_Pending] = []
-        keys: set[tuple[str, str]] = set()
-        jobs = 0
-        while self._waiting and (not taken or jobs + self._waiting[0].submission.size_jobs <= FLUSH_MAX_JOBS):
-            pending = self._waiting.popleft()
-            if pending.key in keys:
-                put_back.append(pending)
-                continue
-            keys |= {pending.key} if pending.key else set()
-            jobs += pending.submission.size_jobs
-            taken.append(pending)
-        self._waiting_jobs -= jobs
-        self._waiting.extendleft(reversed(put_back))
-        if not self._waiting:
-            self._arrived.clear()
-        return taken
+    # -------------------------------------------------------------- a flush
 
     async def _flush(self, taken: Sequence[_Pending]) -> None:
         try:
@@ -249,6 +229,7 @@ class Submitter:
         for pending in taken:
             pending.settle()
 
+    @rerun_on_deadlock
     async def _carry_out(self, taken: Sequence[_Pending], write: Write) -> list[_Pending]:
         """Check and write in one transaction; those that were good."""
         async with self._engine.begin() as conn:
@@ -270,12 +251,6 @@ class Submitter:
                 _build(pending, checked, now)
         await _replay_refused(conn, [pending for pending in taken if pending.result is not None and pending.key])
         return [pending for pending in taken if pending.result is None]
-
-
-def _fail_all(taken: Sequence[_Pending], error: BaseException) -> None:
-    for pending in taken:
-        pending.result = error
-        pending.settle()
 
 
 def _build(pending: _Pending, checked: Checked, now: datetime) -> None:

@@ -31,6 +31,7 @@ from phalanx_server.store.nodes import (
 )
 from phalanx_server.store.schema import clusters
 from phalanx_server.store.tokens import TokenRow, insert_token, mint
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 # An old token still serves the runner until the agent has handed it the new one.
@@ -39,6 +40,7 @@ OLD_TOKEN_GRACE_S = 600.0
 _COLUMNS = ("ray_node_id", "gpu_type", "gpus", "cpus", "memory_bytes", "address", "labels", "alive")
 
 
+@rerun_on_deadlock
 async def update_inventory(
     engine: AsyncEngine,
     inventory: Inventory,

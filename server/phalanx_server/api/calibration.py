@@ -27,9 +27,11 @@ class CalibrationReport(BaseModel):
 
 @router.get("/v1/scheduler/calibration", operation_id="get_calibration")
 async def get_calibration(services: Serving, principal: Looking) -> CalibrationReport:
-    """How good forecasts were, over all tenants: figures only, no job is named."""
+    """How good forecasts were, of the jobs that the caller may see: its tenant's and those below it, or all. A count
+    over others' jobs would tell how many they have."""
     async with services.reads.connect() as conn:
-        starts, runs = await calibrated_starts(conn), await calibrated_runs(conn)
+        starts = await calibrated_starts(conn, tenant=principal.tenant)
+        runs = await calibrated_runs(conn, tenant=principal.tenant)
     return CalibrationReport(starts=_figures(starts), runs=_figures(runs))
 
 

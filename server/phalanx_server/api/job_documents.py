@@ -5,7 +5,7 @@ Owns their shapes and the phases from submit to first step. Refuses to query.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from sqlalchemy import Row
 from phalanx_server.actions.submit_jobs import NewJob
 from phalanx_server.domain.array import size_of
 from phalanx_server.store import ids
+from phalanx_server.store.speeds import figures_of, speedup_in
 
 JobRow: TypeAlias = Any
 """A row of `store.job_views`, or an `actions.submit_jobs.NewJob`, which has the same columns."""
@@ -109,6 +110,21 @@ class Progress(BaseModel):
     at: datetime
 
 
+class Speed(BaseModel):
+    """How fast an elastic job is with so many replicas: progress per second of its steady running. Tokens if it reports
+    `tokens_per_s`, else samples (`samples_per_s`, or `global_batch` and steps), else steps."""
+
+    gpu_type: str | None
+    replicas: int
+    per_s: float | None = Field(description="Null: only an earlier job of the same tenant, user and name ran so.")
+    unit: str | None = Field(description="`tokens_per_s`, `samples_per_s` or `steps_per_s`.")
+    relative: float | None = Field(
+        description="To one replica, as passes weigh growth by it. Null: with one number of replicas alone they do by a"
+        " prior, and a figure in another unit is passed over."
+    )
+    measured_s: float = Field(description="Of how many seconds; an hour at most, in which what is older fades.")
+
+
 class LastCheckpoint(BaseModel):
     """The last checkpoint that was registered as complete."""
 
@@ -148,6 +164,7 @@ class Job(BaseModel):
     failures: int
     attempt: Attempt | None = Field(description="The latest attempt.")
     progress: Progress | None
+    speeds: list[Speed] = Field(description="Of elastic jobs, by GPU type and number of replicas.")
     checkpoint: LastCheckpoint | None
     phases: Phases | None
     bundle: str | None
@@ -203,6 +220,7 @@ def job_document(row: JobRow, *, position: int | None = None) -> Job:
         failures=row.failures,
         attempt=attempt,
         progress=_progress(row),
+        speeds=speed_documents(row.speeds),
         checkpoint=_checkpoint(row),
         phases=attempt.phases if attempt else None,
         bundle=row.bundle,
@@ -257,6 +275,22 @@ def _progress(row: JobRow) -> Progress | None:
     if row.progress_at is None:
         return None
     return Progress(step=row.step, total_steps=row.total_steps, values=row.values, at=row.progress_at)
+
+
+def speed_documents(told: Sequence[Sequence[Any]] | None) -> list[Speed]:
+    """Figures as `store.speeds` reads them."""
+    relative = {each.gpu_type: speedup_in(told, each.gpu_type) or {} for each in figures_of(told)}
+    return [
+        Speed(
+            gpu_type=each.gpu_type or None,
+            replicas=each.replicas,
+            per_s=each.speed,
+            unit=each.unit,
+            relative=relative[each.gpu_type].get(str(each.replicas)),
+            measured_s=round(each.seconds, 1),
+        )
+        for each in figures_of(told)
+    ]
 
 
 def _checkpoint(row: JobRow) -> LastCheckpoint | None:

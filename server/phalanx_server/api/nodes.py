@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -16,11 +17,25 @@ from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Looking, Operating, Services, Serving, now
 from phalanx_server.api.errors import Problem, not_found
 from phalanx_server.api.pages import CursorText, Limit, Page, decode_cursor, encode_cursor
+from phalanx_server.domain.draining import Occupant, Why, outlook
 from phalanx_server.domain.node import NodeState
 from phalanx_server.store import ids
-from phalanx_server.store.node_views import list_nodes, load_node, nodes_named
+from phalanx_server.store.node_views import list_nodes, load_node, load_occupants, nodes_named
 
 router = APIRouter(tags=["nodes"])
+
+
+class Remaining(BaseModel):
+    """A job that still holds something on a draining node."""
+
+    job: str
+    why: Why = Field(
+        description="`stopping`: on its way. `lost`: not confirmed gone. `not_preemptible`: it runs on to its end."
+        " `min_runtime`: it moves after its minimum run time. `no_room`: it moves once there is room elsewhere."
+    )
+    ends_by: datetime | None = Field(
+        description="When it is gone at the latest, by its time limit or the grace of its stop; null: nothing says so."
+    )
 
 
 class Node(BaseModel):
@@ -44,6 +59,13 @@ class Node(BaseModel):
     clock_skew_s: float | None
     stats: dict[str, Any] | None = Field(description="Latest use of CPU, memory and GPUs; for operators.")
     jobs: list[str] = Field(description="Jobs that hold something there, those that the caller may see.")
+    remaining: list[Remaining] = Field(
+        default=[], description="Of a draining node: those jobs, why each is still there, and until when at the latest."
+    )
+    outlook: str | None = Field(
+        default=None,
+        description="Of a draining node, in words: what still runs there, and if it empties by itself.",
+    )
 
 
 @router.get("/v1/nodes", operation_id="list_nodes")
@@ -56,9 +78,10 @@ async def list_all_nodes(
         rows = await list_nodes(
             conn, tenant=principal.tenant, after=(after[0], after[1]) if after else None, limit=limit + 1
         )
-    page = rows[:limit]
+        page = rows[:limit]
+        occupants = await _occupants(conn, page, principal)
     more = encode_cursor(page[-1].cluster, page[-1].name) if len(rows) > limit else None
-    return Page(items=[_document(row, principal) for row in page], next_cursor=more)
+    return Page(items=[_document(row, principal, occupants.get(row.id, ())) for row in page], next_cursor=more)
 
 
 @router.get("/v1/nodes/{node}", operation_id="get_node")
@@ -81,7 +104,8 @@ async def uncordon(node: str, services: Serving, principal: Operating) -> Node:
 
 @router.post("/v1/nodes/{node}/drain", operation_id="drain_node")
 async def drain(node: str, services: Serving, principal: Operating) -> Node:
-    """Place nothing new on a node, and move its preemptible jobs off where there is room elsewhere."""
+    """Place nothing new on a node, and move its preemptible jobs off where there is room elsewhere. What will not leave
+    by that is in `remaining` and `outlook`, which say the same of the node later."""
     return await _set(services, principal, node, NodeState.DRAINING)
 
 
@@ -117,16 +141,26 @@ async def _id_of_name(conn: AsyncConnection, name: str) -> UUID:
 async def _read(services: Services, principal: Principal, node_id: UUID) -> Node:
     async with services.reads.connect() as conn:
         row = await load_node(conn, node_id, tenant=principal.tenant)
-    if row is None:
-        raise not_found(f"node {ids.encode('node', node_id)}")
-    return _document(row, principal)
+        if row is None:
+            raise not_found(f"node {ids.encode('node', node_id)}")
+        occupants = await _occupants(conn, [row], principal)
+    return _document(row, principal, occupants.get(node_id, ()))
 
 
-_SHOWN = Node.model_fields.keys() - {"id", "warm_ready", "last_seen_at", "stats", "jobs"}
+async def _occupants(
+    conn: AsyncConnection, rows: Sequence[Row[Any]], principal: Principal
+) -> Mapping[UUID, Sequence[tuple[UUID, Occupant]]]:
+    draining = [row.id for row in rows if row.state == NodeState.DRAINING]
+    return await load_occupants(conn, draining, tenant=principal.tenant)
 
 
-def _document(row: Row[Any], principal: Principal) -> Node:
-    stats = row.stats or {}
+_OF_A_DRAIN = {"remaining", "outlook"}
+_SHOWN = Node.model_fields.keys() - {"id", "warm_ready", "last_seen_at", "stats", "jobs"} - _OF_A_DRAIN
+
+
+def _document(row: Row[Any], principal: Principal, occupants: Sequence[tuple[UUID, Occupant]]) -> Node:
+    stats, at = row.stats or {}, now()
+    is_told = row.state == NodeState.DRAINING and (occupants or not row.gpus_used)  # of what others have, nothing
     return Node(
         **{name: row._mapping[name] for name in _SHOWN},
         id=ids.encode("node", row.id),
@@ -134,4 +168,9 @@ def _document(row: Row[Any], principal: Principal) -> Node:
         last_seen_at=row.runner_seen_at,
         stats=row.stats if principal.may("operate") else None,
         jobs=[ids.encode("job", job_id) for job_id in row.jobs],
+        remaining=[
+            Remaining(job=ids.encode("job", job_id), why=each.why(at), ends_by=each.ends_by)
+            for job_id, each in occupants
+        ],
+        outlook=outlook([each for _, each in occupants], at) if is_told else None,
     )

@@ -6,7 +6,7 @@ where facts come from and how the decision is carried out.
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from phalanx_server.domain.job import JobState
@@ -120,11 +120,13 @@ class EndFacts:
     max_retries: int = 0
     backoff_s: float = 30.0
     gave_way: str = ""  # to whom or what, in words, where the cause alone does not say
+    time_left_s: float | None = None  # that all attempts leave of the job's time limit; None = it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """The decision. `failed_rank` says whose node to avoid next time; `backoff_s` when to try again."""
+    """The decision. `failed_rank` says whose node to avoid next time; `backoff_s` when to try again. `out_of_time`: the
+    job would have been tried again, but nothing is left of its time limit."""
 
     outcome: Outcome
     job_state: JobState
@@ -133,6 +135,12 @@ class End:
     backoff_s: float = 0.0
     avoid_node: bool = False
     failed_rank: int | None = None
+    out_of_time: bool = False
+
+    @property
+    def reason(self) -> Outcome:
+        """Why the job is in its state."""
+        return Outcome.TIME_LIMIT if self.out_of_time else self.outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,8 @@ _GIVES_WAY = {
     StopCause.REQUEUE: Outcome.REQUEUED,
 }
 
+
+OUT_OF_TIME = "nothing is left of its time limit"
 
 GOES_ON = frozenset({Outcome.RESIZED, Outcome.MIGRATED})
 """Attempts after which the job goes on at a place that is kept for it."""
@@ -199,7 +209,15 @@ _JOB_STATES = {
 
 
 def decide_end(facts: EndFacts) -> End:
-    """What an attempt's end means for it and for its job."""
+    """What an attempt's end means for it and for its job. A job is not tried again without time to run."""
+    end = _by_table(facts)
+    if end.job_state is not JobState.QUEUED or facts.time_left_s is None or facts.time_left_s > 0:
+        return end
+    message = f"{end.message}, and {OUT_OF_TIME}"
+    return replace(end, job_state=JobState.FAILED, message=message, out_of_time=True)
+
+
+def _by_table(facts: EndFacts) -> End:
     exit = _exit_of(facts)
     row = _find(facts, exit)
     message = _message(facts, row.outcome)

@@ -223,8 +223,12 @@ class InMaintenance(Explanation):
     run_limit_s: float | None
 
     def message(self) -> str:
-        run = "without a time limit it" if self.run_limit_s is None else f"with its limit of {self.run_limit_s:g} s it"
-        return f"{run} would run into a maintenance window that ends at {_time(self.ends_at)}"
+        left = (
+            "without a time limit"
+            if self.run_limit_s is None
+            else f"with {self.run_limit_s:g} s of its time limit left"
+        )
+        return f"{left} it would run into a maintenance window that ends at {_time(self.ends_at)}"
 
     def unblocks(self) -> tuple[str, ...]:
         return (f"maintenance ends at {_time(self.ends_at)}", "the job has a time limit that ends before the window")

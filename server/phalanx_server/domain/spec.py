@@ -6,7 +6,7 @@ part is not built yet are refused by name, never ignored. Refuses to know whethe
 """
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,17 @@ from phalanx_server.domain.array import Array, parse_indices
 from phalanx_server.domain.dependency import After
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.field_errors import check_text, explain, join
-from phalanx_server.domain.field_types import Duration, Name, Part, Size, Switch, Text, Unsupported, Whole
+from phalanx_server.domain.field_types import (
+    Duration,
+    Labels,
+    Moment,
+    Name,
+    Part,
+    Size,
+    Switch,
+    Unsupported,
+    Whole,
+)
 from phalanx_server.domain.gang_spec import Elastic, Topology
 from phalanx_server.domain.job import priority_of
 from phalanx_server.domain.run_spec import Run
@@ -25,9 +35,6 @@ from phalanx_server.domain.units import parse_size
 
 REPLICAS_MAX = 10_000
 GPUS_PER_REPLICA_MAX = 1_024
-LABELS_MAX = 64
-# Far from the last date that there is, whose arithmetic ends in errors.
-TIME_YEAR_MAX = 9_000
 
 
 def _as_written(schema: dict[str, Any]) -> None:
@@ -177,9 +184,9 @@ class JobSpec(Part):
     preemption: Preemption = Preemption()
     checkpoint: Checkpoint = Checkpoint()
     restart: Literal["fenced", "eager"] = "fenced"
-    not_before: datetime | None = None
-    deadline: datetime | None = None
-    labels: dict[str, Text] = Field(default_factory=dict)
+    not_before: Moment | None = None
+    deadline: Moment | None = None
+    labels: Labels = Field(default_factory=dict)
     held: Switch = False
     after: After | None = None
     array: Array | None = None
@@ -200,26 +207,6 @@ class JobSpec(Part):
         priority_of(given)
         return given
 
-    @field_validator("not_before", "deadline", mode="before")
-    @classmethod
-    def _is_text(cls, given: object) -> object:
-        if given is not None and not isinstance(given, str | datetime):
-            raise ValueError("expected a time like 2026-11-21T00:00:00Z")
-        return given
-
-    @field_validator("not_before", "deadline")
-    @classmethod
-    def _in_utc(cls, at: datetime | None) -> datetime | None:
-        if at is not None and at.tzinfo is None:
-            raise ValueError("has no time zone: end it with Z or an offset like +01:00")
-        try:
-            at = at if at is None else at.astimezone(UTC)
-        except OverflowError:
-            at = datetime.max
-        if at is not None and at.year > TIME_YEAR_MAX:
-            raise ValueError(f"is not within the years 1 to {TIME_YEAR_MAX} in UTC")
-        return at
-
     @field_validator("deadline")
     @classmethod
     def _after_its_earliest_start(cls, deadline: datetime | None, info: ValidationInfo) -> datetime | None:
@@ -227,18 +214,6 @@ class JobSpec(Part):
         if deadline is not None and not_before is not None and deadline <= not_before:
             raise ValueError(f"is not after not_before, {not_before:%Y-%m-%dT%H:%M:%SZ}")
         return deadline
-
-    @field_validator("labels")
-    @classmethod
-    def _few_and_short(cls, labels: dict[str, str]) -> dict[str, str]:
-        if len(labels) > LABELS_MAX:
-            raise ValueError(f"{len(labels)} labels, at most {LABELS_MAX}")
-        for key, value in labels.items():
-            if not 1 <= len(key) <= 128 or len(value) > 256 or "=" in key:
-                raise ValueError(
-                    f"{key[:80]!r}: a label has a key of 1 to 128 characters without '=', a value of up to 256"
-                )
-        return labels
 
     @cached_property
     def priority_value(self) -> int:

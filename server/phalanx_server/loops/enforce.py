@@ -1,4 +1,5 @@
-"""Enforce time limits: ask the attempts to end that run for longer than their job allows."""
+"""Enforce time limits: ask the attempts to end that run for longer than their job may, and fail waiting jobs that have
+run for so long already."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from phalanx_server.actions.enforce_limits import enforce_limits
 from phalanx_server.actions.expect_lease import LeaseLost
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.ticking import Pulse, tick_forever
+from phalanx_server.scheduling.snapshot import Policy
 
 log = structlog.get_logger()
 
@@ -20,20 +22,22 @@ INTERVAL_S = 1.0
 
 
 class Enforce:
-    """`tick` looks at all running attempts once; it does nothing while another process leads."""
+    """`tick` looks at all running attempts once; it does nothing while another process leads. `policy` is that of the
+    settings file: what is set through the API goes over it."""
 
-    def __init__(self, engine: AsyncEngine, leader: Leader) -> None:
+    def __init__(self, engine: AsyncEngine, leader: Leader, *, policy: Policy) -> None:
         self._engine = engine
         self._leader = leader
+        self._policy = policy
         self.pulse = Pulse()
 
     async def tick(self, now: datetime) -> list[UUID]:
-        """The jobs that were asked to end."""
+        """The jobs that were asked to end, and those that failed."""
         lease = self._leader.lease
         if lease is None:
             return []
         try:
-            return await enforce_limits(self._engine, lease, now=now)
+            return await enforce_limits(self._engine, lease, base=self._policy, now=now)
         except LeaseLost as lost:
             log.warning("limits not enforced", why=str(lost))
             return []

@@ -22,6 +22,7 @@ from phalanx_server.loops import deliver_outbox, hold_book, schedule
 from phalanx_server.loops.deliver_outbox import DeliverOutbox
 from phalanx_server.loops.enforce import Enforce
 from phalanx_server.loops.leader import Leader
+from phalanx_server.loops.measure_speeds import MeasureSpeeds
 from phalanx_server.loops.retain import Retain
 from phalanx_server.loops.schedule import Pass, ScheduleLoop
 from phalanx_server.loops.ticking import Pulse
@@ -46,6 +47,7 @@ class Loops:
     schedule: ScheduleLoop
     watch_nodes: WatchNodes
     enforce: Enforce
+    speeds: MeasureSpeeds
     outbox: DeliverOutbox
     retain: Retain
 

@@ -50,7 +50,7 @@ class Keep:
     """How long things are kept."""
 
     metrics: timedelta
-    events: timedelta  # and roll-ups, and audit rows
+    events: timedelta  # and roll-ups, audit rows, and maintenance windows that are over
     logs: timedelta  # after the end of their job
     bundles: timedelta = timedelta(days=30)  # after the last use, and the end of every job that ran them
     outputs: timedelta = timedelta(days=30)  # after the end of their job
@@ -132,6 +132,7 @@ class Retain:
         ages = {
             "events": keep.events,
             "audit": keep.events,
+            "maintenance": keep.events,
             "idempotency_keys": keep.idempotency_keys,
             "outbox": keep.outbox,
             "leases": keep.leases,
@@ -178,8 +179,10 @@ class Retain:
             await self._bundles.set_aside(digest)
         async with self._engine.connect() as conn:
             wanted = await bundles_of_anybody(conn, list(digests))
-        for digest in digests:
-            await (self._bundles.put_back(digest) if digest in wanted else self._bundles.delete_aside(digest))
+        for digest in digests & wanted:
+            await self._bundles.put_back(digest)
+        for digest in digests - wanted:
+            await self._bundles.delete_aside(digest)
 
     async def run_forever(self) -> None:
         """Partitions must exist before they are needed: the first round comes with the election."""

@@ -134,7 +134,9 @@ class ScheduleLoop:
             history = await load_history(conn)
             forecast = Forecast(await _run(len(history), lambda: learnt(history)))
             snapshot, cursor = await load_snapshot(conn, now, self._policy, forecast.predicted_s, self._usage)
-            self.holds.load(await load_holds(conn))
+            stored = await load_holds(conn)
+        self.holds.load(stored)
+        self.starts.load(stored)
         self._usage = cursor.usage
         snapshot = await _run(len(snapshot.jobs), partial(forecast.begin, snapshot, cursor.works))
         planner = await _run(len(cursor.versions), lambda: Planner(snapshot))

@@ -5,7 +5,7 @@ tenant or priority asks for it, because what is free now only shrinks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from phalanx_server.domain.reason import Explanation, Reserved, WaitsForVictims
@@ -71,19 +71,26 @@ class Desk:
             if isinstance(answer, Spot):
                 return answer
             refusals.append(answer)
-        waits = self._with_what_leaves(bid, options, refusals) or self._with_room_made(bid, options)
-        if waits is not None:
+        if self._draft.leaving and (waits := self._with_what_leaves(bid, options, refusals)) is not None:
+            return waits
+        if may_be_made(self._draft, bid, options) and (waits := self._with_room_made(bid, options)) is not None:
             return waits
         behind_s = bid.behind_s if self._draft.world.policy.preempt_longer else -inf
+        if len(refusals) == 1:
+            return replace(refusals[0], unless_behind_s=behind_s) if behind_s > -inf else refusals[0]
         return Refusal(weakest([r.why for r in refusals]), max(r.unless_it_ends_by for r in refusals), behind_s)
 
     def demand(self, group: JobClass) -> Demand:
-        """What a job of the class takes of the quotas, by its first option."""
-        return options_of(self._draft.world, group)[0].demand
+        """What a job of the class takes, by its first option."""
+        first = options_of(self._draft.world, group)[0]
+        return group.key.ask.shape.demand(first.gpu_type, group.key.ask.replicas)
 
     def borrows(self, group: JobClass) -> bool:
         """Would a job of the class use others' nominal quota, whatever option is taken?"""
-        return all(self._borrows_by(group.key, option) for option in options_of(self._draft.world, group))
+        for option in options_of(self._draft.world, group):  # noqa: SIM110  (one of the hot places of a pass)
+            if not self._borrows_by(group.key, option):
+                return False
+        return True
 
     def options(self, group: JobClass) -> Sequence[Option]:
         """How a job of the class may run, best first; where it names no GPU type, those first by which it borrows
@@ -142,7 +149,7 @@ class Desk:
         question = (key.ask, option.gpu_type, draft.account(key))
         if question in self._no_room:
             return self._no_room[question]
-        version = (draft.now.use.changes, draft.soon.use.changes)
+        version = (draft.now.changes, draft.soon.changes)
         if self._has_room.get(question) != version:
             if not draft.may_hold(key, option.gpu_type):
                 why = self._no_room[question] = explain_nodes(draft, key, option.gpu_type)
@@ -162,8 +169,6 @@ class Desk:
 
     def _with_what_leaves(self, bid: Bid, options: Sequence[Option], refusals: list[Refusal]) -> Waits | None:
         draft, key = self._draft, bid.key
-        if not draft.leaving:
-            return None
         books = draft.soon_until(draft.ends_at(bid))
         for option in options:
             if not draft.is_in_quota(key.tenant, option.least_demand, books) or self._is_kept_from(bid, option):
@@ -177,8 +182,6 @@ class Desk:
 
     def _with_room_made(self, bid: Bid, options: Sequence[Option]) -> Waits | None:
         key = bid.key
-        if not may_be_made(self._draft, bid, options):
-            return None
         question = (key.tenant, key.priority, key.ask, key.preemptible, self._draft.version)
         if self._hopeless.get(question, inf) <= bid.behind_s:
             return None  # neither for one that stands before it and needs less
@@ -204,10 +207,7 @@ def hold_for(draft: Draft, job: str, spot: Spot) -> HoldGroup:
 
 def _victims(draft: Draft, job: str, seat: Seat) -> tuple[str, ...]:
     """Who stops for it; if nobody does, who leaves the nodes that are kept for it."""
-    decided = draft.decided
-    made = {d.job for d in (*decided.preemptions, *decided.resizes, *decided.migrations) if d.for_job == job}
-    mine = made | {other.id for other in draft.leaving.values() if other.for_job == job}
-    if mine:
+    if mine := draft.stops_for.get(job):
         return tuple(sorted(mine))
     nodes = {item.node for item in seat.placement}
     leaving = draft.leaving.values()

@@ -9,13 +9,15 @@ all of them up to its own end: so nothing that is kept or reserved is given away
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from phalanx_server.domain.resources import Demand
+from phalanx_server.scheduling.evictable import Evictable
 from phalanx_server.scheduling.fit import holds_gang, room, usable_by
 from phalanx_server.scheduling.nodes import CPUS, GPUS, Amounts, Mask, Occupants, Windows, amounts_of, usable
 from phalanx_server.scheduling.order import Ask, Bid, ClassKey, sized
@@ -29,10 +31,11 @@ from phalanx_server.scheduling.world import Load, Running, World, states_of
 class Book:
     """What is free on the nodes, what is used of the quotas, and who shares which node, at one moment."""
 
-    __slots__ = ("at", "free", "occupants", "use")
+    __slots__ = ("at", "changes", "free", "occupants", "use")
 
     def __init__(self, at: float, free: Amounts, use: QuotaUse, occupants: Occupants | None) -> None:
         self.at = at
+        self.changes = 0
         self.free = free
         self.use = use
         self.occupants = occupants
@@ -44,6 +47,7 @@ class Book:
 
     def take(self, load: Load, times: int = 1) -> None:
         """Take what a job takes; `times` -1 gives it back."""
+        self.changes += 1
         self.free[:, load.columns] -= times * load.amounts
         self.use.charge(load.tenant, load.demand, times)
         if self.occupants is not None:
@@ -105,6 +109,13 @@ class Draft:
         """Look at those as well, for a moment, that are inside their minimum run time."""
         self.memo: dict[tuple[object, ...], Any] = {}
         """What others have worked out about the running jobs, until room is made."""
+        self._memo_past_protection: dict[tuple[object, ...], Any] = {}
+        self._evictable: dict[bool, Evictable] = {}
+        self.stops_for: dict[str, set[str]] = {}
+        """Who stops for whom."""
+        for id_, job in self.leaving.items():
+            if job.for_job is not None:
+                self.stops_for.setdefault(job.for_job, set()).add(id_)
         self.disturbed: set[str] = set()
         self.ends: list[tuple[float, str]] = []
         """When what was started or kept in this pass is expected to end."""
@@ -198,10 +209,11 @@ class Draft:
 
     def _fitting(self, ask: Ask, books: Books, allowed: Mask) -> tuple[Amounts, Mask]:
         """(`usable`, the allowed nodes on which a replica could stand by the first book): the amounts are right there,
-        and elsewhere nothing, which is much quicker where most nodes are full."""
+        and elsewhere nothing, which is much quicker where most nodes are full. With a topology all of the allowed ones,
+        for domains compare by all that they have."""
         shape, first = ask.shape, books[0].free
         row, each = (CPUS, shape.cpus) if shape.is_cpu_only else (GPUS, shape.gpus)
-        fitting = allowed & (first[row] >= each)
+        fitting = allowed if ask.topology is not None else allowed & (first[row] >= each)
         columns = np.flatnonzero(fitting)
         total = self.table.total[:, columns]
         free = usable(first[:, columns], total, by_cpu_jobs=shape.is_cpu_only)
@@ -230,6 +242,24 @@ class Draft:
             return False
         counts = room(self.usable(key.ask, books)[:, spot.columns], key.ask.shape, sum(spot.replicas))
         return bool((counts * self.allowed(key, books)[spot.columns] >= spot.replicas).all())
+
+    @property
+    def evictable(self) -> Evictable:
+        """Whom somebody might evict."""
+        if self.even_protected not in self._evictable:
+            self._evictable[self.even_protected] = Evictable(
+                self.world, self.disturbed, even_protected=self.even_protected
+            )
+        return self._evictable[self.even_protected]
+
+    @contextmanager
+    def past_protection(self) -> Iterator[None]:
+        """As if all minimum run times were over."""
+        self.even_protected = True
+        self.memo, self._memo_past_protection = self._memo_past_protection, self.memo
+        yield
+        self.even_protected = False
+        self.memo, self._memo_past_protection = self._memo_past_protection, self.memo
 
     # ------------------------------------------------------------------ what is decided
 
@@ -262,6 +292,9 @@ class Draft:
     def make(self, room: Room, for_job: str | None) -> None:
         """Decide who stops, shrinks and moves."""
         now, restart_s = self.world.now, self.world.policy.restart_s
+        if for_job is not None:
+            gone = {running.job.id for running, _ in (*room.evicted, *room.shrunk, *room.moved)}
+            self.stops_for.setdefault(for_job, set()).update(gone)
         for victim, reason in room.evicted:
             self._leave(victim, None)
             lost_gpu_s = victim.loss(now, restart_s) - victim.gpus * restart_s
@@ -275,11 +308,14 @@ class Draft:
             self.decided.migrations.append(Migration(job.job.id, for_job, seat.placement))
         self.version += 1
         self.memo.clear()
+        self._memo_past_protection.clear()
 
     def _leave(self, running: Running, next_: Seat | None) -> None:
         """From now on it stops; until it is gone it takes the larger of what it has and what it will have."""
         job = running.job
         self.disturbed.add(job.id)
+        for evictable in self._evictable.values():
+            evictable.drop(running)
         self.leaving[job.id] = job
         for book in (self.soon, *self.overlapping(running)):
             book.take(running.load, -1)

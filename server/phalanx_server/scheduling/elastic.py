@@ -13,31 +13,27 @@ from phalanx_server.scheduling.trial import Piece, Trial
 from phalanx_server.scheduling.world import Load, Running, shape_of
 
 
-def spare_replicas(trial: Trial, *, spare_protected: bool = True) -> Iterator[Piece]:
+def spare_replicas(trial: Trial) -> Iterator[Piece]:
     """The replicas that running elastic jobs have above their minimum, as pieces: the job's own tenant first, then
     whoever loses the least; of one job those first that stand alone on a node."""
     draft, tenant = trial.draft, trial.key.tenant
     world = draft.world
     now, restart_s = world.now, world.policy.restart_s
-    lent = (
-        [r for r in world.elastic.values() if has_spare(draft, r, spare_protected=spare_protected)]
-        if world.policy.elastic
-        else []
-    )
+    lent = [r for r in world.elastic.values() if has_spare(draft, r)] if world.policy.elastic else []
     for running in sorted(
         lent, key=lambda r: (r.job.tenant != tenant, r.loss(now, restart_s), -(r.job.started_at or 0.0), r.job.id)
     ):
         yield from parts_of(draft, running)
 
 
-def has_spare(draft: Draft, running: Running, *, spare_protected: bool = True) -> bool:
+def has_spare(draft: Draft, running: Running) -> bool:
     """Does it run with more than its minimum, and may it start anew with fewer?"""
     job = running.job
     if job.min_replicas is None or replicas_of(job) <= job.min_replicas or job.id in draft.disturbed:
         return False
     if not draft.table.ready[running.load.columns].all():
         return False  # it starts anew when it shrinks, and these nodes take nothing new
-    return running.may_be_disturbed(draft.world.now, even_protected=not spare_protected)
+    return running.may_be_disturbed(draft.world.now, even_protected=draft.even_protected)
 
 
 def parts_of(draft: Draft, running: Running) -> Iterator[Piece]:

@@ -5,8 +5,8 @@ tried for the first GPU type that the job accepts, then the next. Whatever is ta
 do: nobody who can be spared stops.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain, islice
 
 from phalanx_server.scheduling.consolidate import moves
 from phalanx_server.scheduling.draft import Draft, Room
@@ -26,11 +26,11 @@ MOST_PROTECTED = 64
 """And so many when it only looks ahead to the end of minimum run times."""
 
 
-def make_room(draft: Draft, bid: Bid, options: Sequence[Option], *, spare_protected: bool = True) -> Room | None:
+def make_room(draft: Draft, bid: Bid, options: Sequence[Option]) -> Room | None:
     """The cheapest way to make room for a job, or None if there is none that it is entitled to."""
     for option in options:
-        room = moves(draft, bid, option) if spare_protected and may_gather(draft, bid.key, option) else None
-        room = room or _take(draft, bid, option, spare_protected=spare_protected)
+        is_apart = not draft.even_protected and may_gather(draft, bid.key, option)
+        room = (moves(draft, bid, option) if is_apart else None) or _take(draft, bid, option)
         if room is not None:
             return room
     return None
@@ -39,20 +39,17 @@ def make_room(draft: Draft, bid: Bid, options: Sequence[Option], *, spare_protec
 def may_be_made(draft: Draft, bid: Bid, options: Sequence[Option]) -> bool:
     """Is it worth a try? False: it is not, for this job and those of its class that stand behind it."""
     gathers = draft.world.policy.consolidation
-    for option in options:
-        if (gathers and may_gather(draft, bid.key, option)) or is_promising(draft, bid, option):
-            return True
-    return False
+    return any((gathers and may_gather(draft, bid.key, o)) or is_promising(draft, bid, o) for o in options)
 
 
-def _take(draft: Draft, bid: Bid, option: Option, *, spare_protected: bool) -> Room | None:
+def _take(draft: Draft, bid: Bid, option: Option) -> Room | None:
     if not is_promising(draft, bid, option):
         return None
     trial = Trial(draft, bid, option)
-    claim = Claim(trial, bid, spare_protected=spare_protected)
+    claim = Claim(trial, bid)
     for right in claim.rights():
-        most = MOST_VICTIMS if spare_protected else MOST_PROTECTED
-        pieces = islice(_pieces(trial, right.victims(), spare_protected=spare_protected), most)
+        most = MOST_PROTECTED if draft.even_protected else MOST_VICTIMS
+        pieces = islice(chain(spare_replicas(trial), right.victims()), most)
         if trial.take_until_it_fits(pieces, right.ends_well):
             spot = trial.spot()
             assert spot is not None, "it fitted with what was taken"
@@ -60,11 +57,6 @@ def _take(draft: Draft, bid: Bid, option: Option, *, spare_protected: bool) -> R
             shrunk = _shrunk([piece for piece in trial.taken if not piece.reason], set(evicted))
             return Room(spot, tuple(evicted.values()), shrunk)
     return None
-
-
-def _pieces(trial: Trial, victims: Iterator[Piece], *, spare_protected: bool) -> Iterator[Piece]:
-    yield from spare_replicas(trial, spare_protected=spare_protected)
-    yield from victims
 
 
 def _shrunk(pieces: Sequence[Piece], evicted: set[str]) -> tuple[tuple[Running, Seat], ...]:

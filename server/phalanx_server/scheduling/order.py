@@ -14,7 +14,7 @@ that bounds its wait, whatever comes.
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from operator import attrgetter
@@ -283,6 +283,8 @@ class Turn:
     """From which member on, and why, those wait that do not start."""
     settled: set[str] | None = None
     """The members that start, or wait for a place that is kept for them."""
+    has_reserved: bool = False
+    """Is a start reserved for any of them?"""
     tried_until: float = -inf
     """What would end later than that was tried: whoever waits has to wait whatever comes, unless it ends by then."""
     tried_behind_s: float = -inf
@@ -309,9 +311,8 @@ class Turn:
 
     def rank_at(self, at: int) -> Rank:
         """Where another member stands."""
-        return (
-            self.group.rank if at == 0 and self.members is self.group.members else rank_of(self.key, self.members[at])
-        )
+        is_head = at == 0 and self.members is self.group.members
+        return self.group.rank if is_head else rank_of(self.group.key, self.members[at])
 
     def settle(self) -> None:
         """This member is served."""
@@ -338,6 +339,8 @@ class Turn:
 
     def skip_tried(self, now: float) -> bool:
         """Go on to the next member that may be tried; False if there is none."""
+        if self.tried_until == self.tried_behind_s == -inf:
+            return False
         for at in range(self.at + 1, len(self.members)):
             if self._is_untried(self.members[at], now):
                 self.at = at
@@ -356,12 +359,19 @@ class Turn:
                 yield rank_of(self.key, places[0]), why, [m.id for m in places]
 
 
-def turn_of(group: JobClass, settled: Set[str]) -> Turn | None:
-    """The class's turn, leaving out the jobs that are settled already; None if that is all of them."""
-    if settled and not settled.isdisjoint(group.ids):
-        members = [m for m in group.members if m.id not in settled]
-        return Turn(group, members) if members else None
-    return Turn(group, group.members)
+def turns_of(queue: Queue, settled: Collection[Job]) -> list[Turn]:
+    """The turns of all classes in the order of the queue, leaving out the jobs that are settled already."""
+    done = {job.id for job in settled}
+    touched = {queue.key_of(job) for job in settled}
+    turns = []
+    for group in queue.classes():
+        if not touched or group.key not in touched:
+            turns.append(Turn(group, group.members))
+        elif members := [m for m in group.members if m.id not in done]:
+            turns.append(Turn(group, members))
+    if touched:
+        turns.sort(key=attrgetter("rank"))
+    return turns
 
 
 class Turns:
@@ -372,21 +382,22 @@ class Turns:
         self._turns = list(turns)
         for i, turn in enumerate(self._turns):
             turn.number = i
-        self._next = 0
-        self._again: list[tuple[bool, Rank, int]] = []
+        self._deferred: list[Turn] = []
+        self._again: list[tuple[Rank, int, Turn]] = []
 
     def __iter__(self) -> Iterator[Turn]:
-        """Each next turn, for as long as there are any."""
-        while self._next < len(self._turns) or self._again:
-            yield self._pop()
+        """Each next turn, for as long as there are any: first of those that stay within nominal."""
+        yield from self._in_order(self._turns)
+        yield from self._in_order(sorted(self._deferred, key=attrgetter("rank")))
 
-    def _pop(self) -> Turn:
-        if self._next < len(self._turns):
-            first = self._turns[self._next]
-            if not self._again or (False, first.rank, first.number) < self._again[0]:
-                self._next += 1
-                return first
-        return self._turns[heapq.heappop(self._again)[-1]]
+    def _in_order(self, turns: Iterable[Turn]) -> Iterator[Turn]:
+        """Those given, and between them whoever comes again."""
+        for turn in turns:
+            while self._again and self._again[0][0] < turn.rank:
+                yield heapq.heappop(self._again)[-1]
+            yield turn
+        while self._again:
+            yield heapq.heappop(self._again)[-1]
 
     def again(self, turn: Turn) -> None:
         """Its member is done with: the class comes again with the next one, if there is one."""
@@ -397,8 +408,8 @@ class Turns:
     def defer(self, turn: Turn) -> None:
         """It borrows: the class comes again after all that stay within nominal."""
         turn.is_deferred = True
-        self.return_to(turn)
+        self._deferred.append(turn)
 
     def return_to(self, turn: Turn) -> None:
         """The class comes again with the member at which it stands."""
-        heapq.heappush(self._again, (turn.is_deferred, turn.rank, turn.number))
+        heapq.heappush(self._again, (turn.rank, turn.number, turn))

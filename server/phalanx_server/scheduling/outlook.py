@@ -28,6 +28,7 @@ class Change:
     at: float
     load: Load
     times: int
+    is_reserved: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,10 +79,10 @@ class Outlook:
         windows = [at for at in draft.windows.ends if at <= until]
         self.moments: NDArray[np.float64] = np.unique(np.concatenate([self._flat.at, windows]))
 
-    def book(self, at: float, *, only_ends: bool = False) -> Book:
-        """The book of a moment. `only_ends`: as if nothing of what is decided and reserved began until then."""
+    def book(self, at: float, *, but_reserved: bool = False) -> Book:
+        """The book of a moment. `but_reserved`: as if nothing were reserved."""
         draft, flat = self._draft, self._flat
-        over = np.array([c.at <= at and not (only_ends and c.times > 0) for c in flat.changes], dtype=np.bool_)
+        over = np.array([c.at <= at and not (but_reserved and c.is_reserved) for c in flat.changes], dtype=np.bool_)
         on = over[flat.whose]
         columns = flat.columns[on]
         free = draft.soon.free.copy()
@@ -145,6 +146,6 @@ def _decided(draft: Draft) -> Iterator[Change]:
         if at < inf:
             yield Change(at, draft.taken[id_], -1)
     for r in draft.reservations:
-        yield Change(r.starts_at, r.load, 1)
+        yield Change(r.starts_at, r.load, 1, is_reserved=True)
         if r.ends_at < inf:
-            yield Change(r.ends_at, r.load, -1)
+            yield Change(r.ends_at, r.load, -1, is_reserved=True)

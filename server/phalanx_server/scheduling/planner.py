@@ -15,7 +15,7 @@ from phalanx_server.scheduling.fair import FairTurns
 from phalanx_server.scheduling.growth import grow
 from phalanx_server.scheduling.honour import honour_claims
 from phalanx_server.scheduling.lend import Lending
-from phalanx_server.scheduling.order import Rank, Turn, Turns, turn_of
+from phalanx_server.scheduling.order import Rank, Turn, Turns, turns_of
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.reserve import MOST_RESERVATIONS, WAITING_HELPS, reserve
@@ -90,8 +90,7 @@ def _run(world: World) -> tuple[Plan, bool]:
         if hold is not None:
             holds.add(world.queue.rank_of(job), hold)
     empty_nodes(draft)
-    done = {job.id for job, _ in settled}
-    turns = [turn for group in world.queue.classes() if (turn := turn_of(group, done)) is not None]
+    turns = turns_of(world.queue, [job for job, _ in settled])
     counter = _Counter(draft, holds)
     counter.serve(turns)
     counter.tell(turns)
@@ -194,21 +193,20 @@ class _Counter:
         if may_reserve and why.reason in WAITING_HELPS:
             starts_at = reserve(draft, turn.bid, options)
         self._lending.want(turn, options, starts_at)
-        if starts_at is not None:
-            self._expected[turn.member.id] = starts_at
-        return starts_at is not None
+        if starts_at is None:
+            return False
+        self._expected[turn.member.id], turn.has_reserved = starts_at, True
+        return True
 
     def tell(self, turns: Iterable[Turn]) -> None:
         """Hold who waits: those with an expected start of their own, and the others together."""
         for turn in turns:
             for rank, why, jobs in turn.waiting():
-                if not self._expected or self._expected.keys().isdisjoint(jobs):
-                    self._holds.add(rank, HoldGroup(jobs, why))
-                    continue
-                for job in jobs:
+                for job in jobs if turn.has_reserved else ():
                     if job in self._expected:
                         self._holds.add(rank, HoldGroup((job,), why, expected_start=self._expected[job]))
-                if others := [job for job in jobs if job not in self._expected]:
+                others = [job for job in jobs if job not in self._expected] if turn.has_reserved else jobs
+                if others:
                     self._holds.add(rank, HoldGroup(others, why))
 
 

@@ -15,8 +15,8 @@ from phalanx_server.scheduling.world import World
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to run a job: a GPU type (None = a CPU job), and what that takes of the quotas, with all its replicas and
-    with the least number of them."""
+    """One way to run a job: a GPU type (None = a CPU job), and what that takes of its tenant's quotas, with all its
+    replicas and with the least number of them. What is not limited is left out."""
 
     gpu_type: str | None
     demand: Demand
@@ -40,8 +40,9 @@ def possible_options(world: World, key: ClassKey) -> tuple[Option, ...]:
     """The options of jobs of this class, best first; () = they can never start."""
     ask = key.ask
     types = [t for t in _named_types(world, ask) if _limit(world, key.tenant, ask, t) is None]
-    demand = ask.shape.demand
-    return tuple(Option(t, demand(t, ask.replicas), demand(t, ask.least_replicas)) for t in types)
+    most = [world.forest.limited(key.tenant, ask.shape.demand(t, ask.replicas)) for t in types]
+    least = [world.forest.limited(key.tenant, ask.shape.demand(t, ask.least_replicas)) for t in types]
+    return tuple(map(Option, types, most, least))
 
 
 def explain_impossible(world: World, key: ClassKey) -> Impossible:

@@ -14,17 +14,15 @@ larger than the one that is left, so that the victim, back in the queue, finds n
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
+from phalanx_server.scheduling.evictable import Order
 from phalanx_server.scheduling.order import Bid
 from phalanx_server.scheduling.quota import QuotaUse
 from phalanx_server.scheduling.snapshot import Job
 from phalanx_server.scheduling.trial import Piece, Trial
 from phalanx_server.scheduling.world import Running
 from phalanx_server.scheduling.yielding import Place, places_of
-
-_Order = tuple[int, float, float, str]
-"""Priority, loss, started last, id."""
 
 WITHIN, RECLAIM, BORROWING, FAIR = "within_tenant", "reclaim", "reclaim_while_borrowing", "fair_share"
 
@@ -40,9 +38,9 @@ class Right:
 class Claim:
     """The rights of one waiting job in a trial."""
 
-    def __init__(self, trial: Trial, bid: Bid, *, spare_protected: bool = True) -> None:
+    def __init__(self, trial: Trial, bid: Bid) -> None:
         self._trial, self._draft, self._bid = trial, trial.draft, bid
-        self._spare_protected = spare_protected
+        self._evictable = trial.draft.evictable
         self._world, self._forest = trial.draft.world, trial.draft.world.forest
         self._tenant, self._priority = trial.key.tenant, trial.key.priority
         self._rules = self._forest.tenants[self._forest.number[self._tenant]].preemption
@@ -62,31 +60,11 @@ class Claim:
 
     # ------------------------------------------------------------------ who may be evicted
 
-    def _of(self, tenant: str) -> list[tuple[_Order, Running]]:
-        """The jobs of a tenant that may be evicted at all, in the order of victims."""
-        draft, world = self._draft, self._world
-        question = ("evictable", tenant, self._spare_protected)
-        if question not in draft.memo:
-            restart_s = world.policy.restart_s
-            draft.memo[question] = sorted(
-                ((r.job.priority, r.loss(world.now, restart_s), -(r.job.started_at or 0.0), r.job.id), r)
-                for r in world.of_tenant.get(tenant, {}).values()
-                if self._may_go(r)
-            )
-        return draft.memo[question]
-
-    def _may_go(self, running: Running) -> bool:
-        if not running.job.preemptible or running.job.id in self._draft.disturbed:
-            return False
-        if not running.may_be_disturbed(self._world.now, even_protected=not self._spare_protected):
-            return False
-        return not self._world.is_lost(running)
-
     def _own(self) -> Iterator[Running]:
         if self._rules.within_tenant == "never":
             return
         places = places_of(self._draft, self._tenant)
-        for _, running in self._of(self._tenant):
+        for _, running in self._evictable.in_order(self._tenant):
             if running.job.priority < self._priority or (
                 running.job.priority == self._priority and self._goes_before(running.job, places.get(running.job.id))
             ):
@@ -98,23 +76,25 @@ class Claim:
             return True
         return place is not None and place.yields_to(self._bid)
 
+    @cached_property
     def _borrowers(self) -> dict[str, tuple[int, int]]:
         """The tenants with jobs that borrow what this one asks for, each with where their sides part."""
+        found: dict[str, tuple[int, int]] = {}
         if not self._limited or self._rules.reclaim == "never":
-            return {}
-        question = ("borrowers", self._tenant, tuple(r for r, _ in self._limited))
-        if question not in self._draft.memo:
-            parted = ((t, self._forest.parting(self._tenant, t)) for t, jobs in self._world.of_tenant.items() if jobs)
-            self._draft.memo[question] = {t: p for t, p in parted if p is not None and self._borrows(p[1])}
-        return self._draft.memo[question]
+            return found
+        for mine in self._forest.way_up(self._tenant)[:-1]:
+            for theirs in self._forest.children[self._forest.parent[mine]]:
+                if theirs != mine and self._borrows(theirs):
+                    found |= {t: (mine, theirs) for t in self._forest.subtree[theirs] if self._world.of_tenant.get(t)}
+        return found
 
-    def _others(self, tenants: Iterable[str], most: int | None = None) -> dict[str, list[tuple[_Order, Running]]]:
+    def _others(self, tenants: Iterable[str], most: int | None = None) -> dict[str, list[tuple[Order, Running]]]:
         """Their jobs that may be evicted, of a priority of at most `most`, in the order of victims."""
         if self._rules.reclaim == "lower_priority":
             most = self._priority - 1 if most is None else min(most, self._priority - 1)
         out = {}
         for tenant in tenants:
-            jobs = self._of(tenant)
+            jobs = self._evictable.in_order(tenant)
             out[tenant] = jobs if most is None else [(order, r) for order, r in jobs if r.job.priority <= most]
         return out
 
@@ -131,20 +111,20 @@ class Claim:
         return Piece(running, load, reason, self._world.expected_end(running.job))
 
     def _still_borrows(self, running: Running) -> bool:
-        return self._borrows(self._borrowers()[running.job.tenant][1])
+        return self._borrows(self._borrowers[running.job.tenant][1])
 
     # ------------------------------------------------------------------ nominal
 
     def _sides(self) -> Iterator[set[int]]:
         """The sides that may take something back: all of them, then without the inner ones, because what is within a
         pool may be more than the tenant's own."""
-        found = {mine for mine, _ in self._borrowers().values()}
+        found = {mine for mine, _ in self._borrowers.values()}
         below = [i for i in self._forest.way_up(self._tenant) if i in found and self._is_below(i)]
         for inner in range(max(1, len(below))):
             yield set(below[inner:])
 
     def _by_nominal(self, sides: Set[int]) -> Iterator[Piece]:
-        borrowers = self._borrowers()
+        borrowers = self._borrowers
         for running in self._ordered(self._others(t for t, (mine, _) in borrowers.items() if mine in sides)):
             if self._still_borrows(running):
                 yield self._piece(running, RECLAIM)
@@ -163,7 +143,7 @@ class Claim:
     def _within_nominal(self) -> bool:
         """Does it end within what belongs to its side, seen from each victim; and with its own victims alone, within
         its nominal quota and pools, or borrowing no more than before?"""
-        borrowers = self._borrowers()
+        borrowers = self._borrowers
         if sides := {borrowers[p.running.job.tenant][0] for p in self._trial.taken if p.reason == RECLAIM}:
             return all(self._after(i, r, n) <= 0 for i in sides for r, n in self._limited)
         if not any(piece.reason for piece in self._trial.taken) or not self._use.borrows(
@@ -183,15 +163,15 @@ class Claim:
     # ------------------------------------------------------------------ fair share
 
     def _by_fair_share(self) -> Iterator[Piece]:
-        refused: dict[str, list[tuple[_Order, Running]]] = {}
-        for running in self._by_share(self._others(self._borrowers())):
+        refused: dict[str, list[tuple[Order, Running]]] = {}
+        for running in self._by_share(self._others(self._borrowers)):
             if not self._still_borrows(running):
                 continue
             mine, _, after = self._shares(running)
             if mine <= after:
                 yield self._piece(running, FAIR)
             else:
-                entry = next(e for e in self._of(running.job.tenant) if e[1] is running)
+                entry = next(e for e in self._evictable.in_order(running.job.tenant) if e[1] is running)
                 refused.setdefault(running.job.tenant, []).append(entry)
         for running in self._by_share(refused):
             mine, before, _ = self._shares(running)
@@ -200,7 +180,7 @@ class Claim:
 
     def _shares(self, running: Running) -> tuple[float, float, float]:
         """(this side's share with the job started, the victim's side's before and after its eviction)."""
-        parting, use = self._borrowers()[running.job.tenant], self._use
+        parting, use = self._borrowers[running.job.tenant], self._use
         before = use.share(parting[1])
         use.charge(running.job.tenant, running.load.demand, -1)
         after = use.share(parting[1])
@@ -210,12 +190,12 @@ class Claim:
         use.charge(self._tenant, self._trial.demand, -1)
         return mine, before, after
 
-    def _ordered(self, candidates: dict[str, list[tuple[_Order, Running]]]) -> Iterator[Running]:
+    def _ordered(self, candidates: dict[str, list[tuple[Order, Running]]]) -> Iterator[Running]:
         if self._world.policy.fair_sharing:
             return self._by_share(candidates)
         return (running for _, running in heapq.merge(*candidates.values()))
 
-    def _by_share(self, candidates: dict[str, list[tuple[_Order, Running]]]) -> Iterator[Running]:
+    def _by_share(self, candidates: dict[str, list[tuple[Order, Running]]]) -> Iterator[Running]:
         """Each time the first candidate of the tenant whose side has the largest share, seen from the root down."""
         at = {tenant: 0 for tenant, jobs in candidates.items() if jobs}
         while at:
@@ -234,7 +214,7 @@ class Claim:
     def _by_borrowing(self) -> Iterator[Piece]:
         assert self._rules.borrow is not None
         most = min(self._rules.borrow.max_priority, self._priority - 1)
-        others = self._others(self._borrowers(), most) if self._is_below(self._me_with_pools()) else {}
+        others = self._others(self._borrowers, most) if self._is_below(self._me_with_pools()) else {}
         for running in self._ordered(others):
             if self._still_borrows(running):
                 yield self._piece(running, BORROWING)

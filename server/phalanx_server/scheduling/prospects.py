@@ -5,16 +5,12 @@ is turned down here, at a few additions each.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import accumulate
 
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.nodes import GPUS
 from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.possible import Option
-from phalanx_server.scheduling.quota import QuotaUse
-from phalanx_server.scheduling.world import Running
 from phalanx_server.scheduling.yielding import places_of
 
 Resources = tuple[str, ...]
@@ -28,14 +24,11 @@ def may_gather(draft: Draft, key: ClassKey, option: Option) -> bool:
 def is_promising(draft: Draft, bid: Bid, option: Option) -> bool:
     """May enough be free once all has given way that the job could ask for? Without regard to where it is."""
     key = bid.key
-    lent = _lent_gpus(draft, option.gpu_type)
-    own = _own_gpus(draft, bid, option.gpu_type)
-    missing = _wanted(key) - _free_gpus(draft, option.gpu_type) if option.gpu_type else 1
-    given = lent + own
-    if given > 0 and given >= missing:
-        return True
-    given += _others_gpus(draft, key, option, given)
-    return given > 0 and given >= missing
+    missing = max(1, _wanted(key) - _free_gpus(draft, option.gpu_type))
+    given = _own_gpus(draft, bid, option.gpu_type)
+    if draft.world.elastic:
+        given += _lent_gpus(draft, option.gpu_type)
+    return given >= missing or given + _others_gpus(draft, key, option, given) >= missing
 
 
 def _wanted(key: ClassKey) -> int:
@@ -69,58 +62,31 @@ def _lent_gpus(draft: Draft, gpu_type: str | None) -> int:
 
 def _own_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
     """What its tenant's jobs have that it may evict."""
-    world, key = draft.world, bid.key
-    rule = world.forest.tenants[world.forest.number[key.tenant]].preemption.within_tenant
+    key, forest = bid.key, draft.world.forest
+    rule = forest.tenants[forest.number[key.tenant]].preemption.within_tenant
     if rule == "never":
         return 0
     most = key.priority if rule == "lower_or_newer_equal" else key.priority - 1
-    question = ("own", key.tenant, gpu_type, most)
-    if question not in draft.memo:
-        mine = world.of_tenant.get(key.tenant, {}).values()
-        candidates = (r for r in mine if r.job.priority <= most and r.gpu_type == gpu_type)
-        draft.memo[question] = sum(max(1, r.gpus) for r in _evictable(draft, candidates))
-    return int(draft.memo[question]) + _longer_gpus(draft, bid, gpu_type)
+    return draft.evictable.gpus(key.tenant, gpu_type, most) + _longer_gpus(draft, bid, gpu_type)
 
 
 def _longer_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
-    """What jobs of its tenant and priority have that yield to it because they need longer."""
+    """What jobs of its tenant and priority have that yield to it because they need longer; who was made to stop since
+    is among them."""
     places = places_of(draft, bid.key.tenant)
     if not places:
         return 0
-    question = ("longer", bid.key.tenant, gpu_type, bid.key.priority)
+    question = ("longer", bid.key.tenant, gpu_type, bid.key.priority, draft.even_protected)
     if question not in draft.memo:
-        mine = (r for r in draft.world.of_tenant[bid.key.tenant].values() if r.job.id in places)
-        alike = (r for r in mine if r.job.priority == bid.key.priority and r.gpu_type == gpu_type)
-        rows = sorted((-places[r.job.id].most_s, max(1, r.gpus)) for r in _evictable(draft, alike))
+        mine = [(places[id_], r) for _, r in draft.evictable.in_order(bid.key.tenant) if (id_ := r.job.id) in places]
+        alike = [(p, r) for p, r in mine if r.job.priority == bid.key.priority and r.gpu_type == gpu_type]
+        rows = sorted((-place.most_s, r.gpus or 1) for place, r in alike)
         draft.memo[question] = [at for at, _ in rows], [0, *accumulate(gpus for _, gpus in rows)]
     longest_first, sums = draft.memo[question]
     return int(sums[bisect_left(longest_first, -bid.behind_s)])
 
 
-def _evictable(draft: Draft, candidates: Iterable[Running]) -> Iterable[Running]:
-    now, disturbed = draft.world.now, draft.disturbed
-    for r in candidates:
-        job = r.job
-        if job.preemptible and job.id not in disturbed and r.may_be_disturbed(now, even_protected=draft.even_protected):
-            yield r
-
-
 # ------------------------------------------------------------------ what others have
-
-
-@dataclass(frozen=True, slots=True)
-class _Above:
-    """The evictable GPUs of the jobs of each tenant's subtree, by tenant number, and of the largest of them."""
-
-    gpus: list[int]
-    largest: list[int]
-
-    def most(self, i: int, use: QuotaUse, asked: Resources, gpu_type: str | None) -> int:
-        """What the subtree of tenant number `i` would give up at most: of what is asked for, nobody is evicted any more
-        who does not borrow."""
-        if asked != (gpu_type,):
-            return self.gpus[i]
-        return min(self.gpus[i], use.excess(i, asked[0]) - 1 + self.largest[i])
 
 
 def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int:
@@ -131,8 +97,8 @@ def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int
     if rules.reclaim == "never":
         return 0
     way = forest.way_up(key.tenant)
-    limited = [(r, n) for r, n in option.least_demand if use.left(way[0], r) is not None]
-    asked = tuple(r for r, _ in limited)
+    limited = option.least_demand
+    asked = tuple([r for r, _ in limited])
     if rules.borrow is not None or (world.policy.fair_sharing and _is_behind(draft, key, option, asked)):
         return sum(_borrowed(draft, forest.parent[a], a, asked, option.gpu_type) for a in way[:-1])
     # It may take back what is its side's own, if it ends within that.
@@ -151,10 +117,9 @@ def _borrowed(draft: Draft, parent: int, me: int, asked: Resources, gpu_type: st
     """What the children of a tenant, but for one, would give up at most."""
     use, question = draft.soon.use, ("borrowed", parent, asked, gpu_type)
     known = draft.memo.get(question)
-    if known is None or known[0] != use.changes:
-        above = _above(draft, gpu_type)
-        by_child = {b: above.most(b, use, asked, gpu_type) for b in _borrowing(draft, parent, asked)}
-        known = draft.memo[question] = (use.changes, by_child, sum(by_child.values()))
+    if known is None or known[0] != use.changes[parent]:
+        by_child = {b: _most_of(draft, b, asked, gpu_type) for b in _borrowing(draft, parent, asked)}
+        known = draft.memo[question] = (use.changes[parent], by_child, sum(by_child.values()))
     _, by_child, total = known
     return int(total - by_child.get(me, 0))
 
@@ -164,22 +129,11 @@ def _borrowing(draft: Draft, parent: int, asked: Resources) -> list[int]:
     return [b for b in draft.world.forest.children[parent] if any(use.excess(b, r) > 0 for r in asked)]
 
 
-def _above(draft: Draft, gpu_type: str | None) -> _Above:
-    question = ("evictable gpus", gpu_type)
-    if question not in draft.memo:
-        forest = draft.world.forest
-        gpus, largest = [0] * len(forest.tenants), [0] * len(forest.tenants)
-        for r in _evictable(draft, (r for r in draft.world.running.values() if r.gpu_type == gpu_type)):
-            i, has = forest.number[r.job.tenant], max(1, r.gpus)
-            gpus[i] += has
-            largest[i] = max(largest[i], has)
-        for i in forest.upward:
-            if (above := forest.parent[i]) >= 0:
-                gpus[above] += gpus[i]
-                largest[above] = max(largest[above], largest[i])
-        draft.memo[question] = _Above(gpus, largest)
-    found: _Above = draft.memo[question]
-    return found
+def _most_of(draft: Draft, i: int, asked: Resources, gpu_type: str | None) -> int:
+    """What the subtree of tenant number `i` would give up at most: of what is asked for, nobody is evicted any more who
+    does not borrow."""
+    gpus, largest = draft.evictable.gpus_below(i, gpu_type)
+    return gpus if asked != (gpu_type,) else min(gpus, draft.soon.use.excess(i, asked[0]) - 1 + largest)
 
 
 def _is_behind(draft: Draft, key: ClassKey, option: Option, asked: Resources) -> bool:

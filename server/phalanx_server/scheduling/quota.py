@@ -52,6 +52,11 @@ class QuotaForest:
         for i, above in enumerate(self.parent):
             if above >= 0:
                 self.children[above].append(i)
+        self.subtree: list[list[str]] = [[t.name] for t in self.tenants]
+        """By number, the names of a tenant and all below it."""
+        for i in self.upward:
+            if (above := self.parent[i]) >= 0:
+                self.subtree[above] += self.subtree[i]
         self._ways = [self._way(i) for i in range(len(self.tenants))]
         resources = sorted({name for t in self.tenants for name in t.quotas})
         self.limits = {name: self._limits(name) for name in resources}
@@ -61,6 +66,11 @@ class QuotaForest:
             for r, limits in self.limits.items()
         }
         self._most = {r: [idle.left(i, r) for i in range(len(self.tenants))] for r in resources}
+
+    def limited(self, tenant: str, demand: Demand) -> Demand:
+        """What of a demand is limited for the tenant."""
+        i = self.number[tenant]
+        return tuple((r, n) for r, n in demand if r in self.limits and self.limits[r].limited[i])
 
     def most(self, tenant: str, resource: str) -> int | None:
         """What the tenant could use if all others, and its own jobs, were idle; None = no limit."""
@@ -140,8 +150,8 @@ class QuotaUse:
         self._used = {r: [0] * len(forest.tenants) for r in forest.limits}
         self._over = {r: [0] * len(forest.tenants) for r in forest.limits}
         self._known: dict[tuple[int, str], tuple[int | None, int]] = {}
-        self.changes = 0
-        """How often it was charged: what was worked out in between still holds."""
+        self.changes = [0] * len(forest.tenants)
+        """How often something was charged in the subtree of each tenant: what was worked out in between still holds."""
 
     def copy(self) -> "QuotaUse":
         """The same use, to be changed apart from this one."""
@@ -150,7 +160,7 @@ class QuotaUse:
         twin._used = {r: list(v) for r, v in self._used.items()}
         twin._over = {r: list(v) for r, v in self._over.items()}
         twin._known = dict(self._known)
-        twin.changes = self.changes
+        twin.changes = list(self.changes)
         return twin
 
     def after(self, charges: Iterable[tuple[str, Demand, int]]) -> "QuotaUse":
@@ -174,13 +184,14 @@ class QuotaUse:
                         if (above := forest.parent[i]) >= 0:
                             more[above] += max(0, load[i] - absorbed[i]) - before
         twin._known.clear()
-        twin.changes += 1
+        twin.changes = [count + 1 for count in twin.changes]
         return twin
 
     def charge(self, tenant: str, demand: Demand, times: int = 1) -> None:
         """Count a demand as used; `times` -1 gives it back."""
         self._known.clear()
-        self.changes += 1
+        for j in self.forest.way_up(tenant):
+            self.changes[j] += 1
         i = self.forest.number[tenant]
         for resource, amount in demand:
             limits = self.forest.limits.get(resource)
@@ -224,9 +235,9 @@ class QuotaUse:
 
     def shortage(self, tenant: str, demand: Demand) -> Shortage | None:
         """The first resource of which the demand is more than is left, or None: it is within quota."""
-        i = self.forest.number[tenant]
+        i, known = self.forest.number[tenant], self._known
         for resource, amount in demand:
-            left, limiter = self._tightest(i, resource)
+            left, limiter = known.get((i, resource)) or self._tightest(i, resource)
             if left is not None and amount > left:
                 return Shortage(resource, amount, left, self.forest.tenants[limiter].name)
         return None
@@ -234,7 +245,10 @@ class QuotaUse:
     def borrows(self, tenant: str, demand: Demand) -> bool:
         """Would it use more than the tenant's nominal and the pools above it, that is, somebody else's nominal?"""
         i = self.forest.number[tenant]
-        return any(self._reaches_others(i, resource, amount) for resource, amount in demand)
+        for resource, amount in demand:  # noqa: SIM110  (one of the hot places of a pass)
+            if self._reaches_others(i, resource, amount):
+                return True
+        return False
 
     def _reaches_others(self, i: int, resource: str, amount: int) -> bool:
         limits = self.forest.limits.get(resource)
@@ -242,11 +256,10 @@ class QuotaUse:
             return False
         load = self._over[resource]
         while i >= 0:
-            before = max(0, load[i] - limits.nominal[i])
-            after = max(0, load[i] + amount - limits.nominal[i])
-            if not after:
+            over = load[i] - limits.nominal[i]
+            if over + amount <= 0:
                 return False
-            amount, i = after - before, self.forest.parent[i]
+            amount, i = (amount if over > 0 else over + amount), self.forest.parent[i]
         return True
 
     def excess(self, i: int, resource: str) -> int:

@@ -9,6 +9,7 @@ reservation as in Maui; with predictions as in Tsafrir, Etsion and Feitelson 200
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -44,9 +45,10 @@ class _Found:
 def reserve(draft: Draft, bid: Bid, options: Sequence[Option]) -> float | None:
     """Reserve the earliest start of a job; gives its time, None where nothing tells."""
     found = _earliest(draft, bid, options)
-    by_protection = _once_unprotected(draft, bid, options)
-    if by_protection is not None and (found is None or by_protection.at < found.at):
-        found = by_protection
+    if _first_unprotected(draft) < (inf if found is None else found.at):
+        by_protection = _once_unprotected(draft, bid, options)
+        if by_protection is not None and (found is None or by_protection.at < found.at):
+            found = by_protection
     if found is None:
         return None
     load = draft.load(bid.job, bid.key, found.spot)
@@ -68,7 +70,8 @@ def _earliest(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | Non
 
 def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) -> Iterator[tuple[float, Book]]:
     """The moments that are worth a look. Mostly the first one will do at which enough is free. If not, then the first at
-    which there would be a place if nothing began until then, and a number of those after it."""
+    which there would be a place if nothing were reserved, and a number of those after it. (A window may close a place
+    again, and GPUs that become free keep CPUs from a CPU job: then there is no such first.)"""
     accepting = draft.accepting(bid.key, ())
     with_room = [outlook.moments_with_room(bid.key.ask, accepting & draft.table.of_type(o.gpu_type)) for o in options]
     moments = outlook.moments[np.unique(np.concatenate(with_room))].tolist()
@@ -77,9 +80,10 @@ def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) 
     yield moments[0], outlook.book(moments[0])
 
     def has_place(at: float) -> bool:
-        return _spot_at(draft, bid, options, at, outlook.book(at, only_ends=True), is_last=True) is not None
+        return _spot_at(draft, bid, options, at, outlook.book(at, but_reserved=True), is_last=True) is not None
 
-    low = max(1, bisect_left(moments, True, key=has_place))
+    only_opens = not draft.windows.ends and not bid.key.ask.shape.is_cpu_only
+    low = bisect_left(moments, True, lo=1, key=has_place) if only_opens else 1
     for at in moments[low : low + MOST_LOOKS]:
         yield at, outlook.book(at)
 
@@ -99,14 +103,20 @@ def _spot_at(
     return None
 
 
+def _first_unprotected(draft: Draft) -> float:
+    """When the first minimum run time is over; infinite if nobody is in one."""
+    question = ("first unprotected",)
+    if question not in draft.memo:
+        ends = (r.job.protected_until for r in draft.world.running.values() if r.job.protected_until is not None)
+        draft.memo[question] = min((at for at in ends if at > draft.world.now), default=inf)
+    return float(draft.memo[question])
+
+
 def _once_unprotected(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | None:
     """When the minimum run times are over of those whom it could evict but for that."""
     now = draft.world.now
-    if not any(not running.may_be_disturbed(now) for running in draft.world.running.values()):
-        return None
-    draft.even_protected, memo, draft.memo = True, draft.memo, {}
-    room = make_room(draft, bid, options, spare_protected=False)
-    draft.even_protected, draft.memo = False, memo
+    with draft.past_protection():
+        room = make_room(draft, bid, options)
     if room is None:
         return None
     given = [running for running, _ in (*room.evicted, *room.shrunk)]

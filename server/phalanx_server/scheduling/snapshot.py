@@ -231,8 +231,10 @@ class Changes(_Record):
 
 
 def time_limit_of(job: Job, policy: Policy) -> float | None:
-    """The seconds after which a job is stopped; None = never."""
-    return policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+    """The seconds after which an attempt of a job, the one that runs or the next one, is stopped: what its earlier ones
+    left of its time limit, at least none; None = never."""
+    limit_s = policy.default_time_limit_s if job.time_limit_s is None else job.time_limit_s
+    return None if limit_s is None else max(0.0, limit_s - job.done_s)
 
 
 def changed(snapshot: Snapshot, changes: Changes) -> Snapshot:

@@ -1,8 +1,9 @@
 """Owns how fast an elastic job runs at each number of replicas, as measured, else by a prior; and what more would gain.
 
-Refuses to know who measures. `progress` is relative to one replica.
+Refuses to know who measures. `progress` and `speedup` are relative to one replica.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from math import log, log2
 
@@ -53,6 +54,17 @@ def _progress(speeds: _Speeds, replicas: int) -> float:
         return max(known[nearest], 1e-9) * _prior(replicas) / _prior(nearest)
     part = (replicas - below) / (above - below)
     return max(known[below] + part * (known[above] - known[below]), 1e-9)
+
+
+def speedup_of(measured: Mapping[int, float]) -> dict[str, float] | None:
+    """A job's `speedup` from its progress per second by number of replicas, in any unit. Where one replica was never
+    run, the smallest number that was is taken to be as far from it as the prior says. None for less than two numbers:
+    there is nothing to compare, and the prior says as much."""
+    if len(measured) < 2:
+        return None
+    least = min(measured)
+    one = measured[least] / _prior(least)
+    return {str(replicas): round(speed / one, 4) for replicas, speed in sorted(measured.items())}
 
 
 def _prior(replicas: int) -> float:

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.engine import dump_json
 from phalanx_server.store.schema import attempts, jobs, placements
+from phalanx_server.store.time_limits import DONE_S
 
 LIVE = ("starting", "running", "stopping")
 LAST_WORDS_S = 3600.0
@@ -26,14 +27,15 @@ LAST_LOGS_S = 86_400.0  # a runner keeps logs for as long as the storage is full
 
 # ------------------------------------------------------------------ locked for a change
 
-_LOCK = """
+_LOCK = f"""
 SELECT a.id, a.job_id, a.cluster_id, a.number, a.epoch, a.state, a.created_at, a.gang_ready_at, a.started_at,
        a.stop_cause, a.stop_reason, a.stop_requested_at, a.next, a.grace_s, a.finished_called, a.released_at, a.outcome,
        a.replicas, j.state AS job_state, j.version AS job_version, j.epoch AS job_epoch,
        j.started_at AS job_started_at, j.name AS job_name, j.failures, j.avoid_nodes,
-       j.cancel_requested_at, j.spec, j.tenant_id, t.path AS tenant
+       j.cancel_requested_at, j.spec, j.tenant_id, t.path AS tenant,
+       {DONE_S} AS done_s
 FROM attempts a JOIN jobs j ON j.id = a.job_id JOIN tenants t ON t.id = j.tenant_id
-WHERE {condition}
+WHERE {{condition}}
 ORDER BY j.id, a.id FOR NO KEY UPDATE OF j, a
 """
 _LOCK_BY_ID = text(_LOCK.format(condition="a.id = ANY(CAST(:ids AS uuid[]))"))
@@ -274,20 +276,6 @@ async def load_fences(
     query = text(_FENCES + (" FOR NO KEY UPDATE OF a" if lock else ""))
     rows = await conn.execute(query, {"ids": wanted, "node_id": node_id})
     return {row.id: Fence(**row._mapping) for row in rows}
-
-
-_OVERDUE = text(
-    """
-    SELECT a.id FROM attempts a JOIN jobs j ON j.id = a.job_id
-    WHERE a.state IN ('starting', 'running') AND a.started_at IS NOT NULL AND j.spec->'time_limit' <> 'null'
-      AND a.started_at + make_interval(secs => CAST(j.spec->>'time_limit' AS double precision)) <= :now
-    """
-)
-
-
-async def overdue_attempts(conn: AsyncConnection, *, now: datetime) -> list[UUID]:
-    """Attempts that run for longer than their job's time limit, and were not asked to end."""
-    return list((await conn.execute(_OVERDUE, {"now": now})).scalars())
 
 
 # ------------------------------------------------------------------ marked

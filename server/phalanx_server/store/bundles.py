@@ -18,18 +18,20 @@ import fsspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from phalanx_server.store.deleting import delete_paths, passing_over
 from phalanx_server.store.storage_threads import StorageThreads
 
 CHUNK_BYTES = 1 << 20
 
 
 class BundleFiles:
-    """Files under `root`, an fsspec URL."""
+    """Files under `root`, an fsspec URL. Taking one away raises what the storage says where it refuses or is away."""
 
     def __init__(self, root: str) -> None:
         filesystem, base = fsspec.core.url_to_fs(root)
         self._fs: Any = filesystem
-        self._base = f"{base.rstrip('/')}/bundles"
+        self._root = base.rstrip("/")
+        self._base = f"{self._root}/bundles"
         self._threads = StorageThreads("bundle-files")
 
     async def size_bytes(self, digest: str) -> int | None:
@@ -86,12 +88,11 @@ class BundleFiles:
             raise
 
     def _move(self, path: str, target: str) -> None:
-        if self._fs.exists(path):
+        with passing_over(self._fs, self._root, path):
             self._fs.mv(path, target)
 
     def _delete(self, path: str) -> None:
-        if self._fs.exists(path):
-            self._fs.rm(path)
+        delete_paths(self._fs, self._root, [path])
 
 
 # Locked rows are in use, and passed over. One that a submit has marked as used meanwhile is looked at again and stays.

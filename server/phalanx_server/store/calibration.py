@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.scheduling.predict import Expectation
 from phalanx_server.store.holds import HoldRow
+from phalanx_server.store.job_views import SUBTREE
 
 NEWEST = 10_000
 """So many of the newest forecasts are compared."""
@@ -58,37 +60,64 @@ class Calibrated:
     median_relative_error: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """When a waiting job was said to start, and between when and when."""
+
+    start: datetime
+    low: datetime | None
+    high: datetime | None
+
+
 class StartRecord:
-    """The same of starts, counted in one process as they come."""
+    """The same of starts, counted in one process as they come: each with what was first said while the job waited."""
 
     def __init__(self) -> None:
         self.jobs = self.within = 0
         self.error_s = 0.0
-        self._said: dict[str, HoldRow] = {}
+        self._said: dict[str, Said] = {}
+
+    def load(self, holds: Iterable[Row[Any]]) -> None:
+        """Go on from the stored holds (`store.holds.load_holds`): who waits was told before this process led."""
+        self._said = {
+            row.job_id.hex: Said(row.first_start, row.first_start_low, row.first_start_high)
+            for row in holds
+            if row.first_start is not None
+        }
 
     def told(self, rows: Iterable[HoldRow]) -> None:
         """These holds were stored: the first expected start of a job is kept until the job starts."""
         for row in rows:
             if row.estimated_start is not None:
-                self._said.setdefault(row.job_id.hex, row)
+                said = Said(row.estimated_start, row.estimated_start_low, row.estimated_start_high)
+                self._said.setdefault(row.job_id.hex, said)
 
     def started(self, jobs: Iterable[str], *, now: datetime) -> None:
         for job in jobs:
-            row = self._said.pop(job, None)
-            if row is None or row.estimated_start is None:
+            said = self._said.pop(job, None)
+            if said is None:
                 continue
             self.jobs += 1
-            self.error_s += abs((now - row.estimated_start).total_seconds())
-            low, high, by = row.estimated_start_low, row.estimated_start_high, timedelta(seconds=TOLERANCE_S)
-            self.within += low is not None and high is not None and low - by <= now <= high + by
+            self.error_s += abs((now - said.start).total_seconds())
+            by = timedelta(seconds=TOLERANCE_S)
+            self.within += said.low is not None and said.high is not None and said.low - by <= now <= said.high + by
 
     def keep(self, queued: Container[str]) -> None:
         """Forget who waits no more without having started."""
-        self._said = {job: row for job, row in self._said.items() if job in queued}
+        self._said = {job: said for job, said in self._said.items() if job in queued}
 
 
-_STARTS_CALIBRATED = text(
-    """
+# The newest forecasts of some kind; of a tenant's subtree they are read by tenant, so that the cost does not depend on
+# how many others there are.
+_NEWEST_OF_ALL = "SELECT * FROM forecasts f WHERE {told} ORDER BY job_id DESC LIMIT :newest"
+_NEWEST_OF_TENANT = f"""
+    SELECT newest.* FROM tenants, LATERAL (
+        SELECT f.* FROM jobs j JOIN forecasts f ON f.job_id = j.id
+        WHERE j.tenant_id = tenants.id AND {{told}} ORDER BY j.id DESC LIMIT :newest
+    ) newest
+    WHERE {SUBTREE} ORDER BY newest.job_id DESC LIMIT :newest
+"""
+_STARTS_CALIBRATED = """
     SELECT count(*) AS jobs,
            CAST(avg(CAST(error_low <= :tolerance AND error_high <= :tolerance AS integer)) AS double precision)
                AS within_interval,
@@ -99,14 +128,11 @@ _STARTS_CALIBRATED = text(
                extract(epoch FROM f.start_low - a.created_at) AS error_low,
                extract(epoch FROM a.created_at - f.start_high) AS error_high,
                CAST(extract(epoch FROM a.created_at - f.said_at) AS double precision) AS wait_s
-        FROM (SELECT * FROM forecasts WHERE start IS NOT NULL ORDER BY job_id DESC LIMIT :newest) f
-        JOIN attempts a ON a.job_id = f.job_id AND a.number = 1
+        FROM ({newest}) f JOIN attempts a ON a.job_id = f.job_id AND a.number = 1
     ) compared
-    """
-)
+"""
 # What a job ran with other replicas than it prefers is no outcome of what was said.
-_RUNS_CALIBRATED = text(
-    """
+_RUNS_CALIBRATED = """
     SELECT count(*) AS jobs,
            CAST(avg(CAST(ran_s BETWEEN run_low_s * 0.95 AND run_high_s * 1.05 AS integer)) AS double precision)
                AS within_interval,
@@ -118,19 +144,23 @@ _RUNS_CALIBRATED = text(
             FROM attempts a WHERE a.job_id = f.job_id
             HAVING bool_and(a.replicas = CAST(j.spec->'resources'->>'replicas' AS integer))
         ) AS ran_s
-        FROM (SELECT * FROM forecasts WHERE run_s IS NOT NULL ORDER BY job_id DESC LIMIT :newest) f
-        JOIN jobs j ON j.id = f.job_id AND j.finished_at IS NOT NULL
+        FROM ({newest}) f JOIN jobs j ON j.id = f.job_id AND j.finished_at IS NOT NULL
     ) compared WHERE ran_s IS NOT NULL
-    """
-)
+"""
 
 
-async def calibrated_starts(conn: AsyncConnection) -> Calibrated:
-    """Expected starts, as first told, against the first attempts. Relative errors are of the wait that was left."""
-    row = (await conn.execute(_STARTS_CALIBRATED, {"newest": NEWEST, "tolerance": TOLERANCE_S})).one()
-    return Calibrated(*row)
+async def calibrated_starts(conn: AsyncConnection, *, tenant: str | None = None) -> Calibrated:
+    """Expected starts, as first told, against the first attempts, of the jobs of a tenant and all below it (None = of
+    all). Relative errors are of the wait that was left."""
+    return await _compare(conn, _STARTS_CALIBRATED, "f.start IS NOT NULL", tenant, tolerance=TOLERANCE_S)
 
 
-async def calibrated_runs(conn: AsyncConnection) -> Calibrated:
-    """Run times, as expected when jobs first started, against what they ran."""
-    return Calibrated(*(await conn.execute(_RUNS_CALIBRATED, {"newest": NEWEST})).one())
+async def calibrated_runs(conn: AsyncConnection, *, tenant: str | None = None) -> Calibrated:
+    """Run times, as expected when jobs first started, against what they ran; of whose jobs: as `calibrated_starts`."""
+    return await _compare(conn, _RUNS_CALIBRATED, "f.run_s IS NOT NULL", tenant)
+
+
+async def _compare(conn: AsyncConnection, query: str, told: str, tenant: str | None, **values: float) -> Calibrated:
+    newest = _NEWEST_OF_TENANT if tenant else _NEWEST_OF_ALL
+    bound = {"newest": NEWEST, **values} | ({"tenant": tenant} if tenant else {})
+    return Calibrated(*(await conn.execute(text(query.format(newest=newest.format(told=told))), bound)).one())

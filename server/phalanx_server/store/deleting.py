@@ -1,24 +1,33 @@
-"""Owns how files are deleted: what is not there is passed over, and a storage that is away is not an empty one."""
+"""Owns how files are taken away: what is not there is passed over, and a storage that is away is not an empty one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
 
+@contextmanager
+def passing_over(fs: Any, root: str, path: str) -> Iterator[None]:
+    """What is done here to `path`, below `root`, is nothing where it is not there. Raises what the storage says, and
+    FileNotFoundError where it is not there itself. `exists` is not asked: it costs a request more, and takes every
+    error for a no."""
+    try:
+        yield
+    except FileNotFoundError:
+        if _is_there(fs, path):  # somebody else deletes in it
+            raise
+        _expect_root(fs, root)
+
+
 def delete_paths(fs: Any, root: str, paths: Iterable[str]) -> None:
-    """Delete what is there of `paths`, which may name directories below `root`. Raises what the storage says, and
-    FileNotFoundError where it is not there itself. `exists` is not asked: it takes every error for a no."""
+    """Delete what is there of `paths`, which may name directories below `root`. Raises as `passing_over` does."""
     for path in paths:
-        try:
+        with passing_over(fs, root, path):
             fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            if _is_there(fs, path):  # somebody else deletes in it
-                raise
-            _expect_root(fs, root)
 
 
 def _is_there(fs: Any, path: str) -> bool:

@@ -93,17 +93,21 @@ async def load_targets(conn: AsyncConnection, ids: Collection[UUID], *, lock: bo
 
 _AWAITED = text(
     """
-    SELECT j.id AS job_id, j.array_id, j.name, j.state, t.path AS tenant
+    SELECT j.id AS job_id, j.array_id, j.name, j.state, t.path AS tenant,
+           EXISTS (SELECT FROM dependencies WHERE on_id = j.id) AS itself,
+           EXISTS (SELECT FROM dependencies WHERE on_id = j.array_id) AS as_array
     FROM jobs j JOIN tenants t ON t.id = j.tenant_id
     WHERE j.id = ANY(CAST(:ids AS uuid[])) AND (
         EXISTS (SELECT FROM dependencies WHERE on_id = j.id)
         OR EXISTS (SELECT FROM dependencies WHERE on_id = j.array_id))
     """
 )
+_LOCK_ENDS = text("SELECT pg_advisory_xact_lock(hashtext('array ends'), hashtext(:array))")
 _LOCK_WAITING = text(
     """
     SELECT j.id, j.name, j.state, j.attempts, t.path AS tenant FROM jobs j JOIN tenants t ON t.id = j.tenant_id
-    WHERE j.id IN (SELECT job_id FROM dependencies WHERE on_id = ANY(CAST(:on_ids AS uuid[])))
+    WHERE j.id IN (SELECT job_id FROM dependencies
+                   WHERE on_id = ANY(CAST(:over AS uuid[])) OR (on_id = ANY(CAST(:bad AS uuid[])) AND kind = 'ok'))
     ORDER BY j.id FOR NO KEY UPDATE OF j
     """
 )
@@ -144,14 +148,22 @@ _FORGET_ALL = text("DELETE FROM dependencies WHERE job_id = ANY(CAST(:ids AS uui
 
 
 async def awaited(conn: AsyncConnection, ended: Sequence[UUID]) -> list[Row[Any]]:
-    """Those of these jobs for which, or for whose array, somebody waits."""
+    """Those of these jobs for which, or for whose array, somebody waits; and for which of the two."""
     return list(await conn.execute(_AWAITED, {"ids": list(ended)}))
 
 
-async def lock_waiting(conn: AsyncConnection, on_ids: Collection[UUID]) -> list[Row[Any]]:
-    """The jobs that wait for any of these jobs and arrays, locked. Two transactions that end the last jobs of an array
-    come one after the other here, so that the second sees what the first has ended."""
-    return list(await conn.execute(_LOCK_WAITING, {"on_ids": list(on_ids)}))
+async def lock_ends(conn: AsyncConnection, array_ids: Collection[UUID]) -> None:
+    """Be the only transaction that ends jobs of these arrays, whoever waits for them: of two that end the last jobs of
+    an array the second sees here what the first has ended."""
+    for array_id in sorted(array_ids):
+        await conn.execute(_LOCK_ENDS, {"array": array_id.hex})
+
+
+async def lock_waiting(conn: AsyncConnection, *, over: Collection[UUID], bad: Collection[UUID]) -> list[Row[Any]]:
+    """The jobs that wait for any of those that are over, and those for which one that is `bad` was to succeed; locked.
+    Whom the end of one job of an array does not concern is left alone: else an array that waits for an array costs the
+    product of the two."""
+    return list(await conn.execute(_LOCK_WAITING, {"over": list(over), "bad": list(bad)}))
 
 
 async def unmet(conn: AsyncConnection, job_ids: Collection[UUID], on_ids: Collection[UUID]) -> list[Row[Any]]:

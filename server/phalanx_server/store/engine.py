@@ -75,3 +75,8 @@ def is_of_the_data(error: DBAPIError) -> bool:
     """SQLSTATE classes 22 (data exception) and 23 (integrity constraint violation): what was sent is to blame."""
     state = getattr(error.orig, "sqlstate", None) or ""
     return isinstance(error, IntegrityError | DataError) or state[:2] in ("22", "23")
+
+
+def is_deadlock(error: DBAPIError) -> bool:
+    """SQLSTATE 40P01: transactions waited for each other, and this one was given up for the others."""
+    return getattr(error.orig, "sqlstate", None) == "40P01"

@@ -66,11 +66,12 @@ _ENDS = """
         FROM attempts a WHERE a.job_id = j.id AND a.ended_at IS NOT NULL
     ) past
 """
-_NEWEST = " UNION ALL ".join(
-    f"(SELECT id FROM jobs WHERE state = '{state}' AND attempts > 0 ORDER BY id DESC LIMIT :most)"
+NEWEST = " UNION ALL ".join(
+    f"(SELECT id FROM jobs WHERE state = '{state}' AND attempts > 0 AND finished_at IS NOT NULL"
+    " ORDER BY id DESC LIMIT :most)"
     for state in ("succeeded", "failed", "cancelled")
 )
-_HISTORY = text(f"{_ENDS} WHERE j.id IN ({_NEWEST}) AND past.tried IS NOT NULL ORDER BY j.finished_at, j.id")
+_HISTORY = text(f"{_ENDS} WHERE j.id IN ({NEWEST}) AND past.tried IS NOT NULL ORDER BY j.finished_at, j.id")
 _ENDS_OF = text(
     f"{_ENDS} WHERE j.id = ANY(CAST(:ids AS uuid[])) AND past.tried IS NOT NULL ORDER BY j.finished_at, j.id"
 )

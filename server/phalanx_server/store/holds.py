@@ -1,6 +1,7 @@
 """Holds: why each queued job waits, as the last pass said, and the place that is kept for it.
 
-Owns the rows. A job that is not queued gets none, and how long a reason has held is kept when only its words change.
+Owns the rows, which are locked in the order of their jobs. A job that is not queued gets none, and how long a reason
+has held is kept when only its words change; so is what was first said of its start, for as long as the job waits.
 What is kept is part of a job's scheduling state: where it changes, the job's row does (a trigger), and is locked.
 """
 
@@ -35,18 +36,23 @@ class HoldRow:
 _UPSERT = text(
     """
     INSERT INTO holds AS old (job_id, reason, message, unblocks, estimated_start, since, kept,
-                              estimated_start_low, estimated_start_high)
+                              estimated_start_low, estimated_start_high, first_start, first_start_low, first_start_high)
     SELECT j.id, hold.reason, hold.message, CAST(hold.unblocks AS jsonb), hold.estimated_start, :now,
-           CAST(hold.kept AS jsonb), hold.low, hold.high
+           CAST(hold.kept AS jsonb), hold.low, hold.high, hold.estimated_start, hold.low, hold.high
     FROM unnest(CAST(:jobs AS uuid[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
                 CAST(:unblocks AS text[]), CAST(:estimates AS timestamptz[]), CAST(:kept AS text[]),
                 CAST(:lows AS timestamptz[]), CAST(:highs AS timestamptz[]))
          AS hold (job_id, reason, message, unblocks, estimated_start, kept, low, high)
     JOIN jobs j ON j.id = hold.job_id AND j.state = 'queued'
+    ORDER BY j.id
     ON CONFLICT (job_id) DO UPDATE SET
         reason = EXCLUDED.reason, message = EXCLUDED.message, unblocks = EXCLUDED.unblocks,
         estimated_start = EXCLUDED.estimated_start, kept = EXCLUDED.kept,
         estimated_start_low = EXCLUDED.estimated_start_low, estimated_start_high = EXCLUDED.estimated_start_high,
+        first_start = coalesce(old.first_start, EXCLUDED.first_start),
+        first_start_low = CASE WHEN old.first_start IS NULL THEN EXCLUDED.first_start_low ELSE old.first_start_low END,
+        first_start_high =
+            CASE WHEN old.first_start IS NULL THEN EXCLUDED.first_start_high ELSE old.first_start_high END,
         since = CASE WHEN old.reason = EXCLUDED.reason THEN old.since ELSE EXCLUDED.since END
     """
 )
@@ -93,15 +99,24 @@ async def upsert_holds(conn: AsyncConnection, rows: Sequence[HoldRow], *, now: d
         await conn.execute(_FIRST_SAID, first)
 
 
+_DELETE = text(
+    """
+    DELETE FROM holds WHERE job_id = ANY(ARRAY(
+        SELECT job_id FROM holds WHERE job_id = ANY(CAST(:ids AS uuid[])) ORDER BY job_id FOR UPDATE))
+    """
+)
+
+
 async def delete_holds(conn: AsyncConnection, job_ids: Sequence[UUID]) -> None:
-    """Forget the holds of jobs that started."""
-    await conn.execute(text("DELETE FROM holds WHERE job_id = ANY(CAST(:ids AS uuid[]))"), {"ids": list(job_ids)})
+    """Forget the holds of jobs that started or ended."""
+    await conn.execute(_DELETE, {"ids": list(job_ids)})
 
 
 async def load_holds(conn: AsyncConnection) -> list[Row[Any]]:
     """The holds of all queued jobs."""
     query = text(
-        "SELECT h.job_id, h.reason, h.message, h.unblocks, h.estimated_start FROM holds h"
+        "SELECT h.job_id, h.reason, h.message, h.unblocks, h.estimated_start,"
+        " h.first_start, h.first_start_low, h.first_start_high FROM holds h"
         " JOIN jobs j ON j.id = h.job_id AND j.state = 'queued'"
     )
     return list(await conn.execute(query))

@@ -9,7 +9,7 @@ import time
 from typing import Final, Literal
 from uuid import UUID
 
-Kind = Literal["job", "attempt", "node", "tenant", "token", "cluster", "user", "environment", "array"]
+Kind = Literal["job", "attempt", "node", "tenant", "token", "cluster", "user", "environment", "array", "maintenance"]
 
 PREFIXES: Final[dict[str, str]] = {
     "job": "job",
@@ -21,6 +21,7 @@ PREFIXES: Final[dict[str, str]] = {
     "user": "usr",
     "environment": "env",
     "array": "array",
+    "maintenance": "mnt",
 }
 _HEX = frozenset("0123456789abcdef")
 _lock = threading.Lock()

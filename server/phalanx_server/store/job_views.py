@@ -16,6 +16,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.engine import dump_json
+from phalanx_server.store.speeds import FIGURES
 
 # The checkpoint is the one that a resume would take (`attempts.last_checkpoints`).
 # One attempt as JSON; `a` is attempts, `b` the attempt before it (its end is when the job was queued again).
@@ -48,7 +49,7 @@ SELECT j.id, t.path AS tenant, j.name, j.state, j.version, j.priority, j.spec, j
        h.reason AS hold_reason, h.message AS hold_message, h.unblocks, h.estimated_start, h.since AS hold_since,
        h.estimated_start_low, h.estimated_start_high,
        CASE WHEN a.id IS NOT NULL THEN {_ATTEMPT} END AS attempt,
-       g.step, g.total_steps, g.values, g.at AS progress_at,
+       g.step, g.total_steps, g.values, g.at AS progress_at, {FIGURES} AS speeds,
        c.url AS checkpoint_url, c.step AS checkpoint_step, c.registered_at AS checkpoint_at
 FROM {{chosen}} chosen
 JOIN jobs j USING (id)

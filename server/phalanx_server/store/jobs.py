@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, any_, bindparam, func, select, text, tuple_, update
+from sqlalchemy import ColumnElement, and_, any_, bindparam, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -140,6 +140,12 @@ class LockedJob:
 async def lock_job(conn: AsyncConnection, job_id: UUID) -> LockedJob | None:
     """A job, locked until the end of the transaction."""
     return next(iter(await _lock(conn, jobs.c.id == job_id)), None)
+
+
+async def lock_waiting_jobs(conn: AsyncConnection, job_ids: Sequence[UUID]) -> list[LockedJob]:
+    """Those of these jobs that are queued, locked until the end of the transaction."""
+    wanted = jobs.c.id == any_(bindparam("job_ids", list(job_ids), ARRAY(Uuid)))
+    return await _lock(conn, and_(wanted, jobs.c.state == "queued"))
 
 
 async def lock_array(conn: AsyncConnection, array_id: UUID) -> list[LockedJob]:

@@ -17,7 +17,7 @@ from sqlalchemy.util import await_only
 import phalanx_server
 from phalanx_server.store.engine import with_driver
 
-HEAD = "0010"
+HEAD = "0012"
 _ADVISORY_LOCK = 7_134_092_251
 
 

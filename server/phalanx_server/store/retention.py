@@ -20,6 +20,7 @@ _OLD_ROWS = {
     "outbox": "delivered_at < :before",
     "audit": "at < :before",
     "events": "at < :before AND job_id IS NULL",
+    "maintenance": "ends_at < :before",
     "leases": "expires_at < :before AND expires_at < clock_timestamp()",  # one in force is so by the database's clock
     "tokens": "kind = 'node' AND expires_at < :before",
 }

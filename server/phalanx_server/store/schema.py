@@ -218,11 +218,19 @@ jobs = Table(
     _count("unmet"),
 )
 Index("jobs_queue", jobs.c.priority.desc(), jobs.c.submitted_at, jobs.c.id, postgresql_where=text("state = 'queued'"))
+Index("jobs_tried", jobs.c.id, postgresql_where=text("state = 'queued' AND attempts > 0"))
+Index(
+    "jobs_elastic",
+    jobs.c.id,
+    postgresql_where=text("state = 'running' AND spec->'resources'->'elastic' <> 'null'"),
+)
 Index("jobs_live", jobs.c.state, postgresql_where=text("state IN ('starting', 'running', 'stopping')"))
 Index("jobs_tenant", jobs.c.tenant_id, jobs.c.id.desc())
 Index("jobs_state", jobs.c.state, jobs.c.id.desc())
 Index("jobs_name", jobs.c.name, jobs.c.id.desc())
 Index("jobs_finished", jobs.c.finished_at, jobs.c.id, postgresql_where=jobs.c.finished_at.isnot(None))
+_RAN = text("attempts > 0 AND finished_at IS NOT NULL")
+Index("jobs_ran", jobs.c.state, jobs.c.id.desc(), postgresql_where=_RAN)
 Index("jobs_changed", jobs.c.changed_xid)
 Index("jobs_bundle", jobs.c.tenant_id, jobs.c.bundle, postgresql_where=jobs.c.bundle.isnot(None))
 Index("jobs_labels", jobs.c.labels, postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"})
@@ -249,6 +257,21 @@ policy = Table(
     _changed_xid(),
 )
 
+maintenance = Table(
+    "maintenance",
+    metadata,
+    _id(),
+    Column("nodes", ARRAY(Uuid), nullable=False, server_default=text("'{}'")),
+    _object("labels"),
+    Column("starts_at", Time, nullable=False),
+    Column("ends_at", Time, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("created_by", Text, nullable=False),
+    _created_at(),
+    _version(),
+)
+Index("maintenance_ends", maintenance.c.ends_at)
+
 holds = Table(
     "holds",
     metadata,
@@ -261,6 +284,9 @@ holds = Table(
     _seat("kept"),
     Column("estimated_start_low", Time),
     Column("estimated_start_high", Time),
+    Column("first_start", Time),
+    Column("first_start_low", Time),
+    Column("first_start_high", Time),
 )
 Index("holds_kept", holds.c.job_id, postgresql_where=holds.c.kept.isnot(None))
 
@@ -357,6 +383,23 @@ progress = Table(
     Column("total_steps", BigInteger),
     _object("values"),
     Column("at", Time, nullable=False),
+)
+
+speeds = Table(
+    "speeds",
+    metadata,
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("gpu_type", Text, primary_key=True),
+    Column("replicas", Integer, primary_key=True, autoincrement=False),
+    Column("unit", Text),
+    Column("attempt_id", Uuid),
+    Column("at", Time),
+    Column("step", BigInteger),
+    Column("work", Double, nullable=False, server_default=text("0")),
+    Column("seconds", Double, nullable=False, server_default=text("0")),
+    Column("counted", BigInteger, nullable=False, server_default=text("0")),
+    Column("speed", Double),
+    Column("history", Double),
 )
 
 events = Table(

@@ -16,7 +16,8 @@ its uuid in hex, a cluster its name. Refuses to decide anything.
   before attempts.) It also carries the version of every job that the pass was told of, for `commit_plan` to compare,
   and what is kept for queued ones; and what comes with time and changes no row: whose agents were silent (where it is
   different now, the nodes are read again), which jobs have ranks that may still run on lost nodes, and what tenants
-  have used, with the moment as of which it was summed up: it is summed up again for another moment only.
+  have used, with the moment as of which it was summed up: it is summed up again for another moment only; and
+  maintenance windows, which leave when they are over, and whose nodes are looked up again when nodes have changed.
 """
 
 from __future__ import annotations
@@ -55,8 +56,11 @@ from phalanx_server.scheduling.snapshot import (
     Topology,
 )
 from phalanx_server.store.forecasts import work_of
+from phalanx_server.store.maintenance import EDITION, Windows, load_windows
 from phalanx_server.store.policies import load_policy
 from phalanx_server.store.seats import read_seat
+from phalanx_server.store.speeds import FIGURES, speedup_in
+from phalanx_server.store.time_limits import DONE_S
 from phalanx_server.store.usage import Usage, load_usage, usage_moment
 
 GIB = 1 << 30
@@ -68,12 +72,13 @@ AGENT_SILENT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """The policy of the settings file, over which the stored one goes; the one in force; and what tenants have used, if
-    that was told."""
+    """The policy of the settings file, over which the stored one goes; the one in force; what tenants have used, if
+    that was told; and the maintenance windows that are not over."""
 
     base: Policy
     policy: Policy
     usage: Usage | None
+    windows: Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ async def load_snapshot(
 ) -> tuple[Snapshot, Cursor]:
     """Everything. `policy` is that of the settings file, `predict` says how long a job will run in all that has run so
     long, `usage` is what was last known of past use. `conn` must see one moment throughout: see `reading`."""
-    xid = (await _horizon(conn, since=0)).xid
+    horizon = await _horizon(conn, since=0, now=now)
     jobs: list[Job] = []
     known = _Known({}, {}, {}, {}, {}, predict)
     async for rows in _in_pieces(conn, _JOBS_LIVE, {}):
@@ -129,20 +134,22 @@ async def load_snapshot(
     silent = await silent_clusters(conn, now=now)
     in_force = (await load_policy(conn)).over(policy)
     usage = await load_usage(conn, usage_moment(now.timestamp(), in_force), known=usage)
+    windows = await load_windows(conn, horizon.windows, now)
     snapshot = Snapshot(
         now=now.timestamp(),
         policy=in_force,
         tenants=await _load_tenants(conn, usage),
         nodes=tuple(_node(row, silent) for row in await conn.execute(_NODES, {"since": "0", "clusters": []})),
+        maintenance=windows.windows,
         jobs=(*jobs, *charged),
     )
-    told = _Told(policy, in_force, usage)
-    return snapshot, known.cursor(xid, told, silent, await _uncertain_jobs(conn, now))
+    told = _Told(policy, in_force, usage, windows)
+    return snapshot, known.cursor(horizon.xid, told, silent, await _uncertain_jobs(conn, now))
 
 
 async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> tuple[Changes, Cursor]:
     """What may have changed since `cursor`. `conn` must see one moment throughout: see `reading`."""
-    horizon = await _horizon(conn, since=cursor.xid)
+    horizon = await _horizon(conn, since=cursor.xid, now=now)
     since = {"since": str(cursor.xid)}
     silent = await silent_clusters(conn, now=now)
     turned = list(silent ^ cursor.silent)
@@ -162,6 +169,9 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
     moment = usage_moment(now.timestamp(), policy or told.policy)
     usage = await load_usage(conn, moment, known=told.usage)
     tenants_changed = horizon.tenants_changed or usage is not told.usage
+    windows = told.windows
+    if horizon.nodes_changed or horizon.windows != windows.edition:
+        windows = await load_windows(conn, horizon.windows, now)
     changes = Changes(
         now=now.timestamp(),
         jobs=tuple(known.read(rows)) + leftovers,
@@ -169,8 +179,9 @@ async def load_changes(conn: AsyncConnection, cursor: Cursor, now: datetime) -> 
         nodes=tuple(_node(row, silent) for row in node_rows),
         tenants=await _load_tenants(conn, usage) if tenants_changed else None,
         policy=policy,
+        maintenance=None if windows.windows == told.windows.windows else windows.windows,
     )
-    told = _Told(told.base, policy or told.policy, usage)
+    told = _Told(told.base, policy or told.policy, usage, windows)
     return changes, known.cursor(horizon.xid, told, silent, uncertain)
 
 
@@ -239,33 +250,36 @@ class _Known:
 # ------------------------------------------------------------------ horizon
 
 _HORIZON = text(
-    """
+    f"""
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text AS xid,
            EXISTS (SELECT FROM tenants WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS tenants_changed,
            EXISTS (SELECT FROM nodes WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS nodes_changed,
-           EXISTS (SELECT FROM policy WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS policy_changed
+           EXISTS (SELECT FROM policy WHERE changed_xid >= CAST(CAST(:since AS text) AS xid8)) AS policy_changed,
+           {EDITION} AS windows
     """
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Horizon:
-    """Every transaction below `xid` had ended; and what changed at or above the one that was asked about."""
+    """Every transaction below `xid` had ended; what changed at or above the one that was asked about; and the edition
+    of the maintenance windows."""
 
     xid: int
     tenants_changed: bool
     nodes_changed: bool
     policy_changed: bool
+    windows: str
 
 
-async def _horizon(conn: AsyncConnection, *, since: int) -> _Horizon:
-    row = (await conn.execute(_HORIZON, {"since": str(since)})).one()
-    return _Horizon(int(row.xid), row.tenants_changed, row.nodes_changed, row.policy_changed)
+async def _horizon(conn: AsyncConnection, *, since: int, now: datetime) -> _Horizon:
+    row = (await conn.execute(_HORIZON, {"since": str(since), "now": now})).one()
+    return _Horizon(int(row.xid), row.tenants_changed, row.nodes_changed, row.policy_changed, row.windows)
 
 
 # ------------------------------------------------------------------ jobs
 
-_COLUMNS = """
+_COLUMNS = f"""
     j.id, j.state, j.version, j.name, j.created_by, j.array_index, t.path AS tenant, j.priority, j.submitted_at,
     j.held, j.not_before, j.backoff_until, j.avoid_nodes, CAST(j.spec->'resources' AS text) AS resources,
     CAST(j.spec->'preemption' AS text) AS preemption,
@@ -276,10 +290,7 @@ _COLUMNS = """
                 || replace(CAST(d.on_id AS text), '-', ''), d.kind) ORDER BY d.on_id, d.kind)
         FROM dependencies d WHERE d.job_id = j.id
     ) END AS after,
-    CASE WHEN j.attempts > 0 THEN (
-        SELECT sum(extract(epoch FROM past.ended_at - past.started_at)) FROM attempts past
-        WHERE past.job_id = j.id AND past.ended_at IS NOT NULL
-    ) END AS done_s,
+    {DONE_S} AS done_s, {FIGURES} AS speeds,
     CASE WHEN j.attempts > 0 THEN (
         SELECT max(past.ended_at) FROM attempts past WHERE past.job_id = j.id AND past.outcome = 'resized'
     ) END AS last_resized_at
@@ -328,7 +339,7 @@ def _work(row: Row[Any], ask: _Ask) -> Work:
 
 def _job(row: Row[Any], predict: Predict | None) -> Job:
     ask, rules = _ask(row.resources), _rules(row.preemption)
-    started_at, done_s = _seconds(row.started_at), float(row.done_s or 0)
+    started_at, done_s = _seconds(row.started_at), row.done_s or 0.0
     return Job(
         id=_name(row),
         tenant=row.tenant,
@@ -343,6 +354,7 @@ def _job(row: Row[Any], predict: Predict | None) -> Job:
         memory_gib_per_replica=ask.memory_gib,
         min_replicas=ask.min_replicas,
         max_replicas=ask.max_replicas,
+        speedup=speedup_in(row.speeds, row.gpu_type),
         topology=ask.topology,
         not_before=_seconds(row.not_before),
         deadline=_seconds(row.deadline),

@@ -1,0 +1,81 @@
+"""Maintenance windows from the command line and the SDK, against the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from phalanx.client import Client
+from phalanx_server.actions.bootstrap import Bootstrapped
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
+from played_cluster import PlayedCluster
+from test_against_server import JOB, Run, Served, run
+from test_steering import admin, served, tokens
+
+__all__ = ["admin", "run", "served", "tokens"]  # fixtures
+
+
+@pytest.fixture
+def node(database: str, served: Served, tokens: Bootstrapped, admin: Client) -> Iterator[str]:
+    """The name of one of the nodes of a cluster."""
+    with PlayedCluster(database, served.url, tokens.cluster_token):
+        while not (nodes := list(admin.nodes())):
+            asyncio.run(asyncio.sleep(0.02))
+    yield nodes[0].name
+
+
+def test_a_window_on_the_command_line(run: Run, admin: Client, node: str) -> None:
+    assert "no maintenance is planned" in run("maintenance").stderr
+    words = ("--start", "+2h", "--for", "1h30m", "--reason", "new kernel")
+    made = json.loads(run("maintenance", "create", node, *words, "-o", "json").stdout)
+    start, end = (datetime.fromisoformat(made[name]) for name in ("starts_at", "ends_at"))
+    assert end - start == timedelta(minutes=90)
+    assert abs(start - datetime.now(UTC) - timedelta(hours=2)) < timedelta(minutes=1)
+    listed = run("maintenance", "list").stdout
+    assert made["id"] in listed and "planned" in listed and node in listed and "new kernel" in listed
+    run("maintenance", "set", made["id"], "--for", "3h")
+    assert admin.maintenance_window(made["id"]).ends_at == start + timedelta(hours=3)
+    assert "has not begun" in run("maintenance", "end", made["id"], code=5).stderr
+    run("maintenance", "set", made["id"], "--start", "2026-01-01T00:00:00Z")
+    assert "over" in run("maintenance", "end", made["id"]).stdout
+    assert run("maintenance", "list").stdout == "" and made["id"] in run("maintenance", "list", "--over").stdout
+    assert "is deleted" in run("maintenance", "delete", made["id"]).stdout
+    assert list(admin.maintenance_windows(over=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--for", "1h"), "of which nodes?"),
+        (("n0",), "when does it end?"),
+        (("n0", "--for", "soon"), "--for is 'soon': expected a duration"),
+        (("n0", "--for", "1h", "--end", "+2h"), "say the same"),
+        (("n0", "--end", "tomorrow"), "--end is 'tomorrow': expected a time"),
+        (("n0", "--end", "2030-01-01T00:00:00"), "--end has no time zone"),
+        (("--label", "rack", "--for", "1h"), "--label is 'rack': expected KEY=VALUE"),
+        (("n0", "--for", "1h"), "there is no node 'n0'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(run: Run, words: tuple[str, ...], said: str) -> None:
+    result = run("maintenance", "create", *words, code=2)
+    assert said in " ".join(result.stderr.split())
+
+
+def test_who_waits_for_it_is_told(
+    run: Run, admin: Client, database: str, served: Served, tokens: Bootstrapped, node: str
+) -> None:
+    for each in admin.nodes():
+        now = datetime.now(UTC)
+        admin.create_maintenance(starts_at=now, ends_at=now + timedelta(hours=1), nodes=[each.name])
+    job = admin.submit(JOB).id
+    with PlayedCluster(database, served.url, tokens.cluster_token):
+        while (hold := admin.job(job).hold) is None:
+            asyncio.run(asyncio.sleep(0.02))
+    assert hold.reason == "maintenance"
+    assert "maintenance window that ends at" in " ".join(run("explain", job).stdout.split())
