@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 
 from phalanx_server.scheduling.documents import read_record
-from phalanx_server.scheduling.snapshot import Policy
+from phalanx_server.scheduling.snapshot import RECOMMENDED, Policy
 from phalanx_server.simulation.figures import Summary, figures_of, summary_of
 from phalanx_server.simulation.replay import Rules, Stuck, replay
 from phalanx_server.simulation.trace import Cluster, TraceJob, read_clusters, read_json, read_profiles, read_trace
@@ -38,7 +38,10 @@ def register(app: typer.Typer) -> None:
 def simulate(
     trace: Annotated[Path, typer.Option(help="The jobs: a CSV file, perhaps with .gz.")],
     cluster: Annotated[Path, typer.Option(help="The nodes: a JSON file.")],
-    policy: Annotated[Path | None, typer.Option(help="The `policy` of a snapshot, as a JSON file.")] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="The `policy` of a snapshot, as a JSON file. Default: shortest, longer ones yield."),
+    ] = None,
     clairvoyant: Annotated[
         bool, typer.Option("--clairvoyant", help="Let the planner know the true run times, for a bound.")
     ] = False,
@@ -57,7 +60,7 @@ def simulate(
     ] = None,
 ) -> None:
     """Replay a trace through the scheduler and print what became of it."""
-    chosen = Policy() if policy is None else _read(policy, lambda path: read_record(Policy, read_json(path)))
+    chosen = RECOMMENDED if policy is None else _read(policy, lambda path: read_record(Policy, read_json(path)))
     rules = Rules(
         policy=chosen if restart_s is None else replace(chosen, restart_s=restart_s),
         clairvoyant=clairvoyant,

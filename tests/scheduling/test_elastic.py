@@ -157,9 +157,17 @@ GROWS = {
         {"e": 4, "f": 4},
     ),
     "gains count per GPU": (
-        [grown("e", 1, most=2, gpus=2, speedup={"1": 1.0, "2": 1.9}),
-         grown("f", 4, most=6, speedup={"1": 1.0, "4": 3.0, "5": 3.5, "6": 4.0})],
-        {"f": 6},
+        [grown("e", 1, most=2, gpus=2, speedup={"1": 1.0, "2": 1.9}), grown("f", 2, most=4, speedup=LINEAR),
+         running("r", "n0", 2)],
+        {"f": 4},
+    ),
+    "gains count beside what a job has": (
+        [grown("e", 4, most=6, speedup=LINEAR), grown("f", 2, most=4, speedup={"1": 1.0, "2": 1.5, "4": 2.9})],
+        {"f": 4},
+    ),
+    "past a size that is no faster": ([grown("e", 2, speedup={"1": 1.0, "2": 1.9, "4": 1.8, "8": 5.0})], {"e": 8}),
+    "not to a size that is no faster on the way to one that it cannot have": (
+        [grown("e", 2, speedup={"1": 1.0, "2": 1.9, "6": 1.8, "8": 5.0}), running("r", "n0", 2)], {},
     ),
     "not while another is stopping for a waiting job there": (
         [grown("e", 2, most=4), running("v", "n0", 6, priority=-1), queued("in", 6)], {},
@@ -195,6 +203,40 @@ def test_growing_must_be_worth_the_restart_until_the_next_expected_change(next_a
     reserved = [e, running("x", "n0", 2), until("r", "n1", next_at, 8), queued("in", 8)]
     for rows in (jobs, own_end, reserved):
         assert resized_by(plan_of(rows, [node("n0"), node("n1")], policy=policy)) == resized
+
+
+STEEP = {"1": 1.0, "2": 1.9, "4": 3.6, "8": 6.8}
+FLAT = {"1": 1.0, "2": 1.1, "4": 1.15, "8": 1.2}
+EVENS = {
+    "a job that gains clearly less gives what is above its share": (
+        [grown("e", 7, speedup=FLAT), grown("f", 1, speedup=STEEP)], {"e": 1, "f": 7},
+    ),
+    "not if it loses nearly as much": ([grown("e", 5, speedup=STEEP), grown("f", 3, speedup=STEEP)], {}),
+    "not within its minimum run time": (
+        [grown("e", 7, speedup=FLAT, protected_until=NOW + 1), grown("f", 1, speedup=STEEP)], {},
+    ),
+    "not for one that may not start anew": (
+        [grown("e", 7, speedup=FLAT), grown("f", 1, speedup=STEEP, protected_until=NOW + 1)], {},
+    ),
+    "not for one that is done before the restart pays off": (
+        [grown("e", 7, speedup=FLAT), grown("f", 1, speedup=STEEP, predicted_s=NOW + 30)], {},
+    ),
+    "for one that is nearly done rather than for one with weeks to go": (
+        [grown("e", 7, speedup=LINEAR, time_limit_s=9e6), grown("f", 1, speedup=LINEAR, predicted_s=NOW + 600)],
+        {"e": 1, "f": 7},
+    ),
+    "not beyond the taker's quota": (
+        [grown("e", 7, speedup=FLAT), grown("f", 1, speedup=STEEP, tenant="poor")], {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("jobs", "resized"), EVENS.values(), ids=EVENS.keys())
+def test_elastic_jobs_even_out_what_they_hold(jobs, resized):
+    snapshot = snapshot_of(jobs, [node("n0")], [tenant("t", h100=8), tenant("poor", h100=1)])
+    first, *later = rounds(snapshot, most=3)
+    assert resized_by(first) == resized
+    assert not (resized and any(plan.stops for plan in later)), "and nobody takes it back"
 
 
 def test_what_is_expected_in_another_cluster_does_not_matter():

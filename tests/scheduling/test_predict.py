@@ -37,6 +37,14 @@ def test_the_same_kind_of_job_is_the_best_guide():
     assert predicted(predictor, user="u", name="eval") == 5
 
 
+def test_a_name_tells_also_with_other_gpus():
+    """Either it runs as long whatever it gets, or it needs as many GPU-seconds."""
+    as_long = taught(*[({"name": "a", "gpus": gpus}, 600.0) for gpus in (1, 2, 4)] * 5, *[({}, 9.0)] * 15)
+    as_much = taught(*[({"name": "a", "gpus": gpus}, 640.0 / gpus) for gpus in (1, 2, 4)] * 5, *[({}, 9.0)] * 15)
+    assert predicted(as_long, name="a", gpus=8) == 600
+    assert predicted(as_much, name="a", gpus=8) == 80
+
+
 def test_a_new_kind_falls_back_on_its_user_its_tenant_then_on_all():
     predictor = taught(
         *[({"user": "u", "name": "a"}, 100.0)] * 5,

@@ -5,7 +5,7 @@ tenant or priority asks for it, because what is free now only shrinks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from phalanx_server.domain.reason import Explanation, Reserved, WaitsForVictims
@@ -33,10 +33,12 @@ class Waits:
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A job cannot start now, and nothing is kept for it. A job of its class that ends by `unless_it_ends_by` may: it
-    is out of the way of what is reserved."""
+    is out of the way of what is reserved. So may one that stands less than `unless_behind_s` behind its submission: to
+    who needs less others may yield."""
 
     why: Explanation
     unless_it_ends_by: float = -inf
+    unless_behind_s: float = -inf
 
 
 class Desk:
@@ -48,7 +50,7 @@ class Desk:
         self._no_room: dict[tuple[Ask, str | None, str], Explanation] = {}
         self._has_room: dict[tuple[Ask, str | None, str], tuple[int, int]] = {}
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
-        self._hopeless: set[tuple[object, ...]] = set()
+        self._hopeless: dict[tuple[object, ...], float] = {}
 
     def refuse(self, group: JobClass) -> Explanation | None:
         """Why no job of the class can start or be made room for, whatever happens in this pass; None = it may be
@@ -71,11 +73,12 @@ class Desk:
             refusals.append(answer)
         if self._draft.leaving and (waits := self._with_what_leaves(bid, options, refusals)) is not None:
             return waits
-        if may_be_made(self._draft, bid.key, options) and (waits := self._with_room_made(bid, options)) is not None:
+        if may_be_made(self._draft, bid, options) and (waits := self._with_room_made(bid, options)) is not None:
             return waits
+        behind_s = bid.behind_s if self._draft.world.policy.preempt_longer else -inf
         if len(refusals) == 1:
-            return refusals[0]
-        return Refusal(weakest([r.why for r in refusals]), max(r.unless_it_ends_by for r in refusals))
+            return replace(refusals[0], unless_behind_s=behind_s) if behind_s > -inf else refusals[0]
+        return Refusal(weakest([r.why for r in refusals]), max(r.unless_it_ends_by for r in refusals), behind_s)
 
     def demand(self, group: JobClass) -> Demand:
         """What a job of the class takes, by its first option."""
@@ -179,11 +182,11 @@ class Desk:
     def _with_room_made(self, bid: Bid, options: Sequence[Option]) -> Waits | None:
         key = bid.key
         question = (key.tenant, key.priority, key.ask, key.preemptible, self._draft.version)
-        if question in self._hopeless:
-            return None
+        if self._hopeless.get(question, inf) <= bid.behind_s:
+            return None  # neither for one that stands before it and needs less
         room = make_room(self._draft, bid, [o for o in options if not self._is_kept_from(bid, o)])
         if room is None:
-            self._hopeless.add(question)
+            self._hopeless[question] = bid.behind_s
             return None
         return Waits(room.spot, room)
 

@@ -11,7 +11,7 @@ from itertools import chain, islice
 from phalanx_server.scheduling.consolidate import moves
 from phalanx_server.scheduling.draft import Draft, Room
 from phalanx_server.scheduling.elastic import seat_without, spare_replicas
-from phalanx_server.scheduling.order import Bid, ClassKey
+from phalanx_server.scheduling.order import Bid
 from phalanx_server.scheduling.possible import Option
 from phalanx_server.scheduling.preempt import Claim
 from phalanx_server.scheduling.prospects import is_promising, may_gather
@@ -36,20 +36,20 @@ def make_room(draft: Draft, bid: Bid, options: Sequence[Option]) -> Room | None:
     return None
 
 
-def may_be_made(draft: Draft, key: ClassKey, options: Sequence[Option]) -> bool:
-    """Is it worth a try? False: it is not, for any job of the class."""
+def may_be_made(draft: Draft, bid: Bid, options: Sequence[Option]) -> bool:
+    """Is it worth a try? False: it is not, for this job and those of its class that stand behind it."""
     gathers = draft.world.policy.consolidation
     for option in options:  # noqa: SIM110  (one of the hot places of a pass)
-        if (gathers and may_gather(draft, key, option)) or is_promising(draft, key, option):
+        if (gathers and may_gather(draft, bid.key, option)) or is_promising(draft, bid, option):
             return True
     return False
 
 
 def _take(draft: Draft, bid: Bid, option: Option) -> Room | None:
-    if not is_promising(draft, bid.key, option):
+    if not is_promising(draft, bid, option):
         return None
     trial = Trial(draft, bid, option)
-    claim = Claim(trial, bid.submitted_at)
+    claim = Claim(trial, bid)
     for right in claim.rights():
         most = MOST_PROTECTED if draft.even_protected else MOST_VICTIMS
         pieces = islice(chain(spare_replicas(trial), right.victims()), most)

@@ -125,6 +125,12 @@ class Bid:
     job: str
     submitted_at: float
     run_s: float
+    order_at: float
+
+    @property
+    def behind_s(self) -> float:
+        """How far behind its submission it stands in its tenant's own order."""
+        return self.order_at - self.submitted_at
 
 
 class JobClass:
@@ -201,7 +207,8 @@ class Queue:
 
     def bid_of(self, job: Job) -> Bid:
         """What a queued job asks for."""
-        return Bid(self.key_of(job), job.id, job.submitted_at, self._run_s(job))
+        order_at, submitted_at, id_, run_s = self._member(job)
+        return Bid(self.key_of(job), id_, submitted_at, run_s, order_at)
 
     def rank_of(self, job: Job) -> Rank:
         """Where a queued job stands."""
@@ -209,7 +216,8 @@ class Queue:
 
     def _member(self, job: Job) -> Member:
         run_s = self._run_s(job)
-        return Member(job.submitted_at + self._order_s(job, run_s), job.submitted_at, job.id, run_s)
+        behind_s = order_s(self._policy, run_s, job.replicas * max(1, job.gpus_per_replica))
+        return Member(job.submitted_at + behind_s, job.submitted_at, job.id, run_s)
 
     def key_of(self, job: Job) -> ClassKey:
         """The class that a queued job belongs to."""
@@ -230,11 +238,6 @@ class Queue:
             return most_s
         return min(job.predicted_s - job.done_s, most_s)
 
-    def _order_s(self, job: Job, run_s: float) -> float:
-        if self._policy.order == "fifo":
-            return 0.0
-        return AGING * (UNKNOWN_RUN_S if run_s == inf else run_s) * job.replicas * max(1, job.gpus_per_replica)
-
     def _ask_of(self, job: Job) -> Ask:
         limit = time_limit_of(job, self._policy)
         values = (
@@ -250,6 +253,11 @@ class Queue:
         if ask is None:
             ask = self._asks[values] = Ask(*values)
         return ask
+
+
+def order_s(policy: Policy, run_s: float, gpus: int) -> float:
+    """How far behind its submission a job stands in its tenant's own order that still runs so long."""
+    return 0.0 if policy.order == "fifo" else AGING * (UNKNOWN_RUN_S if run_s == inf else run_s) * gpus
 
 
 def _least_replicas(job: Job) -> int:
@@ -279,6 +287,8 @@ class Turn:
     """Is a start reserved for any of them?"""
     tried_until: float = -inf
     """What would end later than that was tried: whoever waits has to wait whatever comes, unless it ends by then."""
+    tried_behind_s: float = -inf
+    """So was what needs as much as that: others may yield to who needs less."""
 
     @property
     def key(self) -> ClassKey:
@@ -291,8 +301,8 @@ class Turn:
     @property
     def bid(self) -> Bid:
         """The member whose turn it is."""
-        _, submitted_at, job, run_s = self.members[self.at]
-        return Bid(self.group.key, job, submitted_at, run_s)
+        order_at, submitted_at, job, run_s = self.members[self.at]
+        return Bid(self.group.key, job, submitted_at, run_s, order_at)
 
     @property
     def rank(self) -> Rank:
@@ -315,21 +325,24 @@ class Turn:
         """Is the member whose turn it is served?"""
         return self.settled is not None and self.members[self.at].id in self.settled
 
-    def hold(self, why: Explanation, tried_until: float = -inf) -> None:
-        """This member and those after it wait, except who would end by `tried_until`."""
+    def hold(self, why: Explanation, tried_until: float = -inf, tried_behind_s: float = -inf) -> None:
+        """This member and those after it wait, except who would end by `tried_until` or needs less."""
         self.whys.append((self.at, why))
-        self.tried_until = tried_until
+        self.tried_until, self.tried_behind_s = tried_until, tried_behind_s
 
     def may_be_tried(self, now: float) -> bool:
         """Nobody of the class was refused so far, or only for running too long?"""
-        return not self.whys or now + self.members[self.at].run_s <= self.tried_until
+        return not self.whys or self._is_untried(self.members[self.at], now)
+
+    def _is_untried(self, member: Member, now: float) -> bool:
+        return now + member.run_s <= self.tried_until or member.order_at - member.submitted_at < self.tried_behind_s
 
     def skip_tried(self, now: float) -> bool:
         """Go on to the next member that may be tried; False if there is none."""
-        if self.tried_until == -inf:
+        if self.tried_until == self.tried_behind_s == -inf:
             return False
         for at in range(self.at + 1, len(self.members)):
-            if now + self.members[at].run_s <= self.tried_until:
+            if self._is_untried(self.members[at], now):
                 self.at = at
                 return True
         return False

@@ -11,8 +11,8 @@ from operator import itemgetter
 from phalanx_server.scheduling.decide import Desk, Refusal, hold_for
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.drain import empty_nodes
-from phalanx_server.scheduling.elastic import grow
 from phalanx_server.scheduling.fair import FairTurns
+from phalanx_server.scheduling.growth import grow
 from phalanx_server.scheduling.honour import honour_claims
 from phalanx_server.scheduling.lend import Lending
 from phalanx_server.scheduling.order import Rank, Turn, Turns, turns_of
@@ -21,6 +21,7 @@ from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.reserve import MOST_RESERVATIONS, WAITING_HELPS, reserve
 from phalanx_server.scheduling.snapshot import Changes, Job, Seat, Snapshot
 from phalanx_server.scheduling.world import World
+from phalanx_server.scheduling.yielding import is_due
 
 MOST_ROUNDS = 8
 """So often a pass looks at most whether what it stops changes anything for others."""
@@ -163,7 +164,7 @@ class _Counter:
         bid, options = turn.bid, self._desk.options(turn.group)
         answer = self._desk.decide(bid, options)
         if isinstance(answer, Refusal):
-            turn.hold(answer.why, answer.unless_it_ends_by)
+            turn.hold(answer.why, answer.unless_it_ends_by, answer.unless_behind_s)
             self._wait(turn, order)
             return
         if isinstance(answer, Spot):
@@ -187,6 +188,7 @@ class _Counter:
         """Reserve a start for the member whose turn it is; False if none can or may be."""
         draft, why, options = self._draft, turn.whys[-1][1], self._desk.options(turn.group)
         may_reserve = draft.world.policy.backfill and len(draft.reservations) < MOST_RESERVATIONS
+        may_reserve &= is_due(draft.world.policy, turn.bid, self._now)
         starts_at = None
         if may_reserve and why.reason in WAITING_HELPS:
             starts_at = reserve(draft, turn.bid, options)

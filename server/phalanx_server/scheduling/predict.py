@@ -184,13 +184,16 @@ class _Group:
 
 def _groups_of(work: Work) -> Iterator[tuple[str, Hashable, float]]:
     """(level, group, base) from the most specific to the most general. Where a base is given the group learns the
-    ratio to the time limit."""
+    ratio to the time limit, or the GPU-seconds: what is known of a name tells also when it comes with other GPUs."""
     tenant, user, name, gpus, limit_s = work.tenant, work.user, work.name, work.gpus, work.time_limit_s
     if user is not None or name is not None:
         yield "kind", (tenant, user, name, gpus, limit_s), 0.0
         yield "kind at any limit", (tenant, user, name, gpus), 0.0
         yield "user and gpus", (tenant, user, gpus), 0.0
         yield "user", (tenant, user), 0.0
+    if name is not None:
+        yield "name", ("name", tenant, name), 0.0
+        yield "name's work", ("work", tenant, name), -_log(gpus)
     yield "tenant and gpus", (tenant, gpus), 0.0
     yield "tenant", (tenant,), 0.0
     yield "all", (), 0.0
@@ -228,5 +231,5 @@ def rounded(seconds: float) -> float:
     return float(f"{seconds:.1e}")
 
 
-def _log(seconds: float) -> float:
-    return math.log(max(seconds, _SHORTEST_S))
+def _log(amount: float) -> float:
+    return math.log(max(amount, _SHORTEST_S))

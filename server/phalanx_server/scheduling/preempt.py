@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from phalanx_server.scheduling.evictable import Order
+from phalanx_server.scheduling.order import Bid
 from phalanx_server.scheduling.quota import QuotaUse
+from phalanx_server.scheduling.snapshot import Job
 from phalanx_server.scheduling.trial import Piece, Trial
 from phalanx_server.scheduling.world import Running
+from phalanx_server.scheduling.yielding import Place, places_of
 
 WITHIN, RECLAIM, BORROWING, FAIR = "within_tenant", "reclaim", "reclaim_while_borrowing", "fair_share"
 
@@ -33,10 +36,10 @@ class Right:
 
 
 class Claim:
-    """The rights of one waiting job in a trial. `submitted_at`: with `lower_or_newer_equal` it matters."""
+    """The rights of one waiting job in a trial."""
 
-    def __init__(self, trial: Trial, submitted_at: float) -> None:
-        self._trial, self._draft, self._submitted_at = trial, trial.draft, submitted_at
+    def __init__(self, trial: Trial, bid: Bid) -> None:
+        self._trial, self._draft, self._bid = trial, trial.draft, bid
         self._evictable = trial.draft.evictable
         self._world, self._forest = trial.draft.world, trial.draft.world.forest
         self._tenant, self._priority = trial.key.tenant, trial.key.priority
@@ -58,12 +61,20 @@ class Claim:
     # ------------------------------------------------------------------ who may be evicted
 
     def _own(self) -> Iterator[Running]:
-        rule = self._rules.within_tenant
-        for _, running in self._evictable.in_order(self._tenant) if rule != "never" else ():
-            job = running.job
-            is_newer = job.priority == self._priority and job.submitted_at > self._submitted_at
-            if job.priority < self._priority or (is_newer and rule == "lower_or_newer_equal"):
+        if self._rules.within_tenant == "never":
+            return
+        places = places_of(self._draft, self._tenant)
+        for _, running in self._evictable.in_order(self._tenant):
+            if running.job.priority < self._priority or (
+                running.job.priority == self._priority and self._goes_before(running.job, places.get(running.job.id))
+            ):
                 yield running
+
+    def _goes_before(self, job: Job, place: Place | None) -> bool:
+        """May it have the place of a job of its own tenant and priority?"""
+        if self._rules.within_tenant == "lower_or_newer_equal" and job.submitted_at > self._bid.submitted_at:
+            return True
+        return place is not None and place.yields_to(self._bid)
 
     @cached_property
     def _borrowers(self) -> dict[str, tuple[int, int]]:

@@ -4,10 +4,14 @@ Refuses to say more than "perhaps": whatever it turns down could not be helped, 
 is turned down here, at a few additions each.
 """
 
+from bisect import bisect_left
+from itertools import accumulate
+
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.nodes import GPUS
-from phalanx_server.scheduling.order import ClassKey
+from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.possible import Option
+from phalanx_server.scheduling.yielding import places_of
 
 Resources = tuple[str, ...]
 
@@ -17,10 +21,11 @@ def may_gather(draft: Draft, key: ClassKey, option: Option) -> bool:
     return _free_gpus(draft, option.gpu_type) >= _wanted(key)
 
 
-def is_promising(draft: Draft, key: ClassKey, option: Option) -> bool:
+def is_promising(draft: Draft, bid: Bid, option: Option) -> bool:
     """May enough be free once all has given way that the job could ask for? Without regard to where it is."""
+    key = bid.key
     missing = max(1, _wanted(key) - _free_gpus(draft, option.gpu_type))
-    given = _own_gpus(draft, key, option.gpu_type)
+    given = _own_gpus(draft, bid, option.gpu_type)
     if draft.world.elastic:
         given += _lent_gpus(draft, option.gpu_type)
     return given >= missing or given + _others_gpus(draft, key, option, given) >= missing
@@ -55,14 +60,30 @@ def _lent_gpus(draft: Draft, gpu_type: str | None) -> int:
     return int(draft.memo[question])
 
 
-def _own_gpus(draft: Draft, key: ClassKey, gpu_type: str | None) -> int:
+def _own_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
     """What its tenant's jobs have that it may evict."""
-    forest = draft.world.forest
+    key, forest = bid.key, draft.world.forest
     rule = forest.tenants[forest.number[key.tenant]].preemption.within_tenant
     if rule == "never":
         return 0
     most = key.priority if rule == "lower_or_newer_equal" else key.priority - 1
-    return draft.evictable.gpus(key.tenant, gpu_type, most)
+    return draft.evictable.gpus(key.tenant, gpu_type, most) + _longer_gpus(draft, bid, gpu_type)
+
+
+def _longer_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
+    """What jobs of its tenant and priority have that yield to it because they need longer; who was made to stop since
+    is among them."""
+    places = places_of(draft, bid.key.tenant)
+    if not places:
+        return 0
+    question = ("longer", bid.key.tenant, gpu_type, bid.key.priority, draft.even_protected)
+    if question not in draft.memo:
+        mine = [(places[id_], r) for _, r in draft.evictable.in_order(bid.key.tenant) if (id_ := r.job.id) in places]
+        alike = [(p, r) for p, r in mine if r.job.priority == bid.key.priority and r.gpu_type == gpu_type]
+        rows = sorted((-place.most_s, r.gpus or 1) for place, r in alike)
+        draft.memo[question] = [at for at, _ in rows], [0, *accumulate(gpus for _, gpus in rows)]
+    longest_first, sums = draft.memo[question]
+    return int(sums[bisect_left(longest_first, -bid.behind_s)])
 
 
 # ------------------------------------------------------------------ what others have

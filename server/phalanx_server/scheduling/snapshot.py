@@ -40,11 +40,17 @@ class Policy(_Record):
     consolidation: Switch = False
     elastic: Switch = True
     order: Literal["fifo", "shortest"] = "fifo"
+    preempt_longer: Switch = False
     topology_levels: tuple[str, ...] = ()
     share_nodes: Literal["all", "tenant", "none"] = "all"
     usage_half_life_s: Number = 604_800.0
     default_time_limit_s: Number | None = None
     restart_s: Number = 30.0
+
+
+RECOMMENDED = Policy(order="shortest", preempt_longer=True)
+"""What `phalanx simulate` follows unless it is told otherwise (decision 22). A snapshot that says nothing means
+`Policy()`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

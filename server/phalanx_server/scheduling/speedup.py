@@ -1,10 +1,11 @@
-"""Owns how fast an elastic job runs at each number of replicas: as measured, else by a prior.
+"""Owns how fast an elastic job runs at each number of replicas, as measured, else by a prior; and what more would gain.
 
 Refuses to know who measures. `progress` and `speedup` are relative to one replica.
 """
 
 from collections.abc import Mapping
-from math import log2
+from functools import lru_cache
+from math import log, log2
 
 from phalanx_server.scheduling.snapshot import Job
 
@@ -12,13 +13,37 @@ LOST_PER_DOUBLING = 0.1
 """The prior: each doubling of the replicas loses so much of what it could gain at most. That is the order of well-tuned
 data-parallel training on a few nodes; Pollux (OSDI'21, fig. 1a) shows both better and worse."""
 
+_Speeds = tuple[tuple[int, float], ...]
+"""Measured, by number of replicas; () = not measured."""
+
 
 def progress(job: Job, replicas: int) -> float:
     """Progress per second at so many replicas, where one replica has 1.0: measured, or between two that were measured
     on a straight line, or beyond them by the prior."""
-    if not job.speedup:
+    return _progress(_speeds(job), replicas)
+
+
+def best_gain(job: Job, replicas: int, most: int, step: int) -> tuple[float, int]:
+    """The largest `relative_gain` for each replica more, and with how many replicas the job would have it. It sees past
+    a size that is no faster: what loses with 6 and gains with 12 is asked about 12. (0.0, replicas) = none gains."""
+    return _best_gain(_speeds(job), replicas, most, step)
+
+
+def relative_gain(job: Job, fewer: int, more: int) -> float:
+    """By how much faster it is with more, as a logarithm: twice as fast counts alike for all."""
+    speeds = _speeds(job)
+    return log(_progress(speeds, more) / _progress(speeds, fewer))
+
+
+def _speeds(job: Job) -> _Speeds:
+    return tuple(sorted((int(n), s) for n, s in job.speedup.items())) if job.speedup else ()
+
+
+@lru_cache(maxsize=65_536)
+def _progress(speeds: _Speeds, replicas: int) -> float:
+    if not speeds:
         return _prior(replicas)
-    known = {int(n): s for n, s in job.speedup.items()} | {1: job.speedup.get("1", 1.0)}
+    known = {1: 1.0} | dict(speeds)
     if replicas in known:
         return max(known[replicas], 1e-9)
     below = max((n for n in known if n < replicas), default=None)
@@ -44,3 +69,13 @@ def speedup_of(measured: Mapping[int, float]) -> dict[str, float] | None:
 
 def _prior(replicas: int) -> float:
     return float(replicas * (1 - LOST_PER_DOUBLING) ** log2(replicas))
+
+
+@lru_cache(maxsize=65_536)
+def _best_gain(speeds: _Speeds, replicas: int, most: int, step: int) -> tuple[float, int]:
+    now = _progress(speeds, replicas)
+    told = {replicas + step, 2 * replicas, most, *(n for n, _ in speeds)}
+    sizes = {n - (n - replicas) % step for n in told if replicas + step <= n <= most}
+    gains = [(log(_progress(speeds, n) / now) / (n - replicas), -n) for n in sizes]
+    gain, size = max(gains, default=(0.0, -replicas))
+    return (gain, -size) if gain > 0 else (0.0, replicas)

@@ -93,6 +93,7 @@ class Course:
             started_at=now,
             placement=placement,
             gpu_type=gpu_type,
+            checkpointed_at=now,  # a graceful stop leaves a checkpoint, so nothing from before is at stake
             protected_until=now + min_runtime_s if min_runtime_s else None,
             last_resized_at=now if replicas != was else self.job.last_resized_at,
             kept=None,

@@ -77,7 +77,8 @@ class _Replay:
         self._kept: set[str] = set()
         self._queued: set[int] = set()
         self._edition = 0
-        self._holding = self._elastic = 0
+        self._holding: set[int] = set()
+        self._elastic = 0
         self._is_due = False
         self._preemptions = self._resizes = self._migrations = 0
         self._passes_s: list[float] = []
@@ -138,7 +139,7 @@ class _Replay:
     def _end(self, course: Course) -> None:
         course.end(self._now)
         self._predictor.observe(course.work, course.total_s, course.said)
-        self._holding -= 1
+        self._holding.discard(self._of[course.job.id])
         self._elastic -= course.is_elastic
         self._changed.pop(course.job.id, None)
         self._gone.append(course.job.id)
@@ -147,7 +148,7 @@ class _Replay:
     def _stopped(self, course: Course) -> None:
         following = course.stopped(self._now)
         if following is None:
-            self._holding -= 1
+            self._holding.discard(self._of[course.job.id])
             self._enqueue(course)
         else:
             self._run(course, following.gpu_type, following.placement)
@@ -172,11 +173,14 @@ class _Replay:
         return self._predictor.expect(course.work, course.attained_s(self._now))
 
     def _predict_anew(self) -> None:
-        """Early on, each job that ends may tell much about those that wait."""
+        """Early on, each job that ends may tell much about the others."""
         if self._edition != self._predictor.edition and not self._rules.clairvoyant:
             self._edition = self._predictor.edition
             for number in self._queued:
                 self._predict(self._courses[number])
+            for number in self._holding:
+                self._predict(self._courses[number])
+                self._foresee_outliving(self._courses[number])
 
     def _predict(self, course: Course) -> None:
         expected = self._expected(course)
@@ -230,7 +234,7 @@ class _Replay:
 
     def _start(self, course: Course, start: Start) -> None:
         self._queued.discard(self._of[start.job])
-        self._holding += 1
+        self._holding.add(self._of[start.job])
         self._elastic += course.is_elastic and not course.attempts
         self._kept.discard(start.job)
         self._run(course, start.gpu_type, start.placement)
