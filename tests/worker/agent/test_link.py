@@ -13,7 +13,7 @@ import pytest
 from link_server import attempt_of
 from phalanx_worker.agent import backoff, link
 from phalanx_worker.agent.link import FactOutbox, ServerAway, ServerLink, ServerRefused, Superseded
-from phalanx_worker.protocol import AttemptFact, encode
+from phalanx_worker.protocol import AttemptFact, RankExit, encode
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -192,11 +192,21 @@ async def test_a_proxy_that_lost_its_server_loses_no_fact() -> None:
     assert await delivered(hearing, (fact("ended"), True)) == [True]
 
 
-async def test_facts_that_are_too_many_for_a_proxy_go_in_smaller_reports() -> None:
+async def test_facts_that_are_too_many_for_a_proxy_go_in_smaller_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "FACTS_PER_REPORT", 200)
     hearing = Hearing(PROXY_413, PROXY_413)
-    facts = [(fact("ended", f"att_{number}"), True) for number in range(link.FACTS_PER_REPORT)]
-    assert await delivered(hearing, *facts) == [True] * link.FACTS_PER_REPORT
+    facts = [(fact("ended", f"att_{number}"), True) for number in range(200)]
+    assert await delivered(hearing, *facts) == [True] * 200
     assert [len(report) for report in hearing.reports] == [200, 100, 50, 100, 50]
+
+
+async def test_a_report_stays_far_below_what_the_server_takes() -> None:
+    hearing = Hearing()
+    exits = [RankExit(rank, exit_code=1, tail="x" * 2048) for rank in range(64)]
+    facts = [(replace(fact("ended", f"att_{number}"), exits=exits), True) for number in range(20)]
+    assert await delivered(hearing, *facts) == [True] * 20
+    assert max(map(len, hearing.reports)) < 20
+    assert sum(map(len, hearing.reports)) == 20
 
 
 async def test_a_refused_fact_is_told_from_one_that_was_taken() -> None:

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -41,7 +41,8 @@ log = logging.getLogger("phalanx.agent")
 CALL_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 5.0
 DESIRED_WAIT_S = 20.0
-FACTS_PER_REPORT = 200
+FACTS_PER_REPORT = 1_000
+REPORT_BYTES = 1 << 20  # about; the server takes four times as much
 PROBLEM_TYPE = "application/problem+json"
 LATER_STATUSES = frozenset({401, 403, 408, 425, 429})
 COALESCE_S = 0.1  # how long a fact that nobody waits for may wait for another
@@ -199,7 +200,7 @@ class FactOutbox:
                     async with asyncio.timeout(COALESCE_S):
                         await self._urgent.wait()
             try:
-                await self._send(list(itertools.islice(self._waiting.values(), most)))
+                await self._send(_first(self._waiting.values(), most))
                 backoff.succeeded()
                 most = min(2 * most, FACTS_PER_REPORT)
             except ServerAway as error:
@@ -214,8 +215,8 @@ class FactOutbox:
             answer = await self.link.report([waiting.fact for waiting in batch])
         except ServerRefused as error:
             if len(batch) > 1:  # find the one it cannot take
-                for waiting in batch:
-                    await self._send([waiting])
+                await self._send(batch[: len(batch) // 2])
+                await self._send(batch[len(batch) // 2 :])
                 return
             log.error("the server refused a fact: %s (%s)", batch[0].fact, error)
             self._settle(batch, refused={_key(batch[0].fact)})
@@ -234,6 +235,24 @@ class FactOutbox:
             del self._waiting[_slot(waiting.fact)]
             if not waiting.taken.done():
                 waiting.taken.set_result(_key(waiting.fact) not in refused)
+
+
+def _first(waiting: Iterable[_Waiting], most: int) -> list[_Waiting]:
+    """At most so many, and only so many as make a report of a size that goes through."""
+    batch: list[_Waiting] = []
+    left_bytes = REPORT_BYTES
+    for each in itertools.islice(waiting, most):
+        left_bytes -= _bytes_of(each.fact)
+        if left_bytes < 0 and batch:
+            break
+        batch.append(each)
+    return batch
+
+
+def _bytes_of(fact: AttemptFact) -> int:
+    """About, as JSON."""
+    tails = sum(len(end.tail) + len(end.reason) for end in fact.exits)
+    return 400 + len(fact.message) + 2 * tails + 200 * (len(fact.ranks_started) + len(fact.exits))
 
 
 def _key(fact: AttemptFact) -> tuple[str, int]:

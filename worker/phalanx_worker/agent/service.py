@@ -41,6 +41,9 @@ log = logging.getLogger("phalanx.agent")
 
 INVENTORY_POLL_S = 0.5
 RECONCILE_AT_LEAST_EVERY_S = 1.0
+REST_AT_MOST_S = 0.5
+"""A look at everything takes as long as there is much, and something always happens: then as long again is for the
+rest, or nothing but looking would be done."""
 FACTS_PER_ATTEMPT = 3  # `gang_ready`, `started`, and `ended` or `start_failed`; beside them `gone` of each node
 
 
@@ -94,6 +97,7 @@ class Agent:
             is_desired=self.is_desired,
             require_own_users=self.settings.require_own_users,
         )
+        self._rest_s = 0.0  # between two looks at everything
         self._heard_s: float | None = None  # when the server answered last; None once it did not
         self._steps: set[asyncio.Task[None]] = set()
 
@@ -196,6 +200,7 @@ class Agent:
             backoff.succeeded()
             version = desired.version
             self._take_desired({attempt.attempt_id: attempt for attempt in desired.attempts})
+            await asyncio.sleep(self._rest_s)
 
     def _take_desired(self, desired: dict[str, DesiredAttempt]) -> None:
         now_s = time.monotonic()
@@ -208,7 +213,10 @@ class Agent:
     async def _reconcile(self) -> None:
         while True:
             self.wake.clear()
-            self.tick(time.monotonic())
+            began_s = time.monotonic()
+            self.tick(began_s)
+            self._rest_s = min(time.monotonic() - began_s, REST_AT_MOST_S)
+            await asyncio.sleep(self._rest_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RECONCILE_AT_LEAST_EVERY_S):
                     await self.wake.wait()
