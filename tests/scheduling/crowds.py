@@ -39,6 +39,7 @@ def crowd(seed: int) -> Snapshot:
                 topology_levels=LEVELS,
                 share_nodes=dice.choice(["all", "all", "all", "tenant"]),
                 order=dice.choice(["fifo", "shortest"]),
+                preempt_longer=dice.random() < 0.5,
                 restart_s=dice.choice([30.0, 0.0]),
             ),
             tenants=tuple(_tenant(dice, name, total) for name in PARENTS),

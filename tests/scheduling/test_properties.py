@@ -173,6 +173,7 @@ def policies(draw):
         elastic=draw(st.sampled_from([True, True, False])),
         backfill=draw(st.sampled_from([True, True, False])),
         order=draw(st.sampled_from(["fifo", "fifo", "shortest"])),
+        preempt_longer=draw(st.booleans()),
         restart_s=draw(st.sampled_from([30.0, 0.0])),
         default_time_limit_s=draw(optional(st.just(100.0))),
     )
