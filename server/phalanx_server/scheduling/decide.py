@@ -10,7 +10,7 @@ from math import inf
 
 from phalanx_server.domain.reason import Explanation, Reserved, WaitsForVictims
 from phalanx_server.domain.resources import Demand
-from phalanx_server.scheduling.draft import Draft, Room
+from phalanx_server.scheduling.draft import Books, Draft, Room
 from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weakest
 from phalanx_server.scheduling.gates import closed_gate
 from phalanx_server.scheduling.lend import Lending
@@ -49,6 +49,7 @@ class Desk:
         self._lending = lending
         self._no_room: dict[tuple[Ask, str | None, str], Explanation] = {}
         self._has_room: dict[tuple[Ask, str | None, str], tuple[int, int]] = {}
+        self._full: dict[tuple[object, ...], tuple[int, float]] = {}
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
         self._hopeless: dict[tuple[object, ...], float] = {}
 
@@ -137,10 +138,25 @@ class Desk:
         return spot
 
     def _spot(self, bid: Bid, option: Option, replicas: int) -> Spot | None:
-        books, key = self._draft.until(self._draft.ends_at(bid)), bid.key
-        if not self._draft.is_in_quota(key.tenant, key.ask.shape.demand(option.gpu_type, replicas), books):
+        return self._place(bid.key, option, self._draft.until(self._draft.ends_at(bid)), replicas)
+
+    def _place(self, key: ClassKey, option: Option, books: Books, replicas: int) -> Spot | None:
+        """Where the books have room, quotas included."""
+        draft = self._draft
+        question = (key.ask, option.gpu_type, draft.account(key), replicas, books[0] is draft.now)
+        if self._is_full(question, books):
             return None
-        return self._draft.spot(key, option.gpu_type, books, replicas=replicas)
+        if not draft.is_in_quota(key.tenant, key.ask.shape.demand(option.gpu_type, replicas), books):
+            return None
+        spot = draft.spot(key, option.gpu_type, books, replicas=replicas)
+        if spot is None:
+            self._full[question] = len(draft.relieved), books[-1].at
+        return spot
+
+    def _is_full(self, question: tuple[object, ...], books: Books) -> bool:
+        """Where there was no room there is none for whoever needs it as long, until somebody is made to stop."""
+        tried_at, until = self._full.get(question, (-1, inf))
+        return tried_at == len(self._draft.relieved) and books[-1].at >= until
 
     def _room_refusal(self, key: ClassKey, option: Option) -> Explanation | None:
         """Why the nodes have no room now or soon, reservations apart."""
@@ -170,9 +186,9 @@ class Desk:
         draft, key = self._draft, bid.key
         books = draft.soon_until(draft.ends_at(bid))
         for option in options:
-            if not draft.is_in_quota(key.tenant, option.least_demand, books) or self._is_kept_from(bid, option):
+            if not draft.is_in_quota(key.tenant, option.least_demand, books[:1]) or self._is_kept_from(bid, option):
                 continue
-            spot = draft.spot(key, option.gpu_type, books, replicas=key.ask.least_replicas)
+            spot = self._place(key, option, books, key.ask.least_replicas)
             if spot is not None:
                 return Waits(spot, None)
             if len(books) > 1:

@@ -332,17 +332,19 @@ class Turn:
 
     def may_be_tried(self, now: float) -> bool:
         """Nobody of the class was refused so far, or only for running too long?"""
-        return not self.whys or self._is_untried(self.members[self.at], now)
-
-    def _is_untried(self, member: Member, now: float) -> bool:
-        return now + member.run_s <= self.tried_until or member.order_at - member.submitted_at < self.tried_behind_s
+        if not self.whys:
+            return True
+        order_at, submitted_at, _, run_s = self.members[self.at]
+        return now + run_s <= self.tried_until or order_at - submitted_at < self.tried_behind_s
 
     def skip_tried(self, now: float) -> bool:
         """Go on to the next member that may be tried; False if there is none."""
         if self.tried_until == self.tried_behind_s == -inf:
             return False
+        until, behind_s = self.tried_until, self.tried_behind_s
         for at in range(self.at + 1, len(self.members)):
-            if self._is_untried(self.members[at], now):
+            order_at, submitted_at, _, run_s = self.members[at]
+            if now + run_s <= until or order_at - submitted_at < behind_s:
                 self.at = at
                 return True
         return False

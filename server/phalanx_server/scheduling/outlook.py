@@ -4,10 +4,12 @@ Refuses to know who waits for it. The changes are kept as arrays, so that one lo
 much as one at a few nodes: `moments_with_room` counts for all moments at once, `Outlook.book` makes the book of one.
 """
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +98,20 @@ class Outlook:
                 load = change.load
                 occupants.enter(load.account, load.columns, load.replicas, times=change.times)
         return Book(at, free, use, occupants)
+
+    def books(self, moments: Sequence[float]) -> Iterator[tuple[float, Book]]:
+        """The books of moments one after the other, each made from the one before."""
+        changes = sorted(self._flat.changes, key=attrgetter("at"))
+        book = None
+        for at in moments:
+            if book is None:
+                book = self.book(at)
+            else:
+                first, last = (bisect_right(changes, moment, key=attrgetter("at")) for moment in (book.at, at))
+                book = book.copy(at)
+                for change in changes[first:last]:
+                    book.take(change.load, change.times)
+            yield at, book
 
     def moments_with_room(self, ask: Ask, allowed: Mask) -> Indexes:
         """The numbers of the moments at which the allowed nodes, all together, have room for the least number of

@@ -84,8 +84,7 @@ def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) 
 
     only_opens = not draft.windows.ends and not bid.key.ask.shape.is_cpu_only
     low = bisect_left(moments, True, lo=1, key=has_place) if only_opens else 1
-    for at in moments[low : low + MOST_LOOKS]:
-        yield at, outlook.book(at)
+    yield from outlook.books(moments[low : low + MOST_LOOKS])
 
 
 def _spot_at(
