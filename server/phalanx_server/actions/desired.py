@@ -46,8 +46,8 @@ _LIVE = text(
 )
 _VERSION = text(
     """
-    SELECT md5(string_agg(concat_ws(' ', a.id, a.started_at IS NOT NULL,
-                                    CASE WHEN a.state = 'stopping' THEN a.grace_s END), ',' ORDER BY a.id))
+    SELECT left(encode(sha256(convert_to(string_agg(concat_ws(' ', a.id, a.started_at IS NOT NULL,
+                CASE WHEN a.state = 'stopping' THEN a.grace_s END), ',' ORDER BY a.id), 'UTF8')), 'hex'), 32)
     FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
     """
 )

@@ -215,7 +215,7 @@ class Draft:
         for domains compare by all that they have."""
         shape, first = ask.shape, books[0].free
         row, each = (CPUS, shape.cpus) if shape.is_cpu_only else (GPUS, shape.gpus)
-        fitting = allowed if ask.topology is not None else allowed & (first[row] >= each)
+        fitting = allowed if ask.topology is not None or not each else allowed & (first[row] >= each)
         columns = np.flatnonzero(fitting)
         total = self.table.total[:, columns]
         free = usable(first[:, columns], total, by_cpu_jobs=shape.is_cpu_only)
@@ -259,9 +259,11 @@ class Draft:
         """As if all minimum run times were over."""
         self.even_protected = True
         self.memo, self._memo_past_protection = self._memo_past_protection, self.memo
-        yield
-        self.even_protected = False
-        self.memo, self._memo_past_protection = self._memo_past_protection, self.memo
+        try:
+            yield
+        finally:
+            self.even_protected = False
+            self.memo, self._memo_past_protection = self._memo_past_protection, self.memo
 
     # ------------------------------------------------------------------ what is decided
 

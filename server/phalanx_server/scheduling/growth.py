@@ -10,7 +10,7 @@ and of AFS, NSDI'21.)
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from phalanx_server.scheduling.consolidate import spot_for
@@ -58,30 +58,37 @@ class _Growing:
     replicas: int
     best: tuple[int, Spot] | None = None
 
+    @property
+    def useful(self) -> int:
+        """The number of replicas beyond which it was given some in vain."""
+        return self.best[0] if self.best else replicas_of(self.running.job)
+
 
 def _grow_into_idle(draft: Draft, stakes: Mapping[str, Stake], changes_at: Changes) -> None:
-    left_out: set[str] = set()
+    most: dict[str, int] = {}
     while True:
-        grown = _hand_out(draft, stakes, left_out)
-        vain = [
-            g.running.job.id for g, _, replicas in grown if not _is_worth_it(draft, g.running, replicas, changes_at)
-        ]
-        if not vain:
+        handed = _hand_out(draft, stakes, most)
+        # What a job was given on the way to a size that it did not reach is for others; so is what is not worth it.
+        short = {g.running.job.id: g.useful for g in handed if g.replicas != g.useful}
+        grown = [(g, *g.best) for g in handed if g.best is not None]
+        vain = {g.running.job.id: 0 for g, n, _ in grown if not _is_worth_it(draft, g.running, n, changes_at)}
+        if not short and not vain:
             break
-        left_out.update(vain)
-    for growing, spot, _ in grown:
+        most |= short | vain
+    for growing, _, spot in grown:
         seat = Seat(gpu_type=growing.running.gpu_type, placement=spot.placement(draft.table))
         draft.make(Room(spot, shrunk=((growing.running, seat),)), None)
 
 
-def _hand_out(draft: Draft, stakes: Mapping[str, Stake], left_out: set[str]) -> list[tuple[_Growing, Spot, int]]:
-    """Who would get how much, the restarts not counted."""
+def _hand_out(draft: Draft, stakes: Mapping[str, Stake], most: Mapping[str, int]) -> list[_Growing]:
+    """Who would get how much, up to `most`, the restarts not counted."""
     book = draft.soon.copy()
-    candidates = {
-        r.job.id: _Growing(r, stakes[r.job.id], r.load, replicas_of(r.job))
-        for r in _growable(draft)
-        if r.job.id not in left_out
-    }
+    candidates = {}
+    for r in _growable(draft):
+        id_, stake = r.job.id, stakes[r.job.id]
+        if replicas_of(r.job) < most.get(id_, stake.most):
+            stake = replace(stake, most=most.get(id_, stake.most))
+            candidates[id_] = _Growing(r, stake, r.load, replicas_of(r.job))
     queue = [(-g.stake.gain_per_gpu(g.replicas)[0], id_) for id_, g in candidates.items()]
     heapq.heapify(queue)
     while queue:
@@ -89,7 +96,7 @@ def _hand_out(draft: Draft, stakes: Mapping[str, Stake], left_out: set[str]) -> 
         growing = candidates[id_]
         if gain < 0 and _gets_one_more(draft, book, growing):
             heapq.heappush(queue, (-growing.stake.gain_per_gpu(growing.replicas)[0], id_))
-    return [(g, g.best[1], g.best[0]) for _, g in sorted(candidates.items()) if g.best is not None]
+    return [g for _, g in sorted(candidates.items())]
 
 
 def _growable(draft: Draft) -> Iterator[Running]:
@@ -103,6 +110,8 @@ def _growable(draft: Draft) -> Iterator[Running]:
 
 def _gets_one_more(draft: Draft, book: Book, growing: _Growing) -> bool:
     running, more = growing.running, growing.replicas + growing.stake.step
+    if more > growing.stake.most:
+        return False
     book.take(growing.load, -1)
     spot = _spot(draft, running, book, more)
     if spot is None:
@@ -237,7 +246,7 @@ def _take_over(draft: Draft, taker: _Change, givers: list[_Change]) -> list[_Cha
     book = draft.soon.copy()
     book.take(taker.running.load, -1)
     given: list[tuple[Running, Seat]] = []
-    for at, giver in enumerate(givers):
+    for giver in givers:
         if taker.value <= CLEARLY * giver.value:
             break
         seat = _smaller(draft, giver)
@@ -246,10 +255,29 @@ def _take_over(draft: Draft, taker: _Change, givers: list[_Change]) -> list[_Cha
         given.append((giver.running, seat))
         spot = _spot(draft, taker.running, book, taker.replicas)
         if spot is not None:
+            given, spot = _sparing(draft, taker, given, book, spot)
             taken = (taker.running, _seat(draft, taker.running, spot))
             draft.make(Room(spot, shrunk=(*given, taken)), None)
-            return givers[at + 1 :]
+            shrunk = {running.job.id for running, _ in given}
+            return [giver for giver in givers if giver.running.job.id not in shrunk]
     return givers
+
+
+def _sparing(
+    draft: Draft, taker: _Change, given: list[tuple[Running, Seat]], book: Book, spot: Spot
+) -> tuple[list[tuple[Running, Seat]], Spot]:
+    """Without those who need not shrink, tried from the end."""
+    for running, seat in reversed(list(given)):
+        smaller = draft.world.load(running.job, [seat])
+        book.take(smaller, -1)
+        book.take(running.load)
+        without = _spot(draft, taker.running, book, taker.replicas)
+        if without is not None:
+            given, spot = [entry for entry in given if entry[0] is not running], without
+        else:
+            book.take(running.load, -1)
+            book.take(smaller)
+    return given, spot
 
 
 def _smaller(draft: Draft, giver: _Change) -> Seat:

@@ -135,7 +135,7 @@ class Outlook:
         before[is_first] = room(usable(free[:, firsts], total[:, firsts], by_cpu_jobs=cpus), shape, wanted)
         grown = np.bincount(moment, weights=counts - before, minlength=len(self.moments))
         row, each = (CPUS, shape.cpus) if cpus else (GPUS, shape.gpus)
-        fitting = np.flatnonzero(allowed & (free[row] >= each))
+        fitting = np.flatnonzero(allowed & (free[row] >= each) if each else allowed)
         now = room(usable(free[:, fitting], total[:, fitting], by_cpu_jobs=cpus), shape, wanted).sum()
         return np.flatnonzero(np.cumsum(grown) + now >= wanted)
 

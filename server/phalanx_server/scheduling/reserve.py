@@ -24,7 +24,7 @@ from phalanx_server.scheduling.possible import Option
 MOST_RESERVATIONS = 16
 NEXT_ENDS, MOST_ENDS = 256, 2048
 """So many ends are looked at first, and so many if that does not do."""
-MOST_LOOKS = 64
+MOST_LOOKS = 256
 WAITING_HELPS = {
     HoldReason.QUOTA,
     HoldReason.MAINTENANCE,
@@ -57,10 +57,11 @@ def reserve(draft: Draft, bid: Bid, options: Sequence[Option]) -> float | None:
 
 
 def _earliest(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | None:
+    looked_until = -inf
     for most_ends in (NEXT_ENDS, MOST_ENDS):
         outlook = Outlook(draft, most_ends)
-        for at, book in _looks(draft, outlook, bid, options):
-            spot = _spot_at(draft, bid, options, at, book)
+        for at, book in _looks(draft, outlook, bid, options, looked_until):
+            looked_until, spot = at, _spot_at(draft, bid, options, at, book)
             if spot is not None:
                 return _Found(at, book, spot)
         if outlook.is_whole:
@@ -68,13 +69,16 @@ def _earliest(draft: Draft, bid: Bid, options: Sequence[Option]) -> _Found | Non
     return None
 
 
-def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) -> Iterator[tuple[float, Book]]:
+def _looks(
+    draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option], after: float
+) -> Iterator[tuple[float, Book]]:
     """The moments that are worth a look. Mostly the first at which enough is free will do. If not, then the first at
     which there would be a place if nothing were reserved, and a number of those after it. (A window may close a place
     again, and GPUs that become free keep CPUs from a CPU job: then there is no such first.)"""
     accepting = draft.accepting(bid.key, ())
     with_room = [outlook.moments_with_room(bid.key.ask, accepting & draft.table.of_type(o.gpu_type)) for o in options]
-    moments = outlook.moments[np.unique(np.concatenate(with_room))].tolist()
+    moments = outlook.moments[np.unique(np.concatenate(with_room))]
+    moments = moments[moments > after].tolist()
     if not moments:
         return
     yield moments[0], outlook.book(moments[0])
@@ -82,7 +86,7 @@ def _looks(draft: Draft, outlook: Outlook, bid: Bid, options: Sequence[Option]) 
     def has_place(at: float) -> bool:
         return _spot_at(draft, bid, options, at, outlook.book(at, but_reserved=True), is_last=True) is not None
 
-    only_opens = not draft.windows.ends and not bid.key.ask.shape.is_cpu_only
+    only_opens = draft.windows.clear(None)[accepting].all() and not bid.key.ask.shape.is_cpu_only
     low = bisect_left(moments, True, lo=1, key=has_place) if only_opens else 1
     yield from outlook.books(moments[low : low + MOST_LOOKS])
 

@@ -5,7 +5,7 @@ Refuses to know who measures. `progress` and `speedup` are relative to one repli
 
 from collections.abc import Mapping
 from functools import lru_cache
-from math import log, log2
+from math import inf, log, log2
 
 from phalanx_server.scheduling.snapshot import Job
 
@@ -13,6 +13,11 @@ LOST_PER_DOUBLING = 0.1
 """The prior: each doubling of the replicas loses so much of what it could gain at most. That is the order of well-tuned
 data-parallel training on a few nodes; Pollux (OSDI'21, fig. 1a) shows both better and worse."""
 
+PLAUSIBLE = (1e-3, 2.0)
+"""A measured job gains at least so little, and at most so many times its replicas: what jobs report of themselves must
+not outweigh everybody else's, nor end a pass."""
+
+_LEAST, _MOST = 1e-9, 1e9
 _Speeds = tuple[tuple[int, float], ...]
 """Measured, by number of replicas; () = not measured."""
 
@@ -45,26 +50,33 @@ def _progress(speeds: _Speeds, replicas: int) -> float:
         return _prior(replicas)
     known = {1: 1.0} | dict(speeds)
     if replicas in known:
-        return max(known[replicas], 1e-9)
+        return _bounded(known[replicas])
     below = max((n for n in known if n < replicas), default=None)
     above = min((n for n in known if n > replicas), default=None)
     if below is None or above is None:
         nearest = below if below is not None else above
         assert nearest is not None, "one replica is always known"
-        return max(known[nearest], 1e-9) * _prior(replicas) / _prior(nearest)
+        return _bounded(_bounded(known[nearest]) * _prior(replicas) / _prior(nearest))
     part = (replicas - below) / (above - below)
-    return max(known[below] + part * (known[above] - known[below]), 1e-9)
+    slower, faster = _bounded(known[below]), _bounded(known[above])
+    return slower + part * (faster - slower)
+
+
+def _bounded(speed: float) -> float:
+    return min(max(speed, _LEAST), _MOST)
 
 
 def speedup_of(measured: Mapping[int, float]) -> dict[str, float] | None:
     """A job's `speedup` from its progress per second by number of replicas, in any unit. Where one replica was never
     run, the smallest number that was is taken to be as far from it as the prior says. None for less than two numbers:
-    there is nothing to compare, and the prior says as much."""
-    if len(measured) < 2:
+    there is nothing to compare, and the prior says as much. Bounded to what is `PLAUSIBLE`."""
+    known = {replicas: speed for replicas, speed in measured.items() if 0 < speed < inf}
+    if len(known) < 2:
         return None
-    least = min(measured)
-    one = measured[least] / _prior(least)
-    return {str(replicas): round(speed / one, 4) for replicas, speed in sorted(measured.items())}
+    least = min(known)
+    said = {n: speed / known[least] * _prior(least) for n, speed in sorted(known.items())}
+    lowest, for_each = PLAUSIBLE
+    return {str(n): round(min(max(speedup, lowest), for_each * n), 4) for n, speedup in said.items()}
 
 
 def _prior(replicas: int) -> float:

@@ -159,6 +159,8 @@ class World:
         )
 
     def _replace_nodes(self, nodes: list[Node]) -> None:
+        if not nodes:
+            return
         is_as_large = True
         for node in nodes:
             grown = self.table.replace(node)

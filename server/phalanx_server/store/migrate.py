@@ -16,6 +16,7 @@ from sqlalchemy.util import await_only
 
 import phalanx_server
 from phalanx_server.store.engine import with_driver
+from phalanx_server.store.transactions import rerun_on_deadlock
 
 HEAD = "0012"
 _ADVISORY_LOCK = 7_134_092_251
@@ -31,8 +32,9 @@ def migrations_dir() -> Path:
     raise RuntimeError(f"no migrations found in {' or '.join(map(str, candidates))}")
 
 
+@rerun_on_deadlock
 async def upgrade(url: str, revision: str = "head") -> None:
-    """Migrate the database up to `revision`, in one transaction."""
+    """Migrate the database up to `revision`, in one transaction; once more, if a server that runs was in the way."""
     await _run(url, lambda config: command.upgrade(config, revision))
 
 
