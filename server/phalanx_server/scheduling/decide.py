@@ -5,8 +5,9 @@ tenant or priority asks for it, because what is free now only shrinks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
+from operator import le
 
 from phalanx_server.domain.reason import Explanation, Reserved, WaitsForVictims
 from phalanx_server.domain.resources import Demand
@@ -15,7 +16,7 @@ from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weak
 from phalanx_server.scheduling.gates import closed_gate
 from phalanx_server.scheduling.lend import Lending
 from phalanx_server.scheduling.make_room import make_room, may_be_made
-from phalanx_server.scheduling.order import NO_GATES, Ask, Bid, ClassKey, JobClass
+from phalanx_server.scheduling.order import NO_GATES, NOBODY, Ask, Bid, ClassKey, JobClass, Unless
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup
 from phalanx_server.scheduling.possible import Option, explain_impossible, options_of
@@ -32,13 +33,10 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A job cannot start now, and nothing is kept for it. A job of its class that ends by `unless_it_ends_by` may: it
-    is out of the way of what is reserved. So may one that stands less than `unless_behind_s` behind its submission: to
-    who needs less others may yield."""
+    """A job cannot start now, and nothing is kept for it. That goes for its class, `unless`."""
 
     why: Explanation
-    unless_it_ends_by: float = -inf
-    unless_behind_s: float = -inf
+    unless: Unless = NOBODY
 
 
 class Desk:
@@ -51,7 +49,7 @@ class Desk:
         self._has_room: dict[tuple[Ask, str | None, str], tuple[int, int]] = {}
         self._full: dict[tuple[object, ...], tuple[int, float]] = {}
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
-        self._hopeless: dict[tuple[object, ...], float] = {}
+        self._hopeless: dict[tuple[object, ...], list[tuple[float, float, float]]] = {}
 
     def refuse(self, group: JobClass) -> Explanation | None:
         """Why no job of the class can start or be made room for, whatever happens in this pass; None = it may be
@@ -74,12 +72,25 @@ class Desk:
             refusals.append(answer)
         if self._draft.leaving and (waits := self._with_what_leaves(bid, options, refusals)) is not None:
             return waits
-        if may_be_made(self._draft, bid, options) and (waits := self._with_room_made(bid, options)) is not None:
-            return waits
-        behind_s = bid.behind_s if self._draft.world.policy.preempt_longer else -inf
-        if len(refusals) == 1:
-            return replace(refusals[0], unless_behind_s=behind_s) if behind_s > -inf else refusals[0]
-        return Refusal(weakest([r.why for r in refusals]), max(r.unless_it_ends_by for r in refusals), behind_s)
+        ends_by = max(r.unless.ends_by for r in refusals)
+        if may_be_made(self._draft, bid, options):
+            if (waits := self._with_room_made(bid, options)) is not None:
+                return waits
+            ends_by = max(ends_by, self._last_book(bid), *(self._lent_until(bid, option) for option in options))
+        unless = self._unless(bid, ends_by)
+        return Refusal(weakest([r.why for r in refusals]) if len(refusals) > 1 else refusals[0].why, unless)
+
+    def _unless(self, bid: Bid, ends_by: float) -> Unless:
+        world = self._draft.world
+        rule = world.forest.tenants[world.forest.number[bid.key.tenant]].preemption.within_tenant
+        behind_s = bid.behind_s if world.policy.preempt_longer else -inf
+        before = bid.submitted_at if rule == "lower_or_newer_equal" else -inf
+        return NOBODY if ends_by == behind_s == before == -inf else Unless(ends_by, behind_s, before)
+
+    def _lent_until(self, bid: Bid, option: Option) -> float:
+        """Who ends by then may borrow what this one may not; -inf if it may."""
+        kept = self._lending.refuses(bid, option) if self._borrows_by(bid.key, option) else ()
+        return max((wanted.starts_at for wanted in kept if wanted.starts_at is not None), default=-inf)
 
     def demand(self, group: JobClass) -> Demand:
         """What a job of the class takes, by its first option."""
@@ -109,12 +120,11 @@ class Desk:
         if refusal is not None:
             return Refusal(refusal)
         if self._borrows_by(key, option) and (kept := self._lending.refuses(bid, option)):
-            free_until = max(-inf if wanted.starts_at is None else wanted.starts_at for wanted in kept)
-            return Refusal(Reserved(tuple(wanted.job for wanted in kept)), free_until)
+            return Refusal(Reserved(tuple(wanted.job for wanted in kept)), Unless(self._lent_until(bid, option)))
         spot = self._largest(bid, option)
         if spot is not None:
             return spot
-        return Refusal(Reserved(tuple(self._draft.ahead)), self._last_book(bid))
+        return Refusal(Reserved(tuple(self._draft.ahead)), Unless(self._last_book(bid)))
 
     def _last_book(self, bid: Bid) -> float:
         """The moment of the last book that it has to be in order in: who ends by then has fewer of them."""
@@ -192,17 +202,18 @@ class Desk:
             if spot is not None:
                 return Waits(spot, None)
             if len(books) > 1:
-                refusals.append(Refusal(refusals[0].why, books[-1].at))
+                refusals.append(Refusal(refusals[0].why, Unless(books[-1].at)))
         return None
 
     def _with_room_made(self, bid: Bid, options: Sequence[Option]) -> Waits | None:
         key = bid.key
         question = (key.tenant, key.priority, key.ask, key.preemptible, self._draft.version)
-        if self._hopeless.get(question, inf) <= bid.behind_s:
-            return None  # neither for one that stands before it and needs less
+        mine = (self._last_book(bid), bid.behind_s, bid.submitted_at)
+        if any(all(map(le, known, mine)) for known in self._hopeless.get(question, ())):
+            return None  # in vain for one that has as little in its way and as many to yield to it
         room = make_room(self._draft, bid, [o for o in options if not self._is_kept_from(bid, o)])
         if room is None:
-            self._hopeless[question] = bid.behind_s
+            self._hopeless.setdefault(question, []).append(mine)
             return None
         return Waits(room.spot, room)
 

@@ -37,7 +37,7 @@ def make_room(draft: Draft, bid: Bid, options: Sequence[Option]) -> Room | None:
 
 
 def may_be_made(draft: Draft, bid: Bid, options: Sequence[Option]) -> bool:
-    """Is it worth a try? False: it is not, for this job and those of its class that stand behind it."""
+    """Is it worth a try?"""
     gathers = draft.world.policy.consolidation
     for option in options:  # noqa: SIM110  (one of the hot places of a pass)
         if (gathers and may_gather(draft, bid.key, option)) or is_promising(draft, bid, option):

@@ -2,7 +2,7 @@
 
 Refuses to know what is free. Jobs of one tenant that ask for the same, with the same priority and the same gates, are
 one class: a pass considers its head, and once that does not fit none of the others can, because within a pass what is
-free only shrinks.
+free only shrinks. (But for a few: see `Unless`.)
 
 The order: a request within nominal before one that borrows, then priority, then the tenant's own order, then the oldest
 submission, then the id. (Under fair sharing the share of the tenants comes before the priority: see `fair`.)
@@ -131,6 +131,29 @@ class Bid:
     def behind_s(self) -> float:
         """How far behind its submission it stands in its tenant's own order."""
         return self.order_at - self.submitted_at
+
+
+@dataclass(frozen=True, slots=True)
+class Unless:
+    """Who of a class may still be tried once one was refused: who ends by a moment, and so is out of the way of what is
+    reserved; who stands less far behind its submission, for others yield to who needs less; who was submitted before,
+    for it may evict newer ones."""
+
+    ends_by: float = -inf
+    behind_s: float = -inf
+    submitted_before: float = -inf
+
+    def allows(self, member: Member, now: float) -> bool:
+        """May this one be tried?"""
+        order_at, submitted_at, _, run_s = member
+        return (
+            now + run_s <= self.ends_by
+            or order_at - submitted_at < self.behind_s
+            or submitted_at < self.submitted_before
+        )
+
+
+NOBODY = Unless()
 
 
 class JobClass:
@@ -285,10 +308,8 @@ class Turn:
     """The members that start, or wait for a place that is kept for them."""
     has_reserved: bool = False
     """Is a start reserved for any of them?"""
-    tried_until: float = -inf
-    """What would end later than that was tried: whoever waits has to wait whatever comes, unless it ends by then."""
-    tried_behind_s: float = -inf
-    """So was what needs as much as that: others may yield to who needs less."""
+    unless: Unless = NOBODY
+    """Who of those that wait may be tried all the same."""
 
     @property
     def key(self) -> ClassKey:
@@ -325,26 +346,22 @@ class Turn:
         """Is the member whose turn it is served?"""
         return self.settled is not None and self.members[self.at].id in self.settled
 
-    def hold(self, why: Explanation, tried_until: float = -inf, tried_behind_s: float = -inf) -> None:
-        """This member and those after it wait, except who would end by `tried_until` or needs less."""
+    def hold(self, why: Explanation, unless: Unless = NOBODY) -> None:
+        """This member and those after it wait, with exceptions."""
         self.whys.append((self.at, why))
-        self.tried_until, self.tried_behind_s = tried_until, tried_behind_s
+        self.unless = unless
 
     def may_be_tried(self, now: float) -> bool:
-        """Nobody of the class was refused so far, or only for running too long?"""
-        if not self.whys:
-            return True
-        order_at, submitted_at, _, run_s = self.members[self.at]
-        return now + run_s <= self.tried_until or order_at - submitted_at < self.tried_behind_s
+        """Was nobody of the class refused so far, or nothing that goes for this member?"""
+        return not self.whys or self.unless.allows(self.members[self.at], now)
 
     def skip_tried(self, now: float) -> bool:
         """Go on to the next member that may be tried; False if there is none."""
-        if self.tried_until == self.tried_behind_s == -inf:
+        if self.unless is NOBODY:
             return False
-        until, behind_s = self.tried_until, self.tried_behind_s
+        allows = self.unless.allows
         for at in range(self.at + 1, len(self.members)):
-            order_at, submitted_at, _, run_s = self.members[at]
-            if now + run_s <= until or order_at - submitted_at < behind_s:
+            if allows(self.members[at], now):
                 self.at = at
                 return True
         return False

@@ -164,7 +164,7 @@ class _Counter:
         bid, options = turn.bid, self._desk.options(turn.group)
         answer = self._desk.decide(bid, options)
         if isinstance(answer, Refusal):
-            turn.hold(answer.why, answer.unless_it_ends_by, answer.unless_behind_s)
+            turn.hold(answer.why, answer.unless)
             self._wait(turn, order)
             return
         if isinstance(answer, Spot):
