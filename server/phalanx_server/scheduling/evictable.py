@@ -11,6 +11,9 @@ from phalanx_server.scheduling.world import Running, World
 Order = tuple[int, float, float, str]
 """Priority, loss, started last, id."""
 
+ANY = "*"
+"""Instead of a GPU type: jobs of all types, and CPU jobs."""
+
 _Kind = tuple[str, str | None]
 
 
@@ -30,7 +33,8 @@ class Evictable:
                 continue
             if r.may_be_disturbed(world.now, even_protected=even_protected):
                 self._of_tenant.setdefault(r.job.tenant, {})[id_] = r
-                self._gpus.setdefault((r.job.tenant, r.gpu_type), []).append((r.job.priority, r.gpus or 1))
+                for kind in (r.gpu_type, ANY):
+                    self._gpus.setdefault((r.job.tenant, kind), []).append((r.job.priority, r.gpus or 1))
 
     def in_order(self, tenant: str) -> list[tuple[Order, Running]]:
         """The jobs of a tenant in the order of victims. Not to be changed."""
@@ -54,13 +58,13 @@ class Evictable:
         job, has = running.job, running.gpus or 1
         if self._of_tenant.get(job.tenant, {}).pop(job.id, None) is None:
             return
-        self._gpus[job.tenant, running.gpu_type].remove((job.priority, has))
+        for kind in (running.gpu_type, ANY):
+            self._gpus[job.tenant, kind].remove((job.priority, has))
+            for i in self._world.forest.way_up(job.tenant) if kind in self._above else ():
+                self._above[kind][0][i] -= has
         if job.tenant in self._sorted:
             jobs = self._sorted[job.tenant]
             del jobs[bisect_left(jobs, (self._order(running),))]
-        if running.gpu_type in self._above:
-            for i in self._world.forest.way_up(job.tenant):
-                self._above[running.gpu_type][0][i] -= has
 
     def _order(self, running: Running) -> Order:
         job, world = running.job, self._world

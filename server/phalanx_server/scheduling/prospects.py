@@ -8,6 +8,7 @@ from bisect import bisect_left
 from itertools import accumulate
 
 from phalanx_server.scheduling.draft import Draft
+from phalanx_server.scheduling.evictable import ANY
 from phalanx_server.scheduling.nodes import GPUS
 from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.possible import Option
@@ -24,11 +25,15 @@ def may_gather(draft: Draft, key: ClassKey, option: Option) -> bool:
 def is_promising(draft: Draft, bid: Bid, option: Option) -> bool:
     """May enough be free once all has given way that the job could ask for? Without regard to where it is."""
     key = bid.key
-    missing = max(1, _wanted(key) - _free_gpus(draft, option.gpu_type))
-    given = _own_gpus(draft, bid, option.gpu_type)
+    missing, kind = _wanted(key) - _free_gpus(draft, option.gpu_type), option.gpu_type
+    if missing <= 0:  # what is missing may be anything that it takes: anybody may have it
+        missing = 1
+        if key.ask.shape.cpus or key.ask.shape.memory_gib or option.least_demand[1:]:
+            kind = ANY
+    given = _own_gpus(draft, bid, kind)
     if draft.world.elastic:
-        given += _lent_gpus(draft, option.gpu_type)
-    return given >= missing or given + _others_gpus(draft, key, option, given) >= missing
+        given += _lent_gpus(draft, kind)
+    return given >= missing or given + _others_gpus(draft, key, option, kind, given) >= missing
 
 
 def _wanted(key: ClassKey) -> int:
@@ -53,7 +58,7 @@ def _lent_gpus(draft: Draft, gpu_type: str | None) -> int:
         lent = 0
         for running in draft.world.elastic.values():
             job = running.job
-            if running.gpu_type == gpu_type and job.id not in draft.disturbed:
+            if gpu_type in (running.gpu_type, ANY) and job.id not in draft.disturbed:
                 spare = sum(item.replicas for item in job.placement) - (job.min_replicas or job.replicas)
                 lent += spare * max(1, job.gpus_per_replica)
         draft.memo[question] = lent
@@ -79,7 +84,7 @@ def _longer_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
     question = ("longer", bid.key.tenant, gpu_type, bid.key.priority, draft.even_protected)
     if question not in draft.memo:
         mine = [(places[id_], r) for _, r in draft.evictable.in_order(bid.key.tenant) if (id_ := r.job.id) in places]
-        alike = [(p, r) for p, r in mine if r.job.priority == bid.key.priority and r.gpu_type == gpu_type]
+        alike = [(p, r) for p, r in mine if r.job.priority == bid.key.priority and gpu_type in (r.gpu_type, ANY)]
         rows = sorted((-place.most_s, r.gpus or 1) for place, r in alike)
         draft.memo[question] = [at for at, _ in rows], [0, *accumulate(gpus for _, gpus in rows)]
     longest_first, sums = draft.memo[question]
@@ -89,7 +94,7 @@ def _longer_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
 # ------------------------------------------------------------------ what others have
 
 
-def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int:
+def _others_gpus(draft: Draft, key: ClassKey, option: Option, kind: str | None, given: int) -> int:
     """What others have who borrow what it asks for, if it could have a right to that. `given`: what its own side could
     free of its quota."""
     world, use, forest = draft.world, draft.soon.use, draft.world.forest
@@ -99,8 +104,8 @@ def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int
     way = forest.way_up(key.tenant)
     limited = option.least_demand
     asked = tuple([r for r, _ in limited])
-    if rules.borrow is not None or (world.policy.fair_sharing and _is_behind(draft, key, option, asked)):
-        return sum(_borrowed(draft, forest.parent[a], a, asked, option.gpu_type) for a in way[:-1])
+    if rules.borrow is not None or (world.policy.fair_sharing and (given or _is_behind(draft, key, option, asked))):
+        return sum(_borrowed(draft, forest.parent[a], a, asked, kind) for a in way[:-1])
     # It may take back what is its side's own, if it ends within that.
     taken = 0
     for a in way[:-1]:
@@ -109,7 +114,7 @@ def _others_gpus(draft: Draft, key: ClassKey, option: Option, given: int) -> int
             if over >= 0 or (resource == option.gpu_type and over + amount > given + taken):
                 break
         else:
-            taken += _borrowed(draft, forest.parent[a], a, asked, option.gpu_type)
+            taken += _borrowed(draft, forest.parent[a], a, asked, kind)
     return taken
 
 
@@ -131,16 +136,18 @@ def _borrowing(draft: Draft, parent: int, asked: Resources) -> list[int]:
 
 def _most_of(draft: Draft, i: int, asked: Resources, gpu_type: str | None) -> int:
     """What the subtree of tenant number `i` would give up at most: of what is asked for, nobody is evicted any more who
-    does not borrow."""
+    does not borrow. (Where somebody in it does not lend, evicting that one may leave what the subtree borrows.)"""
     gpus, largest = draft.evictable.gpus_below(i, gpu_type)
-    return gpus if asked != (gpu_type,) else min(gpus, draft.soon.use.excess(i, asked[0]) - 1 + largest)
+    if asked != (gpu_type,) or draft.world.forest.limits[asked[0]].keeps[i]:
+        return gpus
+    return min(gpus, draft.soon.use.excess(i, asked[0]) - 1 + largest)
 
 
 def _is_behind(draft: Draft, key: ClassKey, option: Option, asked: Resources) -> bool:
-    """Would its side have less, with the job started, than somebody else's has that borrows?"""
+    """Would its side have no more, with the job started, than somebody else's has that borrows?"""
     use, forest = draft.soon.use, draft.world.forest
     for a in forest.way_up(key.tenant)[:-1]:
         mine = use.share_with(a, key.tenant, option.least_demand)
-        if any(mine < use.share(b) for b in _borrowing(draft, forest.parent[a], asked) if b != a):
+        if any(mine <= use.share(b) for b in _borrowing(draft, forest.parent[a], asked) if b != a):
             return True
     return False

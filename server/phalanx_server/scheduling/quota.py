@@ -21,10 +21,12 @@ take the same GPUs from each other for ever."""
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """One resource, by tenant number. `own` is what the subtree never lends out; `have` all that belongs to it."""
+    """One resource, by tenant number. `own` is what the subtree never lends out, `keeps` whether anybody in it has such;
+    `have` all that belongs to it."""
 
     nominal: list[int]
     own: list[int]
+    keeps: list[bool]
     have: list[int]
     borrowing: list[int | None]
     limited: list[bool]
@@ -125,17 +127,19 @@ class QuotaForest:
     def _limits(self, resource: str) -> Limits:
         quotas = [t.quotas.get(resource, _NOTHING) for t in self.tenants]
         named = [resource in t.quotas for t in self.tenants]
-        have, own = [q.nominal for q in quotas], [0] * len(quotas)
+        have, own, keeps = [q.nominal for q in quotas], [0] * len(quotas), [False] * len(quotas)
         for i in self.upward:
             lending = quotas[i].lending_limit
             own[i] = 0 if lending is None else max(0, have[i] - lending)
+            keeps[i] |= own[i] > 0
             if (above := self.parent[i]) >= 0:
                 have[above] += have[i] - own[i]
                 named[above] |= named[i]
+                keeps[above] |= keeps[i]
         for i in reversed(self.upward):  # the whole tree is limited where anybody in it is
             if (above := self.parent[i]) >= 0:
                 named[i] = named[above]
-        return Limits([q.nominal for q in quotas], own, have, [q.borrowing_limit for q in quotas], named)
+        return Limits([q.nominal for q in quotas], own, keeps, have, [q.borrowing_limit for q in quotas], named)
 
 
 class QuotaUse:
