@@ -21,11 +21,15 @@ DONE_S = """
 
 # What a job asked for, else what the policy says.
 _LIMIT_S = "coalesce(CAST(j.spec->>'time_limit' AS double precision), CAST(:default_s AS double precision))"
+LEFT_S = f"{_LIMIT_S} - coalesce({DONE_S}, 0)"
+"""How long the attempt `a` of the job `j` may run: what earlier ones left of its limit, or of `:default_s` where it
+names none; null: for ever."""
+
 _OVERDUE = text(
     f"""
     SELECT a.id FROM attempts a JOIN jobs j ON j.id = a.job_id
     WHERE a.state IN ('starting', 'running') AND a.started_at IS NOT NULL AND {_LIMIT_S} IS NOT NULL
-      AND a.started_at + make_interval(secs => {_LIMIT_S} - coalesce({DONE_S}, 0)) <= :now
+      AND a.started_at + make_interval(secs => {LEFT_S}) <= :now
     """
 )
 # By `jobs_tried`: few of those that wait have run before.
