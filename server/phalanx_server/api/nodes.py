@@ -65,7 +65,8 @@ class Node(BaseModel):
     )
     outlook: str | None = Field(
         default=None,
-        description="Of a draining node, in words: what still runs there, and if it empties by itself.",
+        description="Of a draining node, in words: what still runs there, and if it empties by itself;"
+        " for those who see all tenants.",
     )
 
 
@@ -164,7 +165,7 @@ _SHOWN = Node.model_fields.keys() - {"id", "warm_ready", "last_seen_at", "stats"
 
 def _document(row: Row[Any], principal: Principal, occupants: Sequence[tuple[UUID, Occupant]]) -> Node:
     stats, at = row.stats or {}, now()
-    is_told = row.state == NodeState.DRAINING and (occupants or not row.gpus_used)  # of what others have, nothing
+    is_told = row.state == NodeState.DRAINING and principal.tenant is None  # of all that is there, so to who sees it
     return Node(
         **{name: row._mapping[name] for name in _SHOWN},
         id=ids.encode("node", row.id),
