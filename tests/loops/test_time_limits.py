@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from phalanx_server.loops.enforce import Enforce
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store.schema import events, holds
 from phalanx_server.store.time_limits import overdue_attempts
-from sqlalchemy import Row
+from sqlalchemy import Row, event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 
@@ -127,6 +128,31 @@ async def test_failed_attempts_count_as_well(plane: ControlPlane) -> None:
     await plane.start(job_id)
     plane.later(200)
     assert await Enforce(plane.engine, plane.leader, policy=plane.policy).tick(plane.now) == [job_id]
+
+
+async def test_earlier_attempts_are_looked_up_only_of_jobs_that_have_some(plane: ControlPlane) -> None:
+    """Every second, of all that runs."""
+    await plane.add_nodes(1)
+    _, attempt = await plane.run(gpus=4, time_limit="10m", retries={"max": 3, "backoff": 0})
+    assert set(await looked_up(plane)) <= {"(never executed)"}
+    await plane.report(plane.ended(attempt, 1))
+    await plane.tick()
+    await plane.start(attempt.job_id)
+    assert "(never executed)" not in await looked_up(plane)
+
+
+async def looked_up(plane: ControlPlane) -> list[str]:
+    """How often the attempts that are over were, as PostgreSQL explains what the loop asks it."""
+
+    def explain(*args: Any) -> tuple[str, Any]:
+        return f"EXPLAIN (ANALYZE, TIMING off, COSTS off) {args[2]}", args[3]
+
+    async with plane.engine.connect() as conn:
+        event.listen(plane.engine.sync_engine, "before_cursor_execute", explain, retval=True)
+        lines = [str(line) for line in await overdue_attempts(conn, default_s=None, now=plane.now)]
+        event.remove(plane.engine.sync_engine, "before_cursor_execute", explain)
+    found = [re.search(r"attempts past.*?(\(never executed\)|\(actual.*)", line) for line in lines]
+    return [match[1] for match in found if match]
 
 
 async def test_an_attempt_that_never_ran_costs_nothing(plane: ControlPlane) -> None:

@@ -21,7 +21,8 @@ DONE_S = """
 
 # What a job asked for, else what the policy says.
 _LIMIT_S = "coalesce(CAST(j.spec->>'time_limit' AS double precision), CAST(:default_s AS double precision))"
-LEFT_S = f"{_LIMIT_S} - coalesce({DONE_S}, 0)"
+# Most attempts are the first of their job: nothing is looked up for them.
+LEFT_S = f"{_LIMIT_S} - CASE WHEN a.number > 1 THEN coalesce({DONE_S}, 0) ELSE 0 END"
 """How long the attempt `a` of the job `j` may run: what earlier ones left of its limit, or of `:default_s` where it
 names none; null: for ever."""
 
