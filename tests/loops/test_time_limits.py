@@ -206,6 +206,21 @@ async def test_the_default_limit_of_the_policy_ends_jobs_that_name_none(plane: C
     assert await enforce.tick(plane.now) == [own]
 
 
+async def test_a_job_that_gives_way_at_the_default_limit_does_not_start_once_more(plane: ControlPlane) -> None:
+    """It is queued, since an end knows no policy: a pass may come before the loop that fails it."""
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run(gpus=4)
+    settings = {"default_time_limit_s": 400}
+    await set_policy(plane.engine, settings, base=plane.policy, if_version=None, actor=SYSTEM)
+    plane.later(400)
+    urgent = await evict(plane, attempt)
+    await plane.report(plane.ended(urgent, 0))
+    await plane.tick()
+    await plane.tick()
+    assert ((await plane.job(job_id)).attempts, await plane.state(job_id)) == (1, "queued")
+    assert await Enforce(plane.engine, plane.leader, policy=plane.policy).tick(plane.now) == [job_id]
+
+
 async def test_a_waiting_job_that_has_used_up_a_new_default_fails(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     enforce = Enforce(plane.engine, plane.leader, policy=Policy())

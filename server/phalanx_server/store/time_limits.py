@@ -5,6 +5,7 @@ Owns the SQL of both (docs/decisions/0021). A pass counts in the same way: `sche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
@@ -35,6 +36,7 @@ _OVERDUE = text(
 )
 # By `jobs_tried`: few of those that wait have run before.
 _USED_UP = text(f"SELECT j.id FROM jobs j WHERE j.state = 'queued' AND j.attempts > 0 AND {_LIMIT_S} <= {DONE_S}")
+_USED_UP_OF = text(f"SELECT j.id FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND {_LIMIT_S} <= {DONE_S}")
 
 
 async def overdue_attempts(conn: AsyncConnection, *, default_s: float | None, now: datetime) -> list[UUID]:
@@ -46,3 +48,8 @@ async def overdue_attempts(conn: AsyncConnection, *, default_s: float | None, no
 async def used_up_jobs(conn: AsyncConnection, *, default_s: float | None) -> list[UUID]:
     """Waiting jobs whose attempts have used up their time limit."""
     return list((await conn.execute(_USED_UP, {"default_s": default_s})).scalars())
+
+
+async def used_up_of(conn: AsyncConnection, job_ids: Sequence[UUID], *, default_s: float | None) -> set[UUID]:
+    """Those of these jobs whose attempts have used up their time limit."""
+    return set((await conn.execute(_USED_UP_OF, {"ids": list(job_ids), "default_s": default_s})).scalars())
