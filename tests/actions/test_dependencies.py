@@ -14,6 +14,7 @@ from phalanx_server.actions.submit_jobs import Submission, Submitter
 from phalanx_server.domain.access import SYSTEM, Actor
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.spec import parse_job
+from phalanx_server.loops.enforce import Enforce
 from phalanx_server.scheduling.snapshot import Dependency, Job
 from phalanx_server.store import ids
 from phalanx_server.store.attempts import lock_jobs
@@ -194,6 +195,28 @@ async def test_the_last_two_jobs_of_an_array_may_end_at_the_same_time(plane: Con
         await asyncio.wait([other], timeout=0.3)
     await other
     assert (await plane.job(waiting)).unmet == 0, "neither saw what the other had ended"
+
+
+async def test_an_end_that_nobody_settled_is_settled_by_the_leader(plane: ControlPlane) -> None:
+    """As when an older process, which does not take the lock, ends the other of the last two jobs of an array."""
+    enforce = Enforce(plane.engine, plane.leader, policy=plane.policy)
+    name, members = await array(plane, "0-1")
+    alone, open_ = await plane.submit(), await plane.submit()
+    goes_on = (await plane.submit_file(after={"any": [name, named(alone)]})).jobs[0].id
+    needs = (await plane.submit_file(after={"ok": [name]})).jobs[0].id
+    last = await after(plane, any=[needs])
+    waits = await after(plane, any=[open_])
+    async with plane.engine.begin() as conn:
+        await change_jobs(conn, members[:1], {"state": "cancelled", "finished_at": plane.now})
+    await enforce.tick(plane.now)
+    assert (await plane.job(goes_on)).unmet == 2, "the array is open"
+    async with plane.engine.begin() as conn:
+        await change_jobs(conn, [members[1], alone], {"state": "cancelled", "finished_at": plane.now})
+    await enforce.tick(plane.later(29))
+    assert (await plane.job(goes_on)).unmet == 2, "it is looked at now and then"
+    await enforce.tick(plane.later(1))
+    assert [(await plane.job(each)).unmet for each in (goes_on, last, waits)] == [0, 0, 1]
+    assert await plane.state(needs) == "cancelled" and len(await plane.rows(dependencies)) == 1
 
 
 async def test_what_is_met_already_is_not_waited_for(plane: ControlPlane) -> None:

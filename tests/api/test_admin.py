@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from phalanx_server.store.schema import attempts
-from sqlalchemy import update
+from phalanx_server.store import ids
+from phalanx_server.store.schema import attempts, jobs, placements
+from sqlalchemy import insert, update
 
 
 async def test_a_tenant_is_created_once(admin: httpx.AsyncClient) -> None:
@@ -194,13 +195,42 @@ async def test_a_drain_says_what_will_not_leave_and_until_when(
     assert (await admin.get("/v1/nodes/n0")).json() == answer
     assert (await admin.get("/v1/nodes")).json()["items"][0] == answer
     bobs = (await calls("bob").get("/v1/nodes/n0")).json()
-    assert [each["job"] for each in bobs["remaining"]] == made[3:] and bobs["outlook"].startswith("1 job moves once")
+    assert [each["job"] for each in bobs["remaining"]] == made[3:] and bobs["outlook"] is None
+
+
+async def test_the_end_that_a_drain_tells_counts_earlier_attempts_and_the_default_limit(
+    admin: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    """As the loop counts that enforces limits. A lost attempt may not be told to end: nobody can stop it."""
+    version = (await admin.get("/v1/policy")).headers["etag"]
+    await admin.put("/v1/policy", json={"settings": {"default_time_limit_s": 900}}, headers={"If-Match": version})
+    started = datetime.now(UTC).replace(microsecond=0)
+    past = {"started_at": started - timedelta(seconds=400), "ended_at": started - timedelta(seconds=100)}
+    past |= {"created_at": past["started_at"], "released_at": past["ended_at"]}
+    for state, fields in (("running", {"time_limit": "1h"}), ("running", {}), ("lost", {"time_limit": "1h"})):
+        job = (await admin.post("/v1/jobs", json=job_file(**fields))).json()["id"]
+        attempt = ids.parse("attempt", await world.place(job))
+        number = {"job_id": ids.parse("job", job), "cluster_id": world.cluster, "epoch": 2, "gpu_type": "h100"}
+        first = number | {"id": ids.new_id(), "number": 1, "replicas": 1, "state": "ended", "outcome": "preempted"}
+        async with world.engine.begin() as conn:
+            running = {"started_at": started, "state": state, "grace_s": 10, "number": 2}
+            running |= {"ended_at": started, "outcome": "node_lost"} if state == "lost" else {}
+            await conn.execute(update(attempts).where(attempts.c.id == attempt).values(running))
+            await conn.execute(insert(attempts).values(first | past))
+            await conn.execute(update(jobs).where(jobs.c.id == number["job_id"]).values(attempts=2))
+    remaining = (await admin.post("/v1/nodes/n0/drain")).json()["remaining"]
+    ends = [each["ends_by"] and datetime.fromisoformat(each["ends_by"]) - started for each in remaining]
+    assert ends == [timedelta(seconds=3600 - 300 + 10), timedelta(seconds=900 - 300 + 10), None]
 
 
 async def test_what_a_draining_node_holds_for_others_is_told_to_nobody_else(
     admin: httpx.AsyncClient, calls: Any, world: Any, job_file: Any
 ) -> None:
+    """Nor is it said to be empty, be it that no GPU is used."""
     await world.place((await admin.post("/v1/jobs", json=job_file())).json()["id"])
     await admin.post("/v1/nodes/n0/drain")
-    bobs = (await calls("bob").get("/v1/nodes/n0")).json()
-    assert (bobs["remaining"], bobs["outlook"], bobs["gpus_used"]) == ([], None, 1)
+    for gpus in ([0], []):
+        async with world.engine.begin() as conn:
+            await conn.execute(update(placements).values(gpu_indices=gpus))
+        bobs = (await calls("bob").get("/v1/nodes/n0")).json()
+        assert (bobs["remaining"], bobs["outlook"], bobs["gpus_used"]) == ([], None, len(gpus))

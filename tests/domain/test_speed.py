@@ -80,6 +80,20 @@ def test_another_unit_starts_afresh() -> None:
     assert other is not None and (other.unit, other.speed, other.seconds) == ("tokens_per_s", None, 0)
 
 
+@pytest.mark.parametrize("gap", [{}, {"tokens_per_s": 0.0}, {"samples_per_s": 9.0}])
+def test_a_reading_without_what_was_reported_before_is_passed_over(gap: dict[str, float]) -> None:
+    known = after(*every(10, 100, steps=2, tokens_per_s=50), reading(110, 220, "a", **gap))
+    assert known is not None and (known.unit, known.speed, known.seconds) == ("tokens_per_s", 50, 100)
+    later = measure(known, reading(120, 240, tokens_per_s=50))
+    assert later is not None and (later.work, later.seconds, later.counted) == (50 * 110, 110, 220)
+    assert measure(known, reading(100, 240, "a", **gap)) is known, "nor does it go back in time"
+
+
+def test_another_attempt_may_report_less() -> None:
+    known = after(*every(10, 100, tokens_per_s=50), reading(200, 0, "b"), reading(260, 120, "b"))
+    assert known is not None and (known.unit, known.speed) == ("steps_per_s", 2.0)
+
+
 def test_noise_is_not_told_and_a_lasting_change_is() -> None:
     known = after(*every(10, KEEP_S, steps=2))
     at_s, step = KEEP_S, int(KEEP_S * 2)

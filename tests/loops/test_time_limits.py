@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from phalanx_server.loops.enforce import Enforce
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store.schema import events, holds
 from phalanx_server.store.time_limits import overdue_attempts
-from sqlalchemy import Row
+from sqlalchemy import Row, event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 
@@ -129,6 +130,31 @@ async def test_failed_attempts_count_as_well(plane: ControlPlane) -> None:
     assert await Enforce(plane.engine, plane.leader, policy=plane.policy).tick(plane.now) == [job_id]
 
 
+async def test_earlier_attempts_are_looked_up_only_of_jobs_that_have_some(plane: ControlPlane) -> None:
+    """Every second, of all that runs."""
+    await plane.add_nodes(1)
+    _, attempt = await plane.run(gpus=4, time_limit="10m", retries={"max": 3, "backoff": 0})
+    assert set(await looked_up(plane)) <= {"(never executed)"}
+    await plane.report(plane.ended(attempt, 1))
+    await plane.tick()
+    await plane.start(attempt.job_id)
+    assert "(never executed)" not in await looked_up(plane)
+
+
+async def looked_up(plane: ControlPlane) -> list[str]:
+    """How often the attempts that are over were, as PostgreSQL explains what the loop asks it."""
+
+    def explain(*args: Any) -> tuple[str, Any]:
+        return f"EXPLAIN (ANALYZE, TIMING off, COSTS off) {args[2]}", args[3]
+
+    async with plane.engine.connect() as conn:
+        event.listen(plane.engine.sync_engine, "before_cursor_execute", explain, retval=True)
+        lines = [str(line) for line in await overdue_attempts(conn, default_s=None, now=plane.now)]
+        event.remove(plane.engine.sync_engine, "before_cursor_execute", explain)
+    found = [re.search(r"attempts past.*?(\(never executed\)|\(actual.*)", line) for line in lines]
+    return [match[1] for match in found if match]
+
+
 async def test_an_attempt_that_never_ran_costs_nothing(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     job_id = await plane.submit(gpus=4, time_limit="10m", retries={"max": 3, "backoff": 0})
@@ -178,6 +204,21 @@ async def test_the_default_limit_of_the_policy_ends_jobs_that_name_none(plane: C
     assert await enforce.tick(plane.now) == [], "what is set goes over the settings file"
     plane.later(1)
     assert await enforce.tick(plane.now) == [own]
+
+
+async def test_a_job_that_gives_way_at_the_default_limit_does_not_start_once_more(plane: ControlPlane) -> None:
+    """It is queued, since an end knows no policy: a pass may come before the loop that fails it."""
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run(gpus=4)
+    settings = {"default_time_limit_s": 400}
+    await set_policy(plane.engine, settings, base=plane.policy, if_version=None, actor=SYSTEM)
+    plane.later(400)
+    urgent = await evict(plane, attempt)
+    await plane.report(plane.ended(urgent, 0))
+    await plane.tick()
+    await plane.tick()
+    assert ((await plane.job(job_id)).attempts, await plane.state(job_id)) == (1, "queued")
+    assert await Enforce(plane.engine, plane.leader, policy=plane.policy).tick(plane.now) == [job_id]
 
 
 async def test_a_waiting_job_that_has_used_up_a_new_default_fails(plane: ControlPlane) -> None:

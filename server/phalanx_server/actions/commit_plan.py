@@ -2,13 +2,14 @@
 
 Owns the last word on a decision. The plan was made on a snapshot; here, under the scheduler's lease and with nodes and
 jobs locked, each start is checked against the ledger again: the job is queued at the version that the pass saw, its
-nodes take work, their agent is heard, the GPUs are free. A start that no longer holds is dropped, and a gang is all or
-nothing. What gives way is checked in `give_way`. Commits are serial, because each locks the lease.
+nodes take work, their agent is heard, the GPUs are free, something is left of its time limit. A start that no longer
+holds is dropped, and a gang is all or nothing. What gives way is checked in `give_way`. Commits are serial, because
+each locks the lease.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -20,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from phalanx_server.actions.expect_lease import expect_lease
 from phalanx_server.actions.give_way import Seen, give_way, jobs_of, kept_of, nodes_of, orders_of
 from phalanx_server.actions.ledger import Ledger
-from phalanx_server.domain.attempt import StopCause
+from phalanx_server.domain.attempt import OUT_OF_TIME, StopCause
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.gang import Group
 from phalanx_server.scheduling.plan import Plan, Start
@@ -39,6 +40,7 @@ from phalanx_server.store.holds import HoldRow, delete_holds, upsert_holds
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.speeds import inherit
+from phalanx_server.store.time_limits import used_up_of
 from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
@@ -65,16 +67,17 @@ async def commit_plan(
     running: Mapping[str, int] | None = None,
     holds: Sequence[HoldRow] = (),
     expected: Mapping[str, Expectation] | None = None,
+    default_limit_s: float | None = None,
 ) -> Committed:
     """Carry out the plan's decisions and store `holds`, those of the plan that are news (see `store.holds`).
 
     `versions` are the versions of the queued jobs that the pass was made on, `running` those of the running ones;
-    `expected` is how long jobs that start are expected to run, kept of first starts to compare it with what comes.
-    Raises LeaseLost.
+    `expected` is how long jobs that start are expected to run, kept of first starts to compare it with what comes;
+    `default_limit_s` is the time limit of jobs that name none. Raises LeaseLost.
     """
     async with engine.begin() as conn:
         await expect_lease(conn, lease)
-        committed = await _carry_out(conn, plan, versions, running or {}, holds, now)
+        committed = await _carry_out(conn, plan, versions, running or {}, holds, default_limit_s, now)
         over = committed.started.keys() | committed.unheld
         await upsert_holds(conn, [row for row in holds if row.job_id.hex not in over], now=now)
         started = expected.keys() & committed.started.keys() if expected else ()
@@ -88,6 +91,7 @@ async def _carry_out(
     versions: Mapping[str, int],
     running: Mapping[str, int],
     holds: Sequence[HoldRow],
+    default_limit_s: float | None,
     now: datetime,
 ) -> Committed:
     """Locks in the order of `store.attempts`: nodes, then jobs, those of the holds that are about a kept place too."""
@@ -100,7 +104,7 @@ async def _carry_out(
     await lock_jobs(conn, [*starting, *jobs_of(orders), *claims], held=[row.job_id for row in holds])
     wanted = {*starting, *(order.for_job for order in orders if order.for_job is not None)}
     waiting = {row.id: row for row in await lock_queued_jobs(conn, wanted)} if wanted else {}
-    committed = await _start(conn, plan.starts, ledger, waiting, versions, now)
+    committed = await _start(conn, plan.starts, ledger, waiting, versions, default_limit_s, now)
     if not orders:
         return committed
     still_waiting = {job: row for job, row in waiting.items() if job.hex not in committed.started}
@@ -115,15 +119,18 @@ async def _start(
     ledger: Ledger,
     jobs: Mapping[UUID, Row[Any]],
     versions: Mapping[str, int],
+    default_limit_s: float | None,
     now: datetime,
 ) -> Committed:
     again = [job.id for start in starts if (job := jobs.get(UUID(hex=start.job))) is not None and job.attempts]
     resume = await last_checkpoints(conn, again) if again else {}
+    used_up = await used_up_of(conn, again, default_s=default_limit_s) if again else set()
     launches: list[Launch] = []
     dropped: dict[str, str] = {}
     for start in starts:
         job = jobs.get(UUID(hex=start.job))
-        launch = _launch(start, job, ledger, version=versions.get(start.job), resume=resume, now=now)
+        version = versions.get(start.job)
+        launch = _launch(start, job, ledger, version=version, resume=resume, used_up=used_up, now=now)
         if isinstance(launch, Launch):
             launches.append(launch)
         else:
@@ -140,6 +147,7 @@ def _launch(
     *,
     version: int | None,
     resume: Mapping[UUID, str],
+    used_up: Collection[UUID],
     now: datetime,
 ) -> Launch | str:
     """The start, with its place taken; or why it is dropped."""
@@ -149,6 +157,8 @@ def _launch(
         return "the job has changed since the pass looked at it"
     if job.held or job.cancel_requested_at is not None:
         return "the job is held or being cancelled"
+    if job.id in used_up:
+        return OUT_OF_TIME  # the loop that enforces limits is about to end it
     groups = ledger.place(start.placement, job.spec["resources"])
     if isinstance(groups, str):
         return groups

@@ -13,8 +13,9 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from phalanx_server.actions.expect_lease import leading
 from phalanx_server.domain.dependency import Verdict, judge
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.job import JobState, advance
@@ -27,16 +28,20 @@ from phalanx_server.store.dependencies import (
     forget_met,
     lock_ends,
     lock_waiting,
+    overlooked,
     still_open,
     unmet,
 )
 from phalanx_server.store.events import Event, record_alike, record_events
 from phalanx_server.store.holds import delete_holds
 from phalanx_server.store.jobs import change_jobs
+from phalanx_server.store.leases import Lease
 from phalanx_server.store.outbox import Notice, post_notices, state_notice
+from phalanx_server.store.transactions import rerun_on_deadlock
 from phalanx_server.store.wakeups import notify
 
 REASON = "dependency_failed"
+SWEPT_MAX = 100
 
 
 async def settle_dependents(conn: AsyncConnection, ended: Sequence[UUID], *, now: datetime) -> None:
@@ -46,6 +51,18 @@ async def settle_dependents(conn: AsyncConnection, ended: Sequence[UUID], *, now
         if not over:
             return
         ended = await _settle(conn, over, now)
+
+
+@rerun_on_deadlock
+async def settle_overlooked(engine: AsyncEngine, lease: Lease, *, now: datetime) -> list[UUID]:
+    """Settle what is over and nobody has settled: of two processes that ended the last jobs of an array, one was too
+    old to take the lock of `lock_ends`. A job of each that was. Raises LeaseLost."""
+    async with engine.connect() as conn:
+        ended = await overlooked(conn, limit=SWEPT_MAX)
+    if ended:
+        async with leading(engine, lease) as conn:
+            await settle_dependents(conn, ended, now=now)
+    return ended
 
 
 async def _settle(conn: AsyncConnection, over: Sequence[Row[Any]], now: datetime) -> list[UUID]:

@@ -21,6 +21,7 @@ from phalanx_server.domain.draining import Occupant, Why, outlook
 from phalanx_server.domain.node import NodeState
 from phalanx_server.store import ids
 from phalanx_server.store.node_views import list_nodes, load_node, load_occupants, nodes_named
+from phalanx_server.store.policies import load_policy
 
 router = APIRouter(tags=["nodes"])
 
@@ -64,7 +65,8 @@ class Node(BaseModel):
     )
     outlook: str | None = Field(
         default=None,
-        description="Of a draining node, in words: what still runs there, and if it empties by itself.",
+        description="Of a draining node, in words: what still runs there, and if it empties by itself;"
+        " for those who see all tenants.",
     )
 
 
@@ -79,7 +81,7 @@ async def list_all_nodes(
             conn, tenant=principal.tenant, after=(after[0], after[1]) if after else None, limit=limit + 1
         )
         page = rows[:limit]
-        occupants = await _occupants(conn, page, principal)
+        occupants = await _occupants(conn, page, services, principal)
     more = encode_cursor(page[-1].cluster, page[-1].name) if len(rows) > limit else None
     return Page(items=[_document(row, principal, occupants.get(row.id, ())) for row in page], next_cursor=more)
 
@@ -143,15 +145,18 @@ async def _read(services: Services, principal: Principal, node_id: UUID) -> Node
         row = await load_node(conn, node_id, tenant=principal.tenant)
         if row is None:
             raise not_found(f"node {ids.encode('node', node_id)}")
-        occupants = await _occupants(conn, [row], principal)
+        occupants = await _occupants(conn, [row], services, principal)
     return _document(row, principal, occupants.get(node_id, ()))
 
 
 async def _occupants(
-    conn: AsyncConnection, rows: Sequence[Row[Any]], principal: Principal
+    conn: AsyncConnection, rows: Sequence[Row[Any]], services: Services, principal: Principal
 ) -> Mapping[UUID, Sequence[tuple[UUID, Occupant]]]:
     draining = [row.id for row in rows if row.state == NodeState.DRAINING]
-    return await load_occupants(conn, draining, tenant=principal.tenant)
+    if not draining:
+        return {}
+    default_s = (await load_policy(conn)).over(services.policy).default_time_limit_s
+    return await load_occupants(conn, draining, tenant=principal.tenant, default_s=default_s)
 
 
 _OF_A_DRAIN = {"remaining", "outlook"}
@@ -160,7 +165,7 @@ _SHOWN = Node.model_fields.keys() - {"id", "warm_ready", "last_seen_at", "stats"
 
 def _document(row: Row[Any], principal: Principal, occupants: Sequence[tuple[UUID, Occupant]]) -> Node:
     stats, at = row.stats or {}, now()
-    is_told = row.state == NodeState.DRAINING and (occupants or not row.gpus_used)  # of what others have, nothing
+    is_told = row.state == NodeState.DRAINING and principal.tenant is None  # of all that is there, so to who sees it
     return Node(
         **{name: row._mapping[name] for name in _SHOWN},
         id=ids.encode("node", row.id),

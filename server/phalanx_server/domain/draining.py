@@ -27,8 +27,8 @@ class Why(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Occupant:
-    """A job's attempt on the node. `ends_by`: when it has to be over, by its time limit or the grace of its stop; None:
-    nothing says so."""
+    """A job's attempt on the node. `ends_by`: when it has to be over, by what earlier attempts left of its time limit
+    or the grace of its stop; None: nothing says so, as of one that is lost."""
 
     state: str
     preemptible: bool

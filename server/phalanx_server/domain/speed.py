@@ -5,7 +5,8 @@ readings come from, and what becomes of the figures.
 
 * Progress is tokens where the job reports `tokens_per_s`, else samples (`samples_per_s`, or `global_batch` times
   steps), else steps. Each is of the whole job, not of a rank. Where the global batch grows with the replicas, steps
-  alone would show no gain. That a larger batch may teach less is not counted.
+  alone would show no gain. That a larger batch may teach less is not counted. A reading without what the attempt has
+  reported before is passed over, with its time: only another attempt takes to less.
 * A few seconds are no figure: it takes `STEADY_S` of running and `COUNT_MIN` steps (or readings, where steps are not
   reported). One that was told stays until it is off by `CHANGE`, so that passes are not told noise.
 * What was long ago fades: `KEEP_S` of running weigh as much as all before them.
@@ -24,6 +25,7 @@ KEEP_S = 3600.0
 
 _RATES = ("tokens_per_s", "samples_per_s")
 _STEPS = "steps_per_s"
+_RANKED = (*_RATES, _STEPS)
 _BATCH = "global_batch"
 
 
@@ -58,13 +60,15 @@ def measure(before: Measured | None, now: Reading) -> Measured | None:
     unit = _unit_of(now)
     if unit is None:
         return before
-    if before is None or before.unit != unit:
+    if before is None or (before.unit != unit and not _is_gap(before, now, unit)):
         return Measured(unit=unit, attempt=now.attempt, at_s=now.at_s, step=now.step)
     seconds = now.at_s - before.at_s
     if before.attempt != now.attempt:
         return replace(before, attempt=now.attempt, at_s=now.at_s, step=now.step)
     if seconds <= 0:
         return before
+    if before.unit != unit:
+        return replace(before, at_s=now.at_s, step=before.step if now.step is None else now.step)
     steps = max(0, now.step - before.step) if now.step is not None and before.step is not None else None
     total = replace(
         before,
@@ -75,6 +79,11 @@ def measure(before: Measured | None, now: Reading) -> Measured | None:
         counted=before.counted + (1 if steps is None else steps),
     )
     return _told(_faded(total))
+
+
+def _is_gap(before: Measured, now: Reading, unit: str) -> bool:
+    """An attempt that has said something better says it again."""
+    return before.attempt == now.attempt and _RANKED.index(unit) > _RANKED.index(before.unit)
 
 
 def _unit_of(now: Reading) -> str | None:

@@ -174,6 +174,7 @@ class ScheduleLoop:
                 now=now,
                 holds=[row for row, _ in news],
                 expected=memory.forecast.starting(part),
+                default_limit_s=cursor.policy.default_time_limit_s,
             )
         except LeaseLost as lost:
             log.warning("plan not committed", why=str(lost))

@@ -132,6 +132,23 @@ _BAD = text(
     WHERE j.state IN ('failed', 'cancelled')
     """
 )
+# The index is read from one target to the next, however many wait for each.
+_OVERLOOKED = text(
+    """
+    WITH RECURSIVE target AS (
+        (SELECT on_id FROM dependencies ORDER BY on_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT d.on_id FROM dependencies d WHERE d.on_id > target.on_id ORDER BY d.on_id LIMIT 1)
+        FROM target WHERE target.on_id IS NOT NULL
+    )
+    SELECT ended.id
+    FROM target, LATERAL (SELECT id FROM jobs WHERE id = target.on_id
+                          UNION ALL SELECT id FROM jobs WHERE array_id = target.on_id LIMIT 1) ended
+    WHERE NOT EXISTS (SELECT FROM jobs WHERE id = target.on_id AND finished_at IS NULL)
+      AND NOT EXISTS (SELECT FROM jobs WHERE array_id = target.on_id AND finished_at IS NULL)
+    LIMIT :limit
+    """
+)
 _FORGET = text(
     """
     WITH met AS (
@@ -150,6 +167,11 @@ _FORGET_ALL = text("DELETE FROM dependencies WHERE job_id = ANY(CAST(:ids AS uui
 async def awaited(conn: AsyncConnection, ended: Sequence[UUID]) -> list[Row[Any]]:
     """Those of these jobs for which, or for whose array, somebody waits; and for which of the two."""
     return list(await conn.execute(_AWAITED, {"ids": list(ended)}))
+
+
+async def overlooked(conn: AsyncConnection, *, limit: int) -> list[UUID]:
+    """A job each of at most so many jobs and arrays that are over, and for which somebody still waits."""
+    return list((await conn.execute(_OVERLOOKED, {"limit": limit})).scalars())
 
 
 async def lock_ends(conn: AsyncConnection, array_ids: Collection[UUID]) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.draining import Occupant
 from phalanx_server.store.job_views import SUBTREE
+from phalanx_server.store.time_limits import LEFT_S
 
 _NODES = """
 SELECT n.id, n.name, c.name AS cluster, n.state, n.wanted_state, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.address,
@@ -58,28 +59,27 @@ async def _select(conn: AsyncConnection, conditions: str, values: dict[str, Any]
     return list(await conn.execute(text(query), values if tenant is None else values | {"tenant": tenant}))
 
 
-_OCCUPANTS = """
+_OCCUPANTS = f"""
 SELECT DISTINCT p.node_id, j.id AS job_id, a.state, a.created_at,
        CAST(j.spec->'preemption'->>'preemptible' AS boolean) AS preemptible,
        coalesce(a.started_at, a.created_at)
            + make_interval(secs => CAST(j.spec->'preemption'->>'min_runtime' AS double precision)) AS protected_until,
-       make_interval(secs => a.grace_s) + CASE WHEN a.state = 'stopping' THEN a.stop_requested_at ELSE
-           a.started_at + make_interval(secs => CAST(j.spec->>'time_limit' AS double precision)) END AS ends_by
+       make_interval(secs => a.grace_s) + CASE a.state WHEN 'stopping' THEN a.stop_requested_at WHEN 'lost' THEN NULL
+           ELSE a.started_at + make_interval(secs => {LEFT_S}) END AS ends_by
 FROM placements p JOIN attempts a ON a.id = p.attempt_id JOIN jobs j ON j.id = a.job_id
-WHERE p.node_id = ANY(CAST(:ids AS uuid[])) AND p.released_at IS NULL AND {visible}
+WHERE p.node_id = ANY(CAST(:ids AS uuid[])) AND p.released_at IS NULL AND {{visible}}
 ORDER BY a.created_at, j.id
 """
 
 
 async def load_occupants(
-    conn: AsyncConnection, node_ids: Sequence[UUID], *, tenant: str | None
+    conn: AsyncConnection, node_ids: Sequence[UUID], *, tenant: str | None, default_s: float | None
 ) -> dict[UUID, list[tuple[UUID, Occupant]]]:
-    """By node the jobs of the subtree `tenant` (None = all) that hold something there, and what keeps each."""
+    """By node the jobs of the subtree `tenant` (None = all) that hold something there, and what keeps each.
+    `default_s`: the time limit of jobs that name none."""
     found: dict[UUID, list[tuple[UUID, Occupant]]] = {}
-    if not node_ids:
-        return found
     query = text(_OCCUPANTS.format(visible="true" if tenant is None else _VISIBLE))
-    values = {"ids": list(node_ids)} | ({} if tenant is None else {"tenant": tenant})
+    values = {"ids": list(node_ids), "default_s": default_s} | ({} if tenant is None else {"tenant": tenant})
     for row in await conn.execute(query, values):
         occupant = Occupant(row.state, row.preemptible, row.protected_until, row.ends_by)
         found.setdefault(row.node_id, []).append((row.job_id, occupant))

@@ -103,6 +103,11 @@ class Cursor:
         """What tenants have used, for the next `load_snapshot`."""
         return self.told.usage
 
+    @property
+    def policy(self) -> Policy:
+        """The one in force, as the pass knows it."""
+        return self.told.policy
+
     def tenant_of(self, job: str) -> str | None:
         """Whose a job is, by its name in the snapshot; None if it is not in it."""
         work = self.works.get(job)
