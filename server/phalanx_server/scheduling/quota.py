@@ -21,7 +21,7 @@ take the same GPUs from each other for ever."""
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """One resource, by tenant number. `own` is what the subtree never lends out, `keeps` whether anybody in it has such;
+    """One resource, by tenant number. `own` is what the subtree never lends, `keeps` whether anybody in it has such, and
     `have` all that belongs to it."""
 
     nominal: list[int]
