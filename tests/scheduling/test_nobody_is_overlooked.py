@@ -100,9 +100,7 @@ def test_two_elastic_jobs_are_not_given_the_same_gpus():
     at_once = {"topology": {"required": "node"}, "started_at": 0}
     steps = {"4": 4, "8": 8, "11": 8, "12": 60}
     jobs = [
-        running(
-            "x", {"n0": 4}, min_replicas=4, max_replicas=12, speedup={"4": 4, "8": 8, "11": 8, "12": 60}, **at_once
-        ),
+        running("x", {"n0": 4}, min_replicas=4, max_replicas=12, speedup=steps, **at_once),
         running("y", {"n2": 1}, min_replicas=1, max_replicas=8, speedup={"1": 1, "8": 1.9}, **at_once),
     ]
     plan = plan_of(jobs, [node("n0", 8), node("n1", 11), node("n2", 1)])
