@@ -21,8 +21,8 @@ take the same GPUs from each other for ever."""
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """One resource, by tenant number. `own` is what the subtree never lends, `have` all that belongs to it; `keeps` says
-    whether anybody in it has something of the former."""
+    """One resource, by tenant number. `own` is what the subtree never lends, and `have` all that belongs to it; `keeps`
+    says whether anybody in it has something of the former."""
 
     nominal: list[int]
     own: list[int]
