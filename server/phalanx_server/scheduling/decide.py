@@ -47,6 +47,7 @@ class Desk:
         self._lending = lending
         self._no_room: dict[tuple[Ask, str | None, str], Explanation] = {}
         self._has_room: dict[tuple[Ask, str | None, str], tuple[int, int]] = {}
+        self._room_soon: dict[tuple[Ask, str | None, str], tuple[int, bool]] = {}
         self._full: dict[tuple[object, ...], tuple[int, float]] = {}
         self._over_quota: dict[tuple[str, Demand], Explanation] = {}
         self._hopeless: dict[tuple[object, ...], list[tuple[float, float, float]]] = {}
@@ -201,9 +202,18 @@ class Desk:
             spot = self._place(key, option, books, key.ask.least_replicas)
             if spot is not None:
                 return Waits(spot, None)
-            if len(books) > 1:
+            if len(books) > 1 and self._will_be_room(key, option):  # only what is reserved is in the way
                 refusals.append(Refusal(refusals[0].why, Unless(books[-1].at)))
         return None
+
+    def _will_be_room(self, key: ClassKey, option: Option) -> bool:
+        """Do the nodes have room soon, reservations apart?"""
+        draft, question = self._draft, (key.ask, option.gpu_type, self._draft.account(key))
+        known = self._room_soon.get(question)
+        if known is None or known[0] != draft.soon.changes:
+            spot = draft.spot(key, option.gpu_type, (draft.soon,), replicas=key.ask.least_replicas)
+            known = self._room_soon[question] = draft.soon.changes, spot is not None
+        return known[1]
 
     def _with_room_made(self, bid: Bid, options: Sequence[Option]) -> Waits | None:
         key = bid.key
