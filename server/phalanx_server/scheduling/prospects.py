@@ -76,12 +76,11 @@ def _own_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
 
 
 def _longer_gpus(draft: Draft, bid: Bid, gpu_type: str | None) -> int:
-    """What jobs of its tenant and priority have that yield to it because they need longer; who was made to stop since
-    is among them."""
+    """What jobs of its tenant and priority have that yield to it because they need longer."""
     places = places_of(draft, bid.key.tenant)
     if not places:
         return 0
-    question = ("longer", bid.key.tenant, gpu_type, bid.key.priority, draft.even_protected)
+    question = ("longer", bid.key.tenant, gpu_type, bid.key.priority)
     if question not in draft.memo:
         mine = [(places[id_], r) for _, r in draft.evictable.in_order(bid.key.tenant) if (id_ := r.job.id) in places]
         alike = [(p, r) for p, r in mine if r.job.priority == bid.key.priority and gpu_type in (r.gpu_type, ANY)]
