@@ -16,11 +16,12 @@ from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weak
 from phalanx_server.scheduling.gates import closed_gate
 from phalanx_server.scheduling.lend import Lending
 from phalanx_server.scheduling.make_room import make_room, may_be_made
-from phalanx_server.scheduling.order import NO_GATES, NOBODY, Ask, Bid, ClassKey, JobClass, Unless
+from phalanx_server.scheduling.order import NO_GATES, Ask, Bid, ClassKey, JobClass
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup
 from phalanx_server.scheduling.possible import Option, explain_impossible, options_of
 from phalanx_server.scheduling.snapshot import Seat
+from phalanx_server.scheduling.turns import NOBODY, Unless
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.order import JobClass, Rank, Turn
+from phalanx_server.scheduling.order import JobClass, Rank
 from phalanx_server.scheduling.quota import LEAST_WEIGHT
+from phalanx_server.scheduling.turns import Turn
 
 ENTRY_PENALTY_S = 600.0
 
@@ -20,7 +21,7 @@ _Key = tuple[float, float, Rank]
 
 
 class FairTurns:
-    """As `order.Turns`. `demand_of`: what a job of a class takes of the quotas."""
+    """As `turns.Turns`. `demand_of`: what a job of a class takes of the quotas."""
 
     def __init__(self, turns: Iterable[Turn], draft: Draft, demand_of: Callable[[JobClass], Demand]) -> None:
         self._draft, self._demand_of = draft, demand_of

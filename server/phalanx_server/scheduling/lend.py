@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phalanx_server.scheduling.draft import Draft
-from phalanx_server.scheduling.order import Bid, ClassKey, Turn
+from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.possible import Option
+from phalanx_server.scheduling.turns import Turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from phalanx_server.scheduling.fair import FairTurns
 from phalanx_server.scheduling.growth import grow
 from phalanx_server.scheduling.honour import honour_claims
 from phalanx_server.scheduling.lend import Lending
-from phalanx_server.scheduling.order import Rank, Turn, Turns, turns_of
+from phalanx_server.scheduling.order import Rank
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.plan import HoldGroup, Plan
 from phalanx_server.scheduling.reserve import MOST_RESERVATIONS, WAITING_HELPS, reserve
 from phalanx_server.scheduling.snapshot import Changes, Job, Seat, Snapshot
+from phalanx_server.scheduling.turns import Turn, Turns, turns_of
 from phalanx_server.scheduling.world import World
 from phalanx_server.scheduling.yielding import is_due
 
