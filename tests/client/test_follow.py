@@ -175,7 +175,8 @@ def test_without_a_tail_the_logs_are_asked(following, wired: FakeServer) -> None
 
 
 def test_a_cancelled_job_is_no_success(following) -> None:
-    following(ended("cancelled", attempt=None, phases=None, progress=None), code=1)
+    result = following(ended("cancelled", attempt=None, phases=None, progress=None), code=1)
+    assert "■ lm cancelled" in result.stdout and "✔" not in result.stdout
 
 
 def test_a_summary_needs_no_metrics(following, wired: FakeServer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from phalanx.client import Client
 from phalanx_server.actions.bootstrap import Bootstrapped
+from phalanx_server.supervise import wait_until
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
 from played_cluster import PlayedCluster
@@ -25,9 +25,8 @@ __all__ = ["admin", "run", "served", "tokens"]  # fixtures
 def node(database: str, served: Served, tokens: Bootstrapped, admin: Client) -> Iterator[str]:
     """The name of one of the nodes of a cluster."""
     with PlayedCluster(database, served.url, tokens.cluster_token):
-        while not (nodes := list(admin.nodes())):
-            asyncio.run(asyncio.sleep(0.02))
-    yield nodes[0].name
+        wait_until(lambda: list(admin.nodes()), timeout_s=60, what="the node")
+    yield next(iter(admin.nodes())).name
 
 
 def test_a_window_on_the_command_line(run: Run, admin: Client, node: str) -> None:
@@ -75,7 +74,7 @@ def test_who_waits_for_it_is_told(
         admin.create_maintenance(starts_at=now, ends_at=now + timedelta(hours=1), nodes=[each.name])
     job = admin.submit(JOB).id
     with PlayedCluster(database, served.url, tokens.cluster_token):
-        while (hold := admin.job(job).hold) is None:
-            asyncio.run(asyncio.sleep(0.02))
-    assert hold.reason == "maintenance"
+        wait_until(lambda: admin.job(job).hold, timeout_s=60, what="the word why it waits")
+        hold = admin.job(job).hold
+    assert hold is not None and hold.reason == "maintenance"
     assert "maintenance window that ends at" in " ".join(run("explain", job).stdout.split())
