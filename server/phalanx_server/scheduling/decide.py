@@ -14,7 +14,7 @@ from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.draft import Books, Draft, Room
 from phalanx_server.scheduling.explain import explain_nodes, explain_quota, weakest
 from phalanx_server.scheduling.gates import closed_gate
-from phalanx_server.scheduling.lend import Lending
+from phalanx_server.scheduling.lend import Lending, Wanted
 from phalanx_server.scheduling.make_room import make_room, may_be_made
 from phalanx_server.scheduling.order import NO_GATES, Ask, Bid, ClassKey, JobClass
 from phalanx_server.scheduling.place import Spot
@@ -78,7 +78,7 @@ class Desk:
         if may_be_made(self._draft, bid, options):
             if (waits := self._with_room_made(bid, options)) is not None:
                 return waits
-            ends_by = max(ends_by, self._last_book(bid), *(self._lent_until(bid, option) for option in options))
+            ends_by = max(ends_by, self._last_book(bid), *(_starts_by(self._kept_from(bid, o)) for o in options))
         unless = self._unless(bid, ends_by)
         return Refusal(weakest([r.why for r in refusals]) if len(refusals) > 1 else refusals[0].why, unless)
 
@@ -88,11 +88,6 @@ class Desk:
         behind_s = bid.behind_s if world.policy.preempt_longer else -inf
         before = bid.submitted_at if rule == "lower_or_newer_equal" else -inf
         return NOBODY if ends_by == behind_s == before == -inf else Unless(ends_by, behind_s, before)
-
-    def _lent_until(self, bid: Bid, option: Option) -> float:
-        """Who ends by then may borrow what this one may not; -inf if it may."""
-        kept = self._lending.refuses(bid, option) if self._borrows_by(bid.key, option) else ()
-        return max((wanted.starts_at for wanted in kept if wanted.starts_at is not None), default=-inf)
 
     def demand(self, group: JobClass) -> Demand:
         """What a job of the class takes, by its first option."""
@@ -121,8 +116,8 @@ class Desk:
         refusal = self._quota_refusal(key.tenant, option.least_demand) or self._room_refusal(key, option)
         if refusal is not None:
             return Refusal(refusal)
-        if self._borrows_by(key, option) and (kept := self._lending.refuses(bid, option)):
-            return Refusal(Reserved(tuple(wanted.job for wanted in kept)), Unless(self._lent_until(bid, option)))
+        if kept := self._kept_from(bid, option):
+            return Refusal(Reserved(tuple(wanted.job for wanted in kept)), Unless(_starts_by(kept)))
         spot = self._largest(bid, option)
         if spot is not None:
             return spot
@@ -198,7 +193,7 @@ class Desk:
         draft, key = self._draft, bid.key
         books = draft.soon_until(draft.ends_at(bid))
         for option in options:
-            if not draft.is_in_quota(key.tenant, option.least_demand, books[:1]) or self._is_kept_from(bid, option):
+            if not draft.is_in_quota(key.tenant, option.least_demand, books[:1]) or self._kept_from(bid, option):
                 continue
             spot = self._place(key, option, books, key.ask.least_replicas)
             if spot is not None:
@@ -222,17 +217,23 @@ class Desk:
         mine = (self._last_book(bid), bid.behind_s, bid.submitted_at)
         if any(all(map(le, known, mine)) for known in self._hopeless.get(question, ())):
             return None  # in vain for one that has as little in its way and as many to yield to it
-        room = make_room(self._draft, bid, [o for o in options if not self._is_kept_from(bid, o)])
+        room = make_room(self._draft, bid, [o for o in options if not self._kept_from(bid, o)])
         if room is None:
             self._hopeless.setdefault(question, []).append(mine)
             return None
         return Waits(room.spot, room)
 
-    def _is_kept_from(self, bid: Bid, option: Option) -> bool:
-        return self._borrows_by(bid.key, option) and bool(self._lending.refuses(bid, option))
+    def _kept_from(self, bid: Bid, option: Option) -> Sequence[Wanted]:
+        """What owners wait for that it would borrow; () = it borrows nothing, or may."""
+        return self._lending.refuses(bid, option) if self._borrows_by(bid.key, option) else ()
 
     def _borrows_by(self, key: ClassKey, option: Option) -> bool:
         return self._draft.now.use.borrows(key.tenant, option.demand)
+
+
+def _starts_by(kept: Sequence[Wanted]) -> float:
+    """Who ends by then may borrow what is kept; -inf if nobody may, or nothing is kept."""
+    return max((wanted.starts_at for wanted in kept if wanted.starts_at is not None), default=-inf)
 
 
 def hold_for(draft: Draft, job: str, spot: Spot) -> HoldGroup:

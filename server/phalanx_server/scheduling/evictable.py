@@ -36,10 +36,15 @@ class Evictable:
                 for kind in (r.gpu_type, ANY):
                     self._gpus.setdefault((r.job.tenant, kind), []).append((r.job.priority, r.gpus or 1))
 
+    def order(self, running: Running) -> Order:
+        """Its place among the victims; the smallest is first."""
+        job, world = running.job, self._world
+        return job.priority, running.loss(world.now, world.policy.restart_s), -(job.started_at or 0.0), job.id
+
     def in_order(self, tenant: str) -> list[tuple[Order, Running]]:
         """The jobs of a tenant in the order of victims. Not to be changed."""
         if tenant not in self._sorted:
-            self._sorted[tenant] = sorted((self._order(r), r) for r in self._of_tenant.get(tenant, {}).values())
+            self._sorted[tenant] = sorted((self.order(r), r) for r in self._of_tenant.get(tenant, {}).values())
         return self._sorted[tenant]
 
     def gpus(self, tenant: str, gpu_type: str | None, most: int) -> int:
@@ -64,11 +69,7 @@ class Evictable:
                 self._above[kind][0][i] -= has
         if job.tenant in self._sorted:
             jobs = self._sorted[job.tenant]
-            del jobs[bisect_left(jobs, (self._order(running),))]
-
-    def _order(self, running: Running) -> Order:
-        job, world = running.job, self._world
-        return job.priority, running.loss(world.now, world.policy.restart_s), -(job.started_at or 0.0), job.id
+            del jobs[bisect_left(jobs, (self.order(running),))]
 
     def _sum_up(self, gpu_type: str | None) -> tuple[list[int], list[int]]:
         forest = self._world.forest

@@ -17,6 +17,7 @@ from phalanx_server.scheduling.consolidate import spot_for
 from phalanx_server.scheduling.draft import Book, Draft, Room
 from phalanx_server.scheduling.elastic import has_spare, parts_of, replicas_of, seat_without, slice_of
 from phalanx_server.scheduling.nodes import GPUS
+from phalanx_server.scheduling.order import least_replicas
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.shares import Stake, fair_shares, stake_of
 from phalanx_server.scheduling.snapshot import Job, Seat
@@ -40,8 +41,7 @@ def grow(draft: Draft, changes_at: Changes) -> None:
 
 
 def _stake(draft: Draft, job: Job, replicas: int) -> Stake:
-    step = slice_of(job)
-    return stake_of(draft.world, job, replicas, -(-(job.min_replicas or job.replicas) // step) * step, step)
+    return stake_of(draft.world, job, replicas, least_replicas(job), slice_of(job))
 
 
 # ------------------------------------------------------------------ into what is idle
@@ -76,8 +76,7 @@ def _grow_into_idle(draft: Draft, stakes: Mapping[str, Stake], changes_at: Chang
             break
         most |= short | vain
     for growing, _, spot in grown:
-        seat = Seat(gpu_type=growing.running.gpu_type, placement=spot.placement(draft.table))
-        draft.make(Room(spot, shrunk=((growing.running, seat),)), None)
+        draft.make(Room(spot, shrunk=((growing.running, _seat(draft, growing.running, spot)),)), None)
 
 
 def _hand_out(draft: Draft, stakes: Mapping[str, Stake], most: Mapping[str, int]) -> list[_Growing]:

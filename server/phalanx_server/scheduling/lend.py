@@ -4,10 +4,10 @@ Refuses to keep anything from whom the owner may evict, or from whom has left ag
 start.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from phalanx_server.domain.resources import Demand
 from phalanx_server.scheduling.draft import Draft
 from phalanx_server.scheduling.order import Bid, ClassKey
 from phalanx_server.scheduling.possible import Option
@@ -22,7 +22,7 @@ class Wanted:
     priority: int
     reclaim: str
     job: str
-    amounts: tuple[tuple[str, int], ...]
+    amounts: Demand
     starts_at: float | None
 
 
@@ -68,7 +68,7 @@ class Lending:
             return ()
         use = self._draft.soon.use.copy()
         for wanted in against:
-            use.charge(wanted.tenant, tuple(Counter(dict(wanted.amounts)).items()))
+            use.charge(wanted.tenant, wanted.amounts)
         return against if use.shortage(key.tenant, option.demand) is not None else ()
 
     def _is_kept(self, wanted: Wanted, key: ClassKey, ends_at: float) -> bool:

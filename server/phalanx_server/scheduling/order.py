@@ -241,7 +241,7 @@ class Queue:
         values = (
             Shape(job.gpus_per_replica, job.cpus_per_replica, job.memory_gib_per_replica),
             job.replicas,
-            _least_replicas(job),
+            least_replicas(job),
             job.gpu_types,
             tuple(sorted(job.avoid_nodes)),
             limit if self._run_limits_matter else None,
@@ -258,7 +258,8 @@ def order_s(policy: Policy, run_s: float, gpus: int) -> float:
     return 0.0 if policy.order == "fifo" else AGING * (UNKNOWN_RUN_S if run_s == inf else run_s) * gpus
 
 
-def _least_replicas(job: Job) -> int:
+def least_replicas(job: Job) -> int:
+    """With how many replicas it may run at least, in whole slices."""
     step = job.topology.slice.replicas if job.topology and job.topology.slice else 1
     return -(-(job.min_replicas or job.replicas) // step) * step
 

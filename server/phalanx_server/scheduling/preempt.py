@@ -171,8 +171,7 @@ class Claim:
             if mine <= after:
                 yield self._piece(running, FAIR)
             else:
-                entry = next(e for e in self._evictable.in_order(running.job.tenant) if e[1] is running)
-                refused.setdefault(running.job.tenant, []).append(entry)
+                refused.setdefault(running.job.tenant, []).append((self._evictable.order(running), running))
         for running in self._by_share(refused):
             mine, before, _ = self._shares(running)
             if mine < before and self._still_borrows(running):

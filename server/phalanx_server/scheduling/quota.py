@@ -104,17 +104,6 @@ class QuotaForest:
             way.append(above)
         return way
 
-    def parting(self, tenant: str, other: str) -> tuple[int, int] | None:
-        """The numbers of two tenants' ancestors, or themselves, just below the lowest that they share; None if they
-        share none, or one is above the other."""
-        mine, theirs = self.way_up(tenant), self.way_up(other)
-        shared = 0
-        while shared < min(len(mine), len(theirs)) and mine[-1 - shared] == theirs[-1 - shared]:
-            shared += 1
-        if not 0 < shared < min(len(mine), len(theirs)):
-            return None
-        return mine[-1 - shared], theirs[-1 - shared]
-
     def _children_first(self) -> list[int]:
         depth = [0] * len(self.tenants)
         for i in range(len(self.tenants)):
@@ -235,10 +224,8 @@ class QuotaUse:
         limits = self.forest.limits.get(resource)
         if limits is None or not limits.limited[i]:
             return None, i
-        used, way = self._used[resource], [i]
-        while (above := self.forest.parent[way[-1]]) >= 0:
-            way.append(above)
-        root = way.pop()
+        used = self._used[resource]
+        *way, root = self.forest.way_up(self.forest.tenants[i].name)
         left, limiter = max(0, limits.have[root] - used[root]), root
         for j in reversed(way):
             borrowing, borrowed = limits.borrowing[j], max(0, used[j] - limits.own[j])

@@ -72,12 +72,8 @@ class Turn:
     @property
     def rank(self) -> Rank:
         """Where the member whose turn it is stands in the queue, apart from borrowing."""
-        return self.rank_at(self.at)
-
-    def rank_at(self, at: int) -> Rank:
-        """Where another member stands."""
-        is_head = at == 0 and self.members is self.group.members
-        return self.group.rank if is_head else rank_of(self.group.key, self.members[at])
+        is_head = self.at == 0 and self.members is self.group.members
+        return self.group.rank if is_head else rank_of(self.group.key, self.member)
 
     def settle(self) -> None:
         """This member is served."""
