@@ -15,6 +15,7 @@ from pathlib import Path
 from phalanx_worker.runtime import linux
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_PF_EXITING = 0x4  # among the flags in /proc/PID/stat; include/linux/sched.h
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def _proportional_bytes(pid: int) -> tuple[int, int]:
         return _resident_bytes(pid), 0
     share, shared = (int(shares.get(name, "0").split()[0]) * 1024 for name in ("Pss", "Pss_Shmem"))
     return share, shared
+
+
+def is_dying(pid: int) -> bool:
+    """Gone, a zombie, or on its way there: a process gives its memory back, and holds none, before it is a zombie."""
+    fields = linux.stat_fields(pid)
+    return fields is None or fields[0] == "Z" or bool(int(fields[6]) & _PF_EXITING)
 
 
 def in_sessions(session_ids: set[int]) -> list[int]:

@@ -102,14 +102,10 @@ def _own_shm_bytes(group: Group) -> int:
 
 def _victim(group: Group) -> int | None:
     """Of the kernel: the rank that is dead and whose end was not told yet, else the one whose child it was likely."""
+    hungriest = _hungriest(group)  # first: a rank whose memory is gone by now is seen to be dying below
     told = {end.rank for end in group.exits}
-    dead = [start.rank for start in group.starts if start.rank not in told and not _lives(start.pid)]
-    return dead[0] if dead else _hungriest(group)
-
-
-def _lives(pid: int) -> bool:
-    fields = linux.stat_fields(pid)
-    return fields is not None and fields[0] != "Z"
+    dead = [start.rank for start in group.starts if start.rank not in told and processes.is_dying(start.pid)]
+    return dead[0] if dead else hungriest
 
 
 def _hungriest(group: Group) -> int | None:
