@@ -405,6 +405,15 @@ class Remaining(Model):
 
 
 @dataclass(frozen=True)
+class Suspect(Model):
+    """What health checks of several attempts say against a node; `message` is the last of it."""
+
+    attempts: int = 0
+    last_at: datetime | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True)
 class Node(Model):
     """`remaining` and `outlook`: of a draining node, what keeps it from being empty."""
 
@@ -426,6 +435,7 @@ class Node(Model):
     clock_skew_s: float | None = None
     stats: dict[str, Any] | None = None
     jobs: list[str] = field(default_factory=list)
+    suspect: Suspect | None = None
     remaining: list[Remaining] = field(default_factory=list)
     outlook: str | None = None
 

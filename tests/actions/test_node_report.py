@@ -13,11 +13,15 @@ import pytest
 from control_plane import ControlPlane
 from phalanx_server.actions import record_node_report
 from phalanx_server.actions.record_marks import URL_MAX_BYTES
+from phalanx_server.actions.set_node_state import set_node_state
 from phalanx_server.domain import messages as m
+from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.metric import NAMES_PER_JOB
+from phalanx_server.domain.node import NodeState
 from phalanx_server.store.attempts import LAST_WORDS_S
 from phalanx_server.store.logs import read_pieces
 from phalanx_server.store.metric_views import Window, list_extents, load_series
+from phalanx_server.store.node_views import list_nodes
 from phalanx_server.store.schema import checkpoints, events, jobs, logs, metric_rollups, metrics, progress
 from sqlalchemy import delete, select
 
@@ -395,3 +399,30 @@ async def test_notes_are_told(plane: ControlPlane) -> None:
         "Rank 0: 3 log lines (99 bytes) were dropped.",
         "Rank 0 ran out of memory.",
     ]
+
+
+async def test_what_checks_find_is_told_and_speaks_against_the_node_after_repeats(plane: ControlPlane) -> None:
+    await plane.add_nodes(2)
+    slow = "rank 4 takes 1.9 times as long as the others"
+    found = {"check": "straggler", "action": "warn", "message": slow, "blamed": 4}
+
+    async def suspects() -> dict[str, int]:
+        async with plane.engine.connect() as conn:
+            rows = await list_nodes(conn, tenant=None, after=None, limit=10, now=plane.now)
+        return {row.name: row.suspect_attempts for row in rows}
+
+    for _ in range(2):
+        _, attempt = await plane.run(replicas=2, gpus=4)
+        marks = [plane.mark(attempt, "health", **found), plane.mark(attempt, "health", **found)]
+        loss = {"check": "nan", "action": "skip", "message": "the loss of step 3 is NaN", "blamed": 0}
+        await plane.node_report("node-0", marks=[*marks, plane.mark(attempt, "health", **loss)])
+        await plane.report(plane.ended(attempt, *[0] * 8))
+    assert await suspects() == {"node-0": 0, "node-1": 2}
+    told = [event for event in await plane.rows(events) if event.kind == "health"]
+    straggler, nan = "Rank 4 takes 1.9 times as long as the others.", "The loss of step 3 is NaN."
+    assert [event.message for event in told] == [straggler, straggler, nan] * 2
+    assert told[0].data == {"check": "straggler", "action": "warn", "blamed": 4}
+    for wanted in (NodeState.CORDONED, NodeState.READY):
+        node = await plane.node("node-1")
+        await set_node_state(plane.engine, node.id, wanted=wanted, actor=SYSTEM, now=plane.now)
+    assert await suspects() == {"node-0": 0, "node-1": 0}

@@ -1,6 +1,7 @@
 """How an attempt ends: each line of the design's table as a sentence."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from phalanx_server.domain.attempt import EndFacts, Outcome, RankEnd, StopCause, decide_end
@@ -12,6 +13,10 @@ CRASH = RankEnd(rank=1, exit_code=3)
 KILLED = RankEnd(rank=0, signal=15)
 OOM = RankEnd(rank=2, oom=True, signal=9)
 UNSEEN = RankEnd(rank=3)
+HUNG = RankEnd(rank=1, signal=9, fault="hang", reason="took no step for 90 s, 30 times the median")
+SICK = RankEnd(rank=1, exit_code=1, fault="health", reason="stopped itself: the loss of step 12 is NaN")
+GIVEN_UP = replace(SICK, final=True)
+UNFIT = RankEnd(rank=1, exit_code=1, fault="preflight", reason="is on a node that is slow")
 DONE = RankEnd(rank=0, signal=15, finished=True)
 STOPS = (StopCause.PREEMPTION, StopCause.RESIZE, StopCause.MIGRATION, StopCause.DRAIN, StopCause.REQUEUE)
 
@@ -26,6 +31,20 @@ SENTENCES = {
     ),
     "out of memory without retries: failed": ({"exits": [KILLED, OOM]}, Outcome.OOM, JobState.FAILED),
     "out of memory with a retry: queued": ({"exits": [OOM], "max_retries": 2}, Outcome.OOM, JobState.QUEUED),
+    "hung without retries: failed": ({"exits": [KILLED, HUNG]}, Outcome.HUNG, JobState.FAILED),
+    "hung with a retry: queued": ({"exits": [KILLED, HUNG], "max_retries": 1}, Outcome.HUNG, JobState.QUEUED),
+    "a check that failed, without retries: failed": ({"exits": [SICK]}, Outcome.UNHEALTHY, JobState.FAILED),
+    "a check that failed, with a retry: queued": (
+        {"exits": [SICK, KILLED], "max_retries": 1},
+        Outcome.UNHEALTHY,
+        JobState.QUEUED,
+    ),
+    "a check after which no other try is wanted: failed, retries or not": (
+        {"exits": [KILLED, GIVEN_UP], "max_retries": 5},
+        Outcome.UNHEALTHY,
+        JobState.FAILED,
+    ),
+    "a node that is unfit: queued, even without retries": ({"exits": [UNFIT]}, Outcome.UNHEALTHY, JobState.QUEUED),
     "cancel, whatever the exit: cancelled": (
         {"cause": StopCause.CANCEL, "exits": [OK]},
         Outcome.CANCELLED,
@@ -173,3 +192,18 @@ def test_retries_back_off_twice_as_long_each_time_up_to_an_hour():
     delays = [decide_retry(failures=n, max_retries=100, backoff_s=30).delay_s for n in (1, 2, 3, 50)]
     assert delays == [30, 60, 120, BACKOFF_MAX_S]
     assert not decide_retry(failures=1, max_retries=0, backoff_s=30).retry
+
+
+def test_an_unfit_node_uses_up_no_retry_and_is_avoided() -> None:
+    end = decide_end(EndFacts(exits=[OK, UNFIT], first_failed_rank=1, max_retries=0))
+    assert (end.counts_as_failure, end.avoid_node, end.failed_rank) == (False, True, 1)
+
+
+def test_of_a_hang_only_a_rank_that_is_known_to_be_behind_is_to_blame() -> None:
+    """All others only wait for it, wherever they are."""
+    hung = [replace(HUNG, rank=0), HUNG]
+    known = decide_end(EndFacts(exits=hung, first_failed_rank=1, max_retries=1))
+    unknown = decide_end(EndFacts(exits=hung, first_failed_rank=None, max_retries=1))
+    assert (known.avoid_node, known.failed_rank) == (True, 1)
+    assert (unknown.avoid_node, unknown.failed_rank) == (False, None)
+    assert known.message == "rank 1 took no step for 90 s, 30 times the median"

@@ -73,6 +73,8 @@ class RankExit:
     tail: str = ""  # last lines of its stderr, at most 2 KiB
     reason: str = ""  # why its node ended it, in words that follow its name; "" where it ended by itself or was stopped
     before_stop: bool = False  # it ended before its node was asked to stop it
+    fault: str = ""  # `hang`, `health` (a check of its own or its node failed), `preflight`; "" for all else
+    final: bool = False  # after that fault the job shall not be tried again
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,18 @@ class Mount:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What a node looks for while an attempt runs; the actions are `off`, `warn`, `restart` (the attempt fails) and
+    `stop` (so does the job)."""
+
+    hang: str = "off"
+    hang_factor: float = 20.0  # times the median step without a step, and
+    hang_at_least_s: float = 300.0
+    gpu: str = "off"
+    preflight_factor: float = 0.0  # so much worse than its peers a node may be before the ranks start; 0: not looked at
+
+
+@dataclass(frozen=True)
 class Launch:
     """What one attempt runs."""
 
@@ -165,6 +179,7 @@ class Launch:
     mounts: list[Mount] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)  # patterns of files in the working directory, to be collected
     shm_bytes: int = 0  # what /dev/shm must hold; 0: whatever the node has
+    health: Health | None = None
 
 
 @dataclass(frozen=True)

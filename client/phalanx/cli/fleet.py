@@ -10,12 +10,12 @@ from typer.core import TyperGroup
 from phalanx.cli import output
 from phalanx.cli.output import Column
 from phalanx.cli.session import connected
-from phalanx.models import Node, Remaining
+from phalanx.models import Node, Remaining, Suspect
 
 NODE_COLUMNS = (
     Column("NAME", lambda node: node.name),
     Column("CLUSTER", lambda node: node.cluster),
-    Column("STATE", lambda node: node.state if node.alive else "lost", is_state=True),
+    Column("STATE", lambda node: _state(node), is_state=True),
     Column("GPUS", lambda node: f"{node.gpus_used}/{node.gpus}", right=True),
     Column("TYPE", lambda node: node.gpu_type),
     Column("CPUS", lambda node: f"{node.cpus:g}", right=True),
@@ -76,6 +76,7 @@ def show_node(node: NodeArgument, output_as: output.Output = output.Format.TABLE
     shown = [(column.title.lower(), column.show(found)) for column in NODE_COLUMNS]
     users = "one for each tenant" if found.own_users else "the runner's own, for every tenant"
     more = [("users of ranks", users), ("labels", labels), ("clock skew", skew), ("outlook", found.outlook)]
+    more += [("suspect", _suspected(found.suspect))] if found.suspect else []
     output.fields([("id", found.id), *shown, *more, *(("remains", _remains(each)) for each in found.remaining)])
 
 
@@ -98,6 +99,16 @@ def drain(node: NodeArgument, output_as: output.Output = output.Format.TABLE) ->
     """Place nothing new on a node, and move what runs there where there is room elsewhere; says what will stay."""
     with connected() as client:
         _print(client.drain(node), "is being emptied; its preemptible jobs move where there is room", output_as)
+
+
+def _state(node: Node) -> str:
+    state = node.state if node.alive else "lost"
+    return f"{state}, suspect" if node.suspect else state
+
+
+def _suspected(suspect: Suspect) -> str:
+    last = f": {suspect.message}" if suspect.message else ""
+    return f"health checks of {suspect.attempts} attempts, the last {output.ago(suspect.last_at)}{last}"
 
 
 def _print(node: Node, said: str, output_as: output.Format) -> None:

@@ -214,6 +214,8 @@ def rank_ends(exits: Sequence[Any]) -> list[RankEnd]:
             finished=each.finished,
             reason=each.reason[:REASON_CHARS],
             before_stop=each.before_stop,
+            fault=each.fault,
+            final=each.final,
         )
         for each in exits
     ]

@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.array import size_of
 from phalanx_server.domain.attempt import AttemptState
-from phalanx_server.domain.messages import Desired, DesiredAttempt, Environment, GroupPlacement, Launch, Mount
+from phalanx_server.domain.health_spec import Health as HealthSpec
+from phalanx_server.domain.messages import Desired, DesiredAttempt, Environment, GroupPlacement, Health, Launch, Mount
 from phalanx_server.store import ids
 
 _ATTEMPTS = text(
@@ -103,7 +104,7 @@ def _attempt(row: Row[Any]) -> DesiredAttempt:
 
 
 def _launch(row: Row[Any]) -> Launch:
-    run = row.spec["run"]
+    run, health = row.spec["run"], HealthSpec.model_validate(row.spec.get("health") or {})
     return Launch(
         command=run["command"],
         env=run["env"] | _array_variables(row),
@@ -117,6 +118,13 @@ def _launch(row: Row[Any]) -> Launch:
         mounts=[Mount(**mount) for mount in run.get("mounts") or ()],
         outputs=run.get("outputs") or [],
         shm_bytes=run.get("shm") or 0,
+        health=Health(
+            hang=health.hang.action,
+            hang_factor=health.hang.factor,
+            hang_at_least_s=health.hang.at_least,
+            gpu=health.gpu.action,
+            preflight_factor=0.0 if health.preflight.action == "off" else health.preflight.factor,
+        ),
     )
 
 

@@ -6,6 +6,7 @@ Owns what each kind of mark changes. The attempt is locked, so no mark is taken 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,7 +15,14 @@ from phalanx_server.actions.clock import Clock
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.messages import Mark, plain
 from phalanx_server.domain.metric import clean_step
-from phalanx_server.store.attempts import Checkpoint, Fence, Milestones, reach_milestones, register_checkpoint
+from phalanx_server.store.attempts import (
+    Checkpoint,
+    Fence,
+    Milestones,
+    nodes_of_ranks,
+    reach_milestones,
+    register_checkpoint,
+)
 from phalanx_server.store.events import Event, record_events
 from phalanx_server.store.metrics import Progress, upsert_progress
 
@@ -22,6 +30,10 @@ from phalanx_server.store.metrics import Progress, upsert_progress
 URL_MAX_BYTES = 2048
 NOTE_MAX_CHARS = 500
 NOTES_PER_REPORT = 20
+CHECK_CHARS = 32
+
+OF_NODES = frozenset({"hang", "straggler", "corruption", "gpu", "preflight"})
+"""The checks that say something of the node of the rank that is to blame."""
 
 _MILESTONES = {"rendezvous": EventKind.RENDEZVOUS, "first_step": EventKind.FIRST_STEP}
 _SENTENCES = {
@@ -38,6 +50,7 @@ async def record_marks(conn: AsyncConnection, fence: Fence, marks: Sequence[Mark
             await _checkpoint(conn, fence, mark, clock)
         elif mark.kind == "progress":
             await _total_steps(conn, fence, mark, clock)
+    await _health(conn, fence, marks, clock)
     notes = [sentence for mark in marks if (sentence := _note(mark))][:NOTES_PER_REPORT]
     await record_events(conn, [_event(fence, kind, text, clock, rank=rank) for kind, rank, text in notes])
 
@@ -78,6 +91,21 @@ async def _total_steps(conn: AsyncConnection, fence: Fence, mark: Mark, clock: C
         at = clock.time(mark.at, earliest=fence.created_at)
         progress = Progress(at=at, total_steps=total)
         await upsert_progress(conn, job_id=fence.job_id, attempt_id=fence.id, progress=progress)
+
+
+async def _health(conn: AsyncConnection, fence: Fence, marks: Sequence[Mark], clock: Clock) -> None:
+    """Tell what checks found. What speaks against the node of a rank is told of that node as well."""
+    found = [plain(mark.data) for mark in marks if mark.kind == "health"][:NOTES_PER_REPORT]
+    if not found:
+        return
+    nodes = await nodes_of_ranks(conn, fence.id)
+    for data in found:
+        check, message = str(data.get("check") or "")[:CHECK_CHARS], str(data.get("message") or "a check failed")
+        blamed = data["blamed"] if isinstance(data.get("blamed"), int) else None
+        node_id = nodes.get(blamed) if check in OF_NODES and blamed is not None else None
+        told = {"check": check, "action": str(data.get("action") or "warn")[:CHECK_CHARS], "blamed": blamed}
+        event = _event(fence, EventKind.HEALTH, _sentence(message), clock, **told)
+        await record_events(conn, [replace(event, node_id=node_id)])
 
 
 def _note(mark: Mark) -> tuple[EventKind, int, str] | None:

@@ -39,6 +39,15 @@ class Remaining(BaseModel):
     )
 
 
+class Suspect(BaseModel):
+    """What speaks against a node: the health checks of several attempts, in the last 24 hours and since it was last
+    taken into service (`uncordon`)."""
+
+    attempts: int = Field(description="In how many attempts a check found fault with it.")
+    last_at: datetime
+    message: str | None = Field(description="What was found last; for those who see all tenants.")
+
+
 class Node(BaseModel):
     id: str
     name: str
@@ -60,6 +69,7 @@ class Node(BaseModel):
     clock_skew_s: float | None
     stats: dict[str, Any] | None = Field(description="Latest use of CPU, memory and GPUs; for operators.")
     jobs: list[str] = Field(description="Jobs that hold something there, those that the caller may see.")
+    suspect: Suspect | None = Field(default=None, description="Set once checks of several attempts speak against it.")
     remaining: list[Remaining] = Field(
         default=[], description="Of a draining node: those jobs, why each is still there, and until when at the latest."
     )
@@ -77,9 +87,8 @@ async def list_all_nodes(
     """Nodes, by cluster and name."""
     after = decode_cursor(cursor, (str, str)) if cursor else None
     async with services.reads.connect() as conn:
-        rows = await list_nodes(
-            conn, tenant=principal.tenant, after=(after[0], after[1]) if after else None, limit=limit + 1
-        )
+        place = (after[0], after[1]) if after else None
+        rows = await list_nodes(conn, tenant=principal.tenant, after=place, limit=limit + 1, now=now())
         page = rows[:limit]
         occupants = await _occupants(conn, page, services, principal)
     more = encode_cursor(page[-1].cluster, page[-1].name) if len(rows) > limit else None
@@ -142,7 +151,7 @@ async def _id_of_name(conn: AsyncConnection, name: str) -> UUID:
 
 async def _read(services: Services, principal: Principal, node_id: UUID) -> Node:
     async with services.reads.connect() as conn:
-        row = await load_node(conn, node_id, tenant=principal.tenant)
+        row = await load_node(conn, node_id, tenant=principal.tenant, now=now())
         if row is None:
             raise not_found(f"node {ids.encode('node', node_id)}")
         occupants = await _occupants(conn, [row], services, principal)
@@ -159,8 +168,9 @@ async def _occupants(
     return await load_occupants(conn, draining, tenant=principal.tenant, default_s=default_s)
 
 
-_OF_A_DRAIN = {"remaining", "outlook"}
-_SHOWN = Node.model_fields.keys() - {"id", "warm_ready", "last_seen_at", "stats", "jobs"} - _OF_A_DRAIN
+SUSPECT_ATTEMPTS = 2
+_WORKED_OUT = {"remaining", "outlook", "suspect"}
+_SHOWN = Node.model_fields.keys() - {"id", "warm_ready", "last_seen_at", "stats", "jobs"} - _WORKED_OUT
 
 
 def _document(row: Row[Any], principal: Principal, occupants: Sequence[tuple[UUID, Occupant]]) -> Node:
@@ -177,5 +187,13 @@ def _document(row: Row[Any], principal: Principal, occupants: Sequence[tuple[UUI
             Remaining(job=ids.encode("job", job_id), why=each.why(at), ends_by=each.ends_by)
             for job_id, each in occupants
         ],
+        suspect=_suspect(row, principal),
         outlook=outlook([each for _, each in occupants], at) if is_told else None,
     )
+
+
+def _suspect(row: Row[Any], principal: Principal) -> Suspect | None:
+    if row.suspect_attempts < SUSPECT_ATTEMPTS:
+        return None
+    message = row.suspect_message if principal.tenant is None else None
+    return Suspect(attempts=row.suspect_attempts, last_at=row.suspect_at, message=message)

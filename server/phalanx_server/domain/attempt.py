@@ -51,6 +51,8 @@ class Outcome(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     OOM = "oom"
+    HUNG = "hung"
+    UNHEALTHY = "unhealthy"
     START_FAILED = "start_failed"
     CANCELLED = "cancelled"
     TIME_LIMIT = "time_limit"
@@ -68,6 +70,10 @@ class Exit(StrEnum):
     CLEAN = "clean"  # every rank with code 0
     FAILED = "failed"  # some rank with another code, or by a signal
     OOM = "oom"  # some rank over the attempt's memory
+    HUNG = "hung"  # it took no step any more
+    UNHEALTHY = "unhealthy"  # a check found that going on would be in vain
+    GIVEN_UP = "given_up"  # as those two, and the job wants no other try
+    UNFIT_NODE = "unfit_node"  # before it began, one of its nodes did worse than the others
     UNSEEN = "unseen"  # nobody saw the end of some rank
     NEVER_RAN = "never_ran"
     NEVER_CAN = "never_can"  # it never ran, and another try would end the same
@@ -95,6 +101,8 @@ class RankEnd:
     finished: bool = False
     reason: str = ""  # of its node for ending it, in words that follow its name
     before_stop: bool = False  # it ended before its node was asked to stop it
+    fault: str = ""  # `hang`, `health`, `preflight`
+    final: bool = False  # after that fault the job shall not be tried again
 
     @property
     def unseen(self) -> bool:
@@ -193,6 +201,10 @@ TABLE_OF_ENDS: tuple[EndRow, ...] = (
     _row(None, Exit.NEVER_RAN, Outcome.START_FAILED, Verdict.RETRY),
     _row(None, Exit.NEVER_CAN, Outcome.START_FAILED, Verdict.FAIL),
     _row(None, Exit.OOM, Outcome.OOM, Verdict.RETRY),
+    _row(None, Exit.UNFIT_NODE, Outcome.UNHEALTHY, Verdict.PAUSE),
+    _row(None, Exit.GIVEN_UP, Outcome.UNHEALTHY, Verdict.FAIL),
+    _row(None, Exit.HUNG, Outcome.HUNG, Verdict.RETRY),
+    _row(None, Exit.UNHEALTHY, Outcome.UNHEALTHY, Verdict.RETRY),
     _row(None, Exit.FAILED, Outcome.FAILED, Verdict.RETRY),
 )
 
@@ -227,26 +239,29 @@ def _by_table(facts: EndFacts) -> End:
         return End(outcome=row.outcome, job_state=_JOB_STATES[row.verdict], message=message)
     allowed = max(facts.max_retries, START_RETRIES) if exit is Exit.NEVER_RAN else facts.max_retries
     retry = decide_retry(failures=facts.failures + 1, max_retries=allowed, backoff_s=facts.backoff_s)
+    failed_rank = facts.first_failed_rank if exit is Exit.HUNG else _blamed(facts)  # who waits is not to blame
     return End(
         outcome=row.outcome,
         job_state=JobState.QUEUED if retry.retry else JobState.FAILED,
         message=message,
         counts_as_failure=True,
         backoff_s=retry.delay_s,
-        avoid_node=True,
-        failed_rank=_blamed(facts),
+        avoid_node=failed_rank is not None,
+        failed_rank=failed_rank,
     )
 
 
 def _pause(facts: EndFacts, outcome: Outcome, message: str) -> End:
-    """Nobody saw it fail, so it is no failure; but a job that takes its runner with it must not do so again at once."""
+    """Nobody saw the job fail, so it is no failure; but a job that takes its runner with it must not do so again at
+    once, and a node that is unfit is to be avoided."""
+    unseen = min((each.rank for each in facts.exits if each.unseen), default=None)
     return End(
         outcome=outcome,
         job_state=_JOB_STATES[Verdict.PAUSE],
         message=message,
         backoff_s=facts.backoff_s,
         avoid_node=True,
-        failed_rank=min((each.rank for each in facts.exits if each.unseen), default=None),
+        failed_rank=_blamed(facts) if unseen is None else unseen,
     )
 
 
@@ -260,11 +275,17 @@ def _find(facts: EndFacts, exit: Exit) -> EndRow:
     raise AssertionError(f"the table of ends has no row for {cause} and {exit}")
 
 
+_BY_FAULT = {"hang": Exit.HUNG, "preflight": Exit.UNFIT_NODE}
+
+
 def _exit_of(facts: EndFacts) -> Exit:
     if facts.start_error is not None:
         return Exit.NEVER_CAN if facts.permanent else Exit.NEVER_RAN
     if any(each.oom for each in facts.exits):
         return Exit.OOM
+    faults = [each for each in facts.exits if each.fault]
+    if faults:
+        return Exit.GIVEN_UP if any(each.final for each in faults) else _BY_FAULT.get(faults[0].fault, Exit.UNHEALTHY)
     if not facts.exits or any(each.unseen for each in facts.exits):
         return Exit.UNSEEN
     return Exit.FAILED if any(each.failed for each in facts.exits) else Exit.CLEAN

@@ -33,6 +33,7 @@ class EventKind(StrEnum):
     ATTEMPT_ENDED = "attempt_ended"
     ATTEMPT_LOST = "attempt_lost"
     RELEASED_GPUS = "released_gpus"
+    HEALTH = "health"
     NOTE = "note"
 
     NODE_JOINED = "node_joined"

@@ -96,6 +96,8 @@ class RankExit(Message):
     tail: Text = ""
     reason: Text = ""
     before_stop: bool = False
+    fault: Text = ""
+    final: bool = False
 
 
 class RankStart(Message):
@@ -149,6 +151,14 @@ class Mount(Message):
     read_only: bool = True
 
 
+class Health(Message):
+    hang: str = "off"
+    hang_factor: float = 20.0
+    hang_at_least_s: float = 300.0
+    gpu: str = "off"
+    preflight_factor: float = 0.0
+
+
 class Launch(Message):
     command: str
     env: dict[str, str]
@@ -163,6 +173,7 @@ class Launch(Message):
     mounts: list[Mount] = []
     outputs: list[str] = []
     shm_bytes: int = 0
+    health: Health | None = None
 
 
 class DesiredAttempt(Message):

@@ -28,6 +28,7 @@ from phalanx_server.domain.field_types import (
     Whole,
 )
 from phalanx_server.domain.gang_spec import Elastic, Topology
+from phalanx_server.domain.health_spec import Health
 from phalanx_server.domain.job import priority_of
 from phalanx_server.domain.run_spec import Run
 from phalanx_server.domain.tenant import check_path
@@ -183,6 +184,7 @@ class JobSpec(Part):
     retries: Retries = Retries()
     preemption: Preemption = Preemption()
     checkpoint: Checkpoint = Checkpoint()
+    health: Health | None = None
     restart: Literal["fenced", "eager"] = "fenced"
     not_before: Moment | None = None
     deadline: Moment | None = None

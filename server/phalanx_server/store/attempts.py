@@ -227,6 +227,13 @@ async def load_groups(conn: AsyncConnection, attempt_ids: Iterable[UUID]) -> dic
     return groups
 
 
+async def nodes_of_ranks(conn: AsyncConnection, attempt_id: UUID) -> dict[int, UUID]:
+    """By rank of an attempt, the node where it runs or ran."""
+    query = text("SELECT node_id, first_rank, ranks FROM placements WHERE attempt_id = :attempt_id")
+    placed = await conn.execute(query, {"attempt_id": attempt_id})
+    return {rank: row.node_id for row in placed for rank in range(row.first_rank, row.first_rank + row.ranks)}
+
+
 @dataclass(frozen=True, slots=True)
 class Fence:
     """What decides whether a node may report about an attempt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,11 +15,15 @@ from phalanx_server.domain.draining import Occupant
 from phalanx_server.store.job_views import SUBTREE
 from phalanx_server.store.time_limits import LEFT_S
 
+SUSPECT_HOURS = 24
+"""What checks found longer ago says nothing of a node any more."""
+
 _NODES = """
 SELECT n.id, n.name, c.name AS cluster, n.state, n.wanted_state, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.address,
        n.labels, n.alive, n.stats, n.stats_at, n.runner_seen_at, n.clock_skew_s, n.version,
        coalesce(n.facts->>'own_users' = 'true', false) AS own_users,
-       coalesce(u.gpus_used, 0) AS gpus_used, coalesce(u.jobs, '{{}}') AS jobs
+       coalesce(u.gpus_used, 0) AS gpus_used, coalesce(u.jobs, '{{}}') AS jobs,
+       h.attempts AS suspect_attempts, h.last_at AS suspect_at, h.message AS suspect_message
 FROM nodes n
 JOIN clusters c ON c.id = n.cluster_id
 LEFT JOIN LATERAL (
@@ -27,6 +32,14 @@ LEFT JOIN LATERAL (
     FROM placements p JOIN attempts a ON a.id = p.attempt_id JOIN jobs j ON j.id = a.job_id
     WHERE p.node_id = n.id AND p.released_at IS NULL
 ) u ON true
+CROSS JOIN LATERAL (
+    SELECT count(DISTINCT e.attempt_id) AS attempts, max(e.at) AS last_at,
+           (array_agg(e.message ORDER BY e.id DESC))[1] AS message
+    FROM events e
+    WHERE e.node_id = n.id AND e.kind = 'health'
+      AND e.at > CAST(:now AS timestamptz) - make_interval(hours => {suspect_hours})
+      AND e.id > coalesce((SELECT max(r.id) FROM events r WHERE r.node_id = n.id AND r.kind = 'node_ready'), 0)
+) h
 WHERE {conditions}
 ORDER BY c.name, n.name, n.id LIMIT :limit
 """
@@ -34,16 +47,16 @@ _VISIBLE = f"j.tenant_id IN (SELECT id FROM tenants WHERE {SUBTREE})"
 
 
 async def list_nodes(
-    conn: AsyncConnection, *, tenant: str | None, after: tuple[str, str] | None, limit: int
+    conn: AsyncConnection, *, tenant: str | None, after: tuple[str, str] | None, limit: int, now: datetime
 ) -> list[Row[Any]]:
     """Nodes by cluster and name, after the pair `after`; `jobs` are those of the subtree `tenant` (None = all)."""
     conditions = "(c.name, n.name) > (:cluster, :name)" if after else "true"
     values = {"cluster": after[0], "name": after[1]} if after else {}
-    return await _select(conn, conditions, values | {"limit": limit}, tenant)
+    return await _select(conn, conditions, values | {"limit": limit, "now": now}, tenant)
 
 
-async def load_node(conn: AsyncConnection, node_id: UUID, *, tenant: str | None) -> Row[Any] | None:
-    rows = await _select(conn, "n.id = :id", {"id": node_id, "limit": 1}, tenant)
+async def load_node(conn: AsyncConnection, node_id: UUID, *, tenant: str | None, now: datetime) -> Row[Any] | None:
+    rows = await _select(conn, "n.id = :id", {"id": node_id, "limit": 1, "now": now}, tenant)
     return rows[0] if rows else None
 
 
@@ -55,7 +68,7 @@ async def nodes_named(conn: AsyncConnection, name: str) -> list[Row[Any]]:
 
 async def _select(conn: AsyncConnection, conditions: str, values: dict[str, Any], tenant: str | None) -> list[Row[Any]]:
     visible = "true" if tenant is None else _VISIBLE
-    query = _NODES.format(visible=visible, conditions=conditions)
+    query = _NODES.format(visible=visible, conditions=conditions, suspect_hours=SUSPECT_HOURS)
     return list(await conn.execute(text(query), values if tenant is None else values | {"tenant": tenant}))
 
 

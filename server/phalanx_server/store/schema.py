@@ -415,6 +415,12 @@ events = Table(
     _object("data"),
 )
 Index("events_job", events.c.job_id, events.c.id)
+Index(
+    "events_node_health",
+    events.c.node_id,
+    events.c.id,
+    postgresql_where=text("node_id IS NOT NULL AND kind IN ('health', 'node_ready')"),
+)
 Index("events_at", events.c.at, postgresql_using="brin")
 
 # ------------------------------------------------------------------ what was observed

@@ -37,6 +37,7 @@ class Group:
     exits: tuple[RankExit, ...] = ()
     first_failed_rank: int | None = None
     delivered: bool = True  # once over: its logs and marks have reached the server, as far as its runner has them
+    hung: bool = False  # it takes no step any more
 
     @property
     def over(self) -> bool:
@@ -72,6 +73,7 @@ class Gang:
     stopping: bool = False  # SIGTERM is on its way to every group
     aborting: bool = False  # its start is being given up
     first_failed_rank: int | None = None  # as seen when it failed: later every rank has ended somehow
+    hung: bool = False  # and the nodes that do not see it were told
     over_at_answered_s: float | None = None  # `World.answered_s` when every group was first seen to be over
 
     @property
@@ -251,7 +253,10 @@ def _strangers(world: World) -> Iterator[Step]:
 
 
 def first_failed_rank(groups: Mapping[str, Group]) -> int | None:
-    """The rank whose failure came first, by the nodes' own clocks."""
+    """The rank whose failure came first, by the nodes' own clocks. Of a gang that was ended because it hung, what the
+    node says that ended it: the ranks of others failed for that."""
+    ended = {node: group for node, group in groups.items() if any(end.fault == "hang" for end in group.exits)}
+    groups = ended or groups
     by_rank = {end.rank: end for group in groups.values() for end in group.exits}
     ranks = [group.first_failed_rank for group in groups.values() if group.first_failed_rank is not None]
 

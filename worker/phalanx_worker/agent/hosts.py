@@ -274,6 +274,7 @@ def read_table(facts: dict[str, Any]) -> dict[str, Group]:
             exits=tuple(decode(RankExit, end) for end in row.get("exits", [])),
             first_failed_rank=row.get("first_failed_rank"),
             delivered=bool(row.get("delivered", True)),
+            hung=bool(row.get("hung")),
         )
         for row in facts["groups"]
     }

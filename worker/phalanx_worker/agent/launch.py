@@ -237,6 +237,11 @@ class Launcher:
                 return
             await asyncio.sleep(RETRY_S)
 
+    async def keep_stacks(self, gang: Gang) -> None:
+        """Have the nodes that do not see it themselves keep what the ranks of a hung gang are doing."""
+        unaware = [node for node, group in gang.groups.items() if group.state is GroupState.RUNNING and not group.hung]
+        await asyncio.gather(*(self._try(node, "keep_stacks", gang.attempt_id) for node in unaware))
+
     async def close(self, gang: Gang, attempt: DesiredAttempt) -> None:
         """Every group is over: give the resources back, then report the end.
 

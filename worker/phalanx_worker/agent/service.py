@@ -229,6 +229,7 @@ class Agent:
             if gang.phase is Phase.RUNNING:
                 for node in gang.groups:
                     look_at(gang, node, self.hosts.get(node))
+                self._look_for_hang(gang)
                 if gang.over and gang.over_at_answered_s is None:
                     gang.over_at_answered_s = self.answered_s
         world = World(
@@ -243,6 +244,12 @@ class Agent:
         )
         for step in reconcile(world):
             self._begin(step)
+
+    def _look_for_hang(self, gang: Gang) -> None:
+        is_hung = any(group.hung for group in gang.groups.values())
+        if is_hung and not gang.hung:
+            self._spawn(self.launcher.keep_stacks(gang))
+        gang.hung = is_hung
 
     def _begin(self, step: Step) -> None:
         """Mark the gang, so that the next look sees the step under way, and carry it out in the background."""

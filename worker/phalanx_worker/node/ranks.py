@@ -22,12 +22,13 @@ from phalanx_worker.node.command import Launch
 from phalanx_worker.node.environment import Places
 from phalanx_worker.node.isolation import Confinement
 from phalanx_worker.node.logs import LogBudget, LogStream
-from phalanx_worker.node.offences import Offence
+from phalanx_worker.node.offences import Blame, Offence
 from phalanx_worker.node.orders import GroupOrder, StartFailed
+from phalanx_worker.node.pace import Pace
 from phalanx_worker.node.records import RankRecord, pipe
 from phalanx_worker.node.reports import ReportSocket
 from phalanx_worker.node.warm import WarmProcess
-from phalanx_worker.protocol import LogChunk, Mark, MetricPoint, RankExit, RankStart
+from phalanx_worker.protocol import Health, LogChunk, Mark, MetricPoint, RankExit, RankStart
 from phalanx_worker.runtime import channel, spec
 
 log = logging.getLogger("phalanx.node.ranks")
@@ -65,7 +66,10 @@ class Group:
         self.first_failed_rank: int | None = None
         self.starts: list[RankStart] = []
         self.guardian_pid = 0
-        self.offence: Offence | None = None
+        self.blame = Blame()
+        self.health = order.desired.launch.health or Health()
+        self.pace = Pace(self.health)
+        self.uid: int | None = None
         self.delivered = False  # it has ended, and all that it left behind has reached the server
         self.ended = asyncio.Event()
         self._launch = launch
@@ -104,7 +108,7 @@ class Group:
         self._watcher = asyncio.create_task(self._watch())
 
     async def _start(self, warm: WarmProcess, group_spec: spec.GroupSpec, listener: socket.socket | None) -> None:
-        spec_fd = spec.write(group_spec)
+        spec_fd, self.uid = spec.write(group_spec), group_spec.uid
         try:
             extra = [listener.fileno()] if listener is not None else []
             await warm.fork_guardian(self._guardian_end, [spec_fd, *extra])
@@ -148,7 +152,7 @@ class Group:
             LogStream(fd, budget, self._emitter(rank, name))
             for fd, name in [(stdout_fd, "stdout"), (stderr_fd, "stderr")]
         ]
-        report_socket = ReportSocket(reports, self.key, rank, self._events.put, self._on_mark)
+        report_socket = ReportSocket(reports, self.key, rank, self._take_report, self._on_mark)
         return RankRecord(rank=rank, budget=budget, streams=streams, reports=report_socket)
 
     def _emitter(self, rank: int, stream: str) -> logs.EmitChunk:
@@ -184,6 +188,10 @@ class Group:
                     pass
         self._connection.close()
 
+    def changed(self) -> None:
+        """Something that others look at is different now."""
+        self._events.changed()
+
     # -------------------------------------------------------------- ending
 
     def stop(self, grace_s: float) -> None:
@@ -206,17 +214,17 @@ class Group:
         """End it now because of what it did: a mark says so, and its exits. Nothing where none of it runs any more."""
         if self._collecting_since < math.inf:
             return
-        if self.offence is None:
-            self.offence = offence
+        if self.blame.offence is None:
+            self.blame.offence = offence
             rank = self.order.group.first_rank if offence.rank is None else offence.rank
             message = f"rank {rank} {offence.reason}: the ranks on this node were ended"
-            kind = "oom" if offence.is_oom else "note"
+            kind = "oom" if offence.fault == "oom" else "note"
             self._events.put(Mark(*self.key, rank, kind, time.time(), {**offence.data, "message": message}))
         self._tell({"op": "kill"})
 
     def look_for_oom(self, suspect: Callable[[], int | None]) -> None:
         """Whether the kernel has ended a process of it for want of memory; `suspect` names its rank."""
-        if self.offence is not None or not (where := self.confinement.oom()):
+        if self.blame.offence is not None or not (where := self.confinement.oom()):
             return
         limit_bytes = self.order.memory_limit_bytes if where == "group" else 0
         self.fail(offences.out_of_memory(self.order, limit_bytes, rank=suspect()))
@@ -297,19 +305,21 @@ class Group:
         record.straggler = straggler
         if code != 0:
             self.look_for_oom(lambda: rank)
+            self.blame.take_verdict(rank)
         record.exit = RankExit(
             rank=rank,
             exit_code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             ended_at=at,
-            oom=self._is_oom and code != 0,
+            oom=self.blame.is_oom and code != 0,
+            fault=self.blame.fault if code != 0 else "",
+            final=self.blame.is_final and code != 0,
             tail=record.tail,
-            reason=self._reason(rank) if code != 0 else "",
+            reason=self.blame.reason(rank) if code != 0 else "",
             before_stop=not self._stopping,
         )
         if code != 0 and self.first_failed_rank is None and not self._stopping:
-            culprit = self.offence.rank if self.offence is not None else None
-            self.first_failed_rank = rank if culprit is None else culprit
+            self.first_failed_rank = self.blame.culprit(rank)
             self.state = "failing"
         self._events.changed()
 
@@ -357,15 +367,13 @@ class Group:
             self._collecting.reschedule(at)
 
     @property
-    def _is_oom(self) -> bool:
-        return self.offence is not None and self.offence.is_oom
-
-    def _reason(self, rank: int) -> str:
-        return self.offence.reason_for(rank) if self.offence is not None else ""
+    def is_going(self) -> bool:
+        """Do its ranks run, and shall they?"""
+        return self.state == "running" and not self._stopping
 
     def _unseen(self, rank: int, *, finished: bool) -> RankExit:
         """Its guardian died, so nobody saw how it ended."""
-        return RankExit(rank=rank, oom=self._is_oom, finished=finished, reason=self._reason(rank))
+        return RankExit(rank=rank, oom=self.blame.is_oom, finished=finished, reason=self.blame.reason(rank))
 
     def _settle_exit(self, record: RankRecord) -> None:
         """The exit as it is reported: with the whole tail of stderr, and what was dropped of its logs."""
@@ -378,3 +386,12 @@ class Group:
     def _on_mark(self, mark: Mark) -> None:
         if mark.kind == "finished":
             self._records[mark.rank].finished = True
+        elif mark.kind == "checkpoint":
+            self.pace.moved(time.monotonic())
+        elif mark.kind == "health" and mark.data.get("action") in ("restart", "stop"):
+            self.blame.verdicts[mark.rank] = offences.own_check(mark.data)
+
+    def _take_report(self, report: MetricPoint | Mark) -> None:
+        if isinstance(report, MetricPoint) and report.step is not None:
+            self.pace.step(report.rank, report.step, time.monotonic())
+        self._events.put(report)

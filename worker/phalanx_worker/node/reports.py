@@ -25,7 +25,7 @@ MAX_MESSAGE_BYTES = 32 * 1024
 MAX_NAME_LENGTH = 128
 MAX_VALUES = 256  # of one point, merged or not
 MAX_DEPTH = 20  # of what a mark carries; the server reads no more than some 190
-MARK_KINDS = frozenset({"rendezvous", "first_step", "finished", "checkpoint", "progress", "dropped", "note"})
+MARK_KINDS = frozenset({"rendezvous", "first_step", "finished", "checkpoint", "progress", "dropped", "note", "health"})
 
 _POINTS_PER_S = 100  # of one rank; what comes faster is merged
 _BUCKET_S = 0.1

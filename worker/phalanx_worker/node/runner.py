@@ -41,6 +41,9 @@ class NodeRunner:
     async def stop_group(self, attempt_id: str, grace_s: float) -> None:
         await self._service().stop_group(attempt_id, grace_s)
 
+    async def keep_stacks(self, attempt_id: str) -> None:
+        await self._service().keep_stacks(attempt_id)
+
     async def kill_group(self, attempt_id: str) -> None:
         await self._service().kill_group(attempt_id)
 

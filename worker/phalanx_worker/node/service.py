@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from phalanx_worker import protocol
+from phalanx_worker.node import hangs
 from phalanx_worker.node.duties import Duties, Hooks
 from phalanx_worker.node.fence import CheckGcs
 from phalanx_worker.node.orders import GroupOrder, Settings, StartFailed
@@ -136,6 +137,13 @@ class Runner:
         group = await self._group(attempt_id)
         if group is not None:
             group.stop(grace_s)
+
+    async def keep_stacks(self, attempt_id: str) -> None:
+        """Keep what its ranks are doing among its outputs, for another node sees that the attempt is hung."""
+        for group in self._groups():
+            if group.order.attempt_id == attempt_id and group.is_going:
+                kept = await hangs.keep_stacks(group)
+                group.note("note", {"message": f"no step on another node{kept}"})
 
     async def kill_group(self, attempt_id: str) -> None:
         self._open_duties().fence.touch()
@@ -336,6 +344,7 @@ def _facts(group: Group) -> dict[str, Any]:
         "exits": [protocol.encode(end) for end in group.exits],
         "first_failed_rank": group.first_failed_rank,
         "delivered": group.delivered,
+        "hung": group.is_going and group.pace.hung_s > 0,
     }
 
 

@@ -10,9 +10,10 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable
 
-from phalanx_worker.node import offences, processes
+from phalanx_worker.node import hangs, offences, processes
 from phalanx_worker.node.devices import Devices
 from phalanx_worker.node.offences import Offence
 from phalanx_worker.node.ranks import Group
@@ -35,6 +36,7 @@ class Watch:
         self.stats: NodeStats = devices.read()
         self._groups = groups
         self._pids: dict[tuple[str, int], list[int]] = {}  # of each group that is watched, at the last look
+        self._attending: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         for count in itertools.count():
@@ -47,9 +49,23 @@ class Watch:
     async def tick(self) -> None:
         """Look at everything."""
         groups = self._living()
+        self._look_for_hangs(groups)
         self.stats, findings = await asyncio.to_thread(self._look, groups)
         for group, offence in findings:
             group.fail(offence)
+
+    def _look_for_hangs(self, groups: list[Group]) -> None:
+        for group in groups:
+            if group.is_going and group.pace.look(time.monotonic()):
+                group.changed()
+                attending = asyncio.create_task(hangs.attend(group))
+                self._attending.add(attending)
+                attending.add_done_callback(self._attended)
+
+    def _attended(self, attending: asyncio.Task[None]) -> None:
+        self._attending.discard(attending)
+        if not attending.cancelled() and attending.exception() is not None:
+            log.error("attending to a hang failed", exc_info=attending.exception())
 
     async def look_at_memory(self) -> None:
         """Ask the kernel whether it has ended a process; where it keeps no limit, look at the known processes."""
