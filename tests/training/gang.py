@@ -126,6 +126,7 @@ def rank_main(rank: int, ranks: int, cases: list[dict[str, Any]], directory: str
 
 
 def main() -> None:
+    import phalanx_worker.training.recipes.lm  # before forking, once for all ranks  # noqa: F401
     import torch.multiprocessing
 
     ranks, cases = int(sys.argv[1]), json.load(sys.stdin)

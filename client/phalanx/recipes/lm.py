@@ -108,6 +108,7 @@ class LmConfig:
         whole = replace(self, parallel=self.parallel.filled(world_size))
         check_sizes(whole.model, whole.parallel, whole.data.seq_len)
         check_batch(whole.train, whole.parallel)
+        check_optim(whole.optim, whole.parallel)
         return whole
 
 
@@ -131,6 +132,14 @@ def _divides(tensor: int, size: int, field: str) -> None:
     if size % tensor:
         text = f"= {tensor} does not divide {field} = {size}; use {divisors(size) if size < 512 else 'a divisor'}"
         raise RecipeError("parallel.tensor", text)
+
+
+def check_optim(optim: Optim, parallel: Parallel) -> None:
+    """Whether the optimizer can take parameters as the layout leaves them: adafactor (torch 2.13) and lamb
+    (pytorch-optimizer 4.1) need whole ones. Raises `RecipeError`."""
+    if optim.name in ("adafactor", "lamb") and not parallel.whole_parameters:
+        text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or shard = 1, tensor = 1 and no offload"
+        raise RecipeError("optim.name", text)
 
 
 def check_batch(train: Train, parallel: Parallel) -> None:

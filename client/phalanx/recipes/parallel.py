@@ -66,9 +66,8 @@ class Parallel:
         self._check_switches()
 
     def _check_switches(self) -> None:
-        plain = self.shard == 1 and self.tensor == 1 and not self.offload
         demand(
-            self.compress == "none" or plain,
+            self.compress == "none" or self.whole_parameters,
             "compress",
             self.compress,
             "works with plain replicas (DDP) only; use compress = none, or shard = 1, tensor = 1 and offload = false",
@@ -79,6 +78,11 @@ class Parallel:
             self.compress,
             "has no gradients to compress when local.every > 0; use compress = none",
         )
+
+    @property
+    def whole_parameters(self) -> bool:
+        """Whether each parameter lies whole on the ranks that have it: neither sharded, nor cut, nor offloaded."""
+        return self.shard == 1 and self.tensor == 1 and not self.offload
 
     @property
     def batch_ways(self) -> int:

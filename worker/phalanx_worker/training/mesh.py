@@ -63,15 +63,21 @@ def uses_fully_shard(parallel: Parallel) -> bool:
 
 def make_world(parallel: Parallel, device: torch.device) -> World:
     """The world of an initialised default process group. Raises RecipeError for what the device cannot do."""
-    if parallel.context > 1 and device.type == "cpu":
-        text = f"= {parallel.context}, but torch has no ring attention for the CPU; use 1, or GPUs"
-        raise RecipeError("parallel.context", text)
+    _check_device(parallel, device)
     names = [name for name, size in zip(AXES, parallel.sizes, strict=True) if size > 1]
     if uses_fully_shard(parallel) and "shard" not in names:
         names = [name for name in AXES if name in names or name == "shard"]
     sizes = dict(zip(AXES, parallel.sizes, strict=True))
     mesh = init_device_mesh(device.type, tuple(sizes[n] for n in names), mesh_dim_names=tuple(names)) if names else None
     return World(device=device, parallel=parallel, mesh=mesh)
+
+
+def _check_device(parallel: Parallel, device: torch.device) -> None:
+    if parallel.context > 1 and device.type == "cpu":
+        text = f"= {parallel.context}, but torch has no ring attention for the CPU; use 1, or GPUs"
+        raise RecipeError("parallel.context", text)
+    if parallel.compress == "bf16" and device.type == "cpu":
+        raise RecipeError("parallel.compress", "= 'bf16' needs NCCL, which is for GPUs; use fp16 on the CPU")
 
 
 def own_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -40,7 +40,13 @@ def _sgd(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov)
 
 
-_KINDS = {"adamw": _adamw, "adafactor": _adafactor, "sgd": _sgd}
+def _lamb(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
+    from pytorch_optimizer import Lamb  # here, as it takes seconds to import
+
+    return Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+_KINDS = {"adamw": _adamw, "adafactor": _adafactor, "sgd": _sgd, "lamb": _lamb}
 
 
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:

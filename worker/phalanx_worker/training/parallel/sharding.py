@@ -23,7 +23,7 @@ def shard(
     options = {
         "mesh": mesh,
         "mp_policy": sharded_policy(precision),
-        "offload_policy": CPUOffloadPolicy() if parallel.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if parallel.offload else OffloadPolicy(),
         "reshard_after_forward": parallel.reshard and parallel.pipeline == 1,
     }
     for block in blocks:
