@@ -1,0 +1,157 @@
+"""The `lm` recipe's whole configuration: a transformer language model. Standard library only.
+
+Owns the model's sizes and what they demand of a layout (`check`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from phalanx.recipes.optim import Optim
+from phalanx.recipes.parallel import Parallel, divisors
+from phalanx.recipes.parse import RecipeError, demand
+from phalanx.recipes.precision import Precision
+
+
+@dataclass(frozen=True)
+class LmModel:
+    """A decoder: `layers` blocks of grouped-query attention (`kv_heads` < `heads` shares keys and values; 0 means as
+    many) and SwiGLU of width `hidden` (0: 8/3 of `width`, rounded up to a multiple of 32)."""
+
+    vocabulary: int = 256
+    layers: int = 4
+    width: int = 256
+    heads: int = 8
+    kv_heads: int = 0
+    hidden: int = 0
+    rotary_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "layers", "width", "heads"):
+            demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
+        demand(
+            self.width % (2 * self.heads) == 0,
+            "width",
+            self.width,
+            f"does not give {self.heads} heads of an even size; use a multiple of {2 * self.heads}",
+        )
+        demand(
+            self.heads % self.key_heads == 0,
+            "kv_heads",
+            self.kv_heads,
+            f"does not divide heads = {self.heads}; use {divisors(self.heads)}",
+        )
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def feed_width(self) -> int:
+        """Inner width of the SwiGLU layers."""
+        return self.hidden or -(-8 * self.width // 3 // 32) * 32
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has, embedding and output matrix counted apart."""
+        head = self.width // self.heads
+        attention = 2 * self.width * self.width + 2 * self.width * self.key_heads * head
+        block = attention + 3 * self.width * self.feed_width + 2 * self.width
+        return self.layers * block + 2 * self.vocabulary * self.width + self.width
+
+
+@dataclass(frozen=True)
+class LmData:
+    """Windows of `seq_len` tokens."""
+
+    seq_len: int = 256
+
+    def __post_init__(self) -> None:
+        demand(self.seq_len >= 1, "seq_len", self.seq_len, "is not positive; use 1 or more")
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, on how much at a time. `global_batch` is in sequences over all ranks, whatever the layout; each rank
+    takes its share in `accumulate` parts that are summed before gradients are exchanged."""
+
+    steps: int = 1000
+    global_batch: int = 32
+    accumulate: int = 1
+    seed: int = 0
+    report_every: int = 1
+    checkpoint_every: int = 0  # steps; 0: at the end and when asked to stop
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "accumulate", "report_every"):
+            demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
+        demand(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "is negative; use 0 or more")
+
+
+@dataclass(frozen=True)
+class LmConfig:
+    """What `run: {recipe: lm, args: …}` holds. `device` auto is a GPU where every rank of the node has one."""
+
+    model: LmModel = field(default_factory=LmModel)
+    train: Train = field(default_factory=Train)
+    data: LmData = field(default_factory=LmData)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    optim: Optim = field(default_factory=Optim)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def placed(self, world_size: int) -> LmConfig:
+        """The same for a gang of `world_size` ranks: `parallel.data` filled in and everything checked against it.
+        Raises `RecipeError`, whose text says which field to change to what."""
+        whole = replace(self, parallel=self.parallel.filled(world_size))
+        check_sizes(whole.model, whole.parallel, whole.data.seq_len)
+        check_batch(whole.train, whole.parallel)
+        check_optim(whole.optim, whole.parallel)
+        return whole
+
+
+def check_sizes(model: LmModel, parallel: Parallel, seq_len: int) -> None:
+    """Whether the model can be cut as the layout says. Raises `RecipeError`."""
+    tensor = parallel.tensor
+    for name in ("heads", "key_heads", "feed_width", "vocabulary"):
+        _divides(tensor, getattr(model, name), f"model.{_FIELDS.get(name, name)}")
+    if seq_len % (tensor * parallel.context):
+        text = f"= {seq_len} is not a multiple of parallel.tensor × parallel.context = {tensor * parallel.context}"
+        raise RecipeError("data.seq_len", f"{text}; each of their ranks holds an equal part of every sequence")
+    if model.layers < parallel.stages:
+        text = f"= {model.layers} are fewer than the pipeline's {parallel.stages} stages"
+        raise RecipeError("model.layers", f"{text}; use more layers, or a smaller parallel.pipeline")
+
+
+_FIELDS = {"key_heads": "kv_heads", "feed_width": "hidden"}
+
+
+def _divides(tensor: int, size: int, field: str) -> None:
+    if size % tensor:
+        text = f"= {tensor} does not divide {field} = {size}; use {divisors(size) if size < 512 else 'a divisor'}"
+        raise RecipeError("parallel.tensor", text)
+
+
+def check_optim(optim: Optim, parallel: Parallel) -> None:
+    """Whether the optimizer can take parameters as the layout leaves them: adafactor (torch 2.13) and lamb
+    (pytorch-optimizer 4.1) need whole ones. Raises `RecipeError`."""
+    if optim.name in ("adafactor", "lamb") and not parallel.whole_parameters:
+        text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or shard = 1, tensor = 1 and no offload"
+        raise RecipeError("optim.name", text)
+
+
+def check_batch(train: Train, parallel: Parallel) -> None:
+    """Whether the global batch comes out even on every rank and in every part. Raises `RecipeError`."""
+    if parallel.pipeline > 1 and train.accumulate > 1:
+        text = f"= {train.accumulate}, but a pipeline accumulates over its microbatches"
+        raise RecipeError("train.accumulate", f"{text}; use 1 and set parallel.microbatches")
+    if parallel.schedule == "interleaved" and parallel.pieces % parallel.pipeline:
+        text = f"= {parallel.pieces} is not a multiple of parallel.pipeline = {parallel.pipeline}"
+        raise RecipeError("parallel.microbatches", f"{text}, as the interleaved schedule needs; use one")
+    parts = parallel.batch_ways * train.accumulate * parallel.pieces
+    if train.global_batch % parts:
+        nearest = max(1, round(train.global_batch / parts)) * parts
+        text = f"= {train.global_batch} is not a multiple of data × shard × accumulate × microbatches = {parts}"
+        raise RecipeError("train.global_batch", f"{text}; use {nearest}")

@@ -1,0 +1,150 @@
+"""A recipe's arguments: what is taken, with which units, and what is said about what is not."""
+
+from dataclasses import dataclass
+
+import pytest
+from phalanx.recipes.lm import LmConfig
+from phalanx.recipes.optim import Schedule
+from phalanx.recipes.parallel import Parallel
+from phalanx.recipes.parse import Bytes, RecipeError, Seconds, document, parse
+
+
+@dataclass(frozen=True)
+class Keeping:
+    size: Bytes
+    every: Seconds = 60.0
+    names: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+def refusal(given, *words):
+    with pytest.raises(RecipeError) as caught:
+        parse(LmConfig, given, words)
+    return str(caught.value)
+
+
+def test_what_is_not_given_keeps_its_default():
+    config = parse(LmConfig, {"model": {"layers": 2}, "parallel": {"tensor": 2}})
+    assert (config.model.layers, config.model.heads, config.parallel.tensor) == (2, LmConfig().model.heads, 2)
+
+
+def test_words_go_over_the_mapping():
+    given = {"model": {"layers": 2}}
+    config = parse(LmConfig, given, ["model.layers=6", "optim.lr=3e-4", "parallel.schedule=gpipe", "optim.clip=0"])
+    assert (config.model.layers, config.optim.lr, config.parallel.schedule) == (6, 3e-4, "gpipe")
+    assert given == {"model": {"layers": 2}}, "what was given is left alone"
+
+
+def test_units_become_bytes_and_seconds():
+    assert parse(Keeping, {"size": "64MiB", "every": "1m30s"}) == Keeping(64 << 20, 90.0)
+    assert parse(Keeping, {"size": 5, "every": 2, "names": ["a"], "limit": 3}) == Keeping(5, 2, ("a",), 3)
+    assert parse(LmConfig, {"parallel": {"bucket_bytes": "1MB"}}).parallel.bucket_bytes == 1_000_000
+
+
+def test_a_configuration_survives_being_written_down():
+    config = parse(LmConfig, {"parallel": {"pipeline": 2, "local": {"every": 5}}, "optim": {"betas": [0.9, 0.99]}})
+    assert parse(LmConfig, document(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"modle": {}}, "modle is not a field; did you mean 'model'?"),
+        ({"model": {"layer": 2}}, "model.layer is not a field; did you mean 'layers'?"),
+        ({"model": {"layers": "two"}}, "model.layers = 'two' is not a whole number; write a whole number"),
+        ({"model": {"layers": True}}, "model.layers = True is not a whole number; write a whole number"),
+        ({"model": {"layers": 0}}, "model.layers = 0 is not positive; use 1 or more"),
+        ({"model": 3}, "model = 3 is not a section; write keys and values, such as {vocabulary: …}"),
+        ({"parallel": {"data": "al"}}, "parallel.data = 'al' is not a whole number; write a whole number, or 'auto'"),
+        (
+            {"parallel": {"schedule": "1f1"}},
+            "parallel.schedule = '1f1' is unknown; did you mean '1f1b'? use gpipe, 1f1b or interleaved",
+        ),
+        (
+            {"parallel": {"bucket_bytes": "1 MIB"}},
+            "parallel.bucket_bytes = '1 MIB' is not a size; write 64MiB, 2GB or bytes",
+        ),
+        ({"parallel": {"local": {"every": -1}}}, "parallel.local.every = -1 is negative; use 0 (off) or more"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas = [0.9] has 1 values; write 2"),
+        ({"optim": {"lr": "fast"}}, "optim.lr = 'fast' is not a number; write a number"),
+        (
+            {"parallel": {"compress": "bf16", "shard": 2}},
+            "parallel.compress = 'bf16' works with plain replicas (DDP) only; "
+            "use compress = none, or shard = 1, tensor = 1 and offload = false",
+        ),
+    ],
+)
+def test_a_wrong_value_names_the_field_the_value_and_the_fix(given, said):
+    assert refusal(given) == said
+
+
+def test_a_missing_value_and_a_bare_word_are_named():
+    with pytest.raises(RecipeError, match="size is missing; it has no default"):
+        parse(Keeping, {})
+    assert "'layers' is not KEY=VALUE" in refusal({}, "layers")
+
+
+def test_data_fills_what_the_other_sizes_leave():
+    assert Parallel(tensor=2, shard=2).filled(8).sizes == (1, 2, 2, 1, 2)
+    assert Parallel(data=1, pipeline=2).filled(2).data == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "world_size", "said"),
+    [
+        ({"parallel": {"tensor": 3}}, 3, "parallel.tensor = 3 does not divide model.heads = 8; use 1, 2, 4 or 8"),
+        (
+            {"parallel": {"tensor": 3}},
+            4,
+            "parallel has no room: shard × tensor × pipeline × context = 3 does not divide the 4 ranks; "
+            "use sizes whose product does",
+        ),
+        (
+            {"parallel": {"data": 2}},
+            4,
+            "parallel does not fit: data × shard × tensor × pipeline × context = 2, and the job has 4 ranks; "
+            "use data = auto or other sizes",
+        ),
+        (
+            {"parallel": {"pipeline": 8}},
+            8,
+            "model.layers = 4 are fewer than the pipeline's 8 stages; use more layers, or a smaller parallel.pipeline",
+        ),
+        (
+            {"train": {"global_batch": 30}},
+            4,
+            "train.global_batch = 30 is not a multiple of data × shard × accumulate × microbatches = 4; use 32",
+        ),
+        (
+            {"train": {"accumulate": 2}, "parallel": {"pipeline": 2}},
+            2,
+            "train.accumulate = 2, but a pipeline accumulates over its microbatches; "
+            "use 1 and set parallel.microbatches",
+        ),
+        (
+            {"data": {"seq_len": 255}, "parallel": {"tensor": 2}},
+            2,
+            "data.seq_len = 255 is not a multiple of parallel.tensor × parallel.context = 2; "
+            "each of their ranks holds an equal part of every sequence",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_says_what_would(args, world_size, said):
+    with pytest.raises(RecipeError) as caught:
+        parse(LmConfig, args).placed(world_size)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 0.775, 0.325, 0.1]),
+        ("cosine", [0.5, 1.0, 0.868, 0.232, 0.1]),
+        ("wsd", [0.5, 1.0, 1.0, 1.0, 0.1]),
+    ],
+)
+def test_schedules_warm_up_and_come_down(shape, factors):
+    schedule = Schedule(shape=shape, warmup=2)
+    steps = [1, 2, 4, 8, 10]
+    assert [round(schedule.factor(step, steps=10), 3) for step in steps] == factors

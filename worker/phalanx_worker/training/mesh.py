@@ -1,0 +1,111 @@
+"""Where this rank stands: its device, the gang's one DeviceMesh, and which part of each batch is its own.
+
+Owns process groups. It knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from phalanx.recipes.parallel import AXES, Parallel
+from phalanx.recipes.parse import RecipeError
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    """`mesh` has the axes of `AXES` that are larger than 1 (and `shard` wherever `fully_shard` is used); None on a
+    single rank."""
+
+    device: torch.device
+    parallel: Parallel  # with `data` filled in
+    mesh: DeviceMesh | None
+
+    def rank_in(self, axis: str) -> int:
+        """This rank's place along an axis; 0 where the axis has size 1."""
+        return self.mesh.get_local_rank(axis) if self.mesh and axis in self._axes else 0
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along the axis alone; None where there are none."""
+        return self.mesh.get_group(axis) if self.mesh and axis in self._axes else None
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of the `parallel.batch_ways` parts of each global batch is this rank's."""
+        return self.rank_in("data") * self.parallel.shard + self.rank_in("shard")
+
+    @property
+    def sharding_mesh(self) -> DeviceMesh | None:
+        """The mesh for `fully_shard`: over `shard`, below replicas over `data` where those share each gradient. None
+        where parameters are not sharded."""
+        if self.mesh is None or "shard" not in self._axes:
+            return None
+        hybrid = "data" in self._axes and not self.parallel.local.every
+        return self.mesh["data", "shard"] if hybrid else self.mesh["shard"]
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        return (self.mesh.mesh_dim_names or ()) if self.mesh else ()
+
+
+def uses_fully_shard(parallel: Parallel) -> bool:
+    """Whether replicas and shards go through FSDP2. Plain replicas do so too where DDP cannot carry them: it does not
+    take tensor-parallel parameters (DTensors), nor offload."""
+    synchronous = parallel.data != 1 and not parallel.local.every
+    return parallel.shard > 1 or parallel.offload or (synchronous and parallel.tensor > 1)
+
+
+def make_world(parallel: Parallel, device: torch.device) -> World:
+    """The world of an initialised default process group. Raises RecipeError for what the device cannot do."""
+    _check_device(parallel, device)
+    names = [name for name, size in zip(AXES, parallel.sizes, strict=True) if size > 1]
+    if uses_fully_shard(parallel) and "shard" not in names:
+        names = [name for name in AXES if name in names or name == "shard"]
+    sizes = dict(zip(AXES, parallel.sizes, strict=True))
+    mesh = init_device_mesh(device.type, tuple(sizes[n] for n in names), mesh_dim_names=tuple(names)) if names else None
+    return World(device=device, parallel=parallel, mesh=mesh)
+
+
+def _check_device(parallel: Parallel, device: torch.device) -> None:
+    if parallel.context > 1 and device.type == "cpu":
+        text = f"= {parallel.context}, but torch has no ring attention for the CPU; use 1, or GPUs"
+        raise RecipeError("parallel.context", text)
+    if parallel.compress == "bf16" and device.type == "cpu":
+        raise RecipeError("parallel.compress", "= 'bf16' needs NCCL, which is for GPUs; use fp16 on the CPU")
+
+
+def own_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The GPU of this rank where every rank of the node has one (or where it is wanted), else the CPU."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    enough = torch.cuda.device_count() >= local_ranks
+    if wanted == "cuda" and not enough:
+        text = f"= 'cuda', but {torch.cuda.device_count()} GPUs are visible to {local_ranks} ranks; use auto or cpu"
+        raise RecipeError("device", text)
+    if wanted == "cpu" or not enough:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[int]:
+    """The default process group of torchrun's environment (a gang of one without it) while inside; gives its size."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_index(device))
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def _index(device: torch.device) -> torch.device | None:
+    return device if device.type == "cuda" else None

@@ -1,0 +1,37 @@
+"""Plain data parallelism: DistributedDataParallel, whose buckets of gradients are reduced while backward goes on (Li et
+al. 2020, arXiv:2006.15704), and what may compress them on the wire."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from phalanx.recipes.parallel import Parallel
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+POWERSGD_FIRST_STEP = 10  # exact steps before: early gradients compress badly (torch asks for at least 2)
+
+
+def replicate(module: nn.Module, group: dist.ProcessGroup, parallel: Parallel) -> DistributedDataParallel:
+    """The module as one of the group's replicas."""
+    replica = DistributedDataParallel(
+        module,
+        process_group=group,
+        bucket_cap_mb=parallel.bucket_bytes / (1 << 20),  # pyright: ignore[reportArgumentType]  (fractions are fine)
+        gradient_as_bucket_view=True,
+    )
+    if parallel.compress == "powersgd":
+        replica.register_comm_hook(_powersgd(group, parallel.powersgd_rank), powerSGD_hook.powerSGD_hook)
+    elif parallel.compress != "none":
+        replica.register_comm_hook(group, _HALF[parallel.compress])
+    return replica
+
+
+_HALF = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+
+
+def _powersgd(group: dist.ProcessGroup, rank: int) -> powerSGD_hook.PowerSGDState:
+    """Low-rank gradients with error feedback (Vogels et al. 2019, arXiv:1905.13727)."""
+    return powerSGD_hook.PowerSGDState(
+        group, matrix_approximation_rank=rank, start_powerSGD_iter=POWERSGD_FIRST_STEP, min_compression_rate=1
+    )

@@ -1,0 +1,71 @@
+"""The `lm` recipe: a transformer, next-token cross-entropy, and the stream of tokens, put together.
+
+Owns nothing but the putting together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch.nn.functional as F
+from phalanx.recipes.lm import LmConfig, LmModel
+from phalanx_worker.training import precision
+from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
+from phalanx_worker.training.mesh import World
+from phalanx_worker.training.models.transformer import Transformer, split, start
+from phalanx_worker.training.parallel.layout import lay_out
+from phalanx_worker.training.parallel.tensor import transformer_plan
+from phalanx_worker.training.task import Task
+from torch import Tensor, nn
+
+
+def lm_task(shape: LmModel) -> Task:
+    """The language model as a task: batches hold `tokens`, int64 (batch, length + 1)."""
+    return Task(
+        stage=partial(_stage, shape),
+        start=partial(start, layers=shape.layers),
+        inputs_and_targets=_inputs_and_targets,
+        loss=_loss,
+        blocks=_blocks,
+        tensor_plan=transformer_plan,
+    )
+
+
+CONFIG = LmConfig
+
+
+def make(config: LmConfig, world: World, batches: Iterator[Batch], checkpointer: Checkpointer | None = None) -> Trainer:
+    """The trainer of this rank. `batches` are its parts of the global batches; `config` is placed."""
+    precision.check_device(config.precision, world.device)
+    layout = lay_out(
+        lm_task(config.model), world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate
+    )
+    return Trainer(
+        layout=layout,
+        batches=batches,
+        train=config.train,
+        optim=config.optim,
+        precision=config.precision,
+        checkpointer=checkpointer,
+        per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
+    )
+
+
+def _stage(shape: LmModel, index: int, count: int) -> nn.Module:
+    layers = split(shape.layers, count)[index]
+    return Transformer(shape, layers=layers, embeds=index == 0, predicts=index == count - 1)
+
+
+def _inputs_and_targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    tokens = batch["tokens"]
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    assert isinstance(model, Transformer)
+    return list(model.blocks.values())
