@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from phalanx import job
 
 FIT, UNFIT = 0, 3
 """Exit codes of the child."""
+
+distributed: Any = dist  # whose stores are not exported, as its documentation shows them
 
 _TIMEOUT = timedelta(minutes=5)
 _REPEATS = 5
@@ -103,12 +106,11 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _store(rank: int, world_size: int) -> dist.Store:
+def _store(rank: int, world_size: int) -> Any:
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore(
-        "phalanx/preflight", dist.TCPStore(address, port, world_size, is_master=hosts, timeout=_TIMEOUT)
-    )
+    store = distributed.TCPStore(address, port, world_size, is_master=hosts, timeout=_TIMEOUT)
+    return distributed.PrefixStore("phalanx/preflight", store)
 
 
 def _measure(rank: int, device: torch.device) -> Figures:
