@@ -122,6 +122,17 @@ async def test_a_refusal_names_the_field_and_what_to_do(admin: httpx.AsyncClient
     assert (await admin.get("/v1/maintenance")).json()["items"] == []
 
 
+async def test_of_many_mistyped_names_the_first_are_told_and_how_many_more_there_are(admin: httpx.AsyncClient) -> None:
+    """What is near is said of the first few alone: it is sought among all nodes."""
+    answer = await admin.post("/v1/maintenance", json=window(nodes=["n0", *(f"n0x{n}" for n in range(500)), "n1"]))
+    assert answer.status_code == 422
+    *told, last = answer.json()["errors"]
+    assert [each["field"] for each in told] == [f"nodes[{n}]" for n in range(1, 21)]
+    assert ["hint" in each for each in told] == [True] * 3 + [False] * 17
+    assert (last["field"], last["message"]) == ("nodes", "480 more name no one node")
+    assert "phalanx nodes" in last["hint"]
+
+
 async def test_a_change_is_checked_with_what_stays(admin: httpx.AsyncClient) -> None:
     path = f"/v1/maintenance/{(await made(admin))['id']}"
     for change, field in (({"starts_at": "2031-01-01T00:00:00Z"}, "ends_at"), ({"nodes": []}, "nodes")):
