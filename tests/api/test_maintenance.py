@@ -77,6 +77,17 @@ async def test_it_is_changed_ended_and_deleted(admin: httpx.AsyncClient) -> None
     assert {(await admin.delete(path)).status_code, (await admin.get(path)).status_code} == {404}
 
 
+async def test_an_empty_list_or_object_takes_away_what_was_there(admin: httpx.AsyncClient, world: Any) -> None:
+    async with world.engine.begin() as conn:
+        await conn.execute(update(nodes).where(nodes.c.name == "n1").values(labels={"rack": "r0"}))
+    path = f"/v1/maintenance/{(await made(admin, labels={'rack': 'r0'}))['id']}"
+    changed = (await admin.patch(path, json={"nodes": []})).json()
+    assert (changed["nodes"], changed["labels"], changed["covers"]) == ([], {"rack": "r0"}, 1)
+    changed = (await admin.patch(path, json={"nodes": ["n0"], "labels": {}})).json()
+    assert (changed["nodes"], changed["labels"], changed["covers"]) == (["n0"], {}, 1)
+    assert (await admin.patch(path, json={"nodes": []})).status_code == 422
+
+
 async def test_the_same_create_sent_again_makes_no_second_one(admin: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "once"}
     first, again = [await admin.post("/v1/maintenance", json=window(), headers=headers) for _ in range(2)]

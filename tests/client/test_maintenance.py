@@ -66,6 +66,21 @@ def test_what_cannot_be_is_refused_in_a_line(run: Run, words: tuple[str, ...], s
     assert said in " ".join(result.stderr.split())
 
 
+def test_what_a_window_names_and_its_labels_can_be_taken_away(run: Run, admin: Client, node: str) -> None:
+    start = datetime.now(UTC) + timedelta(hours=1)
+    made = admin.create_maintenance(starts_at=start, ends_at=start + timedelta(hours=1), nodes=[node])
+    run("maintenance", "set", made.id, "--no-nodes", "--label", "rack=r1")
+    changed = admin.maintenance_window(made.id)
+    assert (changed.nodes, changed.labels, changed.covers) == ([], {"rack": "r1"}, 2)
+    assert "no node is named, and no label" in run("maintenance", "set", made.id, "--no-labels", code=2).stderr
+    run("maintenance", "set", made.id, "--no-labels", "--node", node)
+    changed = admin.maintenance_window(made.id)
+    assert (changed.nodes, changed.labels, changed.covers) == ([node], {}, 1)
+    assert admin.change_maintenance(made.id, nodes=[], labels={"rack": "r1"}).nodes == []
+    for words in (("--node", node, "--no-nodes"), ("--label", "rack=r1", "--no-labels")):
+        assert "contradict each other" in run("maintenance", "set", made.id, *words, code=2).stderr
+
+
 def test_who_waits_for_it_is_told(
     run: Run, admin: Client, database: str, served: Served, tokens: Bootstrapped, node: str
 ) -> None:

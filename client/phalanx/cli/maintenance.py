@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +37,8 @@ Nodes = Annotated[list[str] | None, typer.Option("--node", metavar="NODE", help=
 Labels = Annotated[
     list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Nodes with all of these labels; repeatable.")
 ]
+NoNodes = Annotated[bool, typer.Option("--no-nodes", help="Name no node any more: by labels alone.")]
+NoLabels = Annotated[bool, typer.Option("--no-labels", help="No labels any more: the named nodes alone.")]
 Start = Annotated[
     str | None, typer.Option(metavar="TIME|+DURATION", help="Such as 2026-11-21T00:00:00Z, or +2h from now.")
 ]
@@ -100,7 +102,9 @@ def create_window(
 def set_window(
     window: WindowArgument,
     nodes: Nodes = None,
+    no_nodes: NoNodes = False,
     labels: Labels = None,
+    no_labels: NoLabels = False,
     start: Start = None,
     end: End = None,
     lasts: For = None,
@@ -108,19 +112,24 @@ def set_window(
     output_as: output.Output = output.Format.TABLE,
 ) -> None:
     """Change a window that is not over; what is not given stays, and what is given replaces what was."""
+    for what, given, none in (("node", nodes, no_nodes), ("label", labels, no_labels)):
+        if given and none:
+            raise CommandError(f"--{what} and --no-{what}s contradict each other: give one of them", exit_code=INVALID)
     now = datetime.now(UTC)
     with connected() as client:
         starts_at = _time("--start", start, now) if start else None
         from_ = starts_at or (client.maintenance_window(window).starts_at if lasts else now)
-        ends_at = _end(end, lasts, from_, now)
-        given = (nodes or None, _labels(labels) or None, starts_at, ends_at, reason)
-        if all(each is None for each in given):
-            said = "nothing to change: give --node, --label, --start, --end, --for or --reason"
+        changes: dict[str, Any] = {
+            "nodes": [] if no_nodes else nodes or None,
+            "labels": {} if no_labels else _labels(labels) or None,
+            "starts_at": starts_at,
+            "ends_at": _end(end, lasts, from_, now),
+            "reason": reason,
+        }
+        if all(value is None for value in changes.values()):
+            said = "nothing to change: give --node, --label, --start, --end, --for, --reason, --no-nodes or --no-labels"
             raise CommandError(said, exit_code=INVALID)
-        changed = client.change_maintenance(
-            window, nodes=given[0], labels=given[1], starts_at=starts_at, ends_at=ends_at, reason=reason
-        )
-        _print(changed, output_as)
+        _print(client.change_maintenance(window, **changes), output_as)
 
 
 @maintenance.command("end")
