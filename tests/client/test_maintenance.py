@@ -31,7 +31,7 @@ def node(database: str, served: Served, tokens: Bootstrapped, admin: Client) -> 
 
 def test_a_window_on_the_command_line(run: Run, admin: Client, node: str) -> None:
     assert "no maintenance is planned" in run("maintenance").stderr
-    words = ("--start", "+2h", "--for", "1h30m", "--reason", "new kernel")
+    words = ("--start", "+2h", "--for", "1.5h", "--reason", "new kernel")
     made = json.loads(run("maintenance", "create", node, *words, "-o", "json").stdout)
     start, end = (datetime.fromisoformat(made[name]) for name in ("starts_at", "ends_at"))
     assert end - start == timedelta(minutes=90)
@@ -55,6 +55,9 @@ def test_a_window_on_the_command_line(run: Run, admin: Client, node: str) -> Non
         (("n0",), "when does it end?"),
         (("n0", "--for", "soon"), "--for is 'soon': expected a duration"),
         (("n0", "--for", "1h", "--end", "+2h"), "say the same"),
+        (("n0", "--for", "9999999999d"), "--for is '9999999999d': expected a duration"),
+        (("n0", "--for", "1h", "--start", "+9999999999d"), "--start is '9999999999d': expected a duration"),
+        (("n0", "--end", "+3000000d"), "--end is '+3000000d': that is after the year 9999"),
         (("n0", "--end", "tomorrow"), "--end is 'tomorrow': expected a time"),
         (("n0", "--end", "2030-01-01T00:00:00"), "--end has no time zone"),
         (("--label", "rack", "--for", "1h"), "--label is 'rack': expected KEY=VALUE"),

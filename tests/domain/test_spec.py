@@ -5,10 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from phalanx.units import parse_duration, parse_size
 from phalanx_server.domain.environment import clean_requirements
 from phalanx_server.domain.errors import Invalid, UnknownField
 from phalanx_server.domain.spec import JobSpec, parse_job
-from phalanx_server.domain.units import parse_duration, parse_size
 
 SMALL = {"name": "a", "resources": {"gpus_per_replica": 1}, "run": {"command": "true"}}
 FULL = {
