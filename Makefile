@@ -50,7 +50,7 @@ lock: setup  ## pin what is installed now in requirements.lock
 
 bench: setup  ## measure against the budgets, beside named peers (half an hour; BENCH_FLAGS=--quick: 15 minutes)
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_FLAGS) || exit 1; done
-	@$(BIN)/python benchmarks/pass_speed.py
+	@$(BIN)/python benchmarks/pass_speed.py $(BENCH_FLAGS)
 	@$(BIN)/python benchmarks/first_step.py
 	@$(BIN)/python benchmarks/steps_per_second.py
 

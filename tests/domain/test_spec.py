@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from phalanx.units import parse_duration, parse_size
 from phalanx_server.domain.environment import clean_requirements
 from phalanx_server.domain.errors import Invalid, UnknownField
 from phalanx_server.domain.run_spec import program_of
 from phalanx_server.domain.spec import JobSpec, parse_job
-from phalanx_server.domain.units import parse_duration, parse_size
 
 SMALL = {"name": "a", "resources": {"gpus_per_replica": 1}, "run": {"command": "true"}}
 FULL = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from phalanx.cli import output
 from phalanx.models import Attempt, Checkpoint, Job, Phases, Progress, RankExit, Speed
+from phalanx.units import duration_text
 
 GIVING_WAY = {
     "preemption": "gives way",
@@ -200,10 +201,10 @@ def reached(found: Phases | None) -> list[tuple[str, float]]:
 
 
 def phases(found: Phases | None) -> str | None:
-    parts = [f"{name} {output.duration(seconds)}" for name, seconds in reached(found)]
+    parts = [f"{name} {duration_text(seconds)}" for name, seconds in reached(found)]
     if not parts or found is None:
         return None
-    total = f"{output.duration(found.total_s)} after {start_of(found)} = " if found.total_s is not None else ""
+    total = f"{duration_text(found.total_s)} after {start_of(found)} = " if found.total_s is not None else ""
     return total + " + ".join(parts)
 
 

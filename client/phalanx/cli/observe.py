@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from phalanx.cli import describe, output
-from phalanx.cli.failures import INVALID, CommandError
+from phalanx.cli import describe, options, output
 from phalanx.cli.output import Column
 from phalanx.cli.session import ArrayOrJobArgument, JobArgument, connected, is_array, job_id, job_or_array_id
 from phalanx.models import ArrayStatus, Event, Job, QueueItem
@@ -108,19 +107,12 @@ def jobs(
     output_as: output.Output = output.Format.TABLE,
 ) -> None:
     """List jobs, newest first."""
-    labels = dict(_label(text) for text in label or [])
+    labels = options.labels(label)
     with connected() as client:
         pages = client.jobs(tenant=tenant, state=state or (), name=name, labels=labels, array=array, limit=limit)
         output.items(islice(pages, limit), JOB_COLUMNS, output_as, empty="no jobs")
         if any(True for _ in pages):
             output.console(stderr=True).print(f"the newest {limit}; --limit shows more", style="dim")
-
-
-def _label(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise CommandError(f"--label is {text!r}: expected KEY=VALUE", exit_code=INVALID)
-    return key, value
 
 
 def show(job: ArrayOrJobArgument, output_as: output.Output = output.Format.TABLE) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from phalanx.recipes import catalog
 from phalanx.recipes.parse import RecipeError
+from phalanx.units import parse_size
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from phalanx_server.domain.array import Array, parse_indices
@@ -34,7 +35,6 @@ from phalanx_server.domain.health_spec import Health
 from phalanx_server.domain.job import priority_of
 from phalanx_server.domain.run_spec import Run
 from phalanx_server.domain.tenant import check_path
-from phalanx_server.domain.units import parse_size
 
 REPLICAS_MAX = 10_000
 GPUS_PER_REPLICA_MAX = 1_024
