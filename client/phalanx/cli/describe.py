@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -82,6 +83,11 @@ def after(job: Job) -> str | None:
 def deadline(job: Job) -> datetime | None:
     given = job.spec.get("deadline")
     return datetime.fromisoformat(given) if given else None
+
+
+def recipe(run: Mapping[str, Any]) -> str | None:
+    """`recipe lm {"model": …}`."""
+    return f"recipe {run['recipe']} {json.dumps(run.get('args') or {})}" if run.get("recipe") else None
 
 
 def environment(job: Job) -> str | None:
