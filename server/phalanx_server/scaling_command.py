@@ -41,7 +41,7 @@ def about() -> None:
 @scaling.command("fit")
 def fit(
     jobs: Annotated[
-        list[str] | None, typer.Argument(metavar="[JOB|ARRAY]…", help="Runs of the service, by id or name.")
+        list[str] | None, typer.Argument(metavar="JOB|ARRAY…", help="Runs of the service, by id or name.")
     ] = None,
     name: Annotated[list[str] | None, typer.Option(help="All jobs of this name; may be repeated.")] = None,
     label: Annotated[
@@ -151,8 +151,9 @@ def _of_file(path: Path) -> Runs:
 def _of_service(
     words: list[str], names: list[str], labels: list[str], tenant: str | None, metrics: Names, tail: float
 ) -> Runs:
+    wanted = _labels(labels)
     with session.connected() as client:
-        jobs = {job.id: job for job in _chosen(client, words, names, _labels(labels), tenant)}
+        jobs = {job.id: job for job in _chosen(client, words, names, wanted, tenant)}
         if len(jobs) > MOST_RUNS:
             raise CommandError(f"more than {MOST_RUNS} jobs fit: choose by --name or --label", exit_code=INVALID)
         return sorted_out(_run(client, job, metrics, tail) for job in jobs.values())

@@ -116,7 +116,9 @@ def doubts(runs: Sequence[Run], sample: Sample, fit: Fit, numbers: dict[str, Int
 def _about_data(sample: Sample) -> list[str]:
     found = []
     if len(sample) < FEW_RUNS:
-        found.append(f"{len(sample)} runs are few: a bootstrap over fewer than {FEW_RUNS} gives intervals too narrow")
+        found.append(
+            f"{len(sample)} runs are few: intervals of a bootstrap over fewer than {FEW_RUNS} may be too narrow"
+        )
     for what, values in (("parameters", sample.parameters), ("tokens", sample.tokens)):
         ratio = float(values.max() / values.min())
         if ratio < NARROW:

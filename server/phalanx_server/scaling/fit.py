@@ -1,6 +1,6 @@
-"""Fits the law to runs: approach 3 of Hoffmann et al. 2022 (https://arxiv.org/abs/2203.15556, section 3.3): Huber losses
-of the difference of log losses, the law as a log-sum-exp, many starts, L-BFGS. It owns the optimisation; it refuses to
-judge the data (`diagnosis`) and to say how sure the numbers are (`uncertainty`).
+"""Fits the law to runs, by approach 3 of Hoffmann et al. 2022 (https://arxiv.org/abs/2203.15556, section 3.3): Huber
+losses of differences of log losses, the law as a log-sum-exp, many starts, L-BFGS. It owns the optimisation; it refuses
+to judge the data (`diagnosis`) and to say how sure the numbers are (`uncertainty`).
 
 Two things are done otherwise, after Besiroglu et al. 2024 (https://arxiv.org/abs/2404.10102), who found that the
 paper's own fit had ended early: the Huber losses are summed, not averaged, so that the optimiser's tolerance does not

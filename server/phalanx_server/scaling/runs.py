@@ -1,5 +1,5 @@
-"""A finished training as the law sees it, and how runs are read from a CSV or JSON file. It owns which values a run must
-have; it refuses to know the service (`history`).
+"""A finished training as the law sees it, and how runs are read from a CSV or JSON file. It owns which values a run
+needs; it refuses to know the service (`history`).
 """
 
 import csv
@@ -58,6 +58,7 @@ Runs = tuple[list[Run], list[LeftOut]]
 
 def sample_of(runs: Iterable[Run]) -> Sample:
     """The three vectors of the fit."""
+    runs = list(runs)
     return Sample(*(np.array([getattr(run, name) for run in runs], dtype=float) for name in REQUIRED))
 
 

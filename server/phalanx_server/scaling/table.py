@@ -27,6 +27,8 @@ def show(found: Study, console: Console) -> None:
     for part in _answers(found):
         console.print()
         console.print(part)
+    if found.pace and (found.forecast or found.recommendation):
+        console.print(Text(f"GPU-hours: {found.pace.said}", style="dim"))
     console.print()
     console.print(_runs(found))
     for one in found.left_out:
@@ -55,22 +57,22 @@ def _law(found: Study) -> Table:
 
 def _answers(found: Study) -> Iterator[Table]:
     if found.forecast:
-        yield _answer("Planned run", found, found.forecast)
+        yield _answer("Planned run", found.forecast)
     if found.recommendation:
-        yield _answer("Best use of the budget", found, found.recommendation)
+        yield _answer("Best use of the budget", found.recommendation)
 
 
-def _answer(title: str, found: Study, one: Forecast | Recommendation) -> Table:
+def _answer(title: str, one: Forecast | Recommendation) -> Table:
     made = _table("", "VALUE", "LOW", "HIGH", title=title)
     for name, value in (("parameters", one.parameters), ("tokens", one.tokens), ("loss", one.loss)):
         made.add_row(name, *_cells(value))
     made.add_row("FLOPs", f"{one.flops:.3g}")
-    if one.gpu_hours is None:
-        made.add_row("GPU-hours", "unknown: give --gpu")
-    else:
-        made.add_row("GPU-hours", f"{one.gpu_hours:,.3g}" if one.gpu_hours < 1000 else f"{one.gpu_hours:,.0f}")
-        made.caption, made.caption_justify = f"GPU-hours: {found.pace.said}" if found.pace else None, "left"
+    made.add_row("GPU-hours", "give --gpu" if one.gpu_hours is None else _hours(one.gpu_hours))
     return made
+
+
+def _hours(gpu_hours: float) -> str:
+    return f"{gpu_hours:,.3g}" if gpu_hours < 1000 else f"{gpu_hours:,.0f}"
 
 
 def _cells(value: Any) -> list[str]:
