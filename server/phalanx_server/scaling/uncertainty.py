@@ -33,11 +33,13 @@ class Interval:
 @dataclass(frozen=True)
 class Ensemble:
     """Laws of resampled runs, and one residual for each (log of observed over fitted loss): together they say how
-    the loss of another run may come out."""
+    the loss of another run may come out. For `undetermined` of the laws no draw of runs determined one: they are that
+    of all runs."""
 
     laws: tuple[Law, ...]
     residuals: Vector
     level: float
+    undetermined: int = 0
 
     def interval(self, value: float, others: ArrayLike) -> Interval:
         """`value` with the percentiles of `others`, (resamples,)."""
@@ -67,17 +69,19 @@ def bootstrap(
 ) -> Ensemble:
     """Fits to `resamples` draws of runs; the same for the same seed. `usable` says whether a draw determines a law."""
     random = np.random.default_rng(seed)
-    laws = tuple(fit(_draw(sample, random, usable), near=[found.law], refined=0).law for _ in range(resamples))
+    draws = [_draw(sample, random, usable) for _ in range(resamples)]
+    laws = tuple(found.law if draw is None else fit(draw, near=[found.law], refined=0).law for draw in draws)
     spread = np.sqrt(len(sample) / max(1, len(sample) - FREE_NUMBERS))  # a fit is closer to its runs than to others
-    return Ensemble(laws, random.choice(found.residuals, size=resamples) * spread, level)
+    residuals = random.choice(found.residuals, size=resamples) * spread
+    return Ensemble(laws, residuals, level, undetermined=draws.count(None))
 
 
-def _draw(sample: Sample, random: np.random.Generator, usable: Callable[[Sample], bool]) -> Sample:
+def _draw(sample: Sample, random: np.random.Generator, usable: Callable[[Sample], bool]) -> Sample | None:
     for _ in range(DRAWS_PER_RESAMPLE):
         drawn = sample.take(random.integers(len(sample), size=len(sample)))
         if usable(drawn):
             return drawn
-    return sample
+    return None
 
 
 def numbers_of(law: Law, ensemble: Ensemble) -> dict[str, Interval]:
