@@ -12,7 +12,7 @@ import numpy as np
 
 from phalanx_server.scaling.fit import Fit, Sample, Vector
 from phalanx_server.scaling.runs import Run
-from phalanx_server.scaling.uncertainty import Ensemble, Interval, numbers_of
+from phalanx_server.scaling.uncertainty import FREE_NUMBERS, Ensemble, Interval, numbers_of
 
 FEWEST_RUNS = 5
 FEWEST_LEVELS = 3
@@ -23,7 +23,7 @@ FEW_RUNS = 15
 MOST_UNDETERMINED = 0.05
 NARROW = 8.0  # of N or D from the least to the most
 WIDE = 3.0  # of an exponent's interval from low to high
-OUTLIER = 6.0  # times the usual residual
+OUTLIER = 8.0  # times the usual residual
 SMALL_RESIDUAL = 0.005
 FAR = 10.0  # beyond the data, in compute
 
@@ -157,8 +157,8 @@ def _about_numbers(numbers: dict[str, Interval]) -> list[str]:
 
 
 def _outliers(runs: Sequence[Run], fit: Fit) -> list[str]:
-    size = np.abs(fit.residuals)
-    limit = max(SMALL_RESIDUAL, OUTLIER * 1.4826 * float(np.median(size)))
+    size = np.sort(np.abs(fit.residuals))[min(FREE_NUMBERS, len(runs) - 1) :]  # five runs may be met exactly
+    limit = max(SMALL_RESIDUAL, OUTLIER * float(np.median(size)))
     return [
         f"{run.name} is {100 * math.expm1(rest):+.1f} % off the law and hardly counts: did its training go well?"
         for run, rest in zip(runs, fit.residuals, strict=True)

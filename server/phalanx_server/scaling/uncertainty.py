@@ -1,10 +1,10 @@
 """How sure a fit is: a bootstrap over runs. It owns the resampling and the intervals; it refuses to know what they are
 of.
 
-Runs are drawn with replacement, as many as there are, and the law is fitted to each draw from the one found for all;
-an interval is between percentiles of the results. (Hoffmann et al. draw 80 % of the runs and give the 10th and 90th
-percentile; that is narrower. Besiroglu et al. 2024, https://arxiv.org/abs/2404.10102, found the intervals of that
-paper's approach 3 so narrow that 600,000 runs would be needed for them, where it had fewer than 500.)
+Runs are drawn with replacement, as many as there are, and the law is fitted to each draw; an interval is between
+percentiles of the results. (Hoffmann et al. draw 80 % of the runs and give the 10th and 90th percentile; that is
+narrower. Besiroglu et al. 2024, https://arxiv.org/abs/2404.10102, found the intervals of that paper's approach 3 so
+narrow that 600,000 runs would be needed for them, where it had fewer than 500.)
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from phalanx_server.scaling.law import Law
 DRAWS_PER_RESAMPLE = 20
 """A draw of too few distinct sizes is drawn again, at most so often."""
 FREE_NUMBERS = 5
+AROUND = (0.5, 1.0, 2.0)
+"""Exponents next to those found, as starts: the law of a draw may be another, with a term that all runs do not show."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def bootstrap(
     """Fits to `resamples` draws of runs; the same for the same seed. `usable` says whether a draw determines a law."""
     random = np.random.default_rng(seed)
     draws = [_draw(sample, random, usable) for _ in range(resamples)]
-    laws = tuple(found.law if draw is None else fit(draw, near=[found.law], refined=0).law for draw in draws)
+    laws = tuple(found.law if draw is None else _refit(draw, found.law) for draw in draws)
     spread = np.sqrt(len(sample) / max(1, len(sample) - FREE_NUMBERS))  # a fit is closer to its runs than to others
     residuals = random.choice(found.residuals, size=resamples) * spread
     return Ensemble(laws, residuals, level, undetermined=draws.count(None))
@@ -82,6 +84,11 @@ def _draw(sample: Sample, random: np.random.Generator, usable: Callable[[Sample]
         if usable(drawn):
             return drawn
     return None
+
+
+def _refit(draw: Sample, law: Law) -> Law:
+    grid = [(law.alpha * of_alpha, law.beta * of_beta) for of_alpha in AROUND for of_beta in AROUND]
+    return fit(draw, near=[law], grid=grid, refined=1).law
 
 
 def numbers_of(law: Law, ensemble: Ensemble) -> dict[str, Interval]:
