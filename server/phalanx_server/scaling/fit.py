@@ -23,7 +23,8 @@ Vector = NDArray[np.float64]
 HUBER_DELTA = 1e-3
 """Differences of log loss above it count linearly: the paper's value."""
 Exponents = tuple[float, float]
-GRID = tuple(product((0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), repeat=2))
+TRIED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
+GRID: tuple[Exponents, ...] = tuple(product(TRIED, TRIED))
 """Starts: alpha and beta; the other three numbers are then a linear problem. The paper's grid is over all
 five: 4,500 starts, none of which ends lower in our tests."""
 REFINED = 16
