@@ -39,7 +39,7 @@ def gang(ranks: int, body: Callable[[int], Any]) -> list[Any]:
             if codes and min(codes.values()) < 0:
                 for other in children:
                     os.kill(other, signal.SIGKILL)
-        assert max(codes.values()) <= 0, codes
+        assert min(codes.values()) < 0 or max(codes.values()) == 0, codes  # the peers of a killed one may fail
         paths = [Path(directory, f"{rank}.json") for rank in range(ranks)]
         return [json.loads(path.read_text()) if path.exists() else None for path in paths]
 

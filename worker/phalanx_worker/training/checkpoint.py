@@ -159,7 +159,7 @@ class Checkpointer:
         self._store.complete(manifest)
         url = self._store.url_of(step)
         self.last = Saved(step=step, url=url, bytes=manifest.bytes, took_s=time.perf_counter() - began)
-        self._register(url, step=step, bytes=manifest.bytes, **metrics)
+        self._register(url, **{**metrics, "step": step, "bytes": manifest.bytes})
         self._store.prune(self._config, newest=step)
 
     def _choose(self, before: int | None) -> Entry | None:

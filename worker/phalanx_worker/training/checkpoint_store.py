@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from phalanx.recipes.checkpoint import CheckpointConfig
 
 log = logging.getLogger("phalanx.training.checkpoint")
@@ -85,7 +86,7 @@ class Store:
     def __init__(self, url: str):
         self._system, self._root = url_to_fs(url)
         self._url = str(self._system.unstrip_protocol(self._root)) if "://" in url else self._root
-        self.is_local = "file" in self._system.protocol
+        self.is_local = isinstance(self._system, LocalFileSystem)
 
     def url_of(self, step: int) -> str:
         return f"{self._url.rstrip('/')}/{PREFIX}{step:09d}"

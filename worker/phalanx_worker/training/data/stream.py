@@ -164,15 +164,15 @@ class Stream:
         self._batches = None
 
     def _loader(self) -> DataLoader[Any]:
-        # Workers are forked, as is torch's way: they share what the source has mapped and start at once.
-        more = {"prefetch_factor": self._prefetch, "worker_init_fn": _calm} if self._workers else {}
+        # Workers are forked: they share what the source has mapped and start at once.
+        ahead = {"prefetch_factor": self._prefetch, "worker_init_fn": _calm, "multiprocessing_context": "fork"}
         return DataLoader(
             self._arranged,  # pyright: ignore[reportArgumentType]
             batch_sampler=_Batches(self._share, self.position),  # pyright: ignore[reportArgumentType]
             num_workers=self._workers,
             generator=torch.Generator(),  # its own: a loader that starts must not move on torch's random state
             pin_memory=self._device is not None and self._device.type == "cuda",
-            **more,
+            **(ahead if self._workers else {}),
         )
 
     def _placed(self, batch: Batch) -> Batch:
