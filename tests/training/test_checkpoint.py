@@ -102,6 +102,20 @@ def test_training_may_change_the_state_as_soon_as_save_returns(tmp_path):
     assert bool((fresh.tensor == 1).all())
 
 
+def test_a_copy_made_aside_is_of_the_state_as_it_was_if_staged_is_awaited(tmp_path):
+    job, numbers = Job(tmp_path), Numbers(1, size=3_000_000)
+    for step in (1, 2, 3):
+        numbers.tensor.fill_(step)
+        job.checkpointer.save(step, {"numbers": numbers}, wait=False)
+        job.checkpointer.staged()
+    numbers.tensor.zero_()
+    job.checkpointer.finish()
+    assert job.checkpointer.staged() < 0.01, "nothing is under way"
+    for step in (3, 2, 1):
+        assert Job(tmp_path).checkpointer.restore({"numbers": numbers}, before=step + 1) == step
+        assert bool((numbers.tensor == step).all())
+
+
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 4.0, 50: float("nan"), 60: 5.0}
     Job(tmp_path, keep_last=2, keep_best=2).save(*losses, losses=losses)

@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader  # wher
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 from torch.distributed.checkpoint.stateful import Stateful
 
 from phalanx_worker.training.checkpoint_store import CheckpointError, Entry, Manifest, Store, damage
@@ -34,7 +34,7 @@ from phalanx_worker.training.checkpoint_writer import CheckpointWriter, Sums
 
 log = logging.getLogger("phalanx.training.checkpoint")
 
-SAVE_TIMEOUT = timedelta(hours=1)  # a rank's share may take its time, and training goes on meanwhile
+SAVE_TIMEOUT = timedelta(minutes=30)  # a rank's share may take its time, and training goes on meanwhile
 
 State = Mapping[str, Stateful]
 _Value = TypeVar("_Value")
@@ -81,13 +81,17 @@ class Checkpointer:
         self._group = _own_group()
         self._rank = dist.get_rank(self._group) if self._group else 0
         self._stager = _stager()
-        self._pending: tuple[int, Future[Any]] | None = None
+        self._pending: tuple[int, AsyncSaveResponse] | None = None
         self._newest: int | None = None  # the step that was saved or restored last
 
-    def save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None) -> float:
+    def save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None, wait: bool = True) -> float:
         """Save the state as of `step`; how many seconds this thread was held: for a copy to the CPU, and for the save
         before where that is still being written. `metrics` decide which checkpoints are the best. Saving the same step
-        again does nothing."""
+        again does nothing.
+
+        Without `wait` the copy too is made aside, and the caller calls `staged()` before anything of the state
+        changes: for most models before the next optimizer step, but a batch norm changes with the forward pass.
+        """
         began = time.perf_counter()
         if step != self._newest:
             self._settle()
@@ -95,9 +99,15 @@ class Checkpointer:
             self._start(step, state, dict(metrics or {}))
             if not self._config.asynchronous:
                 self._settle()
-        stall_s = time.perf_counter() - began
-        self.stall_s += stall_s
-        return stall_s
+            elif wait:
+                self._await_copy()
+        return self._held(began)
+
+    def staged(self) -> float:
+        """Wait until the state is copied and may change; how many seconds this thread was held."""
+        began = time.perf_counter()
+        self._await_copy()
+        return self._held(began)
 
     def restore(self, state: State, *, before: int | None = None) -> int | None:
         """Load the newest complete and undamaged checkpoint (older than step `before`, to go back) into the state; its
@@ -134,21 +144,32 @@ class Checkpointer:
             clear=partial(self._store.clear, step),
             complete=partial(self._complete, step, metrics, time.perf_counter()),
         )
-        future = async_save(
+        if torch.accelerator.is_available():
+            torch.accelerator.current_stream().synchronize()  # the copy is made on a stream that does not wait for it
+        saving = async_save(
             cast(dict[str, Any], dict(state)),
             storage_writer=writer,
             process_group=self._group,
             async_stager=self._stager,
         )
-        self._pending = (step, cast(Future[Any], future))
+        self._pending = (step, cast(AsyncSaveResponse, saving))
+
+    def _await_copy(self) -> None:
+        if self._pending is not None:
+            wait_for([self._pending[1].staging_completion])  # if it failed, so does the save
+
+    def _held(self, began: float) -> float:
+        stall_s = time.perf_counter() - began
+        self.stall_s += stall_s
+        return stall_s
 
     def _settle(self) -> None:
         """Wait for the save that is under way, if any."""
         if self._pending is None:
             return
-        (step, future), self._pending = self._pending, None
+        (step, saving), self._pending = self._pending, None
         try:
-            future.result()
+            saving.upload_completion.result()
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             self.failures += 1
             log.error("the checkpoint of step %d could not be saved, training goes on: %s", step, _reason(error))
@@ -250,10 +271,10 @@ def _own_group() -> dist.ProcessGroup | None:
 
 
 def _stager() -> DefaultStager:
-    """Copies the state to the CPU, to the same memory each time; on CUDA through pinned memory."""
+    """Copies the state to the CPU in a thread, to the same memory each time; on CUDA to pinned memory."""
     cuda = torch.cuda.is_available()
     return DefaultStager(
         StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
         )
     )
