@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,3 +220,31 @@ def test_what_was_not_prepared_to_the_end_is_prepared_anew(tmp_path):
     with pytest.raises(OSError, match="full"):
         prepared("name", fail, cache=str(tmp_path))
     assert prepared("name", lambda stream: stream.write(b"whole"), cache=str(tmp_path)).read_bytes() == b"whole"
+
+
+def test_worker_processes_die_with_their_rank():
+    ready, its_end = os.pipe()
+    rank = os.fork()
+    if not rank:
+        try:
+            stream = open_numbers(size=30, batch=4, workers=2)
+            next(stream)
+            os.write(its_end, " ".join(str(worker.pid) for worker in multiprocessing.active_children()).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(its_end)
+    workers = [int(pid) for pid in os.read(ready, 100).split()]
+    os.kill(rank, signal.SIGKILL)
+    os.waitpid(rank, 0)
+    deadline = time.monotonic() + 5
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(workers) == 2 and not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
