@@ -24,12 +24,15 @@ def test_another_layout_and_world_size_go_on_from_the_same_tensors(tmp_path):
 
 
 def test_a_process_killed_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path):
-    check_crashes(run("crashes", tmp_path, 1, 5))
+    check_crashes(run("crashes", tmp_path, 1, 9))
 
 
-@pytest.mark.slow
-def test_either_of_two_ranks_killed_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path):
-    check_crashes(run("crashes", tmp_path, 2, 1))
+EVERY = [pytest.mark.slow, pytest.mark.full]
+
+
+@pytest.mark.parametrize("stride", [pytest.param(4, marks=pytest.mark.slow), pytest.param(1, marks=EVERY)])
+def test_either_of_two_ranks_killed_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path, stride):
+    check_crashes(run("crashes", tmp_path, 2, stride))
 
 
 def check_crashes(answers):
