@@ -17,11 +17,12 @@ import torch.distributed as dist
 from phalanx.recipes.lm import Train
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.precision import Precision
+from torch import Tensor
+
 from phalanx_worker.training.optim import clip, divide, global_norm, make_optimizer, set_rate
 from phalanx_worker.training.parallel.layout import Layout
 from phalanx_worker.training.precision import LossScale
 from phalanx_worker.training.state import ModelState, OptimizerState
-from torch import Tensor
 
 Batch = Mapping[str, Tensor]
 
@@ -126,8 +127,8 @@ def _step(trainer: Trainer, step: int) -> tuple[Facts, bool]:
     own_loss = layout.run(batch, loss_scale=scale)
     norm = global_norm(layout.parameters(), layout.world.group("pipeline")) / scale
     loss, stop = _agree(own_loss, phalanx.should_stop(), layout.world.device)
-    wanted = all([watcher.after_backward(step, loss, norm) for watcher in trainer.watchers])
-    updated = _update(trainer, norm=norm, scale=scale, wanted=wanted)
+    answers = [watcher.after_backward(step, loss, norm) for watcher in trainer.watchers]  # all are asked
+    updated = _update(trainer, norm=norm, scale=scale, wanted=all(answers))
     if layout.outer:
         layout.outer.after(step)
     took = time.perf_counter() - began

@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.precision import Precision
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
 from phalanx_worker.training.mesh import World, uses_fully_shard
 from phalanx_worker.training.parallel import pipeline, recompute, replicas, sharding, tensor
 from phalanx_worker.training.parallel.local import Outer
 from phalanx_worker.training.precision import use_autocast
 from phalanx_worker.training.task import Task
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 
 class Layout:

@@ -10,6 +10,8 @@ from functools import partial
 
 import torch.nn.functional as F
 from phalanx.recipes.lm import LmConfig, LmModel
+from torch import Tensor, nn
+
 from phalanx_worker.training import precision
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
@@ -17,7 +19,6 @@ from phalanx_worker.training.models.transformer import Transformer, split, start
 from phalanx_worker.training.parallel.layout import lay_out
 from phalanx_worker.training.parallel.tensor import transformer_plan
 from phalanx_worker.training.task import Task
-from torch import Tensor, nn
 
 
 def lm_task(shape: LmModel) -> Task:
