@@ -18,7 +18,7 @@ from typing import Any
 MODEL = {"vocabulary": 64, "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "hidden": 64}
 CASE = {
     "model": MODEL,
-    "data": {"seq_len": 16},
+    "data": {"seq_len": 16, "paths": ["unread"]},  # `Batches` instead
     "train": {"steps": 8, "global_batch": 16, "seed": 7},
     "optim": {"lr": 5e-3, "schedule": {"shape": "cosine", "warmup": 2}, "clip": 0.5},
     "device": "cpu",
@@ -101,7 +101,7 @@ class Kept:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], *, metrics: dict[str, float]) -> None:
         import torch.distributed.checkpoint as dcp
 
         dcp.save({**state, "step": Step(step)}, checkpoint_id=self.directory)
@@ -157,7 +157,7 @@ def run_part(args: dict[str, Any], directory: Path) -> dict[str, Any]:
     except RecipeError as error:
         return {"error": str(error), "loss": [], "took_s": 0.0, "own_bytes": 0}
     stream = Batches(config, rank=world.batch_rank, ways=config.parallel.batch_ways)
-    trainer = make(config, world, stream, Kept(directory) if "then" in args else None)
+    trainer = make(config, world, batches=stream, checkpointer=Kept(directory) if "then" in args else None)
     curve = Curve()
     trainer.watchers = [curve]
     phalanx.should_stop = lambda: len(curve.facts) + 1 == stop_at  # asked while step `stop_at` goes on

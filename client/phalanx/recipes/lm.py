@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from phalanx.recipes.data import DataConfig
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
 from phalanx.recipes.parse import RecipeError, demand
@@ -63,16 +64,6 @@ class LmModel:
 
 
 @dataclass(frozen=True)
-class LmData:
-    """Windows of `seq_len` tokens."""
-
-    seq_len: int = 256
-
-    def __post_init__(self) -> None:
-        demand(self.seq_len >= 1, "seq_len", self.seq_len, "is not positive; use 1 or more")
-
-
-@dataclass(frozen=True)
 class Train:
     """How long, on how much at a time. `global_batch` is in sequences over all ranks, whatever the layout; each rank
     takes its share in `accumulate` parts that are summed before gradients are exchanged."""
@@ -82,21 +73,19 @@ class Train:
     accumulate: int = 1
     seed: int = 0
     report_every: int = 1
-    checkpoint_every: int = 0  # steps; 0: at the end and when asked to stop
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "accumulate", "report_every"):
             demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
-        demand(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "is negative; use 0 or more")
 
 
 @dataclass(frozen=True)
 class LmConfig:
     """What `run: {recipe: lm, args: …}` holds. `device` auto is a GPU where every rank of the node has one."""
 
+    data: DataConfig
     model: LmModel = field(default_factory=LmModel)
     train: Train = field(default_factory=Train)
-    data: LmData = field(default_factory=LmData)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     optim: Optim = field(default_factory=Optim)

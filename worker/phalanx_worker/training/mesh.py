@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from phalanx.recipes.parallel import AXES, Parallel
 from phalanx.recipes.parse import RecipeError
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]  (public, says its docstring)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -64,11 +65,10 @@ def uses_fully_shard(parallel: Parallel) -> bool:
 def make_world(parallel: Parallel, device: torch.device) -> World:
     """The world of an initialised default process group. Raises RecipeError for what the device cannot do."""
     _check_device(parallel, device)
-    names = [name for name, size in zip(AXES, parallel.sizes, strict=True) if size > 1]
-    if uses_fully_shard(parallel) and "shard" not in names:
-        names = [name for name in AXES if name in names or name == "shard"]
-    sizes = dict(zip(AXES, parallel.sizes, strict=True))
-    mesh = init_device_mesh(device.type, tuple(sizes[n] for n in names), mesh_dim_names=tuple(names)) if names else None
+    axes = zip(AXES, parallel.sizes, strict=True)
+    sharded = uses_fully_shard(parallel)
+    sizes = {axis: size for axis, size in axes if size > 1 or (axis == "shard" and sharded)}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None
     return World(device=device, parallel=parallel, mesh=mesh)
 
 
@@ -100,7 +100,7 @@ def process_group(device: torch.device) -> Iterator[int]:
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_index(device))
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield dist.get_world_size()
     finally:
