@@ -77,8 +77,7 @@ def test_a_configuration_survives_being_written_down():
         ({"optim": {"lr": "fast"}}, "optim.lr = 'fast' is not a number; write a number"),
         (
             {"parallel": {"compress": "bf16", "shard": 2}},
-            "parallel.compress = 'bf16' works with plain replicas (DDP) only; "
-            "use compress = none, or shard = 1, tensor = 1 and offload = false",
+            "parallel.compress = 'bf16' works with plain replicas (DDP) only; use compress = none, or data alone",
         ),
     ],
 )

@@ -127,7 +127,7 @@ def check_optim(optim: Optim, parallel: Parallel) -> None:
     """Whether the optimizer can take parameters as the layout leaves them: adafactor (torch 2.13) and lamb
     (pytorch-optimizer 4.1) need whole ones. Raises `RecipeError`."""
     if optim.name in ("adafactor", "lamb") and not parallel.whole_parameters:
-        text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or shard = 1, tensor = 1 and no offload"
+        text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or data alone in parallel"
         raise RecipeError("optim.name", text)
 
 

@@ -70,7 +70,7 @@ class Parallel:
             self.compress == "none" or self.whole_parameters,
             "compress",
             self.compress,
-            "works with plain replicas (DDP) only; use compress = none, or shard = 1, tensor = 1 and offload = false",
+            "works with plain replicas (DDP) only; use compress = none, or data alone",
         )
         demand(
             not self.local.every or self.compress == "none",
@@ -80,9 +80,17 @@ class Parallel:
         )
 
     @property
+    def fully_sharded(self) -> bool:
+        """Whether shards and replicas go through FSDP2. Replicas do so too where DDP cannot carry them: it takes no
+        tensor-parallel parameters (DTensors) and no offload, and under an interleaved pipeline it loses count of its
+        buckets (torch 2.13)."""
+        replicas = self.data not in (1, "auto") and not self.local.every
+        return self.shard > 1 or self.offload or (replicas and (self.tensor > 1 or self.pipeline > 1))
+
+    @property
     def whole_parameters(self) -> bool:
-        """Whether each parameter lies whole on the ranks that have it: neither sharded, nor cut, nor offloaded."""
-        return self.shard == 1 and self.tensor == 1 and not self.offload
+        """Whether parameters are plain tensors: neither sharded nor cut."""
+        return not self.fully_sharded and self.tensor == 1
 
     @property
     def batch_ways(self) -> int:

@@ -55,19 +55,11 @@ class World:
         return (self.mesh.mesh_dim_names or ()) if self.mesh else ()
 
 
-def uses_fully_shard(parallel: Parallel) -> bool:
-    """Whether replicas and shards go through FSDP2. Plain replicas do so too where DDP cannot carry them: it does not
-    take tensor-parallel parameters (DTensors), nor offload."""
-    synchronous = parallel.data != 1 and not parallel.local.every
-    return parallel.shard > 1 or parallel.offload or (synchronous and parallel.tensor > 1)
-
-
 def make_world(parallel: Parallel, device: torch.device) -> World:
     """The world of an initialised default process group. Raises RecipeError for what the device cannot do."""
     _check_device(parallel, device)
     axes = zip(AXES, parallel.sizes, strict=True)
-    sharded = uses_fully_shard(parallel)
-    sizes = {axis: size for axis, size in axes if size > 1 or (axis == "shard" and sharded)}
+    sizes = {axis: size for axis, size in axes if size > 1 or (axis == "shard" and parallel.fully_sharded)}
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None
     return World(device=device, parallel=parallel, mesh=mesh)
 

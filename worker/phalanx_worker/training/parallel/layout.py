@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from phalanx_worker.training.mesh import World, uses_fully_shard
+from phalanx_worker.training.mesh import World
 from phalanx_worker.training.parallel import pipeline, recompute, replicas, sharding, tensor
 from phalanx_worker.training.parallel.local import Outer
 from phalanx_worker.training.precision import use_autocast
@@ -101,7 +101,7 @@ def lay_out(task: Task, world: World, precision: Precision, *, seed: int, accumu
             assert mesh is not None
             tensor.cut(module, mesh["tensor"], _plan(task, module))
         recompute.recompute_blocks(blocks, parallel.recompute)
-        if uses_fully_shard(parallel):
+        if parallel.fully_sharded:
             assert world.sharding_mesh is not None
             sharding.shard(module, blocks, world.sharding_mesh, parallel=parallel, precision=precision)
         else:
@@ -137,7 +137,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 def _replicated(module: nn.Module, world: World) -> nn.Module:
     group = world.group("data")
-    if group is None or uses_fully_shard(world.parallel) or world.parallel.local.every:
+    if group is None or world.parallel.fully_sharded or world.parallel.local.every:
         return module
     return replicas.replicate(module, group, world.parallel)
 

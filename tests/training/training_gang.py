@@ -1,4 +1,4 @@
-"""Runs training cases on a gang of real processes (gloo, CPU): `python gang.py RANKS < cases.json > curves.json`.
+"""Runs training cases on a gang of real processes (gloo, CPU): `python training_gang.py RANKS < cases.json`.
 
 One start serves many cases: torch is imported once, the ranks are forked, and each case gets its own mesh. A case is
 the arguments of the `lm` recipe; its curve is what every rank saw.
