@@ -97,12 +97,6 @@ def test_rotation_keeps_lengths_and_makes_products_depend_on_the_distance():
     assert products[3, 0] == pytest.approx(products[5, 2], abs=1e-4)
 
 
-def test_positions_can_be_given():
-    model, tokens = whole(), torch.arange(8)[None]
-    shifted = model(tokens, torch.arange(8) + 3)
-    assert torch.allclose(model(tokens), shifted, atol=1e-5), "only distances matter"
-
-
 def test_stages_in_a_row_are_the_whole_model():
     model = whole()
     first = Transformer(model.shape, layers=[0], predicts=False)

@@ -92,7 +92,7 @@ def test_a_missing_value_and_a_bare_word_are_named():
 
 
 def test_data_fills_what_the_other_sizes_leave():
-    assert Parallel(tensor=2, shard=2).filled(8).sizes == (1, 2, 2, 1, 2)
+    assert Parallel(tensor=2, shard=2).filled(8).sizes == (1, 2, 2, 2)
     assert Parallel(data=1, pipeline=2).filled(2).data == 1
 
 
@@ -131,7 +131,7 @@ def test_data_fills_what_the_other_sizes_leave():
         (
             {"data": {"seq_len": 255}, "parallel": {"tensor": 2}},
             2,
-            "data.seq_len = 255 is not a multiple of parallel.tensor × parallel.context = 2; "
+            "data.seq_len = 255 is not a multiple of parallel.tensor × 2 · parallel.context = 2; "
             "each of their ranks holds an equal part of every sequence",
         ),
     ],

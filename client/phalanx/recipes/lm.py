@@ -106,8 +106,9 @@ def check_sizes(model: LmModel, parallel: Parallel, seq_len: int) -> None:
     tensor = parallel.tensor
     for name in ("heads", "key_heads", "feed_width", "vocabulary"):
         _divides(tensor, getattr(model, name), f"model.{_FIELDS.get(name, name)}")
-    if seq_len % (tensor * parallel.context):
-        text = f"= {seq_len} is not a multiple of parallel.tensor × parallel.context = {tensor * parallel.context}"
+    parts = tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    if seq_len % parts:
+        text = f"= {seq_len} is not a multiple of parallel.tensor × 2 · parallel.context = {parts}"
         raise RecipeError("data.seq_len", f"{text}; each of their ranks holds an equal part of every sequence")
     if model.layers < parallel.stages:
         text = f"= {model.layers} are fewer than the pipeline's {parallel.stages} stages"

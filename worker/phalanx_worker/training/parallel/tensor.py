@@ -44,7 +44,7 @@ def _block_plan() -> dict[str, ParallelStyle]:
     whole = (Replicate(),)
     return {
         "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(input_layouts=(SEQUENCE, None), desired_input_layouts=(*whole, None)),
+        "attention": PrepareModuleInput(input_layouts=(SEQUENCE,), desired_input_layouts=whole),
         "attention.query": ColwiseParallel(),
         "attention.key": ColwiseParallel(),
         "attention.value": ColwiseParallel(),
