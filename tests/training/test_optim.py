@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layout_cases import PIPELINE
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parse import RecipeError, parse
 from phalanx_worker.training.optim import clip, divide, global_norm, make_optimizer, set_rate
@@ -10,7 +11,6 @@ from training_gang import case
 
 NAMES = ("adamw", "adafactor", "sgd", "lamb")
 SHARDED = {"shard": 2}
-PIPELINE = {"pipeline": 2, "microbatches": 4}
 TWO = {
     "sgd FSDP2": case(optim={"name": "sgd", "lr": 0.3}, parallel=SHARDED),
     "sgd pipeline": case(optim={"name": "sgd", "lr": 0.3}, parallel=PIPELINE),

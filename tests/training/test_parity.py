@@ -6,25 +6,11 @@ would show in the next loss.
 """
 
 import pytest
+from layout_cases import FAST, INTERLEAVED, LAYOUTS, ONE, PIPELINE
 from training_gang import case
 
 LOSS = 2e-6
 NORM = 2e-5
-
-PIPELINE = {"pipeline": 2, "microbatches": 4}
-INTERLEAVED = {**PIPELINE, "schedule": "interleaved"}
-
-ONE = {"one rank": case()}
-
-TWO = {
-    "DDP": case(parallel={"data": 2}),
-    "DDP, gradients accumulated": case(parallel={"data": 2}, train={"accumulate": 2}),
-    "FSDP2": case(parallel={"shard": 2}),
-    "tensor": case(parallel={"tensor": 2}),
-    "pipeline, GPipe": case(parallel={**PIPELINE, "schedule": "gpipe"}),
-    "pipeline, 1F1B": case(parallel=PIPELINE),
-    "pipeline, interleaved": case(parallel=INTERLEAVED),
-}
 
 FOUR = {
     "DDP": case(parallel={"data": 4}),
@@ -41,6 +27,11 @@ FOUR = {
     "shard × pipeline": case(parallel={"shard": 2, **PIPELINE}),
     "shard × pipeline, interleaved": case(parallel={"shard": 2, **INTERLEAVED}),
     "tensor × pipeline": case(parallel={"tensor": 2, **PIPELINE}),
+    "context": case(parallel={"context": 4}),
+    "data × context": case(parallel={"data": 2, "context": 2}),
+    "shard × context": case(parallel={"shard": 2, "context": 2}),
+    "tensor × context": case(parallel={"tensor": 2, "context": 2}),
+    "pipeline × context": case(parallel={**PIPELINE, "context": 2}),
 }
 
 DEEP = {"layers": 8}
@@ -63,6 +54,8 @@ EIGHT = {
     "data × tensor × pipeline": case(model=DEEP, parallel={"data": 2, "tensor": 2, **PIPELINE}),
     "shard × tensor × pipeline": case(model=DEEP, parallel={"shard": 2, "tensor": 2, **PIPELINE}),
     "shard × tensor × pipeline, interleaved": case(model=DEEP, parallel={"shard": 2, "tensor": 2, **INTERLEAVED}),
+    "data × shard × context": case(model=DEEP, parallel={"data": 2, "shard": 2, "context": 2}),
+    "tensor × pipeline × context": case(model=DEEP, parallel={"tensor": 2, "context": 2, **PIPELINE}),
 }
 
 
@@ -77,9 +70,9 @@ def test_a_single_rank_learns(computed):
     assert min(one["grad_norm"]) > 0.5, "clipping at 0.5 acts in every step"
 
 
-@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_as_one_does(computed, layout):
-    assert_same(computed(TWO, ranks=2)[layout], computed(ONE, ranks=1)["one rank"])
+    assert_same(computed(FAST, ranks=2)[layout], computed(ONE, ranks=1)["one rank"])
 
 
 @pytest.mark.slow
@@ -95,7 +88,7 @@ def test_eight_ranks_train_as_one_does(computed, layout):
 
 
 def test_ranks_hold_their_part_of_the_parameters(computed):
-    whole = computed(TWO, ranks=2)["DDP"]["own_bytes"][0]
+    whole = computed(FAST, ranks=2)["DDP"]["own_bytes"][0]
     for layout in ("FSDP2", "tensor", "pipeline, 1F1B"):
-        own = computed(TWO, ranks=2)[layout]["own_bytes"]
+        own = computed(FAST, ranks=2)[layout]["own_bytes"]
         assert max(own) < 0.52 * whole, layout

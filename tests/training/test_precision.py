@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layout_cases import INTERLEAVED, ONE
 from phalanx.recipes.lm import LmModel
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.parse import RecipeError
@@ -17,7 +18,7 @@ LAYOUTS = {
     "DDP": {},
     "FSDP2": {"shard": 2},
     "tensor": {"tensor": 2},
-    "pipeline": {"pipeline": 2, "microbatches": 4, "schedule": "interleaved"},
+    "pipeline": INTERLEAVED,
 }
 SLOW = {
     **{f"{compute} {name}": case(precision={"compute": compute}, parallel=layout) for compute in ("bf16", "fp16")
@@ -25,7 +26,6 @@ SLOW = {
     "overflow": case(precision={"compute": "fp16", "loss_scale": 2.0**40}),
     "overflow, pipeline": case(precision={"compute": "fp16", "loss_scale": 2.0**40}, parallel=LAYOUTS["pipeline"]),
 }  # fmt: skip
-ONE = {"one rank": case()}
 
 
 @pytest.mark.slow

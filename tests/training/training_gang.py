@@ -35,7 +35,7 @@ def _over(base: Any, fields: Any) -> Any:
     return {**base, **fields} if isinstance(base, dict) else fields
 
 
-def curves(cases: list[dict[str, Any]], *, ranks: int, timeout_s: float = 240) -> list[dict[str, Any]]:
+def curves(cases: list[dict[str, Any]], *, ranks: int) -> list[dict[str, Any]]:
     """What became of each case on a gang of so many ranks: `loss` and `grad_norm` per step, or `error`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
@@ -43,7 +43,7 @@ def curves(cases: list[dict[str, Any]], *, ranks: int, timeout_s: float = 240) -
         input=json.dumps(cases),
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=120 + 60 * ranks,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
