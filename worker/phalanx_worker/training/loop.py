@@ -17,11 +17,12 @@ import torch.distributed as dist
 from phalanx.recipes.lm import Train
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.precision import Precision
+from torch import Tensor
+
 from phalanx_worker.training.optim import clip, divide, global_norm, make_optimizer, set_rate
 from phalanx_worker.training.parallel.layout import Layout
 from phalanx_worker.training.precision import LossScale
 from phalanx_worker.training.state import ModelState, OptimizerState
-from torch import Tensor
 
 Batch = Mapping[str, Tensor]
 
@@ -35,7 +36,7 @@ class Stateful(Protocol):
 class Checkpointer(Protocol):
     """Keeps the training state; every rank calls each method at the same step."""
 
-    def save(self, step: int, state: dict[str, Stateful]) -> None: ...
+    def save(self, step: int, state: dict[str, Stateful], *, metrics: Mapping[str, float]) -> object: ...
 
     def restore(self, state: dict[str, Stateful]) -> int | None: ...
 
@@ -77,6 +78,7 @@ class Trainer:
     precision: Precision
     watchers: Sequence[Watcher] = ()
     checkpointer: Checkpointer | None = None
+    checkpoint_every: int = 0  # steps; 0: at the end and when asked to stop
     per_step: Mapping[str, int] = field(default_factory=dict)  # what a step consumes, to report: {"tokens": 65536}
 
     def __post_init__(self) -> None:
@@ -105,8 +107,8 @@ def train(trainer: Trainer) -> Facts | None:
             watcher.after_step(facts)
         if step % trainer.train.report_every == 0 or step == trainer.train.steps:
             _report(trainer, facts)
-        if stop or step == trainer.train.steps or _is_due(step, trainer.train.checkpoint_every):
-            _keep(trainer, step)
+        if stop or step == trainer.train.steps or _is_due(step, trainer.checkpoint_every):
+            _keep(trainer, facts)
         if stop:
             break
     if trainer.checkpointer:
@@ -126,8 +128,8 @@ def _step(trainer: Trainer, step: int) -> tuple[Facts, bool]:
     own_loss = layout.run(batch, loss_scale=scale)
     norm = global_norm(layout.parameters(), layout.world.group("pipeline")) / scale
     loss, stop = _agree(own_loss, phalanx.should_stop(), layout.world.device)
-    wanted = all([watcher.after_backward(step, loss, norm) for watcher in trainer.watchers])
-    updated = _update(trainer, norm=norm, scale=scale, wanted=wanted)
+    answers = [watcher.after_backward(step, loss, norm) for watcher in trainer.watchers]  # all are asked
+    updated = _update(trainer, norm=norm, scale=scale, wanted=all(answers))
     if layout.outer:
         layout.outer.after(step)
     took = time.perf_counter() - began
@@ -166,9 +168,9 @@ def _resume(trainer: Trainer) -> int:
     return (trainer.checkpointer.restore(trainer.state()) or 0) if trainer.checkpointer else 0
 
 
-def _keep(trainer: Trainer, step: int) -> None:
+def _keep(trainer: Trainer, facts: Facts) -> None:
     if trainer.checkpointer:
-        trainer.checkpointer.save(step, trainer.state())
+        trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
 
 
 def _is_due(step: int, every: int) -> bool:
