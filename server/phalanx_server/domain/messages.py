@@ -165,6 +165,12 @@ class Launch(Message):
     shm_bytes: int = 0
 
 
+class ProfileRequest(Message):
+    profile_id: str
+    steps: int
+    ranks: list[int]
+
+
 class DesiredAttempt(Message):
     attempt_id: str
     job_id: str
@@ -179,6 +185,7 @@ class DesiredAttempt(Message):
     launch: Launch
     started: bool = False
     traceparent: str | None = None
+    profiles: list[ProfileRequest] = []
 
 
 class Desired(Message):

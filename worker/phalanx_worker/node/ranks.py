@@ -44,12 +44,13 @@ _SWEEP_EVERY_S = 0.05
 class GroupEvents:
     """`put` takes everything for the server; `changed` is called after each change of `Group.state` or exits;
     `collect` brings the files that the ranks of a group left to the server; `flush` waits (briefly) until what was put
-    is delivered."""
+    is delivered; `profile` sees what ranks say of profiles."""
 
     put: Callable[[LogChunk | MetricPoint | Mark], None]
     changed: Callable[[], None]
     collect: Callable[[Group], Awaitable[None]]
     flush: Callable[[], Any]
+    profile: Callable[[Group, Mark], None]
 
 
 class Group:
@@ -60,6 +61,7 @@ class Group:
     ):
         self.order = order
         self.places = places
+        self.launch = launch
         self.confinement = confinement
         self.state = "running"
         self.first_failed_rank: int | None = None
@@ -68,7 +70,6 @@ class Group:
         self.offence: Offence | None = None
         self.delivered = False  # it has ended, and all that it left behind has reached the server
         self.ended = asyncio.Event()
-        self._launch = launch
         self._events = events
         self._stopping = False
         self._killed = False  # by whoever wants nothing more of it
@@ -83,6 +84,10 @@ class Group:
     @property
     def key(self) -> tuple[str, int]:
         return (self.order.attempt_id, self.order.epoch)
+
+    @property
+    def ranks(self) -> set[int]:
+        return set(self._records)
 
     @property
     def exits(self) -> list[RankExit]:
@@ -163,8 +168,8 @@ class Group:
             node=self.order.group.node,
             pid=started["pid"],
             started_at=started["at"],
-            warm=self._launch.warm,
-            cold_reason=self._launch.cold_reason,
+            warm=self.launch.warm,
+            cold_reason=self.launch.cold_reason,
         )
 
     async def _abandon(self) -> None:
@@ -226,8 +231,15 @@ class Group:
         self._tell({"op": "ping", "fence_s": fence_s})
 
     def note(self, kind: str, data: dict[str, Any]) -> None:
-        rank = self.order.group.first_rank
+        self.say(self.order.group.first_rank, kind, data)
+
+    def say(self, rank: int, kind: str, data: dict[str, Any]) -> None:
+        """A mark of the node's own, in the name of a rank."""
         self._events.put(Mark(*self.key, rank=rank, kind=kind, at=time.time(), data=data))
+
+    def tell(self, rank: int, message: dict[str, Any]) -> bool:
+        """Say something to a rank; whether it could be."""
+        return self._records[rank].exit is None and self._records[rank].reports.tell(message)
 
     async def dismiss(self) -> None:
         """Let the guardian go, which may still host the store; ranks that still run are killed."""
@@ -378,3 +390,5 @@ class Group:
     def _on_mark(self, mark: Mark) -> None:
         if mark.kind == "finished":
             self._records[mark.rank].finished = True
+        elif mark.kind == "profile":
+            self._events.profile(self, mark)

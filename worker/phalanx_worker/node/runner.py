@@ -41,6 +41,9 @@ class NodeRunner:
     async def stop_group(self, attempt_id: str, grace_s: float) -> None:
         await self._service().stop_group(attempt_id, grace_s)
 
+    async def profile_group(self, attempt_id: str, request: dict[str, Any]) -> None:
+        await self._service().profile_group(attempt_id, request)
+
     async def kill_group(self, attempt_id: str) -> None:
         await self._service().kill_group(attempt_id)
 

@@ -11,7 +11,7 @@ import sys
 
 _STARTUP_MODULES = frozenset(sys.modules)
 
-from phalanx_worker.runtime import marks, process_groups, script  # noqa: E402
+from phalanx_worker.runtime import marks, process_groups, profiles, script  # noqa: E402
 
 # The first statement takes away the directory that `-c` puts on the path, before it can shadow anything of ours.
 _BOOTSTRAP = "import sys; sys.flags.safe_path or sys.path.pop(0); from phalanx_worker.runtime.cold import main; main()"
@@ -20,6 +20,10 @@ _BOOTSTRAP = "import sys; sys.flags.safe_path or sys.path.pop(0); from phalanx_w
 def command_line(python: str, flags: list[str], kind: str, argv: list[str]) -> list[str]:
     """What to execute for `python [flags] [-m] argv…`; `kind` is `script` or `module`."""
     return [python, *flags, "-c", _BOOTSTRAP, python, kind, *argv]
+
+
+def is_command_line(argv: list[str]) -> bool:
+    return _BOOTSTRAP in argv
 
 
 def main() -> None:
@@ -32,4 +36,5 @@ def main() -> None:
 
 def _install() -> None:
     marks.install()
+    profiles.install()
     process_groups.install()
