@@ -41,6 +41,7 @@ from phalanx_server.api import (
     outputs,
     plan,
     policy,
+    profiles,
     queue,
     quotas,
     tenants,
@@ -64,8 +65,20 @@ from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-OF_JOBS = (jobs, arrays, events, explain, logs, outputs, metrics, queue, plan, calibration, bundles, environments)
-RESOURCES = (*OF_JOBS, nodes, maintenance, tenants, quotas, policy, tokens, clusters)
+OF_JOBS = (jobs, arrays, events, explain, logs, outputs, profiles, metrics, queue, plan)
+RESOURCES = (
+    *OF_JOBS,
+    calibration,
+    bundles,
+    environments,
+    nodes,
+    maintenance,
+    tenants,
+    quotas,
+    policy,
+    tokens,
+    clusters,
+)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
 

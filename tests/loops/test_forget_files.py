@@ -16,6 +16,7 @@ from phalanx_server.loops.retain import BUSY_INTERVAL_S, INTERVAL_S, Keep, Retai
 from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.logs import job_directory
 from phalanx_server.store.outputs import GroupRef, OutputFiles, output_directory
+from phalanx_server.store.profiles import profile_directory
 from phalanx_server.store.schema import leases, outputs
 from sqlalchemy import update
 
@@ -134,7 +135,7 @@ async def test_each_job_is_looked_at_once(plane: ControlPlane, monkeypatch: pyte
 
     monkeypatch.setattr(OutputFiles, "delete", note)
     await retain_of(plane).tick(plane.later(11 * DAY_S))
-    assert deleted == [output_directory(second)] and first != second
+    assert deleted == [output_directory(second), profile_directory(second)] and first != second
 
 
 async def test_what_the_storage_would_not_delete_is_deleted_later(

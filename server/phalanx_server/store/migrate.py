@@ -18,7 +18,7 @@ import phalanx_server
 from phalanx_server.store.engine import with_driver
 from phalanx_server.store.transactions import rerun_on_deadlock
 
-HEAD = "0012"
+HEAD = "0013"
 _ADVISORY_LOCK = 7_134_092_251
 
 

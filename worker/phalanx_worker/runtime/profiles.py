@@ -186,7 +186,8 @@ def _started(steps: int) -> Any:
     import torch  # loaded already
     from torch import profiler
 
-    if torch.autograd._profiler_enabled():
+    autograd: Any = torch.autograd
+    if autograd._profiler_enabled():
         raise RuntimeError("the script records a profile of its own at this moment")
     activities = [profiler.ProfilerActivity.CPU]
     if torch.cuda.is_initialized():
