@@ -11,7 +11,7 @@ import sys
 
 _STARTUP_MODULES = frozenset(sys.modules)
 
-from phalanx_worker.runtime import marks, process_groups, profiles, script  # noqa: E402
+from phalanx_worker.runtime import marks, process_groups, script  # noqa: E402
 
 # The first statement takes away the directory that `-c` puts on the path, before it can shadow anything of ours.
 _BOOTSTRAP = "import sys; sys.flags.safe_path or sys.path.pop(0); from phalanx_worker.runtime.cold import main; main()"
@@ -36,5 +36,4 @@ def main() -> None:
 
 def _install() -> None:
     marks.install()
-    profiles.install()
     process_groups.install()

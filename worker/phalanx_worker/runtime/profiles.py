@@ -18,10 +18,10 @@ import functools
 import gzip
 import os
 import shutil
-import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -33,19 +33,13 @@ _COMPRESSION = 3  # of gzip: little larger than the best, in a fraction of the t
 _REASON_CHARS = 300
 
 
-def install() -> None:
-    """Put the hook in place, if torch is loaded in this process."""
-    if "torch" not in sys.modules:
-        return
-    with contextlib.suppress(ImportError, AttributeError):  # another torch, without that moment: no request is taken
-        _install(Profiles())
-
-
-def _install(profiles: Profiles) -> None:
+def install(first_step: Callable[[], None]) -> None:
+    """Put the hook in place; `first_step` is called after the first step. Raises ImportError or AttributeError where
+    torch has no such hook."""
     import torch  # loaded already, this only gives it a name
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    is_compiling = torch.compiler.is_compiling
+    is_compiling, profiles = torch.compiler.is_compiling, Profiles(first_step)
 
     def after_step(optimizer: Any, *_: Any) -> None:
         if not is_compiling():  # under torch.compile the hook must not become part of the graph
@@ -58,7 +52,8 @@ def _install(profiles: Profiles) -> None:
 class Profiles:
     """One request at a time, in the order in which they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_step: Callable[[], None]) -> None:
+        self._first_step: Callable[[], None] | None = first_step
         self._look_at = 0.0
         self._recording: Recording | None = None
         self._writing: threading.Thread | None = None
@@ -80,6 +75,9 @@ class Profiles:
             recording.fail(f"the script ended after {recording.steps_done} of {recording.steps} steps")
 
     def _look(self, optimizer: Any) -> None:
+        if self._first_step is not None:
+            self._first_step()
+            self._first_step = None
         if self._writing is not None and self._writing.is_alive():
             return  # the trace before takes long to write: this process does not go on to the next meanwhile
         request = job.next_profile()

@@ -16,7 +16,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from phalanx_worker.runtime import confine, linux, marks, process_groups, profiles, script, venv
+from phalanx_worker.runtime import confine, linux, marks, process_groups, script, venv
 from phalanx_worker.runtime.spec import GroupSpec, RankSpec
 
 _REPORT_FD_FROM = 64  # above what shell scripts use by number
@@ -120,5 +120,4 @@ def _become_fresh_python(group: GroupSpec) -> None:
         torch.default_generator.seed()
         torch.set_num_threads(group.threads)
     marks.install()
-    profiles.install()
     process_groups.install()
