@@ -44,7 +44,7 @@ async def test_a_profile_is_asked_for_followed_and_fetched(
     assert answer.status_code == 202, answer.text
     made = answer.json()
     shown = [made[name] for name in ("job_id", "attempt", "steps", "state", "reason", "created_by")]
-    assert shown == [job, 1, 3, "requested", "", "alice"]
+    assert shown == [job, 1, 3, "requested", "", "alice (token)"]
     assert made["ranks"] == [{"rank": 0, "state": "requested", "reason": "", "bytes": None, "sha256": None}]
     url = f"/v1/jobs/{job}/profiles/{made['id']}"
     assert (await alice.get(url)).json() == made
