@@ -33,8 +33,12 @@ class Outer:
 
     def after(self, step: int) -> None:
         """To be called by all replicas after each inner step."""
-        if step % self._every == 0:
+        if self.has_met(step):
             self.meet()
+
+    def has_met(self, step: int) -> bool:
+        """Whether the replicas meet after this step."""
+        return step % self._every == 0
 
     @torch.no_grad()
     def meet(self) -> None:
