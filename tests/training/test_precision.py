@@ -35,7 +35,7 @@ def test_half_precision_follows_the_full_one_under_every_layout(computed, comput
     one = computed(ONE, ranks=1)["one rank"]
     half = computed(SLOW, ranks=2)[f"{compute} {name}"]
     assert half["loss"] != one["loss"]
-    assert half["loss"] == pytest.approx(one["loss"], rel=3e-3)
+    assert half["loss"] == pytest.approx(one["loss"], rel=1e-2)
     assert all(half["updated"])
 
 
