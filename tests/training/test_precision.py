@@ -21,10 +21,10 @@ LAYOUTS = {
     "pipeline": INTERLEAVED,
 }
 SLOW = {
-    **{f"{compute} {name}": case(precision={"compute": compute}, parallel=layout) for compute in ("bf16", "fp16")
+    **{f"{compute} {name}": case(precision={"compute": compute, "loss_scale": 1024}, parallel=layout) for compute in ("bf16", "fp16")
        for name, layout in LAYOUTS.items()},
-    "overflow": case(precision={"compute": "fp16", "loss_scale": 2.0**40}),
-    "overflow, pipeline": case(precision={"compute": "fp16", "loss_scale": 2.0**40}, parallel=LAYOUTS["pipeline"]),
+    "overflow": case(precision={"compute": "fp16", "loss_scale": 2.0**20}),
+    "overflow, pipeline": case(precision={"compute": "fp16", "loss_scale": 2.0**20}, parallel=LAYOUTS["pipeline"]),
 }  # fmt: skip
 
 
