@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import phalanx
 import torch
@@ -18,6 +18,7 @@ from phalanx.recipes.lm import Train
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.precision import Precision
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 
 from phalanx_worker.training.optim import clip, divide, global_norm, make_optimizer, set_rate
 from phalanx_worker.training.parallel.layout import Layout
@@ -27,18 +28,12 @@ from phalanx_worker.training.state import ModelState, OptimizerState
 Batch = Mapping[str, Tensor]
 
 
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
-
-
 class Checkpointer(Protocol):
     """Keeps the training state; every rank calls each method at the same step."""
 
-    def save(self, step: int, state: dict[str, Stateful], *, metrics: Mapping[str, float]) -> object: ...
+    def save(self, step: int, state: Mapping[str, Stateful], /, *, metrics: Mapping[str, float]) -> object: ...
 
-    def restore(self, state: dict[str, Stateful]) -> int | None: ...
+    def restore(self, state: Mapping[str, Stateful], /) -> int | None: ...
 
     def finish(self) -> None: ...
 
@@ -169,6 +164,10 @@ def _resume(trainer: Trainer) -> int:
 
 
 def _keep(trainer: Trainer, facts: Facts) -> None:
+    """Save. Replicas that train alone meet first: one of them stands for all."""
+    outer = trainer.layout.outer
+    if outer and not outer.has_met(facts.step):
+        outer.meet()
     if trainer.checkpointer:
         trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
 
