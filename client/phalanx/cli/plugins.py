@@ -47,6 +47,7 @@ OURS = {
             "new-token": "Print a token for a first start.",
             "plan": "Compute plans, of the live cluster too.",
             "simulate": "Replay a trace through the scheduler.",
+            "scaling": "Fit scaling laws to past runs.",
         },
         hidden=frozenset({"new-token"}),
     ),
