@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from phalanx.recipes.lm import LmConfig, LmModel
 from phalanx_worker.training import precision
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
+from phalanx_worker.training.metrics.work import count_work
 from phalanx_worker.training.models.transformer import Transformer, split, start
 from phalanx_worker.training.parallel.layout import lay_out
 from phalanx_worker.training.parallel.tensor import transformer_plan
@@ -38,9 +40,9 @@ CONFIG = LmConfig
 def make(config: LmConfig, world: World, batches: Iterator[Batch], checkpointer: Checkpointer | None = None) -> Trainer:
     """The trainer of this rank. `batches` are its parts of the global batches; `config` is placed."""
     precision.check_device(config.precision, world.device)
-    layout = lay_out(
-        lm_task(config.model), world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate
-    )
+    task = lm_task(config.model)
+    layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
+    global_batch = torch.empty(config.train.global_batch, config.data.seq_len + 1, dtype=torch.int64, device="meta")
     return Trainer(
         layout=layout,
         batches=batches,
@@ -49,6 +51,7 @@ def make(config: LmConfig, world: World, batches: Iterator[Batch], checkpointer:
         precision=config.precision,
         checkpointer=checkpointer,
         per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
+        work=partial(count_work, task, {"tokens": global_batch}),
     )
 
 
