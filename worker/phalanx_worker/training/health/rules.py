@@ -68,6 +68,11 @@ class Divergence:
         return self.over >= self._steps
 
     @property
+    def steps_since(self) -> int:
+        """How many steps ago it began, the last one included: the median turns half its window later than the loss."""
+        return self.over + len(self._recent) // 2
+
+    @property
     def _limit(self) -> float:
         return self.lowest + (self._factor - 1) * abs(self.lowest)  # also right for losses below 0
 

@@ -177,7 +177,7 @@ class Watch:
         text = f"the loss has been over {rule.factor:g} times its lowest, {self._divergence.lowest:.4g}, "
         finding = Finding("divergence", step, f"{text}for {self._divergence.over} steps until step {step}")
         if rule.action == "rollback":
-            self._roll_back(finding, before=step - self._divergence.over + 1)
+            self._roll_back(finding, before=step - self._divergence.steps_since + 1)
         elif rule.action == "stop":
             end(finding, "stop")
         else:
