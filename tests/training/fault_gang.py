@@ -144,6 +144,7 @@ def run_case(given: dict[str, Any]) -> dict[str, Any]:
     from phalanx import job
     from phalanx.recipes.lm import LmConfig
     from phalanx.recipes.parse import parse
+    from phalanx_worker.training import monitor
     from phalanx_worker.training.health.checksums import compare
     from phalanx_worker.training.health.telling import Unhealthy
     from phalanx_worker.training.loop import train
@@ -151,6 +152,7 @@ def run_case(given: dict[str, Any]) -> dict[str, Any]:
     from phalanx_worker.training.recipes.lm import make
 
     marks, reports, ended = [], [], None
+    monitor.REPORT_GAP_S = 0.0
     job.mark = lambda kind, **data: marks.append(data)
     phalanx.report = lambda **values: reports.append(values)
     os.environ["PHALANX_HEALTH"] = json.dumps(given["health"])

@@ -138,7 +138,9 @@ def test_a_spike_is_told_once_while_it_lasts(seen):
 def test_a_batch_with_a_spike_can_be_skipped(seen):
     outcome = seen["spike_skipped"]
     assert told(outcome) == [("spike", "skip")]
-    assert [step for step, updated in zip(outcome[0]["steps"], outcome[0]["updated"], strict=True) if not updated] == [15]
+    assert [step for step, updated in zip(outcome[0]["steps"], outcome[0]["updated"], strict=True) if not updated] == [
+        15
+    ]
 
 
 def test_a_divergence_goes_back_to_before_it_began(seen):

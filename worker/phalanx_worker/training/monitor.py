@@ -1,13 +1,14 @@
 """What looks on while a model trains: the meter of its time, the watch over its health, and the report of both.
 
-Owns what is reported and when: the step's own numbers whenever the loop wants a report, the comparison of the ranks and
-the running totals about once a second.
+Owns what is reported and when: the step's own numbers as often as is wanted, but ten times a second at most; the
+comparison of the ranks and the running totals about once a second.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from phalanx_worker.training.parallel.layout import Layout
 if TYPE_CHECKING:
     from phalanx_worker.training.loop import Facts  # the loop imports this module
 
+REPORT_GAP_S = 0.1  # a report costs a tenth of a millisecond, and nobody looks at more
 NOT_OURS = ("hang", "gpu", "preflight")  # sections of the job file's `health` that are the node's business
 
 
@@ -67,6 +69,7 @@ class Monitor:
         self._per_step, self._count_work = per_step, work
         self._work: Work | None = None
         self._news = False
+        self._reported_at = 0.0
 
     def __enter__(self) -> Monitor:
         self.meter.waits.__enter__()
@@ -94,9 +97,8 @@ class Monitor:
         """The step before which training is to go back to a checkpoint, if so; `keeps`: one is made of this step."""
         self.meter.after_step(facts)
         before = self.watch.after_step(facts.step, facts.loss, keeps=keeps)
-        last = facts.step == self._train.steps
-        if (facts.step % self._train.report_every == 0 or last) and dist.get_rank() == 0:
-            self._report(facts, in_full=self._news or last)
+        if dist.get_rank() == 0 and self._is_wanted(facts.step):
+            self._report(facts, in_full=self._news or facts.step == self._train.steps)
         return before
 
     def after_keep(self, step: int, stall_s: float) -> None:
@@ -107,6 +109,13 @@ class Monitor:
         self.watch.returned(step)
         if step is not None:
             self.meter.totals.went_back(step)
+
+    def _is_wanted(self, step: int) -> bool:
+        now = time.perf_counter()
+        if step != self._train.steps and (step % self._train.report_every or now < self._reported_at + REPORT_GAP_S):
+            return False
+        self._reported_at = now
+        return True
 
     def _report(self, facts: Facts, *, in_full: bool) -> None:
         split = self.meter.split()

@@ -94,7 +94,7 @@ def _evidence(name: str, parameter: nn.Parameter, ranks: list[int], group: dist.
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(replicas, length) of a vector of each."""
     everyones = own.new_empty(group.size() * len(own))
-    dist.all_gather_into_tensor(everyones, own, group=group)
+    dist.all_gather_single(everyones, own, group=group)
     return everyones.view(group.size(), -1)
 
 

@@ -62,7 +62,7 @@ def recompute(pulse: Pulse, again: Again, dice: Dice) -> tuple[Pulse, list[int],
     norm_differs = not _close(float(pulse.norm), float(second.norm), exact=pulse.norm.device.type == "cpu")
     mine = torch.tensor([loss_differs, norm_differs], dtype=torch.int32, device=pulse.norm.device)
     everyones = mine.new_empty(dist.get_world_size() * 2)
-    dist.all_gather_into_tensor(everyones, mine)
+    dist.all_gather_single(everyones, mine)
     rows = everyones.view(-1, 2).tolist()
     return second, [rank for rank, row in enumerate(rows) if row[0]], any(any(row) for row in rows)
 

@@ -75,7 +75,7 @@ def gather(own: Times, *, steps: int, device: torch.device) -> Spread:
     if device.type == "cuda":
         mine = mine.to(device)
     everyones = mine.new_empty(dist.get_world_size() * len(_NAMES))
-    dist.all_gather_into_tensor(everyones, mine)
+    dist.all_gather_single(everyones, mine)
     return Spread(tuple(Times(*row) for row in everyones.view(-1, len(_NAMES)).tolist()), steps)
 
 
