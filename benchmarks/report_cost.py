@@ -4,7 +4,8 @@
 
 One training goes on in blocks of steps, by turns with the monitor and without any, in the order A B B A. Each pair of
 blocks gives a ratio, of wall time and of this process's CPU time; on a machine that others use too, the second says
-more. Reports go into a socket that another process empties, as the node's runner does. Budget: under 1 % at 10 ms steps.
+more. Reports go into a socket that another process empties, as the node's runner does. Budget: under 1 % at 10 ms
+steps.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Trains small models on a gang of real processes with faults put in: `python fault_gang.py RANKS < cases.json`.
 
 One start serves many cases. A case is the arguments of the `lm` recipe (`args`), the job file's `health`, whether
-checkpoints are kept (`keeps`), and `faults`: batches whose loss or gradient goes wrong, a flipped bit, a slow rank. What
-comes back is what each rank said, and what became of the training.
+checkpoints are kept (`keeps`), and `faults`: batches whose loss or gradient goes wrong, a flipped bit, a slow rank.
+What comes back is what each rank said, and what became of the training.
 """
 
 import copy
@@ -34,7 +34,7 @@ def case(*, health: dict[str, Any] | None = None, faults: dict[str, Any] | None 
 
 
 def outcomes(cases: dict[str, Any], *, ranks: int, timeout_s: float = 240) -> dict[str, list[dict[str, Any]]]:
-    """Of each case by its name, by rank: `marks`, `reports`, `losses`, `updated`, `steps`, `ended`, `same_parameters`."""
+    """Of each case by its name, what `run_case` gives on each rank."""
     done = subprocess.run(
         [sys.executable, __file__, str(ranks)],
         input=json.dumps(cases),

@@ -1,5 +1,6 @@
 """Faults put into real trainings on two ranks, and what is made of them."""
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_a_divergence_goes_back_to_before_it_began(seen):
     outcome = seen["diverged"]
     assert told(outcome)[0] == ("divergence", "rollback")
     steps = outcome[0]["steps"]
-    back = next(after for before, after in zip(steps, steps[1:], strict=False) if after <= before)
+    back = next(after for before, after in itertools.pairwise(steps) if after <= before)
     assert back <= 16
     assert steps[-1] == 24
 

@@ -59,7 +59,7 @@ class Monitor:
         self.watch = Watch(
             health,
             device=world.device,
-            named_parameters=lambda: list(layout.named_parameters()),
+            modules=layout.modules,
             replicas=world.group("data"),
             meets=lambda step: not every or step % every == 0,
             can_return=can_return,

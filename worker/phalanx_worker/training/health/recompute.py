@@ -7,13 +7,13 @@ add up in any order, so there it may differ by a thousandth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isclose, isfinite
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 GPU_TOLERANCE = 1e-3  # of the norm, relative
 
@@ -37,20 +37,24 @@ Again = Callable[[], Pulse]
 
 
 class Dice:
-    """The state of the random numbers at the start of a step, so that dropout falls the same again."""
+    """The state of the random numbers at the start of a step, so that dropout falls the same again; nothing for models
+    without any."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, modules: Iterable[nn.Module]) -> None:
         self._device = device
+        self._thrown = any("dropout" in type(part).__name__.lower() for module in modules for part in module.modules())
         self.keep()
 
     def keep(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._gpu = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        if self._thrown:
+            self._cpu = torch.get_rng_state()
+            self._gpu = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
 
     def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._gpu is not None:
-            torch.cuda.set_rng_state(self._gpu, self._device)
+        if self._thrown:
+            torch.set_rng_state(self._cpu)
+            if self._gpu is not None:
+                torch.cuda.set_rng_state(self._gpu, self._device)
 
 
 def recompute(pulse: Pulse, again: Again, dice: Dice) -> tuple[Pulse, list[int], bool]:

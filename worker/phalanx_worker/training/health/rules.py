@@ -22,10 +22,11 @@ class Spikes:
     def __init__(self, *, factor: float, window: int) -> None:
         self._factor = factor
         self._losses: deque[float] = deque(maxlen=window)
+        self._every = max(1, window // 8)  # steps between looks at the whole window: it changes slowly
+        self._new = 0
+        self.limit = float("inf")  # the largest loss that is no spike now; infinite as long as too few are known
 
-    @property
-    def limit(self) -> float:
-        """The largest loss that is no spike now; infinite as long as too few are known."""
+    def _limit(self) -> float:
         if len(self._losses) < FIRST_LOSSES:
             return float("inf")
         middle = _median(self._losses)
@@ -37,8 +38,12 @@ class Spikes:
         return loss > self.limit
 
     def remember(self, loss: float) -> None:
-        if isfinite(loss):
-            self._losses.append(loss)
+        if not isfinite(loss):
+            return
+        self._losses.append(loss)
+        self._new += 1
+        if self._new >= self._every:
+            self.limit, self._new = self._limit(), 0
 
 
 class Divergence:

@@ -6,13 +6,14 @@ rules are in `rules`, the comparisons in `checksums` and `recompute`; it refuses
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isfinite
 
 import torch
 import torch.distributed as dist
 from phalanx.recipes.health import Health
+from torch import nn
 
 from phalanx_worker.training.health import checksums
 from phalanx_worker.training.health.recompute import Again, Dice, Pulse, recompute
@@ -26,7 +27,7 @@ MOST_ROLLBACKS = 5  # in one attempt; what keeps coming back is not cured by goi
 class Watch:
     """Call `before_forward`, `after_backward` and `after_step`, in this order in every step, on every rank.
 
-    `replicas` are the ranks that hold the same parameters as this one, `named_parameters` gives these; `meets(step)`:
+    `replicas` are the ranks that hold the same parameters as this one, `modules` have these; `meets(step)`:
     whether they are equal after that step (under local SGD they are only now and then). `can_return`: there are
     checkpoints to roll back to. `repeatable`: a step can be computed twice.
     """
@@ -36,16 +37,16 @@ class Watch:
         health: Health,
         *,
         device: torch.device,
-        named_parameters: Callable[[], checksums.Named],
+        modules: Sequence[nn.Module],
         replicas: dist.ProcessGroup | None = None,
         meets: Callable[[int], bool] = lambda step: True,
         can_return: bool = False,
         repeatable: bool = True,
     ) -> None:
         self._health = health
-        self._named, self._replicas, self._meets = named_parameters, replicas, meets
+        self._modules, self._replicas, self._meets = modules, replicas, meets
         self._can_return, self._repeatable = can_return, repeatable
-        self._dice = Dice(device)
+        self._dice = Dice(device, modules)
         self._spikes = Spikes(factor=health.spike.factor, window=health.spike.window)
         self._divergence = Divergence(factor=health.divergence.factor, steps=health.divergence.steps)
         self._sick, self._diverged, self._slow = Edge(), Edge(), Edge()
@@ -190,7 +191,8 @@ class Watch:
         if rule.action == "off" or not self._compare_due or not self._meets(step):
             return
         self._compare_due = False
-        difference = checksums.compare(self._named(), self._replicas)
+        named = [named for module in self._modules for named in module.named_parameters()]
+        difference = checksums.compare(named, self._replicas)
         if difference is None:
             return
         if not difference.decided:
