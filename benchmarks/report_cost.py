@@ -89,7 +89,7 @@ def batches(config: LmConfig, rank: int, ways: int):
 def config_of(args: argparse.Namespace) -> LmConfig:
     given = {
         "model": {"layers": 2, "width": args.width, "heads": 4},
-        "data": {"seq_len": 64},
+        "data": {"seq_len": 64, "paths": ["unread"]},
         "train": {"steps": args.block * (2 * args.pairs + WARM_UP_BLOCKS), "global_batch": args.batch * args.ranks},
         "device": "cpu",
     }
@@ -102,7 +102,7 @@ def rank_main(rank: int, args: argparse.Namespace, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=args.ranks)
     config = config_of(args)
     world = make_world(config.parallel, torch.device("cpu"))
-    trainer = make(config, world, batches(config, world.batch_rank, config.parallel.batch_ways))
+    trainer = make(config, world, batches=batches(config, world.batch_rank, config.parallel.batch_ways))
     # one monitor over all its blocks: its start is no cost of a step
     monitor = trainer.monitor
     assert isinstance(monitor, Monitor)

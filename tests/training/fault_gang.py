@@ -1,8 +1,8 @@
 """Trains small models on a gang of real processes with faults put in: `python fault_gang.py RANKS < cases.json`.
 
-One start serves many cases. A case is the arguments of the `lm` recipe (`args`), the job file's `health`, whether
-checkpoints are kept (`keeps`), and `faults`: batches whose loss or gradient goes wrong, a flipped bit, a slow rank.
-What comes back is what each rank said, and what became of the training.
+One start serves many cases. A case is the arguments of the `lm` recipe (`args`), the job file's `health`, every how
+many steps a checkpoint is kept (`keeps_every`), and `faults`: batches whose loss or gradient goes wrong, a flipped bit,
+a slow rank. What comes back is what each rank said, and what became of the training.
 """
 
 import copy
@@ -20,17 +20,23 @@ from typing import Any
 
 ARGS = {
     "model": {"vocabulary": 64, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "hidden": 64},
-    "data": {"seq_len": 16},
+    "data": {"seq_len": 16, "paths": ["unread"]},  # `Batches` instead
     "train": {"steps": 24, "global_batch": 16, "seed": 7},
     "optim": {"lr": 5e-3},
     "device": "cpu",
 }
 
 
-def case(*, health: dict[str, Any] | None = None, faults: dict[str, Any] | None = None, keeps=True, **sections: Any):
+def case(
+    *,
+    health: dict[str, Any] | None = None,
+    faults: dict[str, Any] | None = None,
+    keeps_every: int | None = 0,
+    **sections: Any,
+) -> dict[str, Any]:
     """`ARGS` with some fields of some sections replaced, and what is put in."""
     args = {**ARGS, **{name: {**ARGS.get(name, {}), **fields} for name, fields in sections.items()}}
-    return {"args": args, "health": health or {}, "faults": faults or {}, "keeps": keeps}
+    return {"args": args, "health": health or {}, "faults": faults or {}, "keeps_every": keeps_every}
 
 
 def outcomes(cases: dict[str, Any], *, ranks: int, timeout_s: float = 240) -> dict[str, list[dict[str, Any]]]:
@@ -73,7 +79,7 @@ class Memory:
     def __init__(self) -> None:
         self.states: dict[int, Any] = {}
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], *, metrics: dict[str, float]) -> None:
         self.states[step] = copy.deepcopy({name: part.state_dict() for name, part in state.items()})
 
     def restore(self, state: dict[str, Any], *, before: int | None = None) -> int | None:
@@ -160,7 +166,8 @@ def run_case(given: dict[str, Any]) -> dict[str, Any]:
     config = parse(LmConfig, given["args"]).placed(dist.get_world_size())
     world = make_world(config.parallel, own_device(config.device))
     stream = Batches(config, world.batch_rank, config.parallel.batch_ways)
-    trainer = make(config, world, stream, Memory() if given["keeps"] else None)
+    trainer = make(config, world, batches=stream, checkpointer=Memory() if given["keeps_every"] is not None else None)
+    trainer.checkpoint_every = given["keeps_every"] or 0
     faults = Faults(trainer, given["faults"], dist.get_rank())
     trainer.watchers = [faults]
     try:
@@ -174,7 +181,7 @@ def run_case(given: dict[str, Any]) -> dict[str, Any]:
         "updated": [facts.updated for facts in faults.facts],
         "steps": [facts.step for facts in faults.facts],
         "ended": ended,
-        "same_parameters": compare(list(trainer.layout.named_parameters()), world.group("data")) is None,
+        "same_parameters": compare(list(trainer.layout.named_parameters()), world.group("replicas")) is None,
     }
 
 

@@ -2,16 +2,10 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
-
 from fault_gang import case, outcomes
 
-KEEP = {"checkpoint_every": 5}
 BLAMELESS = {"straggler": "off"}  # the machine of the tests is shared: ranks are slow for other reasons
 FLIPPED_HIGH = {"flip": {"batches": [6], "ranks": [1], "bit": 30}}
 FLIPPED_LOW = {"flip": {"batches": [6], "ranks": [1], "bit": 3}}
@@ -25,16 +19,16 @@ CASES = {
         faults={"gradient": {"batches": [22], "ranks": [1]}},
     ),
     "too_many": case(
-        health={**BLAMELESS, "nan": {"most": 2}}, faults={"gradient": {"batches": [8, 9, 10]}}, train=KEEP
+        health={**BLAMELESS, "nan": {"most": 2}}, faults={"gradient": {"batches": [8, 9, 10]}}, keeps_every=5
     ),
     "stopped": case(health={**BLAMELESS, "nan": {"action": "stop"}}, faults={"gradient": {"batches": [5]}}),
     "no_checkpoints": case(
-        health={**BLAMELESS, "nan": {"action": "rollback"}}, faults={"gradient": {"batches": [5]}}, keeps=False
+        health={**BLAMELESS, "nan": {"action": "rollback"}}, faults={"gradient": {"batches": [5]}}, keeps_every=None
     ),
     "hopeless": case(
         health={**BLAMELESS, "nan": {"action": "rollback"}},
         faults={"gradient": {"batches": list(range(8, 99))}},
-        train=KEEP,
+        keeps_every=5,
     ),
     "spike": case(health=BLAMELESS, faults={"loss": {"batches": [15, 16], "factor": 9}}),
     "spike_skipped": case(
@@ -43,14 +37,14 @@ CASES = {
     "diverged": case(
         health={**BLAMELESS, "spike": "off", "divergence": {"action": "rollback", "steps": 2}},
         faults={"loss": {"batches": list(range(12, 26)), "factor": 9}},
-        train=KEEP,
+        keeps_every=5,
     ),
     "flip_named": case(health={**BLAMELESS, "corruption": {"action": "warn", "every": 4}}, faults=FLIPPED_HIGH),
     "flip_unnamed": case(health={**BLAMELESS, "corruption": {"action": "restart", "every": 4}}, faults=FLIPPED_LOW),
     "flip_healed": case(
-        health={**BLAMELESS, "corruption": {"action": "rollback", "every": 4}}, faults=FLIPPED_LOW, train=KEEP
+        health={**BLAMELESS, "corruption": {"action": "rollback", "every": 4}}, faults=FLIPPED_LOW, keeps_every=5
     ),
-    "flip_not_kept": case(health={**BLAMELESS, "corruption": "warn"}, faults=FLIPPED_LOW, train=KEEP),
+    "flip_not_kept": case(health={**BLAMELESS, "corruption": "warn"}, faults=FLIPPED_LOW, keeps_every=5),
     "slow": case(
         health={"straggler": {"action": "warn", "window": 8, "factor": 2.0}},
         faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},

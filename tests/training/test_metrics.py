@@ -1,19 +1,13 @@
 """What is measured of a step, and how the ranks compare."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from fault_gang import case, outcomes
 from phalanx.recipes.lm import LmModel
 from phalanx_worker.training.metrics.spread import Spread, Times
 from phalanx_worker.training.metrics.totals import Totals
 from phalanx_worker.training.metrics.work import count_work, peak_flops
 from phalanx_worker.training.recipes.lm import lm_task
-
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
-
-from fault_gang import case, outcomes
 
 QUIET = {"straggler": {"action": "off"}, "spike": {"action": "off"}}
 SLEEP_S = 0.03
@@ -21,7 +15,7 @@ SLOW = {"slow": {"batches": list(range(99)), "ranks": [1], "seconds": SLEEP_S}}
 SPLIT = ("compute_s", "comm_s", "data_wait_s", "checkpoint_s", "other_s")
 
 CASES = {
-    "DDP": case(health=QUIET, faults=SLOW, train={"checkpoint_every": 5}),
+    "DDP": case(health=QUIET, faults=SLOW, keeps_every=5),
     "FSDP": case(health=QUIET, faults=SLOW, parallel={"shard": 2}),
     "tensor": case(health=QUIET, parallel={"tensor": 2}),
     "pipeline": case(health=QUIET, parallel={"pipeline": 2}),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
-from phalanx.recipes.lm import LmConfig
+from phalanx.recipes.lm import LmConfig, LmModel
 from phalanx.recipes.optim import Schedule
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.parse import Bytes, RecipeError, Seconds, document, parse
@@ -17,20 +17,28 @@ class Keeping:
     limit: int | None = None
 
 
+DATA = {"paths": ["text"], "seq_len": 256}
+
+
+def lm(given=None, *words):
+    given = given or {}
+    return parse(LmConfig, {**given, "data": {**DATA, **given.get("data", {})}}, words)
+
+
 def refusal(given, *words):
     with pytest.raises(RecipeError) as caught:
-        parse(LmConfig, given, words)
+        lm(given, *words)
     return str(caught.value)
 
 
 def test_what_is_not_given_keeps_its_default():
-    config = parse(LmConfig, {"model": {"layers": 2}, "parallel": {"tensor": 2}})
-    assert (config.model.layers, config.model.heads, config.parallel.tensor) == (2, LmConfig().model.heads, 2)
+    config = lm({"model": {"layers": 2}, "parallel": {"tensor": 2}})
+    assert (config.model.layers, config.model.heads, config.parallel.tensor) == (2, LmModel().heads, 2)
 
 
 def test_words_go_over_the_mapping():
     given = {"model": {"layers": 2}}
-    config = parse(LmConfig, given, ["model.layers=6", "optim.lr=3e-4", "parallel.schedule=gpipe", "optim.clip=0"])
+    config = lm(given, "model.layers=6", "optim.lr=3e-4", "parallel.schedule=gpipe", "optim.clip=0")
     assert (config.model.layers, config.optim.lr, config.parallel.schedule) == (6, 3e-4, "gpipe")
     assert given == {"model": {"layers": 2}}, "what was given is left alone"
 
@@ -38,11 +46,11 @@ def test_words_go_over_the_mapping():
 def test_units_become_bytes_and_seconds():
     assert parse(Keeping, {"size": "64MiB", "every": "1m30s"}) == Keeping(64 << 20, 90.0)
     assert parse(Keeping, {"size": 5, "every": 2, "names": ["a"], "limit": 3}) == Keeping(5, 2, ("a",), 3)
-    assert parse(LmConfig, {"parallel": {"bucket_bytes": "1MB"}}).parallel.bucket_bytes == 1_000_000
+    assert lm({"parallel": {"bucket_bytes": "1MB"}}).parallel.bucket_bytes == 1_000_000
 
 
 def test_a_configuration_survives_being_written_down():
-    config = parse(LmConfig, {"parallel": {"pipeline": 2, "local": {"every": 5}}, "optim": {"betas": [0.9, 0.99]}})
+    config = lm({"parallel": {"pipeline": 2, "local": {"every": 5}}, "optim": {"betas": [0.9, 0.99]}})
     assert parse(LmConfig, document(config)) == config
 
 
@@ -69,8 +77,7 @@ def test_a_configuration_survives_being_written_down():
         ({"optim": {"lr": "fast"}}, "optim.lr = 'fast' is not a number; write a number"),
         (
             {"parallel": {"compress": "bf16", "shard": 2}},
-            "parallel.compress = 'bf16' works with plain replicas (DDP) only; "
-            "use compress = none, or shard = 1, tensor = 1 and offload = false",
+            "parallel.compress = 'bf16' works with plain replicas (DDP) only; use compress = none, or data alone",
         ),
     ],
 )
@@ -85,7 +92,7 @@ def test_a_missing_value_and_a_bare_word_are_named():
 
 
 def test_data_fills_what_the_other_sizes_leave():
-    assert Parallel(tensor=2, shard=2).filled(8).sizes == (1, 2, 2, 1, 2)
+    assert Parallel(tensor=2, shard=2).filled(8).sizes == (1, 2, 2, 2)
     assert Parallel(data=1, pipeline=2).filled(2).data == 1
 
 
@@ -124,14 +131,14 @@ def test_data_fills_what_the_other_sizes_leave():
         (
             {"data": {"seq_len": 255}, "parallel": {"tensor": 2}},
             2,
-            "data.seq_len = 255 is not a multiple of parallel.tensor × parallel.context = 2; "
+            "data.seq_len = 255 is not a multiple of parallel.tensor × 2 · parallel.context = 2; "
             "each of their ranks holds an equal part of every sequence",
         ),
     ],
 )
 def test_a_layout_that_does_not_fit_says_what_would(args, world_size, said):
     with pytest.raises(RecipeError) as caught:
-        parse(LmConfig, args).placed(world_size)
+        lm(args).placed(world_size)
     assert str(caught.value) == said
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from phalanx.recipes.data import DataConfig
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
 from phalanx.recipes.parse import RecipeError, demand
@@ -63,16 +64,6 @@ class LmModel:
 
 
 @dataclass(frozen=True)
-class LmData:
-    """Windows of `seq_len` tokens."""
-
-    seq_len: int = 256
-
-    def __post_init__(self) -> None:
-        demand(self.seq_len >= 1, "seq_len", self.seq_len, "is not positive; use 1 or more")
-
-
-@dataclass(frozen=True)
 class Train:
     """How long, on how much at a time. `global_batch` is in sequences over all ranks, whatever the layout; each rank
     takes its share in `accumulate` parts that are summed before gradients are exchanged."""
@@ -82,21 +73,19 @@ class Train:
     accumulate: int = 1
     seed: int = 0
     report_every: int = 1
-    checkpoint_every: int = 0  # steps; 0: at the end and when asked to stop
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "accumulate", "report_every"):
             demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
-        demand(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "is negative; use 0 or more")
 
 
 @dataclass(frozen=True)
 class LmConfig:
     """What `run: {recipe: lm, args: …}` holds. `device` auto is a GPU where every rank of the node has one."""
 
+    data: DataConfig
     model: LmModel = field(default_factory=LmModel)
     train: Train = field(default_factory=Train)
-    data: LmData = field(default_factory=LmData)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     optim: Optim = field(default_factory=Optim)
@@ -117,8 +106,9 @@ def check_sizes(model: LmModel, parallel: Parallel, seq_len: int) -> None:
     tensor = parallel.tensor
     for name in ("heads", "key_heads", "feed_width", "vocabulary"):
         _divides(tensor, getattr(model, name), f"model.{_FIELDS.get(name, name)}")
-    if seq_len % (tensor * parallel.context):
-        text = f"= {seq_len} is not a multiple of parallel.tensor × parallel.context = {tensor * parallel.context}"
+    parts = tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    if seq_len % parts:
+        text = f"= {seq_len} is not a multiple of parallel.tensor × 2 · parallel.context = {parts}"
         raise RecipeError("data.seq_len", f"{text}; each of their ranks holds an equal part of every sequence")
     if model.layers < parallel.stages:
         text = f"= {model.layers} are fewer than the pipeline's {parallel.stages} stages"
@@ -138,7 +128,7 @@ def check_optim(optim: Optim, parallel: Parallel) -> None:
     """Whether the optimizer can take parameters as the layout leaves them: adafactor (torch 2.13) and lamb
     (pytorch-optimizer 4.1) need whole ones. Raises `RecipeError`."""
     if optim.name in ("adafactor", "lamb") and not parallel.whole_parameters:
-        text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or shard = 1, tensor = 1 and no offload"
+        text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or data alone in parallel"
         raise RecipeError("optim.name", text)
 
 

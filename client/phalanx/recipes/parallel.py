@@ -16,7 +16,7 @@ Schedule = Literal["gpipe", "1f1b", "interleaved"]
 Recompute = Literal["none", "selective", "full"]
 Compress = Literal["none", "bf16", "fp16", "powersgd"]
 
-AXES = ("pipeline", "data", "shard", "context", "tensor")  # outermost first: tensor ranks are neighbours on a node
+AXES = ("data", "shard", "tensor", "pipeline", "context")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Parallel:
     shard: int = 1
     tensor: int = 1  # with sequence parallelism
     pipeline: int = 1
-    context: int = 1
+    context: int = 1  # parts that each sequence is cut into
     schedule: Schedule = "1f1b"
     microbatches: int | Literal["auto"] = "auto"  # of a pipeline, per step; auto: two per stage
     stages_per_rank: int = 2  # of the interleaved schedule
@@ -70,7 +70,7 @@ class Parallel:
             self.compress == "none" or self.whole_parameters,
             "compress",
             self.compress,
-            "works with plain replicas (DDP) only; use compress = none, or shard = 1, tensor = 1 and offload = false",
+            "works with plain replicas (DDP) only; use compress = none, or data alone",
         )
         demand(
             not self.local.every or self.compress == "none",
@@ -79,10 +79,25 @@ class Parallel:
             "has no gradients to compress when local.every > 0; use compress = none",
         )
 
+        demand(
+            not self.local.every or self.context == 1,
+            "context",
+            self.context,
+            "needs gradients exchanged in every step; use context = 1 or local.every = 0",
+        )
+
+    @property
+    def fully_sharded(self) -> bool:
+        """Whether shards and replicas go through FSDP2. Replicas do so too where DDP cannot carry them: it takes no
+        tensor-parallel parameters (DTensors) and no offload, and under an interleaved pipeline it loses count of its
+        buckets (torch 2.13)."""
+        replicas = (self.data not in (1, "auto") or self.context > 1) and not self.local.every
+        return self.shard > 1 or self.offload or (replicas and (self.tensor > 1 or self.pipeline > 1))
+
     @property
     def whole_parameters(self) -> bool:
-        """Whether each parameter lies whole on the ranks that have it: neither sharded, nor cut, nor offloaded."""
-        return self.shard == 1 and self.tensor == 1 and not self.offload
+        """Whether parameters are plain tensors: neither sharded nor cut."""
+        return not self.fully_sharded and self.tensor == 1
 
     @property
     def batch_ways(self) -> int:
@@ -103,8 +118,8 @@ class Parallel:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the mesh, in the order of `AXES`. Needs `data` filled in."""
-        return (self.pipeline, self._data, self.shard, self.context, self.tensor)
+        """Of the mesh: pipeline, replicas (data × context), shard, tensor. Needs `data` filled in."""
+        return (self.pipeline, self._data * self.context, self.shard, self.tensor)
 
     @property
     def _data(self) -> int:

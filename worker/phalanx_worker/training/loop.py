@@ -18,6 +18,8 @@ import torch.distributed as dist
 from phalanx.recipes.lm import Train
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.precision import Precision
+from torch import Tensor
+
 from phalanx_worker.training.health.recompute import Again, Pulse
 from phalanx_worker.training.metrics.work import Work
 from phalanx_worker.training.monitor import Monitor
@@ -25,7 +27,6 @@ from phalanx_worker.training.optim import clip, divide, global_norm, make_optimi
 from phalanx_worker.training.parallel.layout import Layout
 from phalanx_worker.training.precision import LossScale
 from phalanx_worker.training.state import ModelState, OptimizerState
-from torch import Tensor
 
 Batch = Mapping[str, Tensor]
 
@@ -39,7 +40,7 @@ class Stateful(Protocol):
 class Checkpointer(Protocol):
     """Keeps the training state; every rank calls each method at the same step."""
 
-    def save(self, step: int, state: dict[str, Stateful]) -> None: ...
+    def save(self, step: int, state: dict[str, Stateful], *, metrics: Mapping[str, float]) -> object: ...
 
     def restore(self, state: dict[str, Stateful], *, before: int | None = None) -> int | None: ...
 
@@ -101,6 +102,7 @@ class Trainer:
     precision: Precision
     watchers: Sequence[Watcher] = ()
     checkpointer: Checkpointer | None = None
+    checkpoint_every: int = 0  # steps; 0: at the end and when asked to stop
     per_step: Mapping[str, int] = field(default_factory=dict)  # what a step consumes, to report: {"tokens": 65536}
     work: Callable[[], Work] | None = None  # counts the whole model's parameters and FLOPs
 
@@ -138,12 +140,12 @@ def train(trainer: Trainer) -> Facts | None:
             facts, stop = _step(trainer, step)
             for watcher in trainer.watchers:
                 watcher.after_step(facts)
-            keeps = stop or step == trainer.train.steps or _is_due(step, trainer.train.checkpoint_every)
+            keeps = stop or step == trainer.train.steps or _is_due(step, trainer.checkpoint_every)
             before = monitor.after_step(facts, keeps=keeps)
             if before is not None:
                 step = _go_back(trainer, before)
             elif keeps:
-                _keep(trainer, step)
+                _keep(trainer, facts)
     if trainer.checkpointer:
         trainer.checkpointer.finish()
     return facts
@@ -162,8 +164,8 @@ def _step(trainer: Trainer, step: int) -> tuple[Facts, bool]:
     monitor.before_forward()
     compute = partial(_compute, trainer, step, batch)
     pulse, wanted = monitor.after_backward(compute(), compute)
-    wanted = all([wanted, *(watcher.after_backward(step, pulse.loss, pulse.norm) for watcher in trainer.watchers)])
-    updated = _update(trainer, norm=pulse.norm, scale=trainer.scale.scale, wanted=wanted)
+    answers = [watcher.after_backward(step, pulse.loss, pulse.norm) for watcher in trainer.watchers]  # all are asked
+    updated = _update(trainer, norm=pulse.norm, scale=trainer.scale.scale, wanted=wanted and all(answers))
     if layout.outer:
         layout.outer.after(step)
     took = time.perf_counter() - began
@@ -229,11 +231,11 @@ def _go_back(trainer: Trainer, before: int) -> int:
     return step
 
 
-def _keep(trainer: Trainer, step: int) -> None:
+def _keep(trainer: Trainer, facts: Facts) -> None:
     if trainer.checkpointer:
         began = time.perf_counter()
-        trainer.checkpointer.save(step, trainer.state())
-        trainer.monitor.after_keep(step, time.perf_counter() - began)
+        trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
+        trainer.monitor.after_keep(facts.step, time.perf_counter() - began)
 
 
 def _is_due(step: int, every: int) -> bool:

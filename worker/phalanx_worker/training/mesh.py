@@ -9,75 +9,76 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from phalanx.recipes.parallel import AXES, Parallel
+from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.parse import RecipeError
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]  (public, says its docstring)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("pipeline", "replicas", "shard", "tensor")  # of the mesh, outermost first: tensor ranks are neighbours
 
 
 @dataclass(frozen=True)
 class World:
-    """`mesh` has the axes of `AXES` that are larger than 1 (and `shard` wherever `fully_shard` is used); None on a
-    single rank."""
+    """`mesh` has those of `AXES` that are larger than 1 (and `shard` wherever `fully_shard` is used); None on a single
+    rank. `replicas` have the same parameters and sum their gradients: they are data × context. `context_group` are
+    those of them that share each sequence."""
 
     device: torch.device
     parallel: Parallel  # with `data` filled in
     mesh: DeviceMesh | None
+    context_group: dist.ProcessGroup | None = None
 
     def rank_in(self, axis: str) -> int:
-        """This rank's place along an axis; 0 where the axis has size 1."""
+        """This rank's place along an axis of the mesh; 0 where the axis has size 1."""
         return self.mesh.get_local_rank(axis) if self.mesh and axis in self._axes else 0
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one along the axis alone; None where there are none."""
+        """The ranks that differ from this one along the axis (or `context`) alone; None where there are none."""
+        if axis == "context":
+            return self.context_group
         return self.mesh.get_group(axis) if self.mesh and axis in self._axes else None
 
     @property
     def batch_rank(self) -> int:
         """Which of the `parallel.batch_ways` parts of each global batch is this rank's."""
-        return self.rank_in("data") * self.parallel.shard + self.rank_in("shard")
+        return self.rank_in("replicas") // self.parallel.context * self.parallel.shard + self.rank_in("shard")
 
     @property
     def sharding_mesh(self) -> DeviceMesh | None:
-        """The mesh for `fully_shard`: over `shard`, below replicas over `data` where those share each gradient. None
-        where parameters are not sharded."""
+        """The mesh for `fully_shard`: over `shard`, below replicas where those share each gradient. None where
+        parameters are not sharded."""
         if self.mesh is None or "shard" not in self._axes:
             return None
-        hybrid = "data" in self._axes and not self.parallel.local.every
-        return self.mesh["data", "shard"] if hybrid else self.mesh["shard"]
+        hybrid = "replicas" in self._axes and not self.parallel.local.every
+        return self.mesh["replicas", "shard"] if hybrid else self.mesh["shard"]
 
     @property
     def _axes(self) -> tuple[str, ...]:
         return (self.mesh.mesh_dim_names or ()) if self.mesh else ()
 
 
-def uses_fully_shard(parallel: Parallel) -> bool:
-    """Whether replicas and shards go through FSDP2. Plain replicas do so too where DDP cannot carry them: it does not
-    take tensor-parallel parameters (DTensors), nor offload."""
-    synchronous = parallel.data != 1 and not parallel.local.every
-    return parallel.shard > 1 or parallel.offload or (synchronous and parallel.tensor > 1)
-
-
 def make_world(parallel: Parallel, device: torch.device) -> World:
     """The world of an initialised default process group. Raises RecipeError for what the device cannot do."""
-    _check_device(parallel, device)
-    names = [name for name, size in zip(AXES, parallel.sizes, strict=True) if size > 1]
-    if uses_fully_shard(parallel) and "shard" not in names:
-        names = [name for name in AXES if name in names or name == "shard"]
-    sizes = dict(zip(AXES, parallel.sizes, strict=True))
-    mesh = init_device_mesh(device.type, tuple(sizes[n] for n in names), mesh_dim_names=tuple(names)) if names else None
-    return World(device=device, parallel=parallel, mesh=mesh)
-
-
-def _check_device(parallel: Parallel, device: torch.device) -> None:
-    if parallel.context > 1 and device.type == "cpu":
-        text = f"= {parallel.context}, but torch has no ring attention for the CPU; use 1, or GPUs"
-        raise RecipeError("parallel.context", text)
     if parallel.compress == "bf16" and device.type == "cpu":
         raise RecipeError("parallel.compress", "= 'bf16' needs NCCL, which is for GPUs; use fp16 on the CPU")
+    axes = zip(AXES, parallel.sizes, strict=True)
+    sizes = {axis: size for axis, size in axes if size > 1 or (axis == "shard" and parallel.fully_sharded)}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None
+    return World(device=device, parallel=parallel, mesh=mesh, context_group=_context_group(parallel, device))
+
+
+def _context_group(parallel: Parallel, device: torch.device) -> dist.ProcessGroup | None:
+    """Next to each other among the replicas."""
+    if parallel.context == 1:
+        return None
+    stages, replicas, *rest = parallel.sizes
+    shape = (stages * replicas // parallel.context, parallel.context, prod(rest))
+    return init_device_mesh(device.type, shape, mesh_dim_names=("others", "context", "rest")).get_group("context")
 
 
 def own_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -100,7 +101,7 @@ def process_group(device: torch.device) -> Iterator[int]:
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_index(device))
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield dist.get_world_size()
     finally:

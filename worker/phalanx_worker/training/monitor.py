@@ -60,7 +60,7 @@ class Monitor:
             health,
             device=world.device,
             modules=layout.modules,
-            replicas=world.group("data"),
+            replicas=world.group("replicas"),
             meets=lambda step: not every or step % every == 0,
             can_return=can_return,
             repeatable=world.parallel.compress != "powersgd",  # it remembers what it left out

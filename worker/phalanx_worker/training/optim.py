@@ -81,7 +81,7 @@ def clip(parameters: Iterable[nn.Parameter], *, norm: Tensor, limit: float) -> N
 def divide(parameters: Iterable[nn.Parameter], divisor: float) -> None:
     """Divide all gradients in place."""
     for alike in _alike(p.grad for p in parameters).values():
-        torch._foreach_div_(alike, divisor)
+        torch._foreach_div_(alike, divisor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _alike(grads: Iterable[Tensor | None]) -> dict[object, list[Tensor]]:

@@ -33,12 +33,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(shape.width, eps=1e-6) if predicts else None
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False) if predicts else None
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """`positions` (length,) int64 is where in the sequence the tokens stand; by default from 0."""
+    def forward(self, x: Tensor) -> Tensor:
         if self.embed is not None:
             x = self.embed(x)
         for block in self.blocks.values():
-            x = block(x, positions)
+            x = block(x)
         if self.norm is not None and self.head is not None:
             x = self.head(self.norm(x))
         return x
@@ -54,32 +53,42 @@ class Block(nn.Module):
         self.feed_norm = nn.RMSNorm(shape.width, eps=1e-6)
         self.feed = SwiGLU(shape)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
         return x + self.feed(self.feed_norm(x))
+
+
+class WholeSequence:
+    """Where a rank's tokens stand, and what they may look at, when it holds whole sequences."""
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """(length,) int64: where in the sequence each of this rank's tokens stands."""
+        return torch.arange(length, device=device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of (batch, heads, length, size); keys and values may have fewer heads."""
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention. Heads are counted from the projections' own output, so that a rank which holds a
-    part of them computes just those."""
+    part of them computes just those; `sequence` may be replaced where it holds a part of each sequence."""
 
     def __init__(self, shape: LmModel) -> None:
         super().__init__()
         self.size = shape.width // shape.heads
         self.base = shape.rotary_base
+        self.sequence = WholeSequence()
         self.query = nn.Linear(shape.width, shape.width, bias=False)
         self.key = nn.Linear(shape.width, shape.key_heads * self.size, bias=False)
         self.value = nn.Linear(shape.width, shape.key_heads * self.size, bias=False)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         query, key, value = (self._heads(project(x)) for project in (self.query, self.key, self.value))
-        if positions is None:
-            positions = torch.arange(query.shape[2], device=query.device)
-        turn = rotation(positions, size=self.size, base=self.base)
-        query, key = rotate(query, turn), rotate(key, turn)
-        grouped = key.shape[1] != query.shape[1]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        turn = rotation(self.sequence.positions(query.shape[2], query.device), size=self.size, base=self.base)
+        mixed = self.sequence.attend(rotate(query, turn), rotate(key, turn), value)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -7,21 +7,22 @@ knows none of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.precision import Precision
-from phalanx_worker.training.mesh import World, uses_fully_shard
-from phalanx_worker.training.parallel import pipeline, recompute, replicas, sharding, tensor
-from phalanx_worker.training.parallel.local import Outer
-from phalanx_worker.training.precision import use_autocast
-from phalanx_worker.training.task import Task
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from phalanx_worker.training.mesh import World
+from phalanx_worker.training.parallel import context, pipeline, recompute, replicas, sharding, tensor
+from phalanx_worker.training.parallel.local import Outer
+from phalanx_worker.training.precision import use_autocast
+from phalanx_worker.training.task import Task
 
 
 class Layout:
@@ -34,9 +35,10 @@ class Layout:
         self._task = task
         self._accumulate = accumulate
         self._loss_scale = 1.0
+        self._part = _part_of_sequence(modules.values(), world.group("context"))
         self._runs = {index: _replicated(module, world) for index, module in modules.items()}
         self._schedule = self._make_schedule(world.parallel, world.group("pipeline"))
-        self.outer = self._make_outer(world.parallel, world.group("data"))
+        self.outer = self._make_outer(world.parallel, world.group("replicas"))
 
     def run(self, batch: Mapping[str, Tensor], *, loss_scale: float = 1.0) -> Tensor | None:
         """Forward and backward of this rank's part of a global batch: leaves in `grad` the gradient of `loss_scale` ×
@@ -44,6 +46,8 @@ class Layout:
         that do not hold its end."""
         self._loss_scale = loss_scale
         inputs, targets = (part.to(self.world.device) for part in self._task.inputs_and_targets(batch))
+        if self._part is not None:
+            inputs, targets = self._part.take(inputs), self._part.take(targets)
         return self._run_whole(inputs, targets) if self._schedule is None else self._run_pieces(inputs, targets)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -100,7 +104,7 @@ def lay_out(task: Task, world: World, precision: Precision, *, seed: int, accumu
             assert mesh is not None
             tensor.cut(module, mesh["tensor"], _plan(task, module))
         recompute.recompute_blocks(blocks, parallel.recompute)
-        if uses_fully_shard(parallel):
+        if parallel.fully_sharded:
             assert world.sharding_mesh is not None
             sharding.shard(module, blocks, world.sharding_mesh, parallel=parallel, precision=precision)
         else:
@@ -134,9 +138,17 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest())
 
 
+def _part_of_sequence(modules: Iterable[nn.Module], group: dist.ProcessGroup | None) -> context.PartOfSequence | None:
+    if group is None:
+        return None
+    part = context.PartOfSequence(group)
+    context.use_parts(modules, part)
+    return part
+
+
 def _replicated(module: nn.Module, world: World) -> nn.Module:
-    group = world.group("data")
-    if group is None or uses_fully_shard(world.parallel) or world.parallel.local.every:
+    group = world.group("replicas")
+    if group is None or world.parallel.fully_sharded or world.parallel.local.every:
         return module
     return replicas.replicate(module, group, world.parallel)
 

@@ -9,10 +9,11 @@ from typing import cast
 
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.precision import Precision
-from phalanx_worker.training.precision import sharded_policy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from phalanx_worker.training.precision import sharded_policy
 
 
 def shard(
@@ -23,7 +24,9 @@ def shard(
     options = {
         "mesh": mesh,
         "mp_policy": sharded_policy(precision),
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if parallel.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+        if parallel.offload
+        else OffloadPolicy(),
         "reshard_after_forward": parallel.reshard and parallel.pipeline == 1,
     }
     for block in blocks:

@@ -4,7 +4,6 @@ the sequence."""
 
 from __future__ import annotations
 
-from phalanx_worker.training.models.transformer import Transformer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
@@ -16,6 +15,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from phalanx_worker.training.models.transformer import Transformer
 
 SEQUENCE = Shard(1)
 
@@ -43,7 +44,7 @@ def _block_plan() -> dict[str, ParallelStyle]:
     whole = (Replicate(),)
     return {
         "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(input_layouts=(SEQUENCE, None), desired_input_layouts=(*whole, None)),
+        "attention": PrepareModuleInput(input_layouts=(SEQUENCE,), desired_input_layouts=whole),
         "attention.query": ColwiseParallel(),
         "attention.key": ColwiseParallel(),
         "attention.value": ColwiseParallel(),

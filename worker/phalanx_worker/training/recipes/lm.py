@@ -11,7 +11,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from phalanx.recipes.lm import LmConfig, LmModel
+from phalanx.recipes.parse import RecipeError
+from torch import Tensor, nn
+
 from phalanx_worker.training import precision
+from phalanx_worker.training.data.opening import vocab_size
+from phalanx_worker.training.data.stream import open_stream
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import count_work
@@ -19,7 +24,6 @@ from phalanx_worker.training.models.transformer import Transformer, split, start
 from phalanx_worker.training.parallel.layout import lay_out
 from phalanx_worker.training.parallel.tensor import transformer_plan
 from phalanx_worker.training.task import Task
-from torch import Tensor, nn
 
 
 def lm_task(shape: LmModel) -> Task:
@@ -37,21 +41,43 @@ def lm_task(shape: LmModel) -> Task:
 CONFIG = LmConfig
 
 
-def make(config: LmConfig, world: World, batches: Iterator[Batch], checkpointer: Checkpointer | None = None) -> Trainer:
-    """The trainer of this rank. `batches` are its parts of the global batches; `config` is placed."""
+def make(
+    config: LmConfig,
+    world: World,
+    *,
+    batches: Iterator[Batch] | None = None,
+    checkpointer: Checkpointer | None = None,
+) -> Trainer:
+    """The trainer of this rank, on the data that `config` (placed) names or on the given parts of the global batches.
+    Raises RecipeError."""
     precision.check_device(config.precision, world.device)
     task = lm_task(config.model)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
     global_batch = torch.empty(config.train.global_batch, config.data.seq_len + 1, dtype=torch.int64, device="meta")
     return Trainer(
         layout=layout,
-        batches=batches,
+        batches=batches or _open(config, world),
         train=config.train,
         optim=config.optim,
         precision=config.precision,
         checkpointer=checkpointer,
         per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
         work=partial(count_work, task, {"tokens": global_batch}),
+    )
+
+
+def _open(config: LmConfig, world: World) -> Iterator[Batch]:
+    symbols = vocab_size(config.data)
+    if symbols and symbols > config.model.vocabulary:
+        text = f"= {config.model.vocabulary} is less than the data's {symbols} symbols; use {symbols} or more"
+        raise RecipeError("model.vocabulary", text)
+    return open_stream(
+        config.data,
+        dp_rank=world.batch_rank,
+        dp_size=config.parallel.batch_ways,
+        batch=config.train.global_batch,
+        seed=config.train.seed,
+        device=world.device,
     )
 
 

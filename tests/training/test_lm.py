@@ -1,0 +1,107 @@
+"""The `lm` recipe from the command line, under torchrun, on files; and its loop."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from phalanx.recipes.lm import LmModel
+from phalanx_worker.training.main import main
+from phalanx_worker.training.models.transformer import Transformer, rotate, rotation
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+
+
+def arguments(text: Path, **sections):
+    args = {
+        "data": {"paths": [str(text)], "seq_len": 32, "cache": str(text.parent / "cache")},
+        "model": {"layers": 2, "width": 32, "heads": 4},
+        "train": {"steps": 20, "global_batch": 8},
+        "optim": {"lr": 1e-2},
+        "device": "cpu",
+    }
+    return json.dumps({**args, **sections})
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "alphabet.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz " * 200)
+    return path
+
+
+def last_loss(output: str) -> float:
+    return float(output.split("loss ")[-1])
+
+
+def test_one_rank_learns_the_alphabet(text, capsys):
+    assert main(["lm", arguments(text), "train.steps=30"]) == 0
+    assert last_loss(capsys.readouterr().out) < 3.0, "5.5 is chance"
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_learn_the_same(text, capsys):
+    argv = [*TORCHRUN, "-m", "phalanx_worker.training.main", "lm", arguments(text), "parallel.shard=2"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert main(["lm", arguments(text)]) == 0
+    assert last_loss(done.stdout) == pytest.approx(last_loss(capsys.readouterr().out), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lm", "{}"], "phalanx: data is missing; it has no default"),
+        (["ml"], "phalanx: usage: python -m phalanx_worker.training.main {lm} [JSON] [KEY=VALUE ...]"),
+        (["lm", '{"model":'], "phalanx: the arguments are not JSON: Expecting value: line 1 column 10 (char 9)"),
+        (
+            ["lm", "DATA", "parallel.tensor=3"],
+            "phalanx: parallel has no room: shard × tensor × pipeline × context = 3 does not divide the 1 ranks; "
+            "use sizes whose product does",
+        ),
+        (["lm", "DATA", "model.vocabulary=100"],
+         "phalanx: model.vocabulary = 100 is less than the data's 256 symbols; use 256 or more"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_no_traceback(text, capsys, words, said):
+    words = [arguments(text) if word == "DATA" else word for word in words]
+    assert main(words) == 2
+    assert capsys.readouterr().err.strip() == said
+
+
+def whole(**sizes):
+    torch.manual_seed(0)
+    shape = LmModel(**{"vocabulary": 16, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, **sizes})
+    return Transformer(shape, layers=range(shape.layers))
+
+
+def test_no_position_sees_what_comes_after_it():
+    model, tokens = whole(), torch.arange(8)[None]
+    changed = tokens.clone()
+    changed[0, 5] = 15
+    before, after = model(tokens), model(changed)
+    assert torch.allclose(before[:, :5], after[:, :5], atol=1e-6)
+    assert not torch.allclose(before[:, 5:], after[:, 5:], atol=1e-6)
+
+
+def test_rotation_keeps_lengths_and_makes_products_depend_on_the_distance():
+    query, key = torch.randn(2, 1, 1, 1, 8)
+    turned = rotate(query.expand(1, 1, 6, 8), rotation(torch.arange(6), size=8, base=100.0))
+    keys = rotate(key.expand(1, 1, 6, 8), rotation(torch.arange(6), size=8, base=100.0))
+    assert torch.allclose(turned.norm(dim=-1), query.norm().expand(1, 1, 6), atol=1e-5)
+    products = (turned[0, 0] @ keys[0, 0].T).numpy()
+    assert products[1, 0] == pytest.approx(products[4, 3], abs=1e-4)
+    assert products[3, 0] == pytest.approx(products[5, 2], abs=1e-4)
+
+
+def test_stages_in_a_row_are_the_whole_model():
+    model = whole()
+    first = Transformer(model.shape, layers=[0], predicts=False)
+    last = Transformer(model.shape, layers=[1], embeds=False)
+    for part in (first, last):
+        part.load_state_dict({name: value for name, value in model.state_dict().items() if name in part.state_dict()})
+    tokens = torch.arange(8)[None]
+    assert torch.equal(last(first(tokens)), model(tokens))

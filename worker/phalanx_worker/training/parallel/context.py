@@ -1,0 +1,55 @@
+"""Context parallelism: each rank holds a part of every sequence, and sees the keys and values of all of it by gathering
+them, layer by layer (Llama Team 2024, arXiv:2407.21783, section 3.3.2).
+
+torch's own `context_parallel` is a prototype for CUDA alone; this runs wherever collectives do. A rank takes one chunk
+from the front half and its mirror from the back half: under a causal mask all have then equally much to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+from phalanx_worker.training.models.transformer import Attention, WholeSequence
+
+
+class PartOfSequence(WholeSequence):
+    """This rank's part among those of the group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """This rank's part of (batch, length), in order; the length has to be a multiple of twice the group's size."""
+        return tokens[:, self.positions(tokens.shape[1] // self._group.size(), tokens.device)]
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        return _places(self._group.rank(), self._group.size(), length, device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ranks, length = self._group.size(), query.shape[2]
+        everywhere = torch.cat([_places(rank, ranks, length, query.device) for rank in range(ranks)])
+        seen = everywhere[None, :] <= self.positions(length, query.device)[:, None]
+        key, value = (all_gather_tensor_autograd(part.contiguous(), 2, self._group) for part in (key, value))
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=grouped)
+
+
+def use_parts(modules: Iterable[nn.Module], part: PartOfSequence) -> None:
+    """Let every attention among the modules' own see the whole sequence from this part of it."""
+    for module in modules:
+        for inner in module.modules():
+            if isinstance(inner, Attention):
+                inner.sequence = part
+
+
+def _places(rank: int, ranks: int, length: int, device: torch.device) -> Tensor:
+    """Where the `length` tokens of a rank stand in the whole sequence: chunk `rank` of 2 · `ranks`, then its mirror."""
+    half = length // 2
+    own = torch.arange(half, device=device)
+    return torch.cat((own + rank * half, own + (2 * ranks - 1 - rank) * half))
