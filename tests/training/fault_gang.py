@@ -103,7 +103,6 @@ class Faults:
         self.tries: dict[int, int] = {}
         task = trainer.layout._task
         trainer.layout._task = replace(task, loss=lambda output, targets: self.loss(task.loss(output, targets)))
-        next(trainer.layout.parameters()).register_hook(self.gradient)
 
     def hits(self, name: str) -> dict[str, Any] | None:
         """The fault of this name, where it strikes this rank at the present batch."""
@@ -120,13 +119,15 @@ class Faults:
         if self.hits("unsteady"):
             self.tries[0] = self.tries.get(0, 0) + 1
             value = value * (1 + self.tries[0] / 100)
+        if self.hits("gradient"):
+            value = value * 1.0
+            value.register_hook(self.gradient)
         return value
 
     def gradient(self, value: Any) -> Any:
-        fault = self.hits("gradient")
         number = self.trainer.batches.number
         self.tries[number] = self.tries.get(number, 0) + 1
-        return value * float("nan") if fault and self.tries[number] <= fault.get("tries", 99) else value
+        return value * float("nan") if self.tries[number] <= self.wanted["gradient"].get("tries", 99) else value
 
     def after_backward(self, step: int, loss: float, grad_norm: Any) -> bool:
         return True
