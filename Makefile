@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.phalanx-setup
 BENCHMARKS := accept_rate queue_page metric_ingest gang_start turnover short_jobs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow worlds check format lock bench shapes clean
+.PHONY: help setup demo test test-slow test-full worlds check format lock bench shapes clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -27,10 +27,13 @@ demo: setup  ## a real distributed training, from HTTP to a trained model
 	@exec $(BIN)/phalanx up --data .phalanx/demo --port 0 --nodes 2 --gpus-per-node 2 -- $(BIN)/python examples/demo.py
 
 test: setup  ## all tests but the slow ones
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow and not full"
 
 test-slow: setup  ## the slow tests
-	@$(BIN)/pytest -m slow
+	@$(BIN)/pytest -m "slow and not full"
+
+test-full: setup  ## the fullest matrix of training layouts and faults (half an hour)
+	@$(BIN)/pytest -m full
 
 worlds: setup  ## many seeded worlds: WORLDS=5000 FIRST_SEED=1
 	@$(BIN)/pytest tests/worlds -m slow -x
@@ -50,7 +53,7 @@ lock: setup  ## pin what is installed now in requirements.lock
 
 bench: setup  ## measure against the budgets, beside named peers (half an hour; BENCH_FLAGS=--quick: 15 minutes)
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_FLAGS) || exit 1; done
-	@$(BIN)/python benchmarks/pass_speed.py
+	@$(BIN)/python benchmarks/pass_speed.py $(BENCH_FLAGS)
 	@$(BIN)/python benchmarks/first_step.py
 	@$(BIN)/python benchmarks/steps_per_second.py
 

@@ -9,6 +9,6 @@ if connection is None:
         "run migrations through phalanx_server.store.migrate (upgrade, downgrade), which brings a connection"
     )
 
-context.configure(connection=connection, target_metadata=metadata)
+context.configure(connection=connection, target_metadata=metadata, transaction_per_migration=True)
 with context.begin_transaction():
     context.run_migrations()

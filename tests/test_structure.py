@@ -48,5 +48,13 @@ def test_every_target_that_the_documents_name_exists():
     assert named <= listed
 
 
+def test_benchmarks_that_can_be_quick_are_told_to_be():
+    said = run("make", "-n", "bench", "shapes", "BENCH_FLAGS=--quick").stdout
+    told = dict(re.findall(r"python benchmarks/(\w+)\.py ?(.*)", said))
+    quick = {name for name in told if '"--quick"' in (ROOT / "benchmarks" / f"{name}.py").read_text()}
+    assert quick == {"pass_speed", "admission"} == {name for name, flags in told.items() if flags == "--quick"}
+    assert "benchmarks/$name.py --quick" in said
+
+
 def test_the_distribution_has_its_three_packages():
     assert all(importlib.util.find_spec(name) for name in ("phalanx", "phalanx_server", "phalanx_worker"))

@@ -168,6 +168,11 @@ def attempts(job_id: str) -> Call[list[models.Attempt]]:
     return Call("GET", _job_path(job_id, "attempts"), items(models.Attempt))
 
 
+def goodput(job_id: str) -> Call[models.Goodput]:
+    """What became of the GPU time of all its attempts."""
+    return Call("GET", _job_path(job_id, "goodput"), one(models.Goodput))
+
+
 def explain(job_id: str) -> Call[models.Explanation]:
     """Why a job waits, what would unblock it and when it is expected to start."""
     return Call("GET", _job_path(job_id, "explain"), one(models.Explanation))

@@ -76,9 +76,11 @@ def change_maintenance(
     labels: Mapping[str, str] | None = None,
     reason: str | None = None,
 ) -> Call[MaintenanceWindow]:
-    """Change a window that is not over; what is not given stays."""
+    """Change a window that is not over; what is not given stays. Empty `nodes` or `labels` take away what it had of
+    them: one of the two has to be left."""
     named = None if nodes is None else list(nodes)
-    body = _body(starts_at=starts_at, ends_at=ends_at, nodes=named, labels=labels and dict(labels), reason=reason)
+    having = None if labels is None else dict(labels)
+    body = _body(starts_at=starts_at, ends_at=ends_at, nodes=named, labels=having, reason=reason)
     return Call("PATCH", _path(window_id), one(MaintenanceWindow), json=body)
 
 

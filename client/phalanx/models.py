@@ -379,6 +379,18 @@ class Explanation(Model):
 
 
 @dataclass(frozen=True)
+class Goodput(Model):
+    """What became of the GPU time that a job was given; `parts_gpu_s` add up to `allocated_gpu_s`."""
+
+    job_id: str
+    attempts: int = 0
+    goodput: float | None = None
+    allocated_gpu_s: float = 0.0
+    parts_gpu_s: dict[str, float] = field(default_factory=dict)
+    measured: bool = False
+
+
+@dataclass(frozen=True)
 class QueueItem(Model):
     position: int
     job_id: str

@@ -6,7 +6,7 @@ Revises: 0010
 """
 
 from alembic import op
-from phalanx_server.store.migrate import run_script
+from phalanx_server.store.migrate import build_indexes, run_script
 
 revision = "0011"
 down_revision = "0010"
@@ -15,9 +15,11 @@ depends_on = None
 
 # A window covers the nodes that it names and those that have all of its labels.
 # `speeds`: `speed` is what passes are told, and `history` what earlier jobs of the kind had, relative to one replica.
+INDEXES = {
+    "jobs_tried": "jobs (id) WHERE state = 'queued' AND attempts > 0",
+    "jobs_elastic": "jobs (id) WHERE state = 'running' AND spec->'resources'->'elastic' <> 'null'",
+}
 UP = """
-CREATE INDEX jobs_tried ON jobs (id) WHERE state = 'queued' AND attempts > 0;
-
 CREATE TABLE maintenance (
     id              uuid PRIMARY KEY,
     nodes           uuid[] NOT NULL DEFAULT '{}',
@@ -48,7 +50,6 @@ CREATE TABLE speeds (
     history         double precision,
     PRIMARY KEY (job_id, gpu_type, replicas)
 );
-CREATE INDEX jobs_elastic ON jobs (id) WHERE state = 'running' AND spec->'resources'->'elastic' <> 'null';
 """
 DOWN = """
 DROP INDEX jobs_elastic;
@@ -58,6 +59,7 @@ DROP INDEX jobs_tried;
 
 
 def upgrade() -> None:
+    build_indexes(op.get_context(), INDEXES)
     run_script(op.get_bind(), UP)
 
 

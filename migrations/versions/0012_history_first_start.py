@@ -1,23 +1,33 @@
 """The newest jobs that ran and ended, found without those that were cancelled before; and what a waiting job was first
 told of its start, kept for as long as it waits.
 
+Of jobs that wait now, what was first said is in `forecasts` if they never ran. Of others it is what they are told now,
+or, where that is nothing, the first that a later pass says.
+
 Revision ID: 0012
 Revises: 0011
 """
 
 from alembic import op
-from phalanx_server.store.migrate import run_script
+from phalanx_server.store.migrate import build_indexes, run_script
 
 revision = "0012"
 down_revision = "0011"
 branch_labels = None
 depends_on = None
 
+INDEXES = {"jobs_ran": "jobs (state, id DESC) WHERE attempts > 0 AND finished_at IS NOT NULL"}
 UP = """
-CREATE INDEX jobs_ran ON jobs (state, id DESC) WHERE attempts > 0 AND finished_at IS NOT NULL;
-
 ALTER TABLE holds ADD COLUMN first_start timestamptz, ADD COLUMN first_start_low timestamptz,
                   ADD COLUMN first_start_high timestamptz;
+
+UPDATE holds h SET first_start = f.start, first_start_low = f.start_low, first_start_high = f.start_high
+FROM forecasts f JOIN jobs j ON j.id = f.job_id
+WHERE f.job_id = h.job_id AND j.attempts = 0 AND f.start IS NOT NULL;
+
+UPDATE holds SET first_start = estimated_start, first_start_low = estimated_start_low,
+                 first_start_high = estimated_start_high
+WHERE first_start IS NULL AND estimated_start IS NOT NULL;
 """
 DOWN = """
 ALTER TABLE holds DROP COLUMN first_start, DROP COLUMN first_start_low, DROP COLUMN first_start_high;
@@ -26,6 +36,7 @@ DROP INDEX jobs_ran;
 
 
 def upgrade() -> None:
+    build_indexes(op.get_context(), INDEXES)
     run_script(op.get_bind(), UP)
 
 

@@ -5,23 +5,23 @@ Revises: 0012
 """
 
 from alembic import op
-from phalanx_server.store.migrate import run_script
+from phalanx_server.store.migrate import build_indexes, run_script
 
 revision = "0013"
 down_revision = "0012"
 branch_labels = None
 depends_on = None
 
-UP = """
-CREATE INDEX events_node_health ON events (node_id, id) WHERE node_id IS NOT NULL AND kind IN ('health', 'node_ready');
-"""
+INDEXES = {
+    "events_node_health": "events (node_id, id) WHERE node_id IS NOT NULL AND kind IN ('health', 'node_ready')"
+}
 DOWN = """
 DROP INDEX events_node_health;
 """
 
 
 def upgrade() -> None:
-    run_script(op.get_bind(), UP)
+    build_indexes(op.get_context(), INDEXES)
 
 
 def downgrade() -> None:

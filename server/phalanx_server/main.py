@@ -30,6 +30,7 @@ from phalanx_server.api import (
     errors,
     events,
     explain,
+    goodput,
     health,
     jobs,
     logs,
@@ -64,8 +65,8 @@ from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-OF_JOBS = (jobs, arrays, events, explain, logs, outputs, metrics, queue, plan, calibration, bundles, environments)
-RESOURCES = (*OF_JOBS, nodes, maintenance, tenants, quotas, policy, tokens, clusters)
+OF_JOBS = (jobs, arrays, events, explain, goodput, logs, outputs, metrics, queue, plan, calibration)
+RESOURCES = (*OF_JOBS, bundles, environments, nodes, maintenance, tenants, quotas, policy, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."
 

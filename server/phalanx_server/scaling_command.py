@@ -25,7 +25,7 @@ MOST_RUNS = 1_000
 POINTS = 1_000
 LEVELS = (0.5, 0.999)
 
-scaling = typer.Typer(help="Scaling laws from past runs.", no_args_is_help=True)
+scaling = typer.Typer(help="Fit scaling laws to past runs.", invoke_without_command=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -34,8 +34,10 @@ def register(app: typer.Typer) -> None:
 
 
 @scaling.callback()
-def about() -> None:
-    """Scaling laws from past runs: what a larger model or more data would bring."""
+def about(ctx: typer.Context) -> None:
+    """Fit scaling laws to past runs: what a larger model or more data would bring."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 @scaling.command("fit")

@@ -77,6 +77,17 @@ async def test_it_is_changed_ended_and_deleted(admin: httpx.AsyncClient) -> None
     assert {(await admin.delete(path)).status_code, (await admin.get(path)).status_code} == {404}
 
 
+async def test_an_empty_list_or_object_takes_away_what_was_there(admin: httpx.AsyncClient, world: Any) -> None:
+    async with world.engine.begin() as conn:
+        await conn.execute(update(nodes).where(nodes.c.name == "n1").values(labels={"rack": "r0"}))
+    path = f"/v1/maintenance/{(await made(admin, labels={'rack': 'r0'}))['id']}"
+    changed = (await admin.patch(path, json={"nodes": []})).json()
+    assert (changed["nodes"], changed["labels"], changed["covers"]) == ([], {"rack": "r0"}, 1)
+    changed = (await admin.patch(path, json={"nodes": ["n0"], "labels": {}})).json()
+    assert (changed["nodes"], changed["labels"], changed["covers"]) == (["n0"], {}, 1)
+    assert (await admin.patch(path, json={"nodes": []})).status_code == 422
+
+
 async def test_the_same_create_sent_again_makes_no_second_one(admin: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "once"}
     first, again = [await admin.post("/v1/maintenance", json=window(), headers=headers) for _ in range(2)]
@@ -120,6 +131,17 @@ async def test_a_refusal_names_the_field_and_what_to_do(admin: httpx.AsyncClient
     assert (error["field"], message in error["message"]) == (field, True), error
     assert hint is None or hint in error["hint"]
     assert (await admin.get("/v1/maintenance")).json()["items"] == []
+
+
+async def test_of_many_mistyped_names_the_first_are_told_and_how_many_more_there_are(admin: httpx.AsyncClient) -> None:
+    """What is near is said of the first few alone: it is sought among all nodes."""
+    answer = await admin.post("/v1/maintenance", json=window(nodes=["n0", *(f"n0x{n}" for n in range(500)), "n1"]))
+    assert answer.status_code == 422
+    *told, last = answer.json()["errors"]
+    assert [each["field"] for each in told] == [f"nodes[{n}]" for n in range(1, 21)]
+    assert ["hint" in each for each in told] == [True] * 3 + [False] * 17
+    assert (last["field"], last["message"]) == ("nodes", "480 more name no one node")
+    assert "phalanx nodes" in last["hint"]
 
 
 async def test_a_change_is_checked_with_what_stays(admin: httpx.AsyncClient) -> None:

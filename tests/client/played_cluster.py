@@ -68,7 +68,9 @@ class Agent:
 
     async def introduce(self) -> None:
         nodes = [
-            protocol.NodeFacts(f"node-{i}", f"ray-{i}", "emulated", GPUS_PER_NODE, 8, 8 << 30, "127.0.0.1")
+            protocol.NodeFacts(
+                f"node-{i}", f"ray-{i}", "emulated", GPUS_PER_NODE, 8, 8 << 30, "127.0.0.1", {"rack": "r1"}
+            )
             for i in range(NODES)
         ]
         message = protocol.Inventory(self._instance, time.time(), nodes)

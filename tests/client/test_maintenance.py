@@ -31,7 +31,7 @@ def node(database: str, served: Served, tokens: Bootstrapped, admin: Client) -> 
 
 def test_a_window_on_the_command_line(run: Run, admin: Client, node: str) -> None:
     assert "no maintenance is planned" in run("maintenance").stderr
-    words = ("--start", "+2h", "--for", "1h30m", "--reason", "new kernel")
+    words = ("--start", "+2h", "--for", "1.5h", "--reason", "new kernel")
     made = json.loads(run("maintenance", "create", node, *words, "-o", "json").stdout)
     start, end = (datetime.fromisoformat(made[name]) for name in ("starts_at", "ends_at"))
     assert end - start == timedelta(minutes=90)
@@ -55,6 +55,9 @@ def test_a_window_on_the_command_line(run: Run, admin: Client, node: str) -> Non
         (("n0",), "when does it end?"),
         (("n0", "--for", "soon"), "--for is 'soon': expected a duration"),
         (("n0", "--for", "1h", "--end", "+2h"), "say the same"),
+        (("n0", "--for", "9999999999d"), "--for is '9999999999d': expected a duration"),
+        (("n0", "--for", "1h", "--start", "+9999999999d"), "--start is '9999999999d': expected a duration"),
+        (("n0", "--end", "+3000000d"), "--end is '+3000000d': that is after the year 9999"),
         (("n0", "--end", "tomorrow"), "--end is 'tomorrow': expected a time"),
         (("n0", "--end", "2030-01-01T00:00:00"), "--end has no time zone"),
         (("--label", "rack", "--for", "1h"), "--label is 'rack': expected KEY=VALUE"),
@@ -64,6 +67,21 @@ def test_a_window_on_the_command_line(run: Run, admin: Client, node: str) -> Non
 def test_what_cannot_be_is_refused_in_a_line(run: Run, words: tuple[str, ...], said: str) -> None:
     result = run("maintenance", "create", *words, code=2)
     assert said in " ".join(result.stderr.split())
+
+
+def test_what_a_window_names_and_its_labels_can_be_taken_away(run: Run, admin: Client, node: str) -> None:
+    start = datetime.now(UTC) + timedelta(hours=1)
+    made = admin.create_maintenance(starts_at=start, ends_at=start + timedelta(hours=1), nodes=[node])
+    run("maintenance", "set", made.id, "--no-nodes", "--label", "rack=r1")
+    changed = admin.maintenance_window(made.id)
+    assert (changed.nodes, changed.labels, changed.covers) == ([], {"rack": "r1"}, 2)
+    assert "no node is named, and no label" in run("maintenance", "set", made.id, "--no-labels", code=2).stderr
+    run("maintenance", "set", made.id, "--no-labels", "--node", node)
+    changed = admin.maintenance_window(made.id)
+    assert (changed.nodes, changed.labels, changed.covers) == ([node], {}, 1)
+    assert admin.change_maintenance(made.id, nodes=[], labels={"rack": "r1"}).nodes == []
+    for words in (("--node", node, "--no-nodes"), ("--label", "rack=r1", "--no-labels")):
+        assert "contradict each other" in run("maintenance", "set", made.id, *words, code=2).stderr
 
 
 def test_who_waits_for_it_is_told(

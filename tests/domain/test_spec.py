@@ -1,14 +1,17 @@
 """The job file: what it says, what it refuses, and in which words."""
 
 import json
+import shlex
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from phalanx.units import parse_duration, parse_size
 from phalanx_server.domain.environment import clean_requirements
 from phalanx_server.domain.errors import Invalid, UnknownField
+from phalanx_server.domain.run_spec import program_of
 from phalanx_server.domain.spec import JobSpec, parse_job
-from phalanx_server.domain.units import parse_duration, parse_size
 
 SMALL = {"name": "a", "resources": {"gpus_per_replica": 1}, "run": {"command": "true"}}
 FULL = {
@@ -203,8 +206,6 @@ def test_an_unknown_key_is_answered_with_the_nearest_valid_one(field, nearest):
     [
         "run__environment__image",
         "run__secrets",
-        "run__recipe",
-        "run__args",
         "checkpoint__keep_last",
     ],
 )
@@ -370,3 +371,70 @@ def test_durations(text, seconds):
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
+
+
+def recipe(**args: Any) -> dict[str, Any]:
+    return {**SMALL, "run": {"recipe": "lm", "args": args}, "resources": {"gpus": 4}}
+
+
+def test_a_recipe_stands_for_a_command():
+    spec = parse_job(recipe(model={"layers": 2}, parallel={"tensor": 2}))
+    assert parse_job(spec.dump()) == spec
+    words = shlex.split(program_of(spec.dump()["run"]))
+    assert words[:4] == ["python", "-m", "phalanx_worker.training.main", "lm"]
+    assert json.loads(words[4]) == {"model": {"layers": 2}, "parallel": {"tensor": 2}}
+
+
+@pytest.mark.parametrize(
+    ("run", "field", "says"),
+    [
+        ({"recipe": "ml"}, "run.recipe", "is none of lm"),
+        ({"recipe": "lm", "command": "true"}, "run", "say either command, or recipe with args"),
+        ({}, "run", "say either command, or recipe with args"),
+        ({"command": "true", "args": {"a": 1}}, "run.args", "none is named"),
+        ({"recipe": "lm", "args": {"modle": {}}}, "run.args", "modle is not a field; did you mean 'model'?"),
+        ({"recipe": "lm", "args": {"model": {"layers": "many"}}}, "run.args", "model.layers = 'many' is not a whole"),
+        ({"recipe": "lm", "args": {"parallel": {"tensor": 3}}}, "run", "args: parallel has no room"),
+        ({"recipe": "lm", "args": {"x": "y" * 70_000}}, "run.args", "at most 65536"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_with_the_field_and_the_fix(run, field, says):
+    with pytest.raises(Invalid) as refused:
+        parse_job({**SMALL, "run": run, "resources": {"gpus": 4}})
+    (error,) = refused.value.errors
+    assert error.field == field
+    assert says in error.message
+
+
+def test_a_recipe_fits_every_size_of_an_elastic_gang():
+    resources = {"gpus": 4, "elastic": {"min_replicas": 1, "max_replicas": 4}}
+    with pytest.raises(Invalid) as refused:
+        parse_job({**recipe(train={"global_batch": 32}), "resources": resources})
+    assert "train.global_batch = 32 is not a multiple of data" in refused.value.detail
+    assert "(with 3 ranks)" in refused.value.detail
+    assert parse_job({**recipe(train={"global_batch": 24}), "resources": resources})
+
+
+def test_health_is_written_short_or_whole():
+    hang = {"action": "restart", "at_least": "2m"}
+    spec = parse_job({**SMALL, "health": {"nan": "stop", "hang": hang, "gpu": False}})
+    assert spec.health is not None
+    assert (spec.health.nan.action, spec.health.hang.at_least, spec.health.gpu.action) == ("stop", 120, "off")
+    assert parse_job(spec.dump()) == spec
+    assert parse_job(SMALL).health is None
+
+
+@pytest.mark.parametrize(
+    ("health", "field"),
+    [
+        ({"nan": "restart"}, "health.nan.action"),
+        ({"hang": "skip"}, "health.hang.action"),
+        ({"spike": {"factor": 1}}, "health.spike.factor"),
+        ({"hangs": "warn"}, "health.hangs"),
+        ({"corruption": {"every": 0}}, "health.corruption.every"),
+    ],
+)
+def test_health_that_makes_no_sense_is_refused_by_name(health, field):
+    with pytest.raises(Invalid) as refused:
+        parse_job({**SMALL, "health": health})
+    assert [error.field for error in refused.value.errors] == [field]

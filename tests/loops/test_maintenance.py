@@ -122,7 +122,7 @@ async def test_a_job_that_would_run_into_a_window_waits_and_says_so(plane: Contr
     )
     await plane.tick()
     assert [await plane.state(job) for job in (endless, long, short)] == ["queued", "queued", "starting"]
-    for job, words in ((endless, "without a time limit"), (long, "with 601 s of its time limit left")):
+    for job, words in ((endless, "without a time limit"), (long, "with 10 min 01 s of its time limit left")):
         row = await hold_of(plane, job)
         assert row.reason == "maintenance" and words in row.message
         assert row.estimated_start == plane.now + timedelta(seconds=900), "the end of the window"

@@ -8,13 +8,14 @@ from uuid import UUID
 
 import pytest
 from control_plane import ControlPlane
+from phalanx_server.actions.request_stop import request_stop
 from phalanx_server.actions.set_policy import set_policy
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.loops.enforce import Enforce
 from phalanx_server.scheduling.snapshot import Policy
 from phalanx_server.store.schema import events, holds
 from phalanx_server.store.time_limits import overdue_attempts
-from sqlalchemy import Row, event
+from sqlalchemy import Row, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 
@@ -239,3 +240,26 @@ async def test_a_waiting_job_that_has_used_up_a_new_default_fails(plane: Control
     assert "failed" in kinds and job_id not in {row.job_id for row in await plane.rows(holds)}
     await plane.tick()
     assert job_id.hex not in await plane.known_jobs()
+
+
+async def test_a_deadlock_while_attempts_are_stopped_does_not_undo_what_else_was_told(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs that wait fail in a transaction of their own, which is not run again for the sake of the other."""
+    await plane.add_nodes(1)
+    waits, attempt = await plane.run(gpus=4)
+    plane.later(400)
+    urgent = (await evict(plane, attempt)).job_id
+    plane.later(400)
+    await set_policy(plane.engine, {"default_time_limit_s": 400}, base=plane.policy, if_version=None, actor=SYSTEM)
+    tries: list[int] = []
+
+    async def stop(conn: AsyncConnection, *args: Any, **values: Any) -> list[UUID]:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            await conn.execute(text("DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '40P01'; END $$"))
+        return await request_stop(conn, *args, **values)
+
+    monkeypatch.setattr("phalanx_server.actions.enforce_limits.request_stop", stop)
+    assert await Enforce(plane.engine, plane.leader, policy=plane.policy).tick(plane.now) == [waits, urgent]
+    assert (await plane.state(waits), await plane.state(urgent), len(tries)) == ("failed", "stopping", 2)

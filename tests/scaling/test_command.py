@@ -64,6 +64,10 @@ def file(runs: Callable, tmp_path: Path) -> Path:
     return tmp_path / "runs.csv"
 
 
+def test_the_group_says_what_it_has(fit: Fit) -> None:
+    assert "fit" in CliRunner().invoke(app, ["scaling"]).stdout
+
+
 # ------------------------------------------------------------------ files
 
 

@@ -55,6 +55,14 @@ def test_doubts_are_said(runs, given, said):
     assert said in " | ".join(study(runs(**given), [], ASKED).warnings)
 
 
+def test_intervals_of_too_few_runs_to_draw_from_are_said_to_mean_nothing(hoffmann):
+    pairs = [(1e9, 4e10), (4e9, 1e10), (4e9, 4e10), (4e9, 16e10), (16e9, 4e10)]
+    cross = [Run(f"{n}-{d}", n, d, float(hoffmann.loss(n, d)), 6 * n * d) for n, d in pairs]
+    found = study(cross, [], ASKED)
+    assert found.fit.law.loss(1e9, 1e10) == pytest.approx(hoffmann.loss(1e9, 1e10), rel=0.02)
+    assert "the intervals mean nothing" in found.warnings[0]
+
+
 def test_a_run_that_is_off_the_law_is_named(runs):
     some = runs(noise=0.001)
     warnings = study([*some[:3], replace(some[3], loss=some[3].loss * 1.2), *some[4:]], [], ASKED).warnings

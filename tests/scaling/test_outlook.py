@@ -105,7 +105,8 @@ def test_gpus_are_found_by_what_people_and_drivers_call_them():
         "AMD Instinct MI300X": "mi300x",
     }
     assert {product: getattr(devices.of_product(product), "name", None) for product in products} == products
-    assert devices.of_product("NVIDIA GeForce GT 710") is None
+    for other in ("NVIDIA GeForce GT 710", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10G"):
+        assert devices.of_product(other) is None, other
 
 
 def test_a_precision_that_a_gpu_has_not_is_an_error_that_names_those_it_has():

@@ -1,5 +1,6 @@
-"""The migrations build what the schema says, keep what is there, and go back."""
+"""The migrations build what the schema says, keep what is there, let those who write go on, and go back."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,7 +10,7 @@ from alembic.script import ScriptDirectory
 from phalanx_server.store import migrate
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.ids import new_id
-from phalanx_server.store.schema import jobs, metadata, metrics, tenants
+from phalanx_server.store.schema import holds, jobs, metadata, metrics, tenants
 from sqlalchemy import func, insert, inspect, select, text
 
 IGNORED = ("alembic_version",)
@@ -152,6 +153,121 @@ async def test_down_to_the_first_revision_keeps_the_data_and_down_to_base_leaves
     assert left <= set(IGNORED)
     assert functions == 0
     await migrate.upgrade(empty_database)
+
+
+# ------------------------------------------------------------------ while servers run
+
+
+WAITS_S = 20.0
+BUILT = ("jobs_elastic", "jobs_ran", "jobs_tried")
+_VALID = text("SELECT relname, indisvalid FROM pg_index JOIN pg_class ON oid = indexrelid WHERE relname = ANY(:names)")
+_SOMEBODY_WAITS = text("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+
+
+async def _submit(conn, *, state="queued", attempts=0):
+    """A job, written as a server would; its id."""
+    at, tenant, job = datetime.now(UTC), new_id(), new_id()
+    await conn.execute(insert(tenants).values(id=tenant, path=tenant.hex))
+    values = {"received_at": at, "submitted_at": at, "queued_at": at, "state": state, "attempts": attempts}
+    await conn.execute(insert(jobs).values(id=job, tenant_id=tenant, name="a", spec={}, created_by="x", **values))
+    return job
+
+
+async def _built(engine):
+    async with engine.connect() as conn:
+        return {row.relname: row.indisvalid for row in await conn.execute(_VALID, {"names": list(BUILT)})}
+
+
+@pytest.fixture
+async def old(empty_database):
+    """An engine on a database as it was before 0011, with rows."""
+    await migrate.upgrade(empty_database, "0010")
+    await _fill_first_revision(empty_database, datetime.now(UTC))
+    engine = create_engine(empty_database)
+    yield engine
+    await engine.dispose()
+
+
+async def test_jobs_are_submitted_while_their_indexes_are_built(old, empty_database):
+    """A build waits for a transaction that has written to the table; nobody who comes after waits for the build."""
+    async with old.begin() as first:
+        await _submit(first)
+        upgrade = asyncio.ensure_future(migrate.upgrade(empty_database))
+        async with asyncio.timeout(WAITS_S), old.connect() as conn:
+            while not await conn.scalar(_SOMEBODY_WAITS):
+                assert not upgrade.done()
+                await conn.rollback()
+                await asyncio.sleep(0.02)
+        async with old.begin() as second:
+            await second.execute(text("SET LOCAL lock_timeout = '2s'"))
+            await _submit(second)
+    await upgrade
+    assert await _built(old) == dict.fromkeys(BUILT, True)
+    async with old.connect() as conn:
+        assert await conn.scalar(select(func.count()).select_from(jobs)) == 3
+
+
+@pytest.mark.parametrize("valid", [False, True])
+async def test_what_an_interrupted_upgrade_left_of_an_index_is_built_anew_or_used(old, empty_database, valid):
+    async with old.begin() as conn:
+        await conn.execute(text("CREATE INDEX jobs_tried ON jobs (id) WHERE state = 'queued' AND attempts > 0"))
+        left = await conn.scalar(text("SELECT CAST(to_regclass('jobs_tried') AS bigint)"))
+        await conn.execute(
+            text("UPDATE pg_index SET indisvalid = :valid WHERE indexrelid = :left"), {"valid": valid, "left": left}
+        )
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        now = await conn.scalar(text("SELECT CAST(to_regclass('jobs_tried') AS bigint)"))
+        assert await conn.run_sync(_differences) == []
+    assert await _built(old) == dict.fromkeys(BUILT, True)
+    assert (now == left) is valid
+
+
+async def test_a_revision_that_fails_leaves_nothing_but_its_indexes_and_is_run_again(old, empty_database):
+    async with old.begin() as conn:
+        await conn.execute(text("CREATE TABLE speeds (in_the_way boolean)"))
+    with pytest.raises(Exception, match='"speeds" already exists'):
+        await migrate.upgrade(empty_database)
+    assert await migrate.current(empty_database) == "0010"
+    assert await _built(old) == dict.fromkeys(("jobs_elastic", "jobs_tried"), True)
+    async with old.begin() as conn:
+        assert await conn.scalar(text("SELECT to_regclass('maintenance') IS NULL"))
+        await conn.execute(text("DROP TABLE speeds"))
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        assert await conn.run_sync(_differences) == []
+
+
+async def test_many_may_upgrade_at_once(old, empty_database):
+    async with asyncio.timeout(WAITS_S):
+        await asyncio.gather(*(migrate.upgrade(empty_database) for _ in range(4)))
+    assert await migrate.current(empty_database) == migrate.HEAD
+    assert await _built(old) == dict.fromkeys(BUILT, True)
+
+
+async def test_what_waiting_jobs_were_first_told_is_kept_through_the_upgrade(old, empty_database):
+    """Of a job that never ran it is known; of one that waits again, what it is told now is the first that is known."""
+    first, later = datetime(2030, 1, 1, tzinfo=UTC), datetime(2030, 1, 2, tzinfo=UTC)
+    async with old.begin() as conn:
+        new, again, untold = await _submit(conn), await _submit(conn, attempts=1), await _submit(conn)
+        for job, estimate in ((new, later), (again, later), (untold, None)):
+            hold = {"job": job, "at": first, "estimate": estimate, "low": estimate}
+            await conn.execute(
+                text(
+                    "INSERT INTO holds (job_id, reason, message, unblocks, since, estimated_start, estimated_start_low)"
+                    " VALUES (:job, 'capacity', '', '[]', :at, :estimate, :low)"
+                ),
+                hold,
+            )
+        for job in (new, again):
+            said = {"job": job, "at": first}
+            await conn.execute(
+                text("INSERT INTO forecasts (job_id, said_at, start, start_low) VALUES (:job, :at, :at, :at)"), said
+            )
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        rows = {row.job_id: (row.first_start, row.first_start_low) for row in await conn.execute(select(holds))}
+    assert rows == {new: (first, first), again: (later, later), untold: (None, None)}
 
 
 @pytest.fixture

@@ -1,6 +1,12 @@
 """The order of samples: a permutation without memory, and streams that stop, go on and change their world size."""
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from phalanx_worker.training.data.files import DataError
 from phalanx_worker.training.data.permutation import permuted
+from phalanx_worker.training.data.prepared import prepared
 from phalanx_worker.training.data.source import Arranged, Order
 from phalanx_worker.training.data.stream import Share, Stream
 
@@ -172,3 +179,72 @@ def test_a_stream_leaves_torchs_random_state_alone_and_says_how_long_it_held_the
     assert torch.equal(torch.get_rng_state(), before)
     assert 0 < stream.data_wait_s < 10
     assert (stream.position, stream.epoch) == (2, 0.2)
+
+
+def test_worker_processes_outlive_the_signal_that_asks_a_job_to_stop():
+    stream = open_numbers(size=30, batch=4, workers=2)
+    before = indices(stream, 1)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert before + indices(stream, 9) == indices(open_numbers(size=30, batch=4), 10)
+    assert all(worker.is_alive() for worker in workers)
+    stream.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_what_several_ranks_need_is_prepared_by_one_of_them(tmp_path):
+    made = []
+
+    def make(stream):
+        made.append(time.sleep(0.05))
+        stream.write(b"content")
+
+    def ask():
+        assert prepared("name", make, cache=str(tmp_path)).read_bytes() == b"content"
+
+    ranks = [threading.Thread(target=ask) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert len(made) == 1
+
+
+def test_what_was_not_prepared_to_the_end_is_prepared_anew(tmp_path):
+    def fail(stream):
+        stream.write(b"half")
+        raise OSError("the node is full")
+
+    with pytest.raises(OSError, match="full"):
+        prepared("name", fail, cache=str(tmp_path))
+    assert prepared("name", lambda stream: stream.write(b"whole"), cache=str(tmp_path)).read_bytes() == b"whole"
+
+
+def test_worker_processes_die_with_their_rank():
+    ready, its_end = os.pipe()
+    rank = os.fork()
+    if not rank:
+        try:
+            stream = open_numbers(size=30, batch=4, workers=2)
+            next(stream)
+            os.write(its_end, " ".join(str(worker.pid) for worker in multiprocessing.active_children()).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(its_end)
+    workers = [int(pid) for pid in os.read(ready, 100).split()]
+    os.kill(rank, signal.SIGKILL)
+    os.waitpid(rank, 0)
+    deadline = time.monotonic() + 5
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(workers) == 2 and not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -10,6 +11,7 @@ from typing import Any
 
 from phalanx.cli import output
 from phalanx.models import Attempt, Checkpoint, Job, Phases, Progress, RankExit, Speed
+from phalanx.units import duration_text
 
 GIVING_WAY = {
     "preemption": "gives way",
@@ -81,6 +83,11 @@ def after(job: Job) -> str | None:
 def deadline(job: Job) -> datetime | None:
     given = job.spec.get("deadline")
     return datetime.fromisoformat(given) if given else None
+
+
+def recipe(run: Mapping[str, Any]) -> str | None:
+    """`recipe lm {"model": …}`."""
+    return f"recipe {run['recipe']} {json.dumps(run.get('args') or {})}" if run.get("recipe") else None
 
 
 def environment(job: Job) -> str | None:
@@ -200,10 +207,10 @@ def reached(found: Phases | None) -> list[tuple[str, float]]:
 
 
 def phases(found: Phases | None) -> str | None:
-    parts = [f"{name} {output.duration(seconds)}" for name, seconds in reached(found)]
+    parts = [f"{name} {duration_text(seconds)}" for name, seconds in reached(found)]
     if not parts or found is None:
         return None
-    total = f"{output.duration(found.total_s)} after {start_of(found)} = " if found.total_s is not None else ""
+    total = f"{duration_text(found.total_s)} after {start_of(found)} = " if found.total_s is not None else ""
     return total + " + ".join(parts)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 import typer
 
-from phalanx.cli import output
+from phalanx.cli import options, output
 from phalanx.cli.failures import INVALID, CommandError
 from phalanx.cli.output import Column
 from phalanx.cli.session import connected
 from phalanx.maintenance import MaintenanceWindow
-
-_SPAN = re.compile(r"(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?")
 
 
 def _where(window: MaintenanceWindow) -> str:
@@ -37,6 +34,8 @@ Nodes = Annotated[list[str] | None, typer.Option("--node", metavar="NODE", help=
 Labels = Annotated[
     list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Nodes with all of these labels; repeatable.")
 ]
+NoNodes = Annotated[bool, typer.Option("--no-nodes", help="Name no node any more: by labels alone.")]
+NoLabels = Annotated[bool, typer.Option("--no-labels", help="No labels any more: the named nodes alone.")]
 Start = Annotated[
     str | None, typer.Option(metavar="TIME|+DURATION", help="Such as 2026-11-21T00:00:00Z, or +2h from now.")
 ]
@@ -85,13 +84,13 @@ def create_window(
     if not nodes and not labels:
         raise CommandError("of which nodes? name them, or give --label KEY=VALUE", exit_code=INVALID)
     now = datetime.now(UTC)
-    starts_at = _time("--start", start, now) if start else now
+    starts_at = options.time("--start", start, now) if start else now
     ends_at = _end(end, lasts, starts_at, now)
     if ends_at is None:
         raise CommandError("when does it end? give --end or --for", exit_code=INVALID)
     with connected() as client:
         made = client.create_maintenance(
-            starts_at=starts_at, ends_at=ends_at, nodes=nodes or (), labels=_labels(labels), reason=reason or ""
+            starts_at=starts_at, ends_at=ends_at, nodes=nodes or (), labels=options.labels(labels), reason=reason or ""
         )
         _print(made, output_as)
 
@@ -100,7 +99,9 @@ def create_window(
 def set_window(
     window: WindowArgument,
     nodes: Nodes = None,
+    no_nodes: NoNodes = False,
     labels: Labels = None,
+    no_labels: NoLabels = False,
     start: Start = None,
     end: End = None,
     lasts: For = None,
@@ -108,19 +109,24 @@ def set_window(
     output_as: output.Output = output.Format.TABLE,
 ) -> None:
     """Change a window that is not over; what is not given stays, and what is given replaces what was."""
+    for what, given, none in (("node", nodes, no_nodes), ("label", labels, no_labels)):
+        if given and none:
+            raise CommandError(f"--{what} and --no-{what}s contradict each other: give one of them", exit_code=INVALID)
     now = datetime.now(UTC)
     with connected() as client:
-        starts_at = _time("--start", start, now) if start else None
+        starts_at = options.time("--start", start, now) if start else None
         from_ = starts_at or (client.maintenance_window(window).starts_at if lasts else now)
-        ends_at = _end(end, lasts, from_, now)
-        given = (nodes or None, _labels(labels) or None, starts_at, ends_at, reason)
-        if all(each is None for each in given):
-            said = "nothing to change: give --node, --label, --start, --end, --for or --reason"
+        changes: dict[str, Any] = {
+            "nodes": [] if no_nodes else nodes or None,
+            "labels": {} if no_labels else options.labels(labels) or None,
+            "starts_at": starts_at,
+            "ends_at": _end(end, lasts, from_, now),
+            "reason": reason,
+        }
+        if all(value is None for value in changes.values()):
+            said = "nothing to change: give --node, --label, --start, --end, --for, --reason, --no-nodes or --no-labels"
             raise CommandError(said, exit_code=INVALID)
-        changed = client.change_maintenance(
-            window, nodes=given[0], labels=given[1], starts_at=starts_at, ends_at=ends_at, reason=reason
-        )
-        _print(changed, output_as)
+        _print(client.change_maintenance(window, **changes), output_as)
 
 
 @maintenance.command("end")
@@ -138,42 +144,12 @@ def delete_window(window: WindowArgument) -> None:
     typer.echo(f"{window} is deleted")
 
 
-def _labels(given: list[str] | None) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given or ()]
-    for key, equals, _ in pairs:
-        if not key or not equals:
-            raise CommandError(f"--label is {key!r}: expected KEY=VALUE, such as rack=r1", exit_code=INVALID)
-    return {key: value for key, _, value in pairs}
-
-
 def _end(end: str | None, lasts: str | None, starts_at: datetime, now: datetime) -> datetime | None:
     if end and lasts:
         raise CommandError("--end and --for say the same: give one of them", exit_code=INVALID)
     if lasts:
-        return starts_at + _span("--for", lasts)
-    return _time("--end", end, now) if end else None
-
-
-def _time(option: str, given: str, now: datetime) -> datetime:
-    """A time as RFC 3339 has it, with a zone, or `+2h` from now on."""
-    if given.startswith("+"):
-        return now + _span(option, given[1:])
-    try:
-        at = datetime.fromisoformat(given)
-    except ValueError:
-        said = f"{option} is {given!r}: expected a time such as 2026-11-21T00:00:00Z, or +2h from now"
-        raise CommandError(said, exit_code=INVALID) from None
-    if at.tzinfo is None:
-        raise CommandError(f"{option} has no time zone: end it with Z or an offset like +01:00", exit_code=INVALID)
-    return at
-
-
-def _span(option: str, given: str) -> timedelta:
-    found = _SPAN.fullmatch(given.replace(" ", ""))
-    if found is None or not any(found.groups()):
-        raise CommandError(f"{option} is {given!r}: expected a duration such as 90m or 1h30m", exit_code=INVALID)
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        return options.after(starts_at, options.span("--for", lasts), f"--for is {lasts!r}")
+    return options.time("--end", end, now) if end else None
 
 
 def _print(window: MaintenanceWindow, output_as: output.Format) -> None:

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from phalanx.cli import describe, output
-from phalanx.cli.failures import INVALID, CommandError
+from phalanx.cli import describe, options, output
 from phalanx.cli.output import Column
 from phalanx.cli.session import ArrayOrJobArgument, JobArgument, connected, is_array, job_id, job_or_array_id
 from phalanx.models import ArrayStatus, Event, Job, QueueItem
@@ -108,19 +107,12 @@ def jobs(
     output_as: output.Output = output.Format.TABLE,
 ) -> None:
     """List jobs, newest first."""
-    labels = dict(_label(text) for text in label or [])
+    labels = options.labels(label)
     with connected() as client:
         pages = client.jobs(tenant=tenant, state=state or (), name=name, labels=labels, array=array, limit=limit)
         output.items(islice(pages, limit), JOB_COLUMNS, output_as, empty="no jobs")
         if any(True for _ in pages):
             output.console(stderr=True).print(f"the newest {limit}; --limit shows more", style="dim")
-
-
-def _label(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise CommandError(f"--label is {text!r}: expected KEY=VALUE", exit_code=INVALID)
-    return key, value
 
 
 def show(job: ArrayOrJobArgument, output_as: output.Output = output.Format.TABLE) -> None:
@@ -168,7 +160,7 @@ def _print_job(job: Job) -> None:
             ("array", describe.array(job)),
             ("after", describe.after(job)),
             ("deadline", output.local(describe.deadline(job))),
-            ("command", run.get("command")),
+            ("command", run.get("command") or describe.recipe(run)),
             ("environment", describe.environment(job)),
             ("submitted", f"{output.local(job.submitted_at)} ({output.ago(job.submitted_at)})"),
             ("started", output.local(job.started_at)),
@@ -193,6 +185,24 @@ def explain(job: JobArgument, output_as: output.Output = output.Format.TABLE) ->
     if output_as is not output.Format.TABLE:
         return output.data(found.raw, output_as)
     typer.echo(found.text or f"the job is {found.state}")
+
+
+def goodput(job: JobArgument, output_as: output.Output = output.Format.TABLE) -> None:
+    """Show how much of the GPU time that a job was given went into steps that count, and where the rest went."""
+    with connected() as client:
+        found = client.goodput(job_id(client, job))
+    if output_as is not output.Format.TABLE:
+        return output.data(found.raw, output_as)
+    if found.goodput is None:
+        return typer.echo("it was given nothing yet")
+    said = "" if found.measured else " (at most: the job does not say itself how long its steps take)"
+    hours, attempts = found.allocated_gpu_s / 3600, "attempt" if found.attempts == 1 else "attempts"
+    typer.echo(f"goodput {found.goodput:.1%} of {hours:.2f} GPU-hours in {found.attempts} {attempts}{said}")
+    output.fields(
+        (part.replace("_", " "), f"{seconds / found.allocated_gpu_s:6.1%}  {seconds:,.1f} GPU-s")
+        for part, seconds in found.parts_gpu_s.items()
+        if seconds > 0
+    )
 
 
 def queue(
@@ -232,5 +242,5 @@ def _print_event(event: Event, output_as: output.Format) -> None:
 
 
 def register(app: typer.Typer) -> None:
-    for command in (jobs, show, explain, queue, events):
+    for command in (jobs, show, explain, goodput, queue, events):
         app.command()(command)

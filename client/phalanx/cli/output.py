@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phalanx.units import duration_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -137,23 +139,7 @@ def ago(at: datetime | None, *, now: datetime | None = None) -> str | None:
     if at is None:
         return None
     seconds = ((now or datetime.now(UTC)) - at).total_seconds()
-    return f"{duration(seconds)} ago" if seconds >= 0 else f"in {duration(-seconds)}"
-
-
-def duration(seconds: float | None) -> str:
-    """`0.231 s`, `42 s`, `7 min 03 s`, `5 h 12 min`, `3 d 4 h`."""
-    if seconds is None:
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    return f"{duration_text(seconds)} ago" if seconds >= 0 else f"in {duration_text(-seconds)}"
 
 
 def clock(seconds: float) -> str:

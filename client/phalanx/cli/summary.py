@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from phalanx.cli import chart, describe, output
 from phalanx.errors import PhalanxError
 from phalanx.models import Job, Series
+from phalanx.units import duration_text
 
 if TYPE_CHECKING:
     from phalanx.client import Client
@@ -34,7 +35,7 @@ def _headline(job: Job) -> Any:
 
     mark = {"succeeded": "✔", "failed": "✘"}.get(job.state, "■") if output.unicode_output() else "*"
     took = (
-        f" in {output.duration((job.finished_at - job.received_at).total_seconds())}"
+        f" in {duration_text((job.finished_at - job.received_at).total_seconds())}"
         if job.finished_at and job.received_at
         else ""
     )

@@ -151,6 +151,8 @@ def find(name: str) -> Device:
 
 def of_product(product: str) -> Device | None:
     """The device by what its driver calls it (`torch.cuda.get_device_name()`), such as `NVIDIA H100 80GB HBM3`; None
-    where the table has none."""
+    where the table has none, and for a slice of a GPU (MIG), whose peak is a part of it."""
+    if re.search(r"\bMIG\b", product):
+        return None
     found = next((name for pattern, name in _PRODUCTS if re.search(pattern, product, re.IGNORECASE)), None)
     return None if found is None else DEVICES[found]

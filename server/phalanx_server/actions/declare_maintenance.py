@@ -6,6 +6,7 @@ pass decides: what would run into a window does not start, and what still runs w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,7 +24,10 @@ from phalanx_server.store import maintenance as windows
 from phalanx_server.store.audit import record_audit
 from phalanx_server.store.wakeups import notify
 
-ERRORS_MAX = 20
+TOLD_MAX = 20
+"""Of so many names that are no node's each is told by itself."""
+HINTED_MAX = 3
+"""For so many of them what is near is sought, among all nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,16 +137,22 @@ async def _tell(conn: AsyncConnection, actor: Actor, action: str, window_id: UUI
 
 
 async def _nodes(conn: AsyncConnection, given: Sequence[str], errors: list[FieldError]) -> list[UUID]:
-    """The nodes of these names and ids, each once; what is wrong with those that are none goes to `errors`."""
+    """The nodes of these names and ids, each once. What is wrong with those that are none goes to `errors`: of the
+    first few each, and how many more there are."""
     by_id = {text: id_ for text in given if (id_ := _id_of(text)) is not None}
-    found = await windows.nodes_called(conn, names=given, ids=list(by_id.values()))
+    found: defaultdict[str | UUID, list[Any]] = defaultdict(list)
+    for row in await windows.nodes_called(conn, names=given, ids=list(by_id.values())):
+        found[row.id].append(row)
+        found[row.name].append(row)
     known: list[UUID] = []
+    wrong: list[tuple[str, str, Sequence[Any]]] = []
     for index, text in enumerate(given):
-        meant = [row for row in found if row.id == by_id.get(text)] or [row for row in found if row.name == text]
+        meant = (found.get(by_id[text]) if text in by_id else None) or found.get(text, [])
         if len(meant) == 1:
             known.append(meant[0].id)
-        elif len(errors) < ERRORS_MAX:
-            errors.append(await _no_node(conn, f"nodes[{index}]", text, meant))
+        else:
+            wrong.append((f"nodes[{index}]", text, meant))
+    errors += await _no_nodes(conn, wrong)
     return list(dict.fromkeys(known))
 
 
@@ -153,12 +163,21 @@ def _id_of(text: str) -> UUID | None:
         return None
 
 
-async def _no_node(conn: AsyncConnection, where: str, text: str, meant: Sequence[Any]) -> FieldError:
-    if meant:
-        which = ", ".join(f"{ids.encode('node', row.id)} ({row.cluster})" for row in meant)
-        return FieldError(where, f"several clusters have a node {text:.80}", f"name it by id, one of {which}")
-    close = nearest(text, await windows.node_names(conn))
-    return FieldError(where, f"there is no node {text!r:.80}", f"did you mean {close}?" if close else None)
+async def _no_nodes(conn: AsyncConnection, wrong: Sequence[tuple[str, str, Sequence[Any]]]) -> list[FieldError]:
+    """What is wrong with each field, its text, and the several nodes that it could mean."""
+    names = await windows.node_names(conn) if any(not meant for _, _, meant in wrong) else []
+    errors: list[FieldError] = []
+    for number, (where, text, meant) in enumerate(wrong[:TOLD_MAX]):
+        if meant:
+            which = ", ".join(f"{ids.encode('node', row.id)} ({row.cluster})" for row in meant)
+            hint = f"name it by id, one of {which}"
+            errors.append(FieldError(where, f"several clusters have a node {text:.80}", hint))
+            continue
+        close = nearest(text, names) if number < HINTED_MAX else None
+        errors.append(FieldError(where, f"there is no node {text!r:.80}", f"did you mean {close}?" if close else None))
+    if more := wrong[TOLD_MAX:]:
+        errors.append(FieldError("nodes", f"{len(more)} more name no one node", "`phalanx nodes` lists them"))
+    return errors
 
 
 async def _check_cover(

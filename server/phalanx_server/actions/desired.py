@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from phalanx.recipes import health as health_recipe
 from sqlalchemy import ARRAY, Row, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -19,6 +20,7 @@ from phalanx_server.domain.array import size_of
 from phalanx_server.domain.attempt import AttemptState
 from phalanx_server.domain.health_spec import Health as HealthSpec
 from phalanx_server.domain.messages import Desired, DesiredAttempt, Environment, GroupPlacement, Health, Launch, Mount
+from phalanx_server.domain.run_spec import program_of
 from phalanx_server.store import ids
 
 _ATTEMPTS = text(
@@ -106,8 +108,8 @@ def _attempt(row: Row[Any]) -> DesiredAttempt:
 def _launch(row: Row[Any]) -> Launch:
     run, health = row.spec["run"], HealthSpec.model_validate(row.spec.get("health") or {})
     return Launch(
-        command=run["command"],
-        env=run["env"] | _array_variables(row),
+        command=program_of(run),
+        env=run["env"] | _array_variables(row) | _recipe_variables(run, health),
         world_size=sum(group["ranks"] for group in row.groups),
         bundle=row.bundle,
         cpus_per_group=row.cpus,
@@ -126,6 +128,11 @@ def _launch(row: Row[Any]) -> Launch:
             preflight_factor=0.0 if health.preflight.action == "off" else health.preflight.factor,
         ),
     )
+
+
+def _recipe_variables(run: dict[str, Any], health: HealthSpec) -> dict[str, str]:
+    """What a recipe is told of the job file beside its arguments."""
+    return {health_recipe.VARIABLE: health.model_dump_json()} if run.get("recipe") else {}
 
 
 def _array_variables(row: Row[Any]) -> dict[str, str]:

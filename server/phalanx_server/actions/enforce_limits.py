@@ -30,23 +30,18 @@ from phalanx_server.store.wakeups import notify
 _USED_UP = Ending(JobState.FAILED, Outcome.TIME_LIMIT, OUT_OF_TIME)
 
 
-@rerun_on_deadlock
 async def enforce_limits(engine: AsyncEngine, lease: Lease, *, base: Policy, now: datetime) -> list[UUID]:
-    """The jobs that were asked to end, and those that failed. `base` is the policy of the settings file. Raises
+    """The jobs that failed, and those that were asked to end. `base` is the policy of the settings file. Raises
     LeaseLost."""
     async with engine.connect() as conn:
         default_s = (await load_policy(conn)).over(base).default_time_limit_s
         overdue = await overdue_attempts(conn, default_s=default_s, now=now)
         used_up = await used_up_jobs(conn, default_s=default_s)
-    ended = await _fail(engine, lease, used_up, now) if used_up else []
-    if overdue:
-        async with engine.begin() as conn:
-            await expect_lease(conn, lease)
-            attempts = await lock_attempts(conn, overdue)
-            ended += await request_stop(conn, attempts, cause=StopCause.TIME_LIMIT, now=now)
-    return ended
+    failed = await _fail(engine, lease, used_up, now) if used_up else []
+    return failed + (await _stop(engine, lease, overdue, now) if overdue else [])
 
 
+@rerun_on_deadlock
 async def _fail(engine: AsyncEngine, lease: Lease, job_ids: Sequence[UUID], now: datetime) -> list[UUID]:
     """Those of these jobs that still wait."""
     async with engine.begin() as conn:
@@ -54,3 +49,12 @@ async def _fail(engine: AsyncEngine, lease: Lease, job_ids: Sequence[UUID], now:
         failed = await end_waiting(conn, await lock_waiting_jobs(conn, job_ids), _USED_UP, now=now)
         await notify(conn, "queue", *(f"job:{job_id.hex}" for job_id in failed))
     return failed
+
+
+@rerun_on_deadlock
+async def _stop(engine: AsyncEngine, lease: Lease, attempt_ids: Sequence[UUID], now: datetime) -> list[UUID]:
+    """The jobs of those of these attempts that still run."""
+    async with engine.begin() as conn:
+        await expect_lease(conn, lease)
+        attempts = await lock_attempts(conn, attempt_ids)
+        return await request_stop(conn, attempts, cause=StopCause.TIME_LIMIT, now=now)

@@ -50,7 +50,8 @@ class NewWindow(Given):
 
 
 class WindowChange(Given):
-    """Only what is named changes."""
+    """Only what is named changes. `nodes: []` and `labels: {}` take away what it had of them: one of the two has to be
+    left."""
 
     nodes: Nodes | None = None
     labels: Annotated[Labels, Field(description=LABELS_SAY)] | None = None

@@ -7,10 +7,9 @@ Owns how each is written and the largest value. Knows no key.
 from datetime import UTC, datetime
 from typing import Annotated
 
+from phalanx.units import parse_duration, parse_size
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
-
-from phalanx_server.domain.units import parse_duration, parse_size
 
 DURATION_MAX_S = 10 * 365 * 86400.0
 MEMORY_MAX_BYTES = 1 << 50

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import ClassVar, Self
 
+from phalanx.units import duration_text
+
 
 class HoldReason(StrEnum):
     """Why a job waits. Where several hold, the first that would still hold if the others were lifted, in this order."""
@@ -223,11 +225,8 @@ class InMaintenance(Explanation):
     run_limit_s: float | None
 
     def message(self) -> str:
-        left = (
-            "without a time limit"
-            if self.run_limit_s is None
-            else f"with {self.run_limit_s:g} s of its time limit left"
-        )
+        limit_s = self.run_limit_s
+        left = "without a time limit" if limit_s is None else f"with {duration_text(limit_s)} of its time limit left"
         return f"{left} it would run into a maintenance window that ends at {_time(self.ends_at)}"
 
     def unblocks(self) -> tuple[str, ...]:

@@ -4,10 +4,15 @@ Owns these keys, their limits and their defaults.
 """
 
 import itertools
+import json
 import re
-from typing import Annotated
+import shlex
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from phalanx.recipes import catalog
+from phalanx.recipes.parse import RecipeError
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from phalanx_server.domain.environment import clean_requirements
 from phalanx_server.domain.field_types import Name, Part, Size, Switch, Text, Unsupported
@@ -114,10 +119,21 @@ def _absolute(path: str) -> str:
     return "/" + "/".join(parts)
 
 
-class Run(Part):
-    """What each rank runs. `workdir` is for the client, which uploads it and says its hash in `bundle`."""
+def program_of(run: Mapping[str, Any]) -> str:
+    """The command of each rank; `run` as it is stored."""
+    if (recipe := run.get("recipe")) is None:
+        return run["command"]
+    return shlex.join(["python", "-m", catalog.MODULE, recipe, json.dumps(run["args"])])
 
-    command: Annotated[str, Field(min_length=1)]
+
+class Run(Part):
+    """What each rank runs: a command, or a recipe with its arguments.
+
+    `workdir` is for the client, which uploads it and says its hash in `bundle`."""
+
+    command: Annotated[str, Field(min_length=1)] | None = None
+    recipe: str | None = None
+    args: Annotated[dict[str, Any], Field(description="Of the recipe: docs/training.md.")] = Field(default_factory=dict)
     workdir: str | None = None
     bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     env: dict[str, Text] = Field(default_factory=dict)
@@ -126,18 +142,46 @@ class Run(Part):
     outputs: Annotated[tuple[str, ...], Field(max_length=OUTPUTS_MAX)] = ()
     shm: Annotated[Size, Field(gt=0)] | None = None
     secrets: Unsupported = None
-    recipe: Unsupported = None
-    args: Unsupported = None
 
     @field_validator("command")
     @classmethod
-    def _has_words(cls, command: str) -> str:
+    def _has_words(cls, command: str | None) -> str | None:
+        if command is None:
+            return None
         size = len(command.encode())
         if not command.strip():
             raise ValueError("is blank: say what each rank runs")
         if size > COMMAND_MAX_BYTES:
             raise ValueError(f"is {size} bytes long, at most {COMMAND_MAX_BYTES}; put it into a script in the workdir")
         return command
+
+    @field_validator("recipe")
+    @classmethod
+    def _is_known(cls, recipe: str | None) -> str | None:
+        if recipe is not None and recipe not in catalog.CONFIGS:
+            raise ValueError(f"is none of {', '.join(catalog.CONFIGS)}; for a program of your own say command")
+        return recipe
+
+    @field_validator("args")
+    @classmethod
+    def _make_a_recipe(cls, args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        recipe = info.data.get("recipe")
+        if (size := len(json.dumps(args))) > COMMAND_MAX_BYTES:
+            raise ValueError(f"are {size} bytes long, at most {COMMAND_MAX_BYTES}")
+        if args and recipe is None:
+            raise ValueError("are those of a recipe, and none is named")
+        if recipe is not None:
+            try:
+                catalog.read(recipe, args)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+        return args
+
+    @model_validator(mode="after")
+    def _says_what_runs(self) -> "Run":
+        if (self.command is None) == (self.recipe is None):
+            raise ValueError("say either command, or recipe with args")
+        return self
 
     @field_validator("mounts")
     @classmethod

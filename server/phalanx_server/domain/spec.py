@@ -10,6 +10,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
+from phalanx.recipes import catalog
+from phalanx.recipes.parse import RecipeError
+from phalanx.units import parse_size
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from phalanx_server.domain.array import Array, parse_indices
@@ -32,7 +35,6 @@ from phalanx_server.domain.health_spec import Health
 from phalanx_server.domain.job import priority_of
 from phalanx_server.domain.run_spec import Run
 from phalanx_server.domain.tenant import check_path
-from phalanx_server.domain.units import parse_size
 
 REPLICAS_MAX = 10_000
 GPUS_PER_REPLICA_MAX = 1_024
@@ -75,6 +77,14 @@ class Resources(Part):
         _multiply_out(given, "cpus", gpus, default=0 if gpus else 1)
         _multiply_out(given, "memory", gpus, default=0)
         return given
+
+    @property
+    def world_sizes(self) -> range:
+        """How many ranks it may run with."""
+        low, high = (self.elastic.min_replicas, self.elastic.max_replicas) if self.elastic else (self.replicas,) * 2
+        step = self.topology.slice.replicas if self.topology and self.topology.slice else 1
+        each = self.ranks_per_replica
+        return range(low * each, high * each + 1, step * each)
 
     @field_validator("gpu_types")
     @classmethod
@@ -208,6 +218,17 @@ class JobSpec(Part):
             raise ValueError(f"expected a priority class or a whole number, got {given!r:.60}")
         priority_of(given)
         return given
+
+    @field_validator("run")
+    @classmethod
+    def _fits_the_gang(cls, run: Run, info: ValidationInfo) -> Run:
+        resources = info.data.get("resources")
+        if run.recipe is not None and resources is not None:
+            try:
+                catalog.check(run.recipe, run.args, resources.world_sizes)
+            except RecipeError as error:
+                raise ValueError(f"args: {error}") from None
+        return run
 
     @field_validator("deadline")
     @classmethod

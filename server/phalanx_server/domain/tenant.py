@@ -4,6 +4,7 @@ Owns what a valid path, quota and preemption rule is. Refuses to know who uses h
 """
 
 import difflib
+import heapq
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _PATH = re.compile(rf"{_NAME}(/{_NAME})*")
 _RESOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PATH_MAX_CHARS = 256
 DEPTH_MAX = 16
+COMPARED_MAX = 50
 ROOT = "default"
 QUOTA_MAX = 1 << 50
 WEIGHT_MAX = 1e6
@@ -81,8 +83,26 @@ def lineage(path: str) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """What somebody who wrote `name` probably meant."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
+    """What somebody who wrote `name` probably meant. Of many names those are compared in full that begin and end most
+    like it: a single mistake leaves all before and after it alike."""
+    names = list(known)
+    if len(names) > COMPARED_MAX:
+        names = heapq.nlargest(COMPARED_MAX, names, key=lambda other: _alike(name, other))
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
+
+
+def _alike(name: str, other: str) -> int:
+    """How many characters two names have in common at their ends."""
+    return min(_common(name, other) + _common(name[::-1], other[::-1]), len(name), len(other))
+
+
+def _common(name: str, other: str) -> int:
+    count = 0
+    for mine, its in zip(name, other, strict=False):
+        if mine != its:
+            break
+        count += 1
+    return count
 
 
 def check_quotas(quotas: Mapping[str, QuotaLimits], field: str = "quotas") -> None:

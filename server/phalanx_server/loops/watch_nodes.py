@@ -21,6 +21,7 @@ from typing import Any
 from uuid import UUID
 
 import structlog
+from phalanx.units import duration_text
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -116,7 +117,7 @@ class WatchNodes:
             return None  # it never reported: nothing runs there that could be lost
         silence_s = (now - max(row.runner_seen_at, listening_since)).total_seconds()
         if silence_s > patience.node_timeout_s:
-            return f"its runner was not heard for {silence_s:.0f} s"
+            return f"its runner was not heard for {duration_text(round(silence_s))}"
         return None
 
     def _outage(self, row: Row[Any], now: datetime) -> str | None:
@@ -124,7 +125,7 @@ class WatchNodes:
         last = max(filter(None, (row.agent_seen_at, row.runner_seen_at, row.created_at, self._started_at)))
         silence_s = (now - last).total_seconds()
         if silence_s > self._patience.outage_tolerance_s:
-            return f"its cluster was not heard for {silence_s:.0f} s"
+            return f"its cluster was not heard for {duration_text(round(silence_s))}"
         return None
 
     def _listen(self, rows: Iterable[Row[Any]], now: datetime) -> None:

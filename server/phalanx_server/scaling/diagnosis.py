@@ -12,7 +12,7 @@ import numpy as np
 
 from phalanx_server.scaling.fit import Fit, Sample, Vector
 from phalanx_server.scaling.runs import Run
-from phalanx_server.scaling.uncertainty import Interval
+from phalanx_server.scaling.uncertainty import FREE_NUMBERS, Ensemble, Interval, numbers_of
 
 FEWEST_RUNS = 5
 FEWEST_LEVELS = 3
@@ -20,9 +20,10 @@ DISTINCT = 1.1  # two values closer than this ratio count as one
 STEP = 4.0  # how far from the others a new size or token count is proposed
 IN_STEP = math.log(1.25)  # tokens that vary less than this around a power of N grow in step with it
 FEW_RUNS = 15
+MOST_UNDETERMINED = 0.05
 NARROW = 8.0  # of N or D from the least to the most
 WIDE = 3.0  # of an exponent's interval from low to high
-OUTLIER = 6.0  # times the usual residual
+OUTLIER = 8.0  # times the usual residual
 SMALL_RESIDUAL = 0.005
 FAR = 10.0  # beyond the data, in compute
 
@@ -108,14 +109,22 @@ def _some(found: list[float]) -> str:
 # ------------------------------------------------------------------ doubts about a fit
 
 
-def doubts(runs: Sequence[Run], sample: Sample, fit: Fit, numbers: dict[str, Interval]) -> list[str]:
+def doubts(runs: Sequence[Run], sample: Sample, fit: Fit, ensemble: Ensemble) -> list[str]:
     """What to think of before one trusts a fit, one sentence each."""
-    return [*_about_data(sample), *_about_fit(fit), *_about_numbers(numbers), *_outliers(runs, fit)]
+    numbers = numbers_of(fit.law, ensemble)
+    return [
+        *_about_data(sample, ensemble),
+        *_about_fit(fit),
+        *_about_numbers(numbers),
+        *_outliers(runs, fit),
+    ]
 
 
-def _about_data(sample: Sample) -> list[str]:
-    found = []
-    if len(sample) < FEW_RUNS:
+def _about_data(sample: Sample, ensemble: Ensemble) -> list[str]:
+    found, share = [], ensemble.undetermined / len(ensemble.laws)
+    if share > MOST_UNDETERMINED:
+        found.append(f"the intervals mean nothing: {100 * share:.0f} % of the resamples determine no law; add runs")
+    elif len(sample) < FEW_RUNS:
         found.append(
             f"{len(sample)} runs are few: intervals of a bootstrap over fewer than {FEW_RUNS} may be too narrow"
         )
@@ -148,8 +157,8 @@ def _about_numbers(numbers: dict[str, Interval]) -> list[str]:
 
 
 def _outliers(runs: Sequence[Run], fit: Fit) -> list[str]:
-    size = np.abs(fit.residuals)
-    limit = max(SMALL_RESIDUAL, OUTLIER * 1.4826 * float(np.median(size)))
+    size = np.sort(np.abs(fit.residuals))[min(FREE_NUMBERS, len(runs) - 1) :]  # five runs may be met exactly
+    limit = max(SMALL_RESIDUAL, OUTLIER * float(np.median(size)))
     return [
         f"{run.name} is {100 * math.expm1(rest):+.1f} % off the law and hardly counts: did its training go well?"
         for run, rest in zip(runs, fit.residuals, strict=True)

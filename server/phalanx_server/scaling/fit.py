@@ -22,17 +22,21 @@ Vector = NDArray[np.float64]
 
 HUBER_DELTA = 1e-3
 """Differences of log loss above it count linearly: the paper's value."""
-EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
-"""Starts are all pairs of these; the other three numbers are then a linear problem. The paper's grid is over all
+Exponents = tuple[float, float]
+TRIED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
+GRID: tuple[Exponents, ...] = tuple(product(TRIED, TRIED))
+"""Starts: alpha and beta; the other three numbers are then a linear problem. The paper's grid is over all
 five: 4,500 starts, none of which ends lower in our tests."""
 REFINED = 16
 """So many of the starts, those with the least objective, are followed to the end."""
 SAME_OBJECTIVE = 1.01
 NEGLIGIBLE = 1e-3
 """A term that is nowhere so large a share of the loss was not found in the data."""
+LEAST_START = 1e-4
+"""No start from the grid has a term that is a smaller share of the loss."""
 SEARCHED = 30.0
 """Logarithms beyond it are as good as none or all."""
-OPTIONS = {"maxiter": 1000, "maxfun": 3000, "ftol": 1e-12, "gtol": 1e-7, "maxcor": 20}
+OPTIONS = {"maxiter": 1000, "maxfun": 3000, "ftol": 1e-11, "gtol": 1e-7, "maxcor": 20}
 FLATTEST = 1e-7
 """Directions flatter than this, next to the steepest, are scaled as if they were not."""
 
@@ -115,7 +119,7 @@ class Problem:
         columns = np.stack([np.exp(-alpha * self.log_n), np.exp(-beta * self.log_d), np.ones_like(self.log_n)], axis=1)
         weights = np.exp(-self.log_loss)
         found, _ = nnls(columns * weights[:, None], np.ones_like(weights))
-        floor = 1e-4 * np.exp(self.log_loss.mean())  # a term that is 0 has no logarithm
+        floor = LEAST_START * np.exp(self.log_loss.mean())  # a term that is 0 has no logarithm
         return np.array([*np.log(np.maximum(found, floor)), np.log(alpha), np.log(beta)])
 
     def law(self, x: Vector) -> Law:
@@ -136,14 +140,11 @@ class Problem:
         return np.array([a, b, *np.log([law.E, law.alpha, law.beta])])
 
 
-def fit(sample: Sample, *, near: Sequence[Law] = (), refined: int = REFINED) -> Fit:
-    """The law with the least objective found. `near`: laws to start from as well; where `refined` is 0, from these
-    alone."""
+def fit(sample: Sample, *, near: Sequence[Law] = (), grid: Sequence[Exponents] = GRID, refined: int = REFINED) -> Fit:
+    """The law with the least objective found, from the `refined` best starts of the grid and from the laws `near`."""
     problem = Problem.of(sample)
-    starts = [problem.point(law) for law in near]
-    if refined:
-        grid = [problem.start(*pair) for pair in product(EXPONENTS, repeat=2)]
-        starts += sorted(grid, key=lambda x: problem(x)[0])[:refined]
+    starts = sorted((problem.start(*pair) for pair in grid), key=lambda x: problem(x)[0])[:refined]
+    starts += [problem.point(law) for law in near]
     ends = [_descend(problem, start) for start in starts]
     best, x = min(ends, key=lambda end: end[0])
     return Fit(

@@ -67,7 +67,7 @@ def study(runs: Sequence[Run], left_out: Sequence[LeftOut], asked: Question) -> 
     if budget:
         best = recommend(found.law, ensemble, flops=budget, k=k, pace=pace)
     numbers = numbers_of(found.law, ensemble)
-    warnings = doubts(runs, sample, found, numbers)
+    warnings = doubts(runs, sample, found, ensemble)
     targets = ([asked.planned] if asked.planned else []) + (
         [(best.parameters.value, best.tokens.value)] if best else []
     )

@@ -1,10 +1,10 @@
 """How sure a fit is: a bootstrap over runs. It owns the resampling and the intervals; it refuses to know what they are
 of.
 
-Runs are drawn with replacement, as many as there are, and the law is fitted to each draw from the one found for all;
-an interval is between percentiles of the results. (Hoffmann et al. draw 80 % of the runs and give the 10th and 90th
-percentile; that is narrower. Besiroglu et al. 2024, https://arxiv.org/abs/2404.10102, found the intervals of that
-paper's approach 3 so narrow that 600,000 runs would be needed for them, where it had fewer than 500.)
+Runs are drawn with replacement, as many as there are, and the law is fitted to each draw; an interval is between
+percentiles of the results. (Hoffmann et al. draw 80 % of the runs and give the 10th and 90th percentile; that is
+narrower. Besiroglu et al. 2024, https://arxiv.org/abs/2404.10102, found the intervals of that paper's approach 3 so
+narrow that 600,000 runs would be needed for them, where it had fewer than 500.)
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from phalanx_server.scaling.law import Law
 DRAWS_PER_RESAMPLE = 20
 """A draw of too few distinct sizes is drawn again, at most so often."""
 FREE_NUMBERS = 5
+AROUND = (0.5, 1.0, 2.0)
+"""Exponents next to those found, as starts: the law of a draw may be another, with a term that all runs do not show."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Interval:
 @dataclass(frozen=True)
 class Ensemble:
     """Laws of resampled runs, and one residual for each (log of observed over fitted loss): together they say how
-    the loss of another run may come out."""
+    the loss of another run may come out. For `undetermined` of the laws no draw of runs determined one: they are that
+    of all runs."""
 
     laws: tuple[Law, ...]
     residuals: Vector
     level: float
+    undetermined: int = 0
 
     def interval(self, value: float, others: ArrayLike) -> Interval:
         """`value` with the percentiles of `others`, (resamples,)."""
@@ -67,17 +71,24 @@ def bootstrap(
 ) -> Ensemble:
     """Fits to `resamples` draws of runs; the same for the same seed. `usable` says whether a draw determines a law."""
     random = np.random.default_rng(seed)
-    laws = tuple(fit(_draw(sample, random, usable), near=[found.law], refined=0).law for _ in range(resamples))
+    draws = [_draw(sample, random, usable) for _ in range(resamples)]
+    laws = tuple(found.law if draw is None else _refit(draw, found.law) for draw in draws)
     spread = np.sqrt(len(sample) / max(1, len(sample) - FREE_NUMBERS))  # a fit is closer to its runs than to others
-    return Ensemble(laws, random.choice(found.residuals, size=resamples) * spread, level)
+    residuals = random.choice(found.residuals, size=resamples) * spread
+    return Ensemble(laws, residuals, level, undetermined=draws.count(None))
 
 
-def _draw(sample: Sample, random: np.random.Generator, usable: Callable[[Sample], bool]) -> Sample:
+def _draw(sample: Sample, random: np.random.Generator, usable: Callable[[Sample], bool]) -> Sample | None:
     for _ in range(DRAWS_PER_RESAMPLE):
         drawn = sample.take(random.integers(len(sample), size=len(sample)))
         if usable(drawn):
             return drawn
-    return sample
+    return None
+
+
+def _refit(draw: Sample, law: Law) -> Law:
+    grid = [(law.alpha * of_alpha, law.beta * of_beta) for of_alpha in AROUND for of_beta in AROUND]
+    return fit(draw, near=[law], grid=grid, refined=1).law
 
 
 def numbers_of(law: Law, ensemble: Ensemble) -> dict[str, Interval]:

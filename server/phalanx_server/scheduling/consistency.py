@@ -98,12 +98,12 @@ def _check_place(job: "Job", nodes: set[str]) -> None:
     if not job.placement:
         raise ValueError(f"job {job.id}: field placement is missing: the job is {job.state}")
     _known(f"job {job.id}: placement", "node", (p.node for p in job.placement), nodes)
-    _check_gang(job, "placement", sum(p.replicas for p in job.placement))
+    _check_gang(job, "placement", job.placed)
 
 
 def _check_seat(job: "Job", name: str, seat: "Seat", nodes: set[str]) -> None:
     _known(f"job {job.id}: {name}.placement", "node", (p.node for p in seat.placement), nodes)
-    _check_gang(job, f"{name}.placement", sum(p.replicas for p in seat.placement))
+    _check_gang(job, f"{name}.placement", seat.placed)
 
 
 def _check_gang(job: "Job", where: str, placed: int) -> None:

@@ -123,6 +123,6 @@ def spot_for(draft: Draft, running: Running, books: Books, *, replicas: int | No
     """The best place for a running job with so many replicas, as many as it has if none are given."""
     job = running.job
     key = draft.world.queue.key_of(job)
-    count = sum(item.replicas for item in job.placement) if replicas is None else replicas
+    count = job.placed if replicas is None else replicas
     allowed = draft.allowed(key, books) & draft.table.in_cluster_of(running.load.columns)
     return find_spot(draft.table, draft.usable(key.ask, books), sized(key.ask, count), running.gpu_type, allowed)

@@ -305,8 +305,7 @@ class Draft:
             self.decided.preemptions.append(Preemption(victim.job.id, for_job, reason, lost_gpu_s))
         for job, seat in room.shrunk:
             self._leave(job, seat)
-            replicas = sum(item.replicas for item in seat.placement)
-            self.decided.resizes.append(Resize(job.job.id, for_job, replicas, seat.placement))
+            self.decided.resizes.append(Resize(job.job.id, for_job, seat.placed, seat.placement))
         for job, seat in room.moved:
             self._leave(job, seat)
             self.decided.migrations.append(Migration(job.job.id, for_job, seat.placement))

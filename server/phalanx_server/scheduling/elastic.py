@@ -29,7 +29,7 @@ def spare_replicas(trial: Trial) -> Iterator[Piece]:
 def has_spare(draft: Draft, running: Running) -> bool:
     """Does it run with more than its minimum, and may it start anew with fewer?"""
     job = running.job
-    if job.min_replicas is None or replicas_of(job) <= job.min_replicas or job.id in draft.disturbed:
+    if job.min_replicas is None or job.placed <= job.min_replicas or job.id in draft.disturbed:
         return False
     if not draft.table.ready[running.load.columns].all():
         return False  # it starts anew when it shrinks, and these nodes take nothing new
@@ -40,7 +40,7 @@ def parts_of(draft: Draft, running: Running) -> Iterator[Piece]:
     """One replica at a time, or one slice where a node holds whole ones."""
     job, shape = running.job, shape_of(running.job)
     each = slice_of(job)
-    parts = (replicas_of(job) - (job.min_replicas or 1)) // each
+    parts = (job.placed - (job.min_replicas or 1)) // each
     on = {node: count // each for node, count in spread(job.placement).items()}
     for node in sorted(on, key=lambda name: (on[name], name)):
         for _ in range(min(parts, on[node])):
@@ -65,8 +65,3 @@ def seat_without(running: Running, given: Sequence[Piece]) -> Seat:
 def slice_of(job: Job) -> int:
     """How many of its replicas stay together: it shrinks and grows by so many."""
     return job.topology.slice.replicas if job.topology is not None and job.topology.slice is not None else 1
-
-
-def replicas_of(job: Job) -> int:
-    """How many replicas it runs with."""
-    return sum(item.replicas for item in job.placement)

@@ -15,12 +15,12 @@ from math import inf
 
 from phalanx_server.scheduling.consolidate import spot_for
 from phalanx_server.scheduling.draft import Book, Draft, Room
-from phalanx_server.scheduling.elastic import has_spare, parts_of, replicas_of, seat_without, slice_of
+from phalanx_server.scheduling.elastic import has_spare, parts_of, seat_without, slice_of
 from phalanx_server.scheduling.nodes import GPUS
 from phalanx_server.scheduling.order import least_replicas
 from phalanx_server.scheduling.place import Spot
 from phalanx_server.scheduling.shares import Stake, fair_shares, stake_of
-from phalanx_server.scheduling.snapshot import Job, Seat
+from phalanx_server.scheduling.snapshot import Job, Seat, replicas_in
 from phalanx_server.scheduling.speedup import progress
 from phalanx_server.scheduling.world import Load, Running, shape_of
 
@@ -35,7 +35,7 @@ def grow(draft: Draft, changes_at: Changes) -> None:
     """Let elastic jobs grow into what is idle, then at the cost of those that hold more than their share."""
     if not draft.world.policy.elastic:
         return
-    stakes = {r.job.id: _stake(draft, r.job, replicas_of(r.job)) for r in draft.world.elastic.values()}
+    stakes = {r.job.id: _stake(draft, r.job, r.job.placed) for r in draft.world.elastic.values()}
     _grow_into_idle(draft, stakes, changes_at)
     _even_out(draft, stakes, changes_at)
 
@@ -61,7 +61,7 @@ class _Growing:
     @property
     def useful(self) -> int:
         """The number of replicas beyond which it was given some in vain."""
-        return self.best[0] if self.best else replicas_of(self.running.job)
+        return self.best[0] if self.best else self.running.job.placed
 
 
 def _grow_into_idle(draft: Draft, stakes: Mapping[str, Stake], changes_at: Changes) -> None:
@@ -85,9 +85,9 @@ def _hand_out(draft: Draft, stakes: Mapping[str, Stake], most: Mapping[str, int]
     candidates = {}
     for r in _growable(draft):
         id_, stake = r.job.id, stakes[r.job.id]
-        if replicas_of(r.job) < most.get(id_, stake.most):
+        if r.job.placed < most.get(id_, stake.most):
             stake = replace(stake, most=most.get(id_, stake.most))
-            candidates[id_] = _Growing(r, stake, r.load, replicas_of(r.job))
+            candidates[id_] = _Growing(r, stake, r.load, r.job.placed)
     queue = [(-g.stake.gain_per_gpu(g.replicas)[0], id_) for id_, g in candidates.items()]
     heapq.heapify(queue)
     while queue:
@@ -102,7 +102,7 @@ def _growable(draft: Draft) -> Iterator[Running]:
     for running in draft.world.elastic.values():
         job = running.job
         is_free = job.id not in draft.disturbed and running.may_be_disturbed(draft.world.now)
-        may_grow = job.max_replicas is not None and replicas_of(job) + slice_of(job) <= job.max_replicas
+        may_grow = job.max_replicas is not None and job.placed + slice_of(job) <= job.max_replicas
         if is_free and may_grow and not draft.world.is_lost(running):
             yield running
 
@@ -117,7 +117,7 @@ def _gets_one_more(draft: Draft, book: Book, growing: _Growing) -> bool:
         book.take(growing.load)
         return False
     growing.load, growing.replicas = draft.world.load(running.job, [_seat(draft, running, spot)]), more
-    fastest = growing.best[0] if growing.best else replicas_of(running.job)
+    fastest = growing.best[0] if growing.best else running.job.placed
     if progress(running.job, more) > progress(running.job, fastest):
         growing.best = more, spot
     book.take(growing.load)
@@ -139,7 +139,7 @@ def _seat(draft: Draft, running: Running, spot: Spot) -> Seat:
 def _is_worth_it(draft: Draft, running: Running, replicas: int, changes_at: Changes) -> bool:
     """Does it get further until the next expected change, at most its own end, than without the restart?"""
     job, now = running.job, draft.world.now
-    before, after = progress(job, replicas_of(job)), progress(job, replicas)
+    before, after = progress(job, job.placed), progress(job, replicas)
     cluster = draft.world.nodes[job.placement[0].node].cluster
     lasts_s = min(changes_at.get(cluster, inf), draft.world.expected_end(job)) - now
     if lasts_s == inf:
@@ -191,7 +191,7 @@ def _resized(draft: Draft, pool: _Pool) -> Iterator[Stake]:
         is_elastic = job.min_replicas is not None or job.max_replicas is not None
         node = world.nodes.get(placement[0].node)
         if is_elastic and job.gpus_per_replica and node is not None and (node.cluster, node.gpu_type) == pool:
-            yield _stake(draft, job, sum(item.replicas for item in placement))
+            yield _stake(draft, job, replicas_in(placement))
 
 
 def _idle_gpus(draft: Draft, pool: _Pool, columns: Sequence[int]) -> int:
@@ -281,7 +281,7 @@ def _sparing(
 
 def _smaller(draft: Draft, giver: _Change) -> Seat:
     pieces, parts = [], parts_of(draft, giver.running)
-    less = replicas_of(giver.running.job) - giver.replicas
+    less = giver.running.job.placed - giver.replicas
     while less > 0 and (piece := next(parts, None)) is not None:
         assert piece.spared is not None, "a part of a job says what it is"
         pieces.append(piece)

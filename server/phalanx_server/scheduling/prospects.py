@@ -59,7 +59,7 @@ def _lent_gpus(draft: Draft, gpu_type: str | None) -> int:
         for running in draft.world.elastic.values():
             job = running.job
             if gpu_type in (running.gpu_type, ANY) and job.id not in draft.disturbed:
-                spare = sum(item.replicas for item in job.placement) - (job.min_replicas or job.replicas)
+                spare = job.placed - (job.min_replicas or job.replicas)
                 lent += spare * max(1, job.gpus_per_replica)
         draft.memo[question] = lent
     return int(draft.memo[question])

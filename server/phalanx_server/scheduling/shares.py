@@ -71,7 +71,7 @@ def _left_s(world: World, job: Job) -> float:
     if job.started_at is None:
         known_s = job.predicted_s if job.predicted_s is not None and job.predicted_s > job.done_s else 2 * job.done_s
         return (known_s - job.done_s) * progress(job, job.replicas)
-    speed = progress(job, sum(item.replicas for item in job.placement))
+    speed = progress(job, job.placed)
     ends_at = world.expected_end(job)
     if ends_at < inf:
         return (ends_at - world.now) * speed

@@ -121,12 +121,22 @@ class PlacementItem(_Record):
     replicas: Size
 
 
+def replicas_in(placement: Sequence[PlacementItem]) -> int:
+    """How many replicas there are on all nodes together."""
+    return sum(item.replicas for item in placement)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat(_Record):
     """A whole gang's place: where a stopping job goes on (`next`), or what is kept for a queued one (`kept`)."""
 
     placement: tuple[PlacementItem, ...]
     gpu_type: str | None = None
+
+    @property
+    def placed(self) -> int:
+        """How many replicas have their place there."""
+        return replicas_in(self.placement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +211,11 @@ class Job(_Record):
     placement: tuple[PlacementItem, ...] = ()
     for_job: Annotated[str | None, Field(alias="for")] = None
     next: Seat | None = None
+
+    @property
+    def placed(self) -> int:
+        """How many replicas it runs with, or stops with."""
+        return replicas_in(self.placement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

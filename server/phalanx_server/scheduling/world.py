@@ -254,9 +254,7 @@ class World:
 
     def demand(self, job: Job, states: Iterable[Seat]) -> Demand:
         """What counts against quotas: of each resource the largest of the states."""
-        amounts = [
-            dict(shape_of(job).demand(self.gpu_type_of(job, s), sum(p.replicas for p in s.placement))) for s in states
-        ]
+        amounts = [dict(shape_of(job).demand(self.gpu_type_of(job, s), s.placed)) for s in states]
         return tuple(_largest(amounts).items())
 
     def gpu_type_of(self, job: Job, seat: Seat) -> str | None:
@@ -280,8 +278,7 @@ def expected_ends(job: Job, policy: Policy) -> list[float]:
     by_limit = [] if limit_s is None else [job.started_at + limit_s]
     if job.predicted_s is None:
         return by_limit
-    replicas = sum(item.replicas for item in job.placement)
-    left_s = max(0.0, job.predicted_s - job.done_s) * progress(job, job.replicas) / progress(job, replicas)
+    left_s = max(0.0, job.predicted_s - job.done_s) * progress(job, job.replicas) / progress(job, job.placed)
     predicted = job.started_at + left_s
     return [predicted, *by_limit] if not by_limit or predicted < by_limit[0] else by_limit
 

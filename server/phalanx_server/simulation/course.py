@@ -7,7 +7,7 @@ progress; a stop is graceful and leaves a checkpoint, so progress until then is 
 from dataclasses import dataclass, replace
 
 from phalanx_server.scheduling.predict import Expectation, Work
-from phalanx_server.scheduling.snapshot import Job, PlacementItem, Seat
+from phalanx_server.scheduling.snapshot import Job, PlacementItem, Seat, replicas_in
 from phalanx_server.scheduling.speedup import progress
 from phalanx_server.simulation.trace import TraceJob
 
@@ -24,7 +24,7 @@ class Attempt:
 
     @property
     def replicas(self) -> int:
-        return sum(item.replicas for item in self.placement)
+        return replicas_in(self.placement)
 
 
 class Course:
@@ -82,7 +82,7 @@ class Course:
         self, now: float, gpu_type: str | None, placement: tuple[PlacementItem, ...], min_runtime_s: float
     ) -> None:
         """It runs there from now on."""
-        replicas = sum(item.replicas for item in placement)
+        replicas = replicas_in(placement)
         was = self.attempts[-1].replicas if self.attempts else replicas
         self._speed = self._pace(replicas)
         self._progresses_from = now + (self._restart_s if self.attempts else 0.0)

@@ -334,8 +334,7 @@ class Forecast:
 
 def _pace(job: Job) -> float:
     """How fast it runs, by how fast it would with the replicas that it prefers."""
-    replicas = sum(item.replicas for item in job.placement)
-    return progress(job, replicas) / progress(job, job.replicas) if replicas else 1.0
+    return progress(job, job.placed) / progress(job, job.replicas) if job.placement else 1.0
 
 
 def _attained_s(job: Job, now: float) -> float:

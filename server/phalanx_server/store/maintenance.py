@@ -19,8 +19,12 @@ from phalanx_server.scheduling.snapshot import Maintenance
 from phalanx_server.store.engine import dump_json
 from phalanx_server.store.schema import maintenance
 
-# `m` is a window, `n` a node.
-_COVERS = "(n.id = ANY(m.nodes) OR (m.labels <> '{}' AND n.labels @> m.labels))"
+# The ids of the nodes of a window `m`. Each that it names is looked up by its key: with a condition on all nodes, each
+# of them would be sought in the list.
+_COVERED = """
+    (SELECT n.id FROM unnest(m.nodes) AS named (id) JOIN nodes n ON n.id = named.id
+     UNION SELECT n.id FROM nodes n WHERE m.labels <> '{}' AND n.labels @> m.labels)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +98,9 @@ async def values_of_label(conn: AsyncConnection, key: str) -> list[str]:
 
 _VIEW = f"""
     SELECT m.id, m.labels, m.starts_at, m.ends_at, m.reason, m.created_by, m.created_at, m.version,
-           ARRAY(SELECT n.name FROM nodes n WHERE n.id = ANY(m.nodes) ORDER BY n.name) AS nodes,
-           (SELECT count(*) FROM nodes n WHERE {_COVERS}) AS covers
+           ARRAY(SELECT n.name FROM (SELECT DISTINCT unnest(m.nodes) AS id) named JOIN nodes n ON n.id = named.id
+                 ORDER BY n.name) AS nodes,
+           (SELECT count(*) FROM {_COVERED} covered) AS covers
     FROM maintenance m
 """
 _ONE = text(f"{_VIEW} WHERE m.id = :id")
@@ -129,8 +134,8 @@ EDITION = """
 stays right while this does, and the nodes do."""
 _WINDOWS = text(
     f"""
-    SELECT m.starts_at, m.ends_at, array_agg(n.id ORDER BY n.id) AS nodes
-    FROM maintenance m JOIN nodes n ON {_COVERS} WHERE m.ends_at > :now
+    SELECT m.starts_at, m.ends_at, array_agg(covered.id ORDER BY covered.id) AS nodes
+    FROM maintenance m CROSS JOIN LATERAL {_COVERED} covered WHERE m.ends_at > :now
     GROUP BY m.id ORDER BY m.starts_at, m.id
     """
 )

@@ -41,6 +41,8 @@ class FakeRunner:
     dead: bool = False
     killed: bool = False
     hung: set[str] = field(default_factory=set)  # methods that are not answered; "*": none is
+    stuck: set[str] = field(default_factory=set)  # attempts that take no step any more
+    stacks_kept: list[str] = field(default_factory=list)
     seq: int = field(default_factory=lambda: next(_numbers) * 1000)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     start_gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,6 +112,10 @@ class FakeRunner:
         if attempt_id in self.groups and not self.ignore_sigterm:
             self.end(attempt_id, signal=15)
 
+    async def keep_stacks(self, attempt_id: str) -> None:
+        self.stacks_kept.append(attempt_id)
+        self.bump()
+
     async def kill_group(self, attempt_id: str) -> None:
         if attempt_id in self.groups:
             self.end(attempt_id, signal=9)
@@ -165,6 +171,7 @@ class FakeRunner:
             "exits": list(group["exits"]),
             "first_failed_rank": group["failed"],
             "delivered": ended and self.delivers,
+            "hung": attempt_id in self.stuck,
         }
 
 

@@ -222,6 +222,13 @@ def test_the_first_failure_is_the_earliest_one() -> None:
     assert first_failed_rank({"a": OK}) is None
 
 
+def test_of_a_gang_that_hung_whoever_failed_for_that_is_not_to_blame() -> None:
+    exits = (RankExit(0, signal=9, ended_at=10.0, fault="hang"),)
+    hung = replace(FAILING, exits=exits, first_failed_rank=None)
+    assert first_failed_rank({"a": hung, "b": FAILING}) is None
+    assert first_failed_rank({"a": replace(hung, first_failed_rank=0), "b": FAILING}) == 0
+
+
 def test_ranks_whose_end_nobody_saw_are_reported_without_code() -> None:
     exits = all_exits(RUN, {"a": OK, "b": VANISHED})
     assert [(end.rank, end.exit_code, end.signal) for end in exits] == [

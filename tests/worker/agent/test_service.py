@@ -124,6 +124,17 @@ async def test_a_token_whose_answer_got_lost_is_asked_for_again() -> None:
     assert not any(given[2:]), "what it has it does not ask for"
 
 
+async def test_once_a_node_sees_a_hang_the_others_keep_their_stacks_once(scene: Scene) -> None:
+    await scene.started()
+    scene.a.stuck.add("att_1")
+    scene.a.bump()
+    await scene.until(lambda: scene.b.stacks_kept)
+    scene.a.end("att_1", signal=9, fault="hang")
+    await scene.reported("ended")
+    assert (scene.a.stacks_kept, scene.b.stacks_kept) == ([], ["att_1"])
+    assert [end.fault for end in scene.link.facts[-1].exits] == ["hang", "hang", "", ""]
+
+
 async def test_one_failing_rank_ends_the_gang(scene: Scene) -> None:
     await scene.started()
     scene.b.end("att_1", rank=3, at=7.0, exit_code=1)

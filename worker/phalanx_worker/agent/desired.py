@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from phalanx.units import duration_text
+
 from phalanx_worker.protocol import DesiredAttempt, RankExit
 
 FAILURE_GRACE_S = 5.0  # for the rest of a gang when one of its ranks has failed
@@ -223,7 +225,7 @@ def _new(attempt: DesiredAttempt, world: World) -> Iterator[Step]:
     elif not world.living.issuperset(nodes):
         return  # nobody can say that nothing was started on the dead node: the server has to lose it first
     elif silent and not attempt.started:
-        message = f"the runner of node {silent[0]} did not answer within {READY_DEADLINE_S:.0f} s"
+        message = f"the runner of node {silent[0]} did not answer within {duration_text(READY_DEADLINE_S)}"
         yield Refuse(attempt, message, silent[0], remains=remains)
     elif not silent:
         yield _beginning(attempt, remains=remains)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray._private.state
+from phalanx.units import duration_text
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_exists, _internal_kv_list, _internal_kv_put
 from ray.util.placement_group import (
@@ -154,7 +155,7 @@ class PlacementGroups:
             async with asyncio.timeout(timeout_s):
                 await waiter.granted
         except TimeoutError:
-            raise StartFailed(f"{waiter.missing} after {timeout_s:.0f} s", waiter.node) from None
+            raise StartFailed(f"{waiter.missing} after {duration_text(timeout_s)}", waiter.node) from None
 
     async def _grant(self) -> None:
         """Ask Ray while anybody waits, and let through who fits, in the order of asking."""

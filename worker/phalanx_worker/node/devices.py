@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from phalanx_worker.node.gpu_faults import GpuFaults
 from phalanx_worker.protocol import GpuStats, NodeStats
 
 log = logging.getLogger("phalanx.node.devices")
@@ -21,6 +22,7 @@ class Devices:
 
     def __init__(self, nvml: Any = None):
         self._nvml = nvml if nvml is not None else _open_nvml()
+        self.faults = GpuFaults(self._nvml)
         self._last_cpu = _cpu_times()
 
     @property

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phalanx.units import duration_text
+
 from phalanx_worker.node import environment, processes, users
 from phalanx_worker.node.bundles import Bundles
 from phalanx_worker.node.devices import Devices
@@ -178,5 +180,8 @@ def _ping(groups: list[Group], fence_s: float) -> None:
 def _cut_off(groups: list[Group], whom: str, silent_s: float) -> None:
     for group in groups:
         if group.state != "ended":
-            group.note("note", {"message": f"the node was cut off from {whom} for {silent_s:.0f} s: ranks ended"})
+            group.note(
+                "note",
+                {"message": f"the node was cut off from {whom} for {duration_text(round(silent_s))}: ranks ended"},
+            )
             group.kill()

@@ -23,6 +23,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phalanx.units import duration_text
+
 from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.pip_build import MOST_BYTES, PipBuild, measure
 from phalanx_worker.node.threads import to_its_end
@@ -152,12 +154,12 @@ class Environments:
             async with asyncio.timeout(WAIT_TIMEOUT_S):
                 built, took_s = await asyncio.shield(build.task)
         except TimeoutError:
-            raise StartFailed(f"its environment was not built within {WAIT_TIMEOUT_S:.0f} s") from None
+            raise StartFailed(f"its environment was not built within {duration_text(WAIT_TIMEOUT_S)}") from None
         finally:
             build.waiters -= 1
             if not build.waiters and not build.task.done():
                 await _cancelled(build.task)
-        tell(f"its environment was built in {took_s:.1f} s")
+        tell(f"its environment was built in {duration_text(took_s)}")
         return built
 
     async def _build(self, key: str, wanted: Wanted) -> tuple[Built, float]:

@@ -147,6 +147,7 @@ class Launcher:
             private=confinement.private,
             mounts=confinement.mounts,
             shm_bytes=order.desired.launch.shm_bytes,
+            preflight_factor=order.desired.launch.health.preflight_factor if order.desired.launch.health else 0.0,
         )
 
 

@@ -82,7 +82,8 @@ def own_check(data: dict[str, Any]) -> Offence:
     """Of a rank that said what it found before it ended itself. Nothing of that is trusted."""
     message, rank = str(data.get("message") or "a health check failed")[:300], data.get("blamed")
     blamed = rank if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 else None
-    return Offence(f"stopped itself: {message}", blamed, "health", data.get("action") == "stop")
+    fault = "preflight" if data.get("check") == "preflight" else "health"
+    return Offence(f"stopped itself: {message}", blamed, fault, data.get("action") == "stop")
 
 
 def sick_gpu(reason: str, *, final: bool) -> Offence:

@@ -21,6 +21,8 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from phalanx.units import duration_text
+
 from phalanx_worker.node.cgroups import Cgroup, Cgroups, Limits
 from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.node.threads import to_its_end
@@ -91,7 +93,7 @@ class PipBuild:
             async with asyncio.timeout(self.timeout_s):
                 code = await _ended(process, place, log_path, most_bytes)
         except TimeoutError:
-            raise StartFailed(f"its environment was not built in {self.timeout_s:.0f} s") from None
+            raise StartFailed(f"its environment was not built in {duration_text(self.timeout_s)}") from None
         finally:
             await to_its_end(_end, process, cgroup)
         if code != 0:

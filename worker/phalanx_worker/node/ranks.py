@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from phalanx.units import duration_text
+
 from phalanx_worker.node import logs, offences, processes
 from phalanx_worker.node.command import Launch
 from phalanx_worker.node.environment import Places
@@ -101,7 +103,7 @@ class Group:
                 await self._start(warm, group_spec, listener)
         except TimeoutError:
             await self._abandon()
-            raise StartFailed(f"the ranks were not started in {START_TIMEOUT_S:.0f} s") from None
+            raise StartFailed(f"the ranks were not started in {duration_text(START_TIMEOUT_S)}") from None
         except BaseException:
             await self._abandon()
             raise

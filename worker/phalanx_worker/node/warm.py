@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phalanx.units import duration_text
+
 from phalanx_worker.node.orders import StartFailed
 from phalanx_worker.runtime import channel
 
@@ -73,7 +75,7 @@ class WarmProcess:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 return await asyncio.shield(self._state)
         except TimeoutError:
-            raise StartFailed(f"the warm process was not ready in {READY_TIMEOUT_S:.0f} s") from None
+            raise StartFailed(f"the warm process was not ready in {duration_text(READY_TIMEOUT_S)}") from None
 
     async def fork_guardian(self, guardian_socket: socket.socket, fds: list[int]) -> None:
         """Have it fork a guardian that talks through `guardian_socket`. Raises StartFailed when it is gone."""

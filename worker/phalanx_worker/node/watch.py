@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from phalanx_worker.node import hangs, offences, processes
 from phalanx_worker.node.devices import Devices
+from phalanx_worker.node.gpu_faults import GpuFault
 from phalanx_worker.node.offences import Offence
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.protocol import NodeStats
@@ -50,7 +51,9 @@ class Watch:
         """Look at everything."""
         groups = self._living()
         self._look_for_hangs(groups)
-        self.stats, findings = await asyncio.to_thread(self._look, groups)
+        self.stats, faults, findings = await asyncio.to_thread(self._look, groups)
+        for group in groups:
+            tell_faults(group, faults)
         for group, offence in findings:
             group.fail(offence)
 
@@ -80,7 +83,7 @@ class Watch:
     def _living(self) -> list[Group]:
         return [group for group in self._groups() if group.state != "ended"]
 
-    def _look(self, groups: list[Group]) -> tuple[NodeStats, list[Finding]]:
+    def _look(self, groups: list[Group]) -> tuple[NodeStats, list[GpuFault], list[Finding]]:
         looked_at = [group for group in groups if group.confinement.watched_memory_bytes or self.devices.gpus]
         table = linux.parents() if looked_at else {}
         on_gpus = self.devices.processes_by_gpu() if looked_at else {}
@@ -88,7 +91,7 @@ class Watch:
         findings = self._look_at(looked_at)
         for group in looked_at:
             findings += _gpu_finding(group, self._pids[group.key], on_gpus)
-        return self.devices.read(), findings
+        return self.devices.read(), self.devices.faults.read(), findings
 
     def _look_at(self, groups: list[Group]) -> list[Finding]:
         return [finding for group in groups for finding in _memory_finding(group, self._pids.get(group.key, []))]
@@ -133,6 +136,18 @@ def _hungriest(group: Group) -> int | None:
         if start.pid in table
     }
     return max(held, key=lambda rank: held[rank], default=None)
+
+
+def tell_faults(group: Group, faults: list[GpuFault]) -> None:
+    """Tell its owner of what is wrong with the group's GPUs, and end it if its job says so and it is that bad."""
+    action, first_rank = group.health.gpu, group.order.group.first_rank
+    mine = [fault for fault in faults if fault.index in group.order.group.gpu_indices and action != "off"]
+    for fault in mine:
+        done = action if fault.is_fatal else "warn"
+        message = f"GPU {fault.index} of {group.order.group.node} {fault.text}"
+        group.note("health", {"check": "gpu", "action": done, "message": message, "blamed": first_rank})
+    if action in ("restart", "stop") and (worst := next((fault for fault in mine if fault.is_fatal), None)):
+        group.fail(offences.sick_gpu(f"used GPU {worst.index}, which {worst.text}", final=action == "stop"))
 
 
 def _gpu_finding(group: Group, pids: list[int], on_gpus: dict[int, set[int]]) -> list[Finding]:

@@ -46,6 +46,8 @@ def enter(
         report_fd = _arrange_fds(fds, own_fds)
         _replace_environment({**group.env, **rank.env, "PHALANX_REPORT_FD": str(report_fd)})
         os.chdir(group.cwd)
+        if group.preflight_factor:
+            _look_at_nodes(group)
         if group.program.kind == "exec":
             _execute(group.program.argv)
         if group.venv:
@@ -55,6 +57,29 @@ def enter(
     except BaseException as error:
         os.write(2, f"phalanx: could not start: {error}\n{traceback.format_exc()}".encode())
     os._exit(126)
+
+
+def _look_at_nodes(group: GroupSpec) -> None:
+    """The preflight, in a child: what it leaves in a process is nothing for the program. Does not return where a node
+    of the gang is unfit."""
+    rank_pid = os.getpid()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            linux.die_with_parent(rank_pid)
+            loaded: dict[str, Any] = dict(sys.modules)
+            if torch := loaded.get("torch"):
+                torch.set_num_threads(group.threads)
+            from phalanx_worker.training import preflight  # imports torch, which a rank without preflight may not need
+
+            code = preflight.run(group.preflight_factor)
+        except BaseException as error:
+            os.write(2, f"phalanx: the preflight failed: {error}\n{traceback.format_exc()}".encode())
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if status:
+        os._exit(1)
 
 
 def _run(group: GroupSpec, startup: frozenset[str]) -> NoReturn:

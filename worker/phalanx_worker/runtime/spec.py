@@ -76,6 +76,7 @@ class GroupSpec:
     private: bool = False  # the ranks see mounts and a /dev/shm of their own
     mounts: list[MountSpec] = field(default_factory=list)  # where `private`
     shm_bytes: int = 0  # of their own /dev/shm; 0: as large as the node's
+    preflight_factor: float = 0.0  # look at the gang's nodes first: so much worse than its peers none may be; 0: do not
 
 
 def write(spec: GroupSpec) -> int:

@@ -59,19 +59,30 @@ class ClickLog:
 
 def records(lines: Sequence[bytes], where: str) -> npt.NDArray[Any]:
     """The lines as an array of RECORD. Raises DataError naming the first that does not fit."""
-    table = np.zeros(len(lines), dtype=RECORD)
-    for row, line in zip(table, lines, strict=True):
-        columns = line.rstrip(b"\r\n").split(b"\t")
-        try:
-            label, counts, words = columns[0], columns[1 : 1 + COUNTS], columns[1 + COUNTS :]
-            row["label"] = int(label)
-            row["counts"] = [max(0, int(count)) if count else 0 for count in counts]
-            row["categories"] = [int(word, 16) if word else 0 for word in words]
-        except (ValueError, OverflowError):
-            wanted = f"a label, {COUNTS} numbers and {CATEGORIES} hexadecimal words"
-            raise DataError(f"{where}: {line!r:.60} is not {wanted}, separated by tabs") from None
+    try:
+        return _table(lines)
+    except (ValueError, OverflowError):
+        line = next(line for line in lines if not _fits(line))
+        wanted = f"a label, {COUNTS} numbers and {CATEGORIES} hexadecimal words"
+        raise DataError(f"{where}: {line!r:.60} is not {wanted}, separated by tabs") from None
+
+
+def _table(lines: Sequence[bytes]) -> npt.NDArray[Any]:
+    rows = [line.rstrip(b"\r\n").split(b"\t") for line in lines]
+    table = np.zeros(len(rows), dtype=RECORD)
+    table["label"] = [int(row[0]) for row in rows]
+    table["counts"] = [[max(0, int(count)) if count else 0 for count in row[1 : 1 + COUNTS]] for row in rows]
+    table["categories"] = [[int(word, 16) if word else 0 for word in row[1 + COUNTS :]] for row in rows]
     table["counts"] = np.log1p(table["counts"])
     return table
+
+
+def _fits(line: bytes) -> bool:
+    try:
+        _table([line])
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def _records(file: File, cache: str | None) -> Path:

@@ -12,6 +12,7 @@ from typing import IO, Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 # Under which of these a storage says that a file is another one: local, S3, Google, Azure, HTTP, in memory.
 _VERSION_KEYS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created", "ino")
@@ -37,7 +38,7 @@ class File:
     def local_path(self) -> str | None:
         """Where it lies on this machine, if it does."""
         system, path = url_to_fs(self.url)
-        return path if "file" in _protocols(system) else None
+        return path if isinstance(system, LocalFileSystem) else None
 
     def open(self, *, decompress: bool = False) -> IO[bytes]:
         """A seekable stream of its bytes; `.gz`, `.zst` and the like are unpacked on request (then not seekable)."""
@@ -98,7 +99,3 @@ def _file(system: Any, name: str, info: dict[str, Any]) -> File:
     size = int(info["size"] or 0)
     version = " ".join(str(info[key]) for key in _VERSION_KEYS if info.get(key))
     return File(url=system.unstrip_protocol(name), version=f"{size} {version}", bytes=size)
-
-
-def _protocols(system: Any) -> tuple[str, ...]:
-    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)

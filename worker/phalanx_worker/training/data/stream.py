@@ -8,10 +8,12 @@ torch's DataLoader.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from phalanx.recipes.data import DataConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from phalanx_worker.runtime.linux import die_with_parent
 from phalanx_worker.training.data.files import DataError
 from phalanx_worker.training.data.opening import default_transform, open_source
 from phalanx_worker.training.data.source import Arranged, Order, Source, Transform
@@ -164,15 +167,16 @@ class Stream:
         self._batches = None
 
     def _loader(self) -> DataLoader[Any]:
-        # Workers are forked, as is torch's way: they share what the source has mapped and start at once.
-        more = {"prefetch_factor": self._prefetch, "worker_init_fn": _calm} if self._workers else {}
+        # Workers are forked: they share what the source has mapped and start at once.
+        settle_in = partial(_settle_in, rank_pid=os.getpid())
+        ahead = {"prefetch_factor": self._prefetch, "worker_init_fn": settle_in, "multiprocessing_context": "fork"}
         return DataLoader(
             self._arranged,  # pyright: ignore[reportArgumentType]
             batch_sampler=_Batches(self._share, self.position),  # pyright: ignore[reportArgumentType]
             num_workers=self._workers,
             generator=torch.Generator(),  # its own: a loader that starts must not move on torch's random state
             pin_memory=self._device is not None and self._device.type == "cuda",
-            **more,
+            **(ahead if self._workers else {}),
         )
 
     def _placed(self, batch: Batch) -> Batch:
@@ -181,7 +185,9 @@ class Stream:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _calm(_: int) -> None:
-    """A worker lives as long as its rank: the signals that ask a whole job to stop are the rank's to answer."""
+def _settle_in(_: int, *, rank_pid: int) -> None:
+    """A worker lives exactly as long as its rank: the signals that ask a job to stop are the rank's to answer, and it
+    holds copies of the rank's connections, which the other ranks must see closed when the rank dies."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(rank_pid)

@@ -1,6 +1,6 @@
-"""Durations and sizes as people write them.
+"""Durations and sizes as people write and read them; the server and the workers speak so too.
 
-Owns the units: durations become seconds, sizes become bytes. ValueError says what was expected.
+Owns the units: durations become seconds and words, sizes become bytes. ValueError says what was expected.
 """
 
 import math
@@ -30,6 +30,24 @@ def parse_duration(given: object) -> float:
     if not _DURATION.fullmatch(text):
         raise ValueError(f"expected a duration like 30s, 10m, 4h or a number of seconds, got {_shown(given)}")
     return _finite(sum(float(amount) * SECONDS[unit] for amount, unit in _PART.findall(text)))
+
+
+def duration_text(seconds: float) -> str:
+    """`0.231 s`, `2.5 s`, `42 s`, `7 min 03 s`, `3 h`, `5 h 12 min`, `3 d 4 h`."""
+    if not math.isfinite(seconds):
+        return f"{seconds:g} s"
+    if seconds < 10 and seconds != int(seconds):
+        return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60:02} s" if whole % 60 else "")
+    if whole < 86400:
+        hours, minutes = whole // 3600, whole % 3600 // 60
+        return f"{hours} h" + (f" {minutes:02} min" if minutes else "")
+    days, hours = whole // 86400, whole % 86400 // 3600
+    return f"{days} d" + (f" {hours} h" if hours else "")
 
 
 def parse_size(given: object) -> int:

@@ -1,0 +1,114 @@
+"""Goodput: the share of the GPU time that a job was given in which it took steps that count, and where the rest went.
+
+Owns the split. Pure: what is known of the attempts comes in. The term and its parts: Google Cloud, "Introducing ML
+productivity goodput" (2024). Time in the queue is no part of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise, zip_longest
+
+PARTS = (
+    "productive",
+    "start",
+    "rendezvous",
+    "setup",
+    "data_wait",
+    "checkpoint",
+    "rolled_back",
+    "redone",
+    "stopping",
+    "other",
+)
+"""In which an attempt's time falls: steps that count; from its GPUs being taken until all ranks run; until their
+process group is up; until the first step is done; waiting for data; standing still for a checkpoint; steps that the
+training itself took back; steps after the checkpoint that the next attempt began from; from the request to stop to the
+end; and what none of these explains, such as communication outside of steps, evaluation, or work after the last
+step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptTime:
+    """What is known of one attempt. Moments are None until they are reached; totals and steps until they are reported.
+    `weight`: its GPUs, or its replicas where it has none."""
+
+    weight: int
+    created_at: datetime
+    started_at: datetime | None = None
+    rendezvous_at: datetime | None = None
+    first_step_at: datetime | None = None
+    stop_requested_at: datetime | None = None
+    ended_at: datetime | None = None
+    first_step: int | None = None
+    last_step: int | None = None
+    productive_s: float | None = None
+    data_wait_s: float = 0.0
+    checkpoint_s: float = 0.0
+    rolled_back_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Seconds × GPUs by part. `is_measured`: every attempt that trained said itself how long it took productive steps;
+    else the time from its first step on, without what is known to be lost, is taken for that."""
+
+    parts: dict[str, float]
+    is_measured: bool
+
+    @property
+    def allocated(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def share(self) -> float | None:
+        """The goodput; None before anything was allocated."""
+        return self.parts["productive"] / self.allocated if self.allocated > 0 else None
+
+
+def goodput_of(attempts: Sequence[AttemptTime], now: datetime) -> Goodput:
+    """Of a job's attempts in their order; one that has not ended is counted until now."""
+    total = dict.fromkeys(PARTS, 0.0)
+    for attempt, following in zip_longest(attempts, attempts[1:]):
+        for part, seconds in _split(attempt, following, now).items():
+            total[part] += attempt.weight * seconds
+    trained = [attempt for attempt in attempts if attempt.first_step_at is not None]
+    return Goodput(total, all(attempt.productive_s is not None for attempt in trained))
+
+
+def _split(attempt: AttemptTime, following: AttemptTime | None, now: datetime) -> dict[str, float]:
+    """The attempt's seconds by part; they add up to its whole time."""
+    end = max(attempt.ended_at or now, attempt.created_at)
+    moments = [attempt.created_at]
+    for moment in (attempt.started_at, attempt.rendezvous_at or attempt.first_step_at, attempt.first_step_at):
+        moments.append(min(max(moment or end, moments[-1]), end))
+    stop = max(min(attempt.stop_requested_at or end, end), moments[-1])
+    start, rendezvous, setup = ((later - earlier).total_seconds() for earlier, later in pairwise(moments))
+    parts = {"start": start, "rendezvous": rendezvous, "setup": setup, "stopping": (end - stop).total_seconds()}
+    return parts | _trained(attempt, following, (stop - moments[-1]).total_seconds())
+
+
+def _trained(attempt: AttemptTime, following: AttemptTime | None, left_s: float) -> dict[str, float]:
+    """Of the time from the first step on, `left_s` seconds. What ranks count by their own clocks is cut to fit."""
+    parts: dict[str, float] = {}
+    known = {
+        "data_wait": attempt.data_wait_s,
+        "checkpoint": attempt.checkpoint_s,
+        "rolled_back": attempt.rolled_back_s,
+        "productive": left_s if attempt.productive_s is None else attempt.productive_s,
+    }
+    for part, seconds in known.items():
+        parts[part] = min(max(seconds, 0.0), left_s)
+        left_s -= parts[part]
+    parts["redone"] = parts["productive"] * _redone_share(attempt, following)
+    parts["productive"] -= parts["redone"]
+    return parts | {"other": left_s}
+
+
+def _redone_share(attempt: AttemptTime, following: AttemptTime | None) -> float:
+    """The share of the attempt's steps that the next one takes again."""
+    if following is None or following.first_step is None or attempt.first_step is None or attempt.last_step is None:
+        return 0.0
+    steps = attempt.last_step - attempt.first_step + 1
+    again = attempt.last_step - following.first_step + 1
+    return min(max(again / steps, 0.0), 1.0) if steps > 0 else 0.0

@@ -1,0 +1,266 @@
+"""Saving and restoring in one process: complete or not there, verified, pruned, registered; and where it goes wrong."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from phalanx.recipes.checkpoint import CheckpointConfig
+from phalanx_worker.training.checkpoint import Checkpointer, open_checkpointer
+from phalanx_worker.training.checkpoint_store import CheckpointError, Manifest, Sum, decoded
+
+
+class Numbers:
+    """A piece of state: tensors and a plain number."""
+
+    def __init__(self, value, size=1000):
+        self.value = value
+        self.tensor = torch.full((size,), float(value))
+
+    def state_dict(self):
+        return {"value": self.value, "tensor": self.tensor}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+        self.tensor.copy_(state["tensor"])
+
+
+class Job:
+    """A checkpointer on a directory, and what it registered."""
+
+    def __init__(self, url, *, resume_from=None, **config):
+        self.registered = []
+        register = lambda url, **data: self.registered.append((url, data))  # noqa: E731
+        config = CheckpointConfig(**config)
+        self.checkpointer = Checkpointer(config, str(url), resume_from=resume_from, register=register)
+
+    def save(self, *steps, losses=None):
+        for step in steps:
+            metrics = {"loss": losses[step]} if losses else None
+            self.checkpointer.save(step, {"numbers": Numbers(step)}, metrics=metrics)
+        self.checkpointer.finish()
+        return self
+
+    def restore(self, **options):
+        numbers = Numbers(-1)
+        step = self.checkpointer.restore({"numbers": numbers}, **options)
+        assert step is None or (numbers.value == step and bool((numbers.tensor == step).all()))
+        return step
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def url(request, tmp_path):
+    return {
+        "path": str(tmp_path / "checkpoints"),
+        "file": f"file://{tmp_path}/checkpoints",
+        "memory": f"memory://{tmp_path.name}-{id(request)}/checkpoints",
+    }[request.param]
+
+
+def steps_at(path):
+    return sorted(int(entry.name.removeprefix("step-")) for entry in Path(path).iterdir())
+
+
+def data_file(path, step):
+    return Path(path) / f"step-{step:09d}" / "__0_0.distcp"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_newest_state_is_restored(url, asynchronous):
+    assert Job(url).restore() is None
+    Job(url, asynchronous=asynchronous).save(10, 20)
+    assert Job(url).restore() == 20
+
+
+def test_a_checkpoint_is_registered_when_it_is_complete_and_only_then(url):
+    job = Job(url)
+
+    def check(url, **data):
+        files = fsspec.core.url_to_fs(url)
+        assert files[0].exists(f"{files[1]}/manifest.json")
+        job.registered.append((url, data))
+
+    job.checkpointer._register = check
+    job.save(10, losses={10: 2.5})
+    [(registered, data)] = job.registered
+    assert registered.endswith("/step-000000010")
+    assert data["step"] == 10 and data["loss"] == 2.5 and data["bytes"] > 4000
+    assert job.checkpointer.last.bytes == data["bytes"] and job.checkpointer.last.took_s > 0
+
+
+def test_training_may_change_the_state_as_soon_as_save_returns(tmp_path):
+    job, numbers = Job(tmp_path), Numbers(1, size=1_000_000)
+    job.checkpointer.save(1, {"numbers": numbers})
+    numbers.tensor.zero_()
+    job.checkpointer.finish()
+    fresh = Numbers(0, size=1_000_000)
+    Job(tmp_path).checkpointer.restore({"numbers": fresh})
+    assert bool((fresh.tensor == 1).all())
+
+
+def test_a_copy_made_aside_is_of_the_state_as_it_was_if_staged_is_awaited(tmp_path):
+    job, numbers = Job(tmp_path), Numbers(1, size=3_000_000)
+    for step in (1, 2, 3):
+        numbers.tensor.fill_(step)
+        job.checkpointer.save(step, {"numbers": numbers}, wait=False)
+        job.checkpointer.staged()
+    numbers.tensor.zero_()
+    job.checkpointer.finish()
+    assert job.checkpointer.staged() < 0.01, "nothing is under way"
+    for step in (3, 2, 1):
+        assert Job(tmp_path).checkpointer.restore({"numbers": numbers}, before=step + 1) == step
+        assert bool((numbers.tensor == step).all())
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 4.0, 50: float("nan"), 60: 5.0}
+    Job(tmp_path, keep_last=2, keep_best=2).save(*losses, losses=losses)
+    assert steps_at(tmp_path) == [20, 30, 50, 60]
+    Job(tmp_path / "highest", keep_last=1, keep_best=1, best="highest").save(*losses, losses=losses)
+    assert steps_at(tmp_path / "highest") == [60]  # the highest is the last
+    Job(tmp_path / "unrated", keep_last=1, keep_best=5).save(10, 20)
+    assert steps_at(tmp_path / "unrated") == [20]
+
+
+@pytest.mark.parametrize("damage", ["flip a bit", "cut short", "remove", "no metadata"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog, damage):
+    Job(tmp_path).save(10, 20)
+    path = data_file(tmp_path, 20)
+    data = bytearray(path.read_bytes())
+    if damage == "flip a bit":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut short":
+        path.write_bytes(data[:-1])
+    else:
+        path = path if damage == "remove" else path.with_name(".metadata")
+        path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert Job(tmp_path).restore() == 10
+    assert str(path) in caplog.text and "trying the one before" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b'{"sha256": "", "manifest": {}}'])
+def test_a_half_written_checkpoint_does_not_count(tmp_path, caplog, content):
+    Job(tmp_path).save(10, 20)
+    manifest = data_file(tmp_path, 20).with_name("manifest.json")
+    manifest.unlink()
+    if content is not None:
+        manifest.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert Job(tmp_path).restore() == 10
+    assert "manifest.json" in caplog.text
+    Job(tmp_path).save(30)
+    assert steps_at(tmp_path) == [10, 30]  # what is left of it goes with the next save
+
+
+def test_only_damaged_checkpoints_are_for_a_person_to_decide(tmp_path):
+    Job(tmp_path).save(10)
+    data_file(tmp_path, 10).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step-000000010 is damaged, and so is every one before it"):
+        Job(tmp_path).restore()
+
+
+def test_sizes_alone_are_compared_where_verifying_is_off(tmp_path):
+    Job(tmp_path).save(10, 20)
+    data_file(tmp_path, 20).write_bytes(b"")
+    assert Job(tmp_path, verify=False).restore() == 10
+
+
+def test_after_going_back_what_was_newer_is_never_resumed_from(tmp_path):
+    Job(tmp_path).save(10, 20, 30)
+    job = Job(tmp_path)
+    assert job.restore(before=30) == 20
+    assert Job(tmp_path).restore() == 20
+    job.save(25)
+    assert Job(tmp_path).restore() == 25
+    assert steps_at(tmp_path) == [10, 20, 25]
+
+
+def test_a_step_that_was_left_half_written_is_saved_anew(tmp_path):
+    Job(tmp_path).save(10, 20)
+    data_file(tmp_path, 20).with_name("manifest.json").unlink()
+    data_file(tmp_path, 20).with_name("__7_0.distcp").write_bytes(b"of a rank that is no more")
+    Job(tmp_path).save(20)
+    assert Job(tmp_path).restore() == 20
+    assert not data_file(tmp_path, 20).with_name("__7_0.distcp").exists()
+
+
+def test_a_state_that_does_not_fit_is_said_and_nothing_older_is_taken_for_it(tmp_path):
+    Job(tmp_path).save(10, 20)
+    with pytest.raises(CheckpointError, match="is whole but does not fit what is trained now"):
+        Job(tmp_path).checkpointer.restore({"numbers": Numbers(0, size=7)})
+
+
+def test_a_save_that_fails_is_counted_and_training_goes_on(tmp_path, caplog, monkeypatch):
+    job = Job(tmp_path, asynchronous=False)
+    job.checkpointer.save(10, {"numbers": Numbers(10)})
+    opened = LocalFileSystem.open
+
+    def full(self, path, mode="rb", **options):
+        if mode == "wb":
+            raise OSError(28, "No space left on device")
+        return opened(self, path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "open", full)
+        job.save(20)
+    assert "step 20 could not be saved" in caplog.text and "No space left" in caplog.text
+    assert (job.checkpointer.failures, job.checkpointer.last.step) == (1, 10)
+    assert job.restore() == 10
+    assert [data["step"] for _, data in job.registered] == [10]
+
+
+def test_a_new_job_resumes_from_what_it_is_told_and_later_from_its_own(tmp_path):
+    Job(tmp_path / "old").save(10, 20)
+    told = str(tmp_path / "old" / "step-000000010")
+    job = Job(tmp_path / "new", resume_from=told)
+    assert job.restore() == 10
+    job.save(15)
+    assert Job(tmp_path / "new", resume_from=told).restore() == 15
+    assert Job(tmp_path / "old").restore() == 20  # another job's is left as it is
+    with pytest.raises(CheckpointError, match="nowhere cannot be resumed from"):
+        Job(tmp_path / "newer", resume_from=str(tmp_path / "nowhere")).restore()
+
+
+def test_the_time_that_training_is_held_is_said(tmp_path):
+    job = Job(tmp_path)
+    stall_s = job.checkpointer.save(10, {"numbers": Numbers(1)})
+    assert 0 < stall_s < 5
+    assert job.checkpointer.save(10, {"numbers": Numbers(1)}) < 0.001, "the same step again is not saved again"
+    assert job.checkpointer.stall_s >= stall_s
+    job.checkpointer.finish()
+
+
+def test_the_jobs_own_directory_is_used_unless_another_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("PHALANX_CHECKPOINT_DIR", raising=False)
+    monkeypatch.delenv("PHALANX_RESUME_FROM", raising=False)
+    assert open_checkpointer(CheckpointConfig()) is None
+    monkeypatch.setenv("PHALANX_CHECKPOINT_DIR", str(tmp_path / "own"))
+    for config, place in ((CheckpointConfig(), "own"), (CheckpointConfig(url=str(tmp_path / "other")), "other")):
+        checkpointer = open_checkpointer(config)
+        assert isinstance(checkpointer, Checkpointer)
+        checkpointer.save(1, {"numbers": Numbers(1)})
+        checkpointer.finish()
+        assert steps_at(tmp_path / place) == [1]
+
+
+def test_a_manifest_with_another_byte_is_refused():
+    manifest = Manifest(step=3, files={"a": Sum(1, "00")}, metrics={"loss": 1.5})
+    assert decoded(manifest.encoded()) == manifest
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        decoded(manifest.encoded().replace(b'"step": 3', b'"step": 4'))
+
+
+def test_checksums_are_those_that_sha256sum_prints(tmp_path):
+    Job(tmp_path).save(10)
+    document = json.loads(data_file(tmp_path, 10).with_name("manifest.json").read_bytes())
+    files = document["manifest"]["files"]
+    assert set(files) == {"__0_0.distcp", ".metadata"}
+    for name, part in files.items():
+        content = data_file(tmp_path, 10).with_name(name).read_bytes()
+        assert part == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,0 +1,280 @@
+"""Saving and restoring the state of training while it goes on.
+
+Owns when the training thread is held, which checkpoint is resumed from, and that all ranks agree on it. What lies in a
+checkpoint is torch's Distributed Checkpoint (tensors with their global shape and place, so that any layout and world
+size reads it), where it lies is `checkpoint_store`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import phalanx
+import torch
+import torch.distributed as dist
+from phalanx.recipes.checkpoint import CheckpointConfig
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader  # where torch documents it
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+from torch.distributed.checkpoint.stateful import Stateful
+
+from phalanx_worker.training.checkpoint_store import CheckpointError, Entry, Manifest, Store, damage
+from phalanx_worker.training.checkpoint_writer import CheckpointWriter, Sums
+
+log = logging.getLogger("phalanx.training.checkpoint")
+
+SAVE_TIMEOUT = timedelta(minutes=30)  # a rank's share may take its time, and training goes on meanwhile
+
+State = Mapping[str, Stateful]
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete. `took_s` is from the call to the manifest; known on rank 0 alone."""
+
+    step: int
+    url: str
+    bytes: int
+    took_s: float
+
+
+def open_checkpointer(config: CheckpointConfig) -> Checkpointer | None:
+    """A checkpointer for `config.url`, else for the job's own directory; None where there is neither."""
+    url = config.url or os.environ.get("PHALANX_CHECKPOINT_DIR")
+    return Checkpointer(config, url, resume_from=os.environ.get("PHALANX_RESUME_FROM")) if url else None
+
+
+class Checkpointer:
+    """Every rank makes one, after the default process group, and calls each method at the same step.
+
+    A save that fails is logged and counted in `failures`, and training goes on; `last` is then still the one before.
+    `stall_s` is how long the training thread was held by saves, in all.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        url: str,
+        *,
+        resume_from: str | None = None,
+        register: Callable[..., None] = phalanx.checkpoint,
+    ):
+        self.last: Saved | None = None
+        self.failures = 0
+        self.stall_s = 0.0
+        self._config = config
+        self._store = Store(url)
+        self._resume_from = resume_from
+        self._register = register
+        self._group = _own_group()
+        self._rank = dist.get_rank(self._group) if self._group else 0
+        self._stager = _stager()
+        self._pending: tuple[int, AsyncSaveResponse] | None = None
+        self._newest: int | None = None  # the step that was saved or restored last
+
+    def save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None, wait: bool = True) -> float:
+        """Save the state as of `step`; how many seconds this thread was held: for a copy to the CPU, and for the save
+        before where that is still being written. `metrics` decide which checkpoints are the best. Saving the same step
+        again does nothing.
+
+        Without `wait` the copy too is made aside, and the caller calls `staged()` before anything of the state
+        changes: for most models before the next optimizer step, but a batch norm changes with the forward pass.
+        """
+        began = time.perf_counter()
+        if step != self._newest:
+            self._settle()
+            self._newest = step
+            self._start(step, state, dict(metrics or {}))
+            if not self._config.asynchronous:
+                self._settle()
+            elif wait:
+                self._await_copy()
+        return self._held(began)
+
+    def staged(self) -> float:
+        """Wait until the state is copied and may change; how many seconds this thread was held."""
+        began = time.perf_counter()
+        self._await_copy()
+        return self._held(began)
+
+    def restore(self, state: State, *, before: int | None = None) -> int | None:
+        """Load the newest complete and undamaged checkpoint (older than step `before`, to go back) into the state; its
+        step, or None where nothing has been saved.
+
+        What is newer no longer counts afterwards. Raises CheckpointError where the state does not fit the checkpoint,
+        or where there are only damaged ones: starting anew is then for a person to decide.
+        """
+        self._settle()
+        entry = self._choose(before)
+        if entry is None:
+            return None
+        try:
+            reader = FsspecReader(entry.url)
+            load(cast(dict[str, Any], dict(state)), storage_reader=reader, process_group=self._group)
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"{entry.url} is whole but does not fit what is trained now ({_reason(error)}); restore the "
+                "settings of model and optimizer, or save to another checkpoint.url"
+            ) from error
+        self._newest = entry.step
+        log.info("resumed from %s, step %d", entry.url, entry.step)
+        return entry.step
+
+    def finish(self) -> None:
+        """Wait until the last save is complete; nothing can be saved afterwards."""
+        self._settle()
+        self._stager.close()
+
+    def _start(self, step: int, state: State, metrics: dict[str, float]) -> None:
+        writer = CheckpointWriter(
+            self._store.url_of(step),
+            sync=self._store.is_local,
+            clear=partial(self._store.clear, step),
+            complete=partial(self._complete, step, metrics, time.perf_counter()),
+        )
+        if torch.accelerator.is_available():
+            torch.accelerator.current_stream().synchronize()  # the copy is made on a stream that does not wait for it
+        saving = async_save(
+            cast(dict[str, Any], dict(state)),
+            storage_writer=writer,
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        self._pending = (step, cast(AsyncSaveResponse, saving))
+
+    def _await_copy(self) -> None:
+        if self._pending is not None:
+            wait_for([self._pending[1].staging_completion])  # if it failed, so does the save
+
+    def _held(self, began: float) -> float:
+        stall_s = time.perf_counter() - began
+        self.stall_s += stall_s
+        return stall_s
+
+    def _settle(self) -> None:
+        """Wait for the save that is under way, if any."""
+        if self._pending is None:
+            return
+        (step, saving), self._pending = self._pending, None
+        try:
+            saving.upload_completion.result()
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            self.failures += 1
+            log.error("the checkpoint of step %d could not be saved, training goes on: %s", step, _reason(error))
+
+    def _complete(self, step: int, metrics: dict[str, float], began: float, sums: Sums) -> None:
+        """On rank 0, in the thread that saves: every file is there."""
+        manifest = Manifest(step=step, files=sums, metrics=metrics)
+        self._store.complete(manifest)
+        url = self._store.url_of(step)
+        self.last = Saved(step=step, url=url, bytes=manifest.bytes, took_s=time.perf_counter() - began)
+        self._register(url, **{**metrics, "step": step, "bytes": manifest.bytes})
+        self._store.prune(self._config, newest=step)
+
+    def _choose(self, before: int | None) -> Entry | None:
+        """The newest that can be used, the same on every rank."""
+        entries = self._from_first(self._candidates)
+        damaged: list[Entry] = []
+        for entry in entries:
+            if before is not None and entry.step >= before:
+                continue
+            problems = [entry.problem] if entry.manifest is None else self._damage(entry)
+            if not problems:
+                self._set_aside([other for other in entries if other.step > entry.step])
+                return entry
+            damaged += [entry] if entry.manifest else []
+            self._say_unusable(entry, problems)
+        if damaged:
+            raise CheckpointError(
+                f"{damaged[0].url} is damaged, and so is every one before it; remove them to start from the beginning"
+            )
+        return None
+
+    def _candidates(self) -> list[Entry]:
+        """What this job saved, newest first; where it has nothing yet, what it was told to resume from."""
+        entries = self._store.entries()
+        if not self._resume_from or any(entry.manifest for entry in entries):
+            return entries
+        told = self._store.entry(self._resume_from)
+        if told.url in {entry.url for entry in entries}:
+            return entries
+        if told.manifest is None:
+            raise CheckpointError(f"{told.url} cannot be resumed from: {told.problem}")
+        return [*entries, told]
+
+    def _damage(self, entry: Entry) -> list[str]:
+        """What is wrong with the files of a complete checkpoint, each read by one of the ranks."""
+        assert entry.manifest is not None
+        ranks = dist.get_world_size(self._group) if self._group else 1
+        mine = sorted(entry.manifest.files)[self._rank :: ranks]
+        problems = damage(entry, mine, whole=self._config.verify)
+        if self._group is None:
+            return problems
+        everyones: list[Any] = [None] * ranks
+        dist.all_gather_object(everyones, problems, group=self._group)
+        return [problem for part in everyones for problem in part]
+
+    def _set_aside(self, entries: list[Entry]) -> None:
+        """They are not on the way from here on: a restart must not go there."""
+        if self._rank == 0:
+            for entry in entries:
+                self._store.set_aside(entry.url)
+        self._from_first(lambda: None)  # nobody goes on before it is done
+
+    def _say_unusable(self, entry: Entry, problems: list[str]) -> None:
+        if self._rank == 0:
+            for problem in problems:
+                log.warning("checkpoint %s is not used: %s; trying the one before", entry.url, problem)
+
+    def _from_first(self, make: Callable[[], _Value]) -> _Value:
+        """What `make` gives, or raises, on rank 0: on every rank."""
+        if self._group is None:
+            return make()
+        box: list[Any] = [None, None]
+        if self._rank == 0:
+            try:
+                box[0] = make()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+def _reason(error: BaseException) -> str:
+    """The error itself, or what the first rank said of which torch tells with all tracebacks."""
+    if not isinstance(error, CheckpointException) or not error.failures:
+        return f"{type(error).__name__}: {error}"
+    rank, (inner, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(inner).__name__}: {inner}"
+
+
+def _own_group() -> dist.ProcessGroup | None:
+    """All ranks, on the CPU, for saves alone: in another thread they must not get between training's collectives."""
+    if dist.is_initialized():
+        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    return None
+
+
+def _stager() -> DefaultStager:
+    """Copies the state to the CPU in a thread, to the same memory each time; on CUDA to pinned memory."""
+    cuda = torch.cuda.is_available()
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
+        )
+    )
