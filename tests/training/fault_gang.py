@@ -1,8 +1,8 @@
 """Trains small models on a gang of real processes with faults put in: `python fault_gang.py RANKS < cases.json`.
 
 One start serves many cases. A case is the arguments of the `lm` recipe (`args`), the job file's `health`, every how
-many steps a checkpoint is kept (`keeps_every`), and `faults`: batches whose loss or gradient goes wrong, a flipped bit,
-a slow rank. What comes back is what each rank said, and what became of the training.
+many steps a checkpoint is kept (`keeps_every`; in memory or `to_files`), and `faults`: batches whose loss or gradient
+goes wrong, a flipped bit, a slow rank. What comes back is what each rank said, and what became of the training.
 """
 
 import copy
@@ -32,11 +32,18 @@ def case(
     health: dict[str, Any] | None = None,
     faults: dict[str, Any] | None = None,
     keeps_every: int | None = 0,
+    to_files: bool = False,
     **sections: Any,
 ) -> dict[str, Any]:
     """`ARGS` with some fields of some sections replaced, and what is put in."""
     args = {**ARGS, **{name: {**ARGS.get(name, {}), **fields} for name, fields in sections.items()}}
-    return {"args": args, "health": health or {}, "faults": faults or {}, "keeps_every": keeps_every}
+    return {
+        "args": args,
+        "health": health or {},
+        "faults": faults or {},
+        "keeps_every": keeps_every,
+        "to_files": to_files,
+    }
 
 
 def outcomes(cases: dict[str, Any], *, ranks: int, timeout_s: float = 240) -> dict[str, list[dict[str, Any]]]:
@@ -145,13 +152,15 @@ def flip(parameter: Any, *, bit: int) -> None:
     local.detach().view(torch.int32).view(-1)[5] ^= 1 << bit
 
 
-def run_case(given: dict[str, Any]) -> dict[str, Any]:
+def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     import phalanx
     import torch.distributed as dist
     from phalanx import job
+    from phalanx.recipes.checkpoint import CheckpointConfig
     from phalanx.recipes.lm import LmConfig
     from phalanx.recipes.parse import parse
     from phalanx_worker.training import monitor
+    from phalanx_worker.training.checkpoint import Checkpointer
     from phalanx_worker.training.health.checksums import compare
     from phalanx_worker.training.health.telling import Unhealthy
     from phalanx_worker.training.loop import train
@@ -167,7 +176,8 @@ def run_case(given: dict[str, Any]) -> dict[str, Any]:
     config = parse(LmConfig, given["args"]).placed(dist.get_world_size())
     world = make_world(config.parallel, own_device(config.device))
     stream = Batches(config, world.batch_rank, config.parallel.batch_ways)
-    trainer = make(config, world, batches=stream, checkpointer=Memory() if given["keeps_every"] is not None else None)
+    kept = Checkpointer(CheckpointConfig(), str(directory)) if given["to_files"] else Memory()
+    trainer = make(config, world, batches=stream, checkpointer=kept if given["keeps_every"] is not None else None)
     trainer.checkpoint_every = given["keeps_every"] or 0
     faults = Faults(trainer, given["faults"], dist.get_rank())
     trainer.watchers = [faults]
@@ -196,7 +206,7 @@ def rank_main(rank: int, ranks: int, cases: dict[str, Any], directory: str) -> N
     answers = {}
     for name, given in cases.items():
         began = time.perf_counter()
-        answers[name] = run_case(given)
+        answers[name] = run_case(given, Path(directory, name))
         gc.collect()
         if rank == 0:
             print(name, f"{time.perf_counter() - began:.2f} s", file=sys.stderr, flush=True)

@@ -21,6 +21,12 @@ CASES = {
     "too_many": case(
         health={**BLAMELESS, "nan": {"most": 2}}, faults={"gradient": {"batches": [8, 9, 10]}}, keeps_every=5
     ),
+    "too_many_with_files": case(
+        health={**BLAMELESS, "nan": {"most": 2}},
+        faults={"gradient": {"batches": [8, 9, 10]}},
+        keeps_every=5,
+        to_files=True,
+    ),
     "stopped": case(health={**BLAMELESS, "nan": {"action": "stop"}}, faults={"gradient": {"batches": [5]}}),
     "no_checkpoints": case(
         health={**BLAMELESS, "nan": {"action": "rollback"}}, faults={"gradient": {"batches": [5]}}, keeps_every=None
@@ -97,8 +103,9 @@ def test_with_warn_the_update_is_applied_and_the_run_is_lost(seen):
     assert math.isnan(outcome[0]["losses"][-1])
 
 
-def test_after_too_many_skipped_steps_training_goes_back_and_on_with_later_data(seen):
-    outcome = seen["too_many"]
+@pytest.mark.parametrize("name", ["too_many", "too_many_with_files"])
+def test_after_too_many_skipped_steps_training_goes_back_and_on_with_later_data(seen, name):
+    outcome = seen[name]
     assert told(outcome) == [("nan", "skip"), ("nan", "rollback")]
     assert outcome[0]["steps"][7:12] == [8, 9, 10, 6, 7]
     assert outcome[0]["losses"][10:] == outcome[1]["losses"][10:]
@@ -176,3 +183,7 @@ def test_a_slow_rank_is_named_once(seen):
     assert told(outcome) == [("straggler", "warn")]
     assert outcome[0]["marks"][0]["blamed"] == 1
     assert "times the median" in outcome[0]["marks"][0]["message"]
+
+
+def test_a_rollback_is_the_same_from_memory_and_from_files(seen):
+    assert seen["too_many"][0]["losses"][10:] == seen["too_many_with_files"][0]["losses"][10:]

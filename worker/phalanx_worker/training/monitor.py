@@ -1,7 +1,7 @@
 """What looks on while a model trains: the meter of its time, the watch over its health, and the report of both.
 
-Owns what is reported and when: the step's own numbers as often as is wanted, but ten times a second at most; the
-comparison of the ranks and the running totals about once a second.
+Owns what is reported and when: the step's own numbers as often as is wanted, but five times a second at most; the
+comparison of the ranks and the running totals every other second.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from phalanx_worker.training.parallel.layout import Layout
 if TYPE_CHECKING:
     from phalanx_worker.training.loop import Facts  # the loop imports this module
 
-REPORT_GAP_S = 0.1  # a report costs a tenth of a millisecond, and nobody looks at more
+REPORT_GAP_S = 0.2  # a report costs a tenth of a millisecond, and nobody looks at more
 NOT_OURS = ("hang", "gpu", "preflight")  # sections of the job file's `health` that are the node's business
 
 
@@ -68,6 +68,7 @@ class Monitor:
         self._layout, self._train, self._precision = layout, train, precision
         self._per_step, self._count_work = per_step, work
         self._work: Work | None = None
+        self._is_first = dist.get_rank() == 0
         self._news = False
         self._reported_at = 0.0
 
@@ -97,7 +98,7 @@ class Monitor:
         """The step before which training is to go back to a checkpoint, if so; `keeps`: one is made of this step."""
         self.meter.after_step(facts)
         before = self.watch.after_step(facts.step, facts.loss, keeps=keeps)
-        if dist.get_rank() == 0 and self._is_wanted(facts.step):
+        if self._is_first and self._is_wanted(facts.step):
             self._report(facts, in_full=self._news or facts.step == self._train.steps)
         return before
 

@@ -1,7 +1,7 @@
 """Splits the time of every step, and now and then compares the ranks.
 
-Owns the window of steps that is averaged, and when it ends: about once a second, at the same step on every rank. What
-is told, and where, is the reporter's.
+Owns the window of steps that is averaged, and when it ends: after about two seconds, at the same step on every rank.
+What is told, and where, is the monitor's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from phalanx_worker.training.metrics.spread import Spread, Times, gather
 from phalanx_worker.training.metrics.totals import Totals
 from phalanx_worker.training.metrics.waits import Waits
 
-WINDOW_S = 1.0  # how much training one comparison covers, as far as the steps' lengths allow
+WINDOW_S = 2.0  # how much training one comparison covers, as far as the steps' lengths allow
 
 
 class StepTimes(Protocol):
