@@ -1,7 +1,7 @@
 """What looks on while a model trains: the meter of its time, the watch over its health, and the report of both.
 
 Owns what is reported and when: the step's own numbers as often as is wanted, but five times a second at most; the
-comparison of the ranks and the running totals every other second.
+comparison of the ranks and the running totals every other second, and with each checkpoint.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Monitor:
         """The step before which training is to go back to a checkpoint, if so; `keeps`: one is made of this step."""
         self.meter.after_step(facts)
         before = self.watch.after_step(facts.step, facts.loss, keeps=keeps)
-        if self._is_first and self._is_wanted(facts.step):
-            self._report(facts, in_full=self._news or facts.step == self._train.steps)
+        if self._is_first and (keeps or self._is_wanted(facts.step)):
+            self._report(facts, in_full=self._news or keeps)
         return before
 
     def after_keep(self, step: int, stall_s: float) -> None:
@@ -113,7 +113,7 @@ class Monitor:
 
     def _is_wanted(self, step: int) -> bool:
         now = time.perf_counter()
-        if step != self._train.steps and (step % self._train.report_every or now < self._reported_at + REPORT_GAP_S):
+        if step % self._train.report_every or now < self._reported_at + REPORT_GAP_S:
             return False
         self._reported_at = now
         return True
