@@ -19,6 +19,7 @@ from phalanx.recipes.lm import Train
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.precision import Precision
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 
 from phalanx_worker.training.health.recompute import Again, Pulse
 from phalanx_worker.training.metrics.work import Work
@@ -31,18 +32,12 @@ from phalanx_worker.training.state import ModelState, OptimizerState
 Batch = Mapping[str, Tensor]
 
 
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
-
-
 class Checkpointer(Protocol):
     """Keeps the training state; every rank calls each method at the same step."""
 
-    def save(self, step: int, state: dict[str, Stateful], *, metrics: Mapping[str, float]) -> object: ...
+    def save(self, step: int, state: Mapping[str, Stateful], /, *, metrics: Mapping[str, float]) -> object: ...
 
-    def restore(self, state: dict[str, Stateful], *, before: int | None = None) -> int | None: ...
+    def restore(self, state: Mapping[str, Stateful], /, *, before: int | None = None) -> int | None: ...
 
     def finish(self) -> None: ...
 
@@ -232,6 +227,10 @@ def _go_back(trainer: Trainer, before: int) -> int:
 
 
 def _keep(trainer: Trainer, facts: Facts) -> None:
+    """Save. Replicas that train alone meet first: one of them stands for all."""
+    outer = trainer.layout.outer
+    if outer and not outer.has_met(facts.step):
+        outer.meet()
     if trainer.checkpointer:
         began = time.perf_counter()
         trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})

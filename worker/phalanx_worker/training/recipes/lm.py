@@ -15,6 +15,7 @@ from phalanx.recipes.parse import RecipeError
 from torch import Tensor, nn
 
 from phalanx_worker.training import precision
+from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.opening import vocab_size
 from phalanx_worker.training.data.stream import open_stream
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
@@ -48,8 +49,8 @@ def make(
     batches: Iterator[Batch] | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> Trainer:
-    """The trainer of this rank, on the data that `config` (placed) names or on the given parts of the global batches.
-    Raises RecipeError."""
+    """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
+    (`batches`: its parts of the global batches). Raises RecipeError."""
     precision.check_device(config.precision, world.device)
     task = lm_task(config.model)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
@@ -60,7 +61,8 @@ def make(
         train=config.train,
         optim=config.optim,
         precision=config.precision,
-        checkpointer=checkpointer,
+        checkpointer=checkpointer or open_checkpointer(config.checkpoint),
+        checkpoint_every=config.checkpoint.every_steps,
         per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
         work=partial(count_work, task, {"tokens": global_batch}),
     )
