@@ -12,7 +12,7 @@ LAYOUTS = {
     "shards": {"shard": 2},
     "tensor": {"tensor": 2},
     "pipeline": {"pipeline": 2, "microbatches": 4},
-    "local": {"local": {"every": 3}},
+    "local": {"local": {"every": 4}},
 }
 QUIET = {"straggler": {"action": "off"}, "spike": {"action": "off"}}
 CORRUPTION = {**QUIET, "corruption": {"action": "warn", "every": 4}}
