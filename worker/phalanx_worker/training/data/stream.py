@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -133,7 +134,8 @@ class Stream:
     def __next__(self) -> Batch:
         began = time.perf_counter()
         if self._batches is None:
-            self._batches = iter(self._loader())
+            with _signals_held():
+                self._batches = iter(self._loader())
         batch = self._placed(next(self._batches))
         self.position += self._share.batch
         self.data_wait_s = time.perf_counter() - began
@@ -185,9 +187,23 @@ class Stream:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
 
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keep signals that ask to stop waiting while workers are forked, until each ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _settle_in(_: int, *, rank_pid: int) -> None:
     """A worker lives exactly as long as its rank: the signals that ask a job to stop are the rank's to answer, and it
     holds copies of the rank's connections, which the other ranks must see closed when the rank dies."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     die_with_parent(rank_pid)
