@@ -3,8 +3,10 @@ happened to it. On a real Ray cluster of two nodes."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,23 @@ pytestmark = pytest.mark.slow
 PATIENCE_S = 180.0
 STEPS = 60
 TOLERANCE = 2e-4  # of the final loss: sums over another number of ranks differ in their last bits
+
+
+FLIP = """
+import os, sys
+os.environ["PHALANX_HEALTH"] = sys.argv[2]
+import torch
+from phalanx_worker.training import loop, main
+take_step = loop._step
+def step_and_flip(trainer, step, *rest, **more):
+    result = take_step(trainer, step, *rest, **more)
+    if step == 17 and os.environ["RANK"] == "3" and os.environ["PHALANX_ATTEMPT"] == "1":
+        with torch.no_grad():
+            next(iter(trainer.layout.parameters())).view(torch.int32).view(-1)[0] ^= 1 << 29
+    return result
+loop._step = step_and_flip
+sys.exit(main.main(["lm", sys.argv[1]]))
+"""
 
 
 def text(words: int = 60_000) -> str:
@@ -118,6 +137,19 @@ def test_a_rank_that_hangs(bench: Bench) -> None:
     os.kill(pid_of(bench.at_step(job, 15), 2), signal.SIGSTOP)
     bench.ends_as_undisturbed(job)
     assert bench.outcomes(job) == ["hung", "succeeded"]
+
+
+def test_a_flipped_bit(bench: Bench) -> None:
+    """In a parameter of one replica, in its first attempt, by a script that runs the recipe as a job file would."""
+    script = bench.directory / "flip.py"
+    script.write_text(FLIP)
+    args, health = bench.args(), {"corruption": {"action": "restart", "every": 5}}
+    words = [f"python {script}", shlex.quote(json.dumps(args)), shlex.quote(json.dumps(health))]
+    job = bench.submit("flip", run={"command": " ".join(words)})
+    bench.ends_as_undisturbed(job)
+    assert bench.outcomes(job) == ["unhealthy", "succeeded"]
+    told = [event.message for event in bench.client.events(job) if event.kind == "health"]
+    assert any("rank 3" in message for message in told), told
 
 
 def test_a_preemption(bench: Bench) -> None:
