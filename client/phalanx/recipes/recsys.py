@@ -19,7 +19,7 @@ from phalanx.recipes.parse import RecipeError, demand
 from phalanx.recipes.precision import Precision
 
 COUNTS, TABLES = 13, 26  # of a line in Criteo's format: numbers, and words
-SWITCHES = ("data", "compress", "powersgd_rank", "bucket_bytes")  # of `parallel` that mean something here
+SWITCHES = {"data", "compress", "powersgd_rank", "bucket_bytes"}  # of `parallel` that mean something here
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RecsysConfig:
 
 def _check_switches(parallel: Parallel) -> None:
     usual = Parallel()
-    for name in (field.name for field in fields(parallel) if field.name not in SWITCHES):
+    for name in sorted({switch.name for switch in fields(parallel)} - SWITCHES):
         if getattr(parallel, name) != getattr(usual, name):
             text = "does nothing for recsys: its tables are sharded over all ranks anyway; leave it out"
             raise RecipeError(f"parallel.{name}", text)

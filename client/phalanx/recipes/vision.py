@@ -29,8 +29,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Vit:
-    """`layers` blocks of attention (`heads`) and a GELU layer of width `hidden` (0: four times `width`), over squares of
-    `patch` × `patch` pixels. The defaults are ViT-S/16."""
+    """`layers` blocks of attention (`heads`) and a GELU layer of width `hidden` (0: four times `width`), over squares
+    of `patch` × `patch` pixels. The defaults are ViT-S/16."""
 
     patch: int = 16
     layers: int = 12

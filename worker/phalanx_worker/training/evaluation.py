@@ -94,4 +94,4 @@ class Evaluation:
             return
         self.last = self._examine()
         if torch.distributed.get_rank() == 0:
-            phalanx.report(step=facts.step, **self.last)
+            phalanx.report(step=facts.step, total_steps=self._train.steps, **self.last)

@@ -16,6 +16,7 @@ from phalanx.recipes.recsys import RecsysModel
 from torch import Tensor, nn
 
 BLOCK = 65_536  # rows that one random state fills, so that any part of the tables can be filled alone
+ROW_LIMIT = 0.05  # small, so that a rare word says little at first
 
 
 class Tables(nn.Module):
@@ -79,12 +80,12 @@ def start_dense(dense: Dense, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_rows(part: Tensor, *, first: int, seed: int) -> None:
-    """First values of the rows from `first` on, (rows, dim): uniform, of variance 1 / 3 dim. They depend on the row and
-    the seed alone, not on which rank holds it."""
+    """First values of the rows from `first` on, (rows, dim): uniform within ± `ROW_LIMIT`. They depend on the row and the
+    seed alone, not on which rank holds it."""
     end = first + len(part)
     for block in range(first // BLOCK, -(-end // BLOCK)):
         generator = torch.Generator(part.device).manual_seed((seed << 32) + block)
         values = torch.empty(BLOCK, part.shape[1], device=part.device)
-        values.uniform_(-1.0, 1.0, generator=generator).div_(math.sqrt(part.shape[1]))
+        values.uniform_(-ROW_LIMIT, ROW_LIMIT, generator=generator)
         low, high = max(first, block * BLOCK), min(end, (block + 1) * BLOCK)
         part[low - first : high - first] = values[low - block * BLOCK : high - block * BLOCK]

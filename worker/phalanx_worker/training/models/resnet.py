@@ -1,5 +1,5 @@
-"""A residual network (He et al. 2016, arXiv:1512.03385), its stride in the 3 × 3 convolution, with group norm (Wu and He
-2018, arXiv:1803.08494): batch norm's statistics would depend on how a batch is cut over ranks.
+"""A residual network (He et al. 2016, arXiv:1512.03385), its stride in the 3 × 3 convolution, with group norm (Wu and
+He 2018, arXiv:1803.08494): batch norm's statistics would depend on how a batch is cut over ranks.
 
 Owns the architecture and how each parameter starts. It knows nothing of ranks.
 """

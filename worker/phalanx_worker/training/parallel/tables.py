@@ -1,8 +1,8 @@
 """Embedding tables shared out row by row over all ranks, beside replicated layers: each rank asks the others for the
 rows that its samples need, and sends the gradients of these rows back (as in Mudigere et al. 2022, arXiv:2104.05158).
 
-Owns the exchange and the forward and backward of one step. The tables are one DTensor, so that checkpoints, clipping and
-optimizers take them as they take any sharded parameter.
+Owns the exchange and the forward and backward of one step. The tables are one DTensor, so that checkpoints, clipping
+and optimizers take them as they take any sharded parameter.
 """
 
 from __future__ import annotations
