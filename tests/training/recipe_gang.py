@@ -92,9 +92,11 @@ def bytes_of(tensors: Any) -> int:
 
 
 def own(tensor: Any) -> Any:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.tensor import DTensor
 
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.elem if isinstance(local, AsyncCollectiveTensor) else local
 
 
 class Saved:
