@@ -1,5 +1,5 @@
 """Trains small cases of any recipe on a gang of real processes (gloo, CPU) and weighs what each rank holds:
-`python recipe_gang.py RANKS < cases.json`, each case `[recipe, arguments]`.
+`python recipe_gang.py RANKS < cases.json`, each case `[recipe, arguments]`. A single rank also weighs all its tensors.
 
 One start serves many cases: torch is imported once, the ranks are forked, and each case gets its own mesh.
 """
@@ -76,6 +76,7 @@ class Scales:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.loss, self.grad_norm, self.gradients = trainer, [], [], 0
+        self.ends_step = lambda: None
 
     def after_backward(self, step: int, loss: float, grad_norm: Any) -> bool:
         self.gradients = bytes_of(p.grad for p in self.trainer.layout.parameters() if p.grad is not None)
@@ -84,6 +85,7 @@ class Scales:
     def after_step(self, facts: Any) -> None:
         self.loss.append(facts.loss)
         self.grad_norm.append(facts.grad_norm)
+        self.ends_step()
 
 
 def bytes_of(tensors: Any) -> int:
@@ -129,6 +131,26 @@ class Saved:
         return holder, tensor
 
 
+class AllTensors:
+    """While entered, weighs all tensors by torch's own tracker: `peak` bytes. It knows no DTensors."""
+
+    def __init__(self, trainer: Any, scales: Scales) -> None:
+        from torch.distributed._tools.mem_tracker import MemTracker
+
+        self.tracker, self.peak = MemTracker(), 0
+        self.tracker.track_external(*trainer.layout.modules, *trainer.optimizers)
+        scales.ends_step = self.tracker.reset_mod_stats
+
+    def __enter__(self) -> "AllTensors":
+        self.tracker.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.tracker.__exit__(*error)
+        (of_device,) = self.tracker.get_tracker_snapshot("peak").values()
+        self.peak = next(size for kind, size in of_device.items() if str(getattr(kind, "value", kind)) == "Total")
+
+
 class Holder:
     """Stands for a storage that autograd keeps; whoever keeps it, keeps this."""
 
@@ -161,7 +183,8 @@ def run_case(recipe: str, args: dict[str, Any]) -> dict[str, Any]:
     scales = Scales(trainer)
     trainer.watchers = [scales]
     parameters = list(trainer.layout.parameters())
-    with Saved({own(parameter).untyped_storage().data_ptr() for parameter in parameters}) as saved:
+    saved = Saved({own(parameter).untyped_storage().data_ptr() for parameter in parameters})
+    with saved if dist.get_world_size() > 1 else AllTensors(trainer, scales) as weighed:
         train(trainer)
     states = [value for o in trainer.optimizers for state in o.state.values() for value in state.values()]
     return {
@@ -170,7 +193,7 @@ def run_case(recipe: str, args: dict[str, Any]) -> dict[str, Any]:
         "parameters": bytes_of(parameters),
         "gradients": scales.gradients,
         "optimizer": bytes_of(value for value in states if hasattr(value, "ndim") and value.ndim),
-        "activations": saved.peak,
+        "peak": weighed.peak,
     }
 
 

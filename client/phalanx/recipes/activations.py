@@ -74,7 +74,8 @@ class Kept:
 
     def again(self, recompute: str) -> int:
         """What comes to it while one of them is computed again."""
-        return {"none": 0, "selective": self.block - self.block_input, "full": self.block - self.block_input}[recompute]
+        cheap = max(0, self.block - self.block_input - self.costly)
+        return {"none": 0, "selective": cheap, "full": self.block - self.block_input}[recompute]
 
 
 def lm(model: LmModel, part: Sequences, widths: Widths) -> Kept:
@@ -139,15 +140,16 @@ def _residual(block: ResidualBlock, width: int) -> Kept:
     inner = sum(convolution.outputs for convolution in block.convolutions[:-1])
     short = block.short.outputs if block.short else 0
     gives = block.convolutions[-1].outputs
-    return Kept(
-        block_input=width * gives, block=width * (results + inner + short + gives), costly=0, first=0, last=0
-    )
+    return Kept(block_input=width * gives, block=width * (results + inner + short + gives), costly=0, first=0, last=0)
 
 
 def recsys(model: RecsysModel, *, samples: int, widths: Widths) -> int:
     """Bytes: the inputs, the results of every layer (that of the last has no ReLU), all vectors side by side, and where
-    each of them was found; and which pairs of vectors there are."""
+    each of them was found; which pairs of vectors there are; and, the most of it, the gradient of all products of
+    pairs as it comes and as it is put in place."""
     layers = sum(model.bottom_widths) + sum(model.top_widths)
-    vectors = (TABLES + 1) * model.dim
-    pairs = TABLES * (TABLES + 1) // 2
-    return samples * (widths.product * (layers + vectors) + 2 * INT64 * TABLES + FP32) + 2 * INT64 * pairs
+    vectors = TABLES + 1
+    products = 2 * widths.product * vectors**2
+    pairs = vectors * (vectors - 1) // 2
+    kept = widths.product * (layers + vectors * model.dim) + 2 * INT64 * TABLES + FP32
+    return samples * (kept + products) + 2 * INT64 * pairs

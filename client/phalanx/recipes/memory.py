@@ -150,9 +150,7 @@ def _widths(precision: Precision, parallel: Parallel, on_gpu: bool) -> Widths:
     return Widths(stream=stream, product=2, copies=not parallel.fully_sharded, fused_norms=on_gpu)
 
 
-def _activations(
-    config: LmConfig | VisionConfig, mine: list[range], rank: int, widths: Widths
-) -> tuple[int, int]:
+def _activations(config: LmConfig | VisionConfig, mine: list[range], rank: int, widths: Widths) -> tuple[int, int]:
     """Bytes of what waits for backward when most of it does, and of logits."""
     parallel = config.parallel
     samples = config.train.global_batch // (parallel.batch_ways * config.train.accumulate * parallel.pieces)

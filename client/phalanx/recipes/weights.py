@@ -64,7 +64,12 @@ def lm(model: LmModel) -> Model:
     width, feed = model.width, model.feed_width
     keys = model.key_heads * (width // model.heads)
     norms = (Weight((width,)), Weight((width,)))
-    attention = (Weight((width, width), 0), Weight((keys, width), 0), Weight((keys, width), 0), Weight((width, width), 1))
+    attention = (
+        Weight((width, width), 0),
+        Weight((keys, width), 0),
+        Weight((keys, width), 0),
+        Weight((width, width), 1),
+    )
     swiglu = (Weight((feed, width), 0), Weight((feed, width), 0), Weight((width, feed), 1))
     table = Weight((model.vocabulary, width), 0)
     first = (replace(table, looked_up=True),)
@@ -122,7 +127,9 @@ class ResidualBlock:
 def stem(model: Resnet, picture: Picture) -> Convolution:
     """The entrance."""
     small = picture.size <= RESNET_SMALL
-    return Convolution(picture.channels, model.width, 3 if small else 7, picture.size if small else halved(picture.size))
+    return Convolution(
+        picture.channels, model.width, 3 if small else 7, picture.size if small else halved(picture.size)
+    )
 
 
 def halved(size: int) -> int:

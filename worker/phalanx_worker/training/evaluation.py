@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+import phalanx
 import torch
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.lm import Train
 from torch import Tensor
 
-import phalanx
 from phalanx_worker.training.data.opening import open_source
 from phalanx_worker.training.data.source import Arranged, Order, Sample, Source, Transform
 from phalanx_worker.training.data.stream import Share, Stream
@@ -57,7 +57,9 @@ def separate(config: DataConfig, evaluate: Evaluate) -> tuple[Source, Source | N
 class HeldOut:
     """The samples to try the model on, in their order, in batches: a rank takes its share of each."""
 
-    def __init__(self, source: Source, config: DataConfig, world: World, *, batch: int, transform: Transform | None = None):
+    def __init__(
+        self, source: Source, config: DataConfig, world: World, *, batch: int, transform: Transform | None = None
+    ):
         ways = world.parallel.batch_ways
         self._share = Share(batch=-(-batch // ways) * ways, dp_rank=world.batch_rank, dp_size=ways)
         self._arranged = Arranged(source, Order(len(source), seed=0, shuffle=False), transform)

@@ -80,8 +80,8 @@ def start_dense(dense: Dense, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_rows(part: Tensor, *, first: int, seed: int) -> None:
-    """First values of the rows from `first` on, (rows, dim): uniform within ± `ROW_LIMIT`. They depend on the row and the
-    seed alone, not on which rank holds it."""
+    """First values of the rows from `first` on, (rows, dim): uniform within ± `ROW_LIMIT`. They depend on the row and
+    the seed alone, not on which rank holds it."""
     end = first + len(part)
     for block in range(first // BLOCK, -(-end // BLOCK)):
         generator = torch.Generator(part.device).manual_seed((seed << 32) + block)

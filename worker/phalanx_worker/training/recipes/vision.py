@@ -83,9 +83,7 @@ def _stream(config: VisionConfig, world: World, source: Source) -> Stream:
     order = Order(len(source), seed=config.train.seed, shuffle=config.data.shuffle)
     share = Share(config.train.global_batch, dp_rank=world.batch_rank, dp_size=config.parallel.batch_ways)
     arranged = Arranged(source, order, Augmented(config.augment, config.picture.size))
-    return Stream(
-        arranged, share, workers=config.data.workers, prefetch=config.data.prefetch, device=world.device
-    )
+    return Stream(arranged, share, workers=config.data.workers, prefetch=config.data.prefetch, device=world.device)
 
 
 def _evaluation(config: VisionConfig, world: World, source: Source, layout: Layout) -> Evaluation:
