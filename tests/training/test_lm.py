@@ -55,7 +55,7 @@ def test_two_ranks_under_torchrun_learn_the_same(text, capsys):
     ("words", "said"),
     [
         (["lm", "{}"], "phalanx: data is missing; it has no default"),
-        (["ml"], "phalanx: usage: python -m phalanx_worker.training.main {lm} [JSON] [KEY=VALUE ...]"),
+        (["ml"], "phalanx: usage: python -m phalanx_worker.training.main {lm,vision,recsys} [JSON] [KEY=VALUE ...]"),
         (["lm", '{"model":'], "phalanx: the arguments are not JSON: Expecting value: line 1 column 10 (char 9)"),
         (
             ["lm", "DATA", "parallel.tensor=3"],

@@ -1,8 +1,8 @@
 """What is estimated before a job starts is what its ranks then hold.
 
-Parameters, gradients and optimizer state agree to the byte. What autograd keeps agrees within `KEPT` (measured: 1 % but
-for pipelines, 11 %); where parameters are gathered or cast it also keeps some of these `copies`. The peak of all tensors
-of a rank agrees within `PEAK` (measured: 8 % below to 20 % above).
+Parameters, gradients and optimizer state agree to the byte. What autograd keeps agrees within `KEPT` (measured: 1 %,
+and 11 % for pipelines); where parameters are gathered or cast it also keeps some of these `copies`. The peak of all
+tensors of a rank agrees within `PEAK` (measured: 8 % below to 20 % above).
 """
 
 from dataclasses import replace

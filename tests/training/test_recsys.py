@@ -1,4 +1,4 @@
-"""The `recsys` recipe: it learns what a click log's generator put in, with tables on one rank or shared out over many."""
+"""The `recsys` recipe: it learns what a click log's generator put in, with tables on one rank or shared out."""
 
 import pytest
 import scipy.stats

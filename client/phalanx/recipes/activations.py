@@ -21,8 +21,8 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of a number: `stream` in the residual stream, `product` in and out of matrix products. Where autocast brings
-    the one to the other, each product has a copy of its own (`copies`). GPUs have a kernel for RMSNorm that keeps its
+    """Bytes of a number: `stream` in the residual stream, `product` in and out of matrix products. Where autocast makes
+    the one of the other, each product has a copy of its own (`copies`). GPUs have a kernel for RMSNorm that keeps its
     input alone (`fused_norms`); elsewhere it keeps that and an intermediate result, both in fp32."""
 
     stream: int

@@ -182,8 +182,8 @@ def _waiting(kept: Kept, parallel: Parallel, mine: list[range], rank: int) -> tu
 
 def in_flight(parallel: Parallel, rank: int) -> int:
     """Microbatches (of one of the rank's stages each) whose activations wait at once: all of them under GPipe; under
-    1F1B as many as there are stages from here on (Narayanan et al. 2019, section 3.2); interleaved, those of the warm-up
-    and one more (Narayanan et al. 2021, arXiv:2104.04473, section 2.2)."""
+    1F1B as many as there are stages from here on (Narayanan et al. 2019, section 3.2); interleaved, those of the
+    warm-up and one more (Narayanan et al. 2021, arXiv:2104.04473, section 2.2)."""
     if parallel.pipeline == 1:
         return 1
     behind = parallel.pipeline - rank - 1
