@@ -1,6 +1,6 @@
 """The clients: `Client` blocks, `AsyncClient` awaits. This module owns the list of operations; what each one is stands
-in `job_requests.py`, `array_requests.py`, `outputs.py`, `environments.py`, `maintenance.py`, `fleet_requests.py`, how
-it is carried out in `transport.py`.
+in `job_requests.py`, `array_requests.py`, `outputs.py`, `profiles.py`, `environments.py`, `maintenance.py`,
+`fleet_requests.py`, how it is carried out in `transport.py`.
 
     job_file = {"name": "hello", "resources": {"gpus": 2}, "run": {"command": "python train.py"}}
     with phalanx.Client() as client:  # the server of PHALANX_URL and PHALANX_TOKEN, else of `phalanx login`
@@ -24,6 +24,7 @@ from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
 from phalanx import maintenance as upkeep
 from phalanx import outputs as files
+from phalanx import profiles as traces
 from phalanx.calls import Call, Download, Pages, Steps, Stream
 from phalanx.retry import RetryPolicy
 from phalanx.transport import AsyncTransport, SyncTransport
@@ -171,6 +172,12 @@ class Client:
     outputs = _pages(files.outputs)
     download_output = _fetch(files.download_output)
     download_outputs = _run(files.download_outputs)
+    request_profile = _call(traces.request_profile)
+    profiles = _call(traces.profiles)
+    profile = _call(traces.profile)
+    wait_profile = _run(traces.wait_profile)
+    download_trace = _fetch(traces.download_trace)
+    download_traces = _run(traces.download_traces)
     array = _call(arrays.array)
     cancel_array = _call(arrays.cancel_array)
     hold_array = _call(arrays.hold_array)
@@ -265,6 +272,12 @@ class AsyncClient:
     outputs = _apages(files.outputs)
     download_output = _afetch(files.download_output)
     download_outputs = _arun(files.download_outputs)
+    request_profile = _acall(traces.request_profile)
+    profiles = _acall(traces.profiles)
+    profile = _acall(traces.profile)
+    wait_profile = _arun(traces.wait_profile)
+    download_trace = _afetch(traces.download_trace)
+    download_traces = _arun(traces.download_traces)
     array = _acall(arrays.array)
     cancel_array = _acall(arrays.cancel_array)
     hold_array = _acall(arrays.hold_array)

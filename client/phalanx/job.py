@@ -25,6 +25,7 @@ MAX_MESSAGE_BYTES = 32 * 1024
 MARK_WAIT_S = 0.2  # how long a mark (checkpoint, finished) may wait for room; a metric never waits
 EXIT_WAIT_S = 1.0  # and what still waits when the process ends
 _MAX_PENDING_MARKS = 64
+_MAX_PROFILES = 8  # that wait: the server has one open at a time
 
 
 def report(*, step: int | None = None, total_steps: int | None = None, **metrics: Any) -> None:
@@ -73,10 +74,16 @@ def finished() -> None:
 
 
 def mark(kind: str, **data: Any) -> None:
-    """Say that something happened once in this rank (used by the runtime: `rendezvous`, `first_step`)."""
+    """Say that something happened once in this rank (used by the runtime: `rendezvous`, `first_step`, `profile`)."""
     link = _link()
     if link is not None:
         link.mark(kind, data)
+
+
+def next_profile() -> dict[str, Any] | None:
+    """The oldest profile that was asked of this rank and not taken yet (used by the runtime)."""
+    link = _link()
+    return link.next_profile() if link is not None else None
 
 
 class _Link:
@@ -90,6 +97,7 @@ class _Link:
         self.last_step = 0
         self._total_steps: int | None = None
         self._stop = False  # a plain flag: a signal handler must not take a lock
+        self._profiles: deque[dict[str, Any]] = deque(maxlen=_MAX_PROFILES)
         self._watches_sigterm = False
 
     def metrics(self, *, step: Any, total_steps: Any, values: dict[str, Any]) -> None:
@@ -133,16 +141,30 @@ class _Link:
 
     def should_stop(self) -> bool:
         self._watch_sigterm()
+        self._hear()
+        return self._stop
+
+    def next_profile(self) -> dict[str, Any] | None:
+        self._hear()
+        try:
+            return self._profiles.popleft()
+        except IndexError:
+            return None
+
+    def _hear(self) -> None:
+        """Take what the runner has said since, until it says to stop."""
         while not self._stop:
             try:
                 data = self._socket.recv(4096, socket.MSG_DONTWAIT)
-            except OSError:
-                break
-            if not data:
-                break
-            if b'"stop"' in data:
+                message = json.loads(data) if data else None
+            except (OSError, ValueError):
+                return
+            if not isinstance(message, dict):
+                return
+            if message.get("t") == "stop":
                 self._stop = True
-        return self._stop
+            elif message.get("t") == "profile":
+                self._profiles.append(message)
 
     def _watch_sigterm(self) -> None:
         if self._watches_sigterm or threading.current_thread() is not threading.main_thread():

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -106,26 +106,32 @@ def _all(pages: Pages[Output]) -> Steps[list[Output]]:
 
 
 def _fetched(job_id: str, output: Output, to: Path) -> Steps[Fetched]:
-    with _explained(output.path, to):
+    with explained(output.path, to):
         file = _place(output.path, to)
         if (yield Work(partial(_is_there, file, output))):
             return Fetched(output, file, fresh=False)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.parent / f".phalanx-{uuid.uuid4().hex}"
-        try:
-            digest: str = yield download_output(
-                job_id, output.path, part, attempt=output.attempt, group_rank=output.group_rank
-            )
-            if digest != output.sha256:
-                raise ProtocolError(f"{output.path} arrived damaged: its SHA-256 is {digest}, not {output.sha256}")
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
+        where = {"attempt": output.attempt, "group_rank": output.group_rank}
+        fetch = partial(download_output, job_id, output.path, **where)
+        yield from arrived(fetch, file, sha256=output.sha256, name=output.path)
     return Fetched(output, file, fresh=True)
 
 
+def arrived(fetch: Callable[[Path], Download], file: Path, *, sha256: str, name: str = "") -> Steps[None]:
+    """Fetch into `file`, which appears whole or not at all. Raises ProtocolError where it is damaged, and OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.parent / f".phalanx-{uuid.uuid4().hex}"
+    try:
+        digest: str = yield fetch(part)
+        if digest != sha256:
+            raise ProtocolError(f"{name or file.name} arrived damaged: its SHA-256 is {digest}, not {sha256}")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _explained(path: str, to: Path) -> Iterator[None]:
+def explained(path: str, to: Path) -> Iterator[None]:
+    """What goes wrong with files here, as OutputError."""
     try:
         yield
     except OSError as error:

@@ -42,6 +42,7 @@ from phalanx_server.api import (
     outputs,
     plan,
     policy,
+    profiles,
     queue,
     quotas,
     tenants,
@@ -65,7 +66,7 @@ from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.snapshots import read_policy
 from phalanx_server.store.wakeups import Wakeups
 
-OF_JOBS = (jobs, arrays, events, explain, goodput, logs, outputs, metrics, queue, plan, calibration)
+OF_JOBS = (jobs, arrays, events, explain, goodput, logs, outputs, profiles, metrics, queue, plan, calibration)
 RESOURCES = (*OF_JOBS, bundles, environments, nodes, maintenance, tenants, quotas, policy, tokens, clusters)
 ROUTERS = (*RESOURCES, agent_link, node_link, health)
 DESCRIPTION = "Submit training jobs, follow them, and ask why they wait."

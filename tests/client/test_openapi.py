@@ -15,12 +15,14 @@ from phalanx import fleet_requests as fleet
 from phalanx import job_requests as work
 from phalanx import maintenance as upkeep
 from phalanx import outputs as files
+from phalanx import profiles as traces
 from phalanx.bundle import Bundle
 from phalanx.calls import Call, Stream
 from phalanx_server.main import create_app
 from phalanx_server.settings import Settings
 
 JOB, ARRAY, NOW = "job_" + "0" * 32, "array_" + "0" * 32, datetime.now(UTC)
+PROFILE = "prof_" + "0" * 32
 JOB_FILE = {"name": "lm"}
 
 ASKED: dict[str, Any] = {
@@ -58,6 +60,10 @@ ASKED: dict[str, Any] = {
     "delete_environment": packages.delete_environment("env_1"),
     "outputs": files.outputs(JOB, attempt=1)("c"),
     "download_output": files.download_output(JOB, "x", Path(), attempt=1, group_rank=0),
+    "request_profile": traces.request_profile(JOB, steps=3, ranks=[0]),
+    "profiles": traces.profiles(JOB),
+    "profile": traces.profile(JOB, PROFILE),
+    "download_trace": traces.download_trace(JOB, PROFILE, 0, Path()),
     "calibration": fleet.calibration(),
     "queue": fleet.queue(tenant="a", limit=5)("c"),
     "plan": fleet.plan(jobs=[JOB_FILE]),
@@ -123,10 +129,14 @@ def test_every_operation_of_the_sdk_is_among_them() -> None:
         "upload",
         "download_outputs",
         "chosen",
+        "arrived",
+        "explained",
+        "wait_profile",
+        "download_traces",
     }  # of others, or with a body that is streamed
     described = {
         name
-        for module in (work, arrays, files, packages, fleet)
+        for module in (work, arrays, files, traces, packages, fleet)
         for name, f in vars(module).items()
         if _is_request(module, f)
     }

@@ -207,3 +207,9 @@ def test_of_a_hang_only_a_rank_that_is_known_to_be_behind_is_to_blame() -> None:
     assert (known.avoid_node, known.failed_rank) == (True, 1)
     assert (unknown.avoid_node, unknown.failed_rank) == (False, None)
     assert known.message == "rank 1 took no step for 90 s, 30 times the median"
+    assert unknown.message == "the job took no step for 90 s, 30 times the median"
+
+
+def test_who_was_stopped_because_of_another_rank_is_not_why_an_attempt_ended() -> None:
+    end = decide_end(EndFacts(exits=[KILLED, SICK], first_failed_rank=0, max_retries=0))
+    assert end.message == "rank 1 stopped itself: the loss of step 12 is NaN"

@@ -373,8 +373,11 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
+DATA = {"paths": ["text/*.txt"]}
+
+
 def recipe(**args: Any) -> dict[str, Any]:
-    return {**SMALL, "run": {"recipe": "lm", "args": args}, "resources": {"gpus": 4}}
+    return {**SMALL, "run": {"recipe": "lm", "args": {"data": DATA, **args}}, "resources": {"gpus": 4}}
 
 
 def test_a_recipe_stands_for_a_command():
@@ -382,7 +385,7 @@ def test_a_recipe_stands_for_a_command():
     assert parse_job(spec.dump()) == spec
     words = shlex.split(program_of(spec.dump()["run"]))
     assert words[:4] == ["python", "-m", "phalanx_worker.training.main", "lm"]
-    assert json.loads(words[4]) == {"model": {"layers": 2}, "parallel": {"tensor": 2}}
+    assert json.loads(words[4]) == {"data": DATA, "model": {"layers": 2}, "parallel": {"tensor": 2}}
 
 
 @pytest.mark.parametrize(
@@ -394,7 +397,7 @@ def test_a_recipe_stands_for_a_command():
         ({"command": "true", "args": {"a": 1}}, "run.args", "none is named"),
         ({"recipe": "lm", "args": {"modle": {}}}, "run.args", "modle is not a field; did you mean 'model'?"),
         ({"recipe": "lm", "args": {"model": {"layers": "many"}}}, "run.args", "model.layers = 'many' is not a whole"),
-        ({"recipe": "lm", "args": {"parallel": {"tensor": 3}}}, "run", "args: parallel has no room"),
+        ({"recipe": "lm", "args": {"data": DATA, "parallel": {"tensor": 3}}}, "run", "args: parallel has no room"),
         ({"recipe": "lm", "args": {"x": "y" * 70_000}}, "run.args", "at most 65536"),
     ],
 )

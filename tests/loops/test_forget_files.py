@@ -11,12 +11,16 @@ from uuid import UUID
 
 import pytest
 from control_plane import ControlPlane
+from phalanx_server.actions.request_profile import Wanted, request_profile
 from phalanx_server.actions.save_output import save_output
+from phalanx_server.actions.save_trace import save_rank_trace
+from phalanx_server.domain.access import SYSTEM
 from phalanx_server.loops.retain import BUSY_INTERVAL_S, INTERVAL_S, Keep, Retain
 from phalanx_server.store.bundles import BundleFiles
 from phalanx_server.store.logs import job_directory
 from phalanx_server.store.outputs import GroupRef, OutputFiles, output_directory
-from phalanx_server.store.schema import leases, outputs
+from phalanx_server.store.profiles import RankRef, profile_directory
+from phalanx_server.store.schema import leases, outputs, profile_ranks, profiles
 from sqlalchemy import update
 
 DAY_S = 86_400
@@ -121,6 +125,30 @@ async def test_files_that_nothing_names_go_with_their_job(plane: ControlPlane) -
     assert left() == {runs.hex}
 
 
+async def test_profiles_go_with_their_traces(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run()
+    async with plane.engine.begin() as conn:
+        profile = await request_profile(conn, job_id, Wanted(5), actor=SYSTEM, now=plane.now)
+    await save_rank_trace(
+        plane.engine,
+        OutputFiles(plane.storage.as_uri()),
+        RankRef(attempt.id, attempt.epoch, profile, 0),
+        body(b"trace"),
+        sha256=hashlib.sha256(b"trace").hexdigest(),
+        size_bytes=5,
+        node_id=(await plane.node("node-0")).id,
+        now=plane.now,
+    )
+    await plane.report(plane.ended(attempt, 0))
+    retain = retain_of(plane)
+    await retain.tick(plane.later(9 * DAY_S))
+    assert (plane.storage / profile_directory(job_id)).is_dir() and len(await plane.rows(profiles)) == 1
+    await retain.tick(plane.later(2 * DAY_S))
+    assert not (plane.storage / profile_directory(job_id)).exists()
+    assert await plane.rows(profiles) == await plane.rows(profile_ranks) == []
+
+
 async def test_each_job_is_looked_at_once(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there were: a round costs what ended since the one before."""
     await plane.add_nodes(1)
@@ -134,7 +162,7 @@ async def test_each_job_is_looked_at_once(plane: ControlPlane, monkeypatch: pyte
 
     monkeypatch.setattr(OutputFiles, "delete", note)
     await retain_of(plane).tick(plane.later(11 * DAY_S))
-    assert deleted == [output_directory(second)] and first != second
+    assert deleted == [output_directory(second), profile_directory(second)] and first != second
 
 
 async def test_what_the_storage_would_not_delete_is_deleted_later(

@@ -12,7 +12,7 @@ from phalanx.recipes.lm import LmModel
 from phalanx_worker.training.main import main
 from phalanx_worker.training.models.transformer import Transformer, rotate, rotation
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
 def arguments(text: Path, **sections):
@@ -49,6 +49,20 @@ def test_two_ranks_under_torchrun_learn_the_same(text, capsys):
     assert done.returncode == 0, done.stderr
     assert main(["lm", arguments(text)]) == 0
     assert last_loss(done.stdout) == pytest.approx(last_loss(capsys.readouterr().out), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_its_checkpoint_with_other_ranks(text, capsys, tmp_path):
+    words = ["lm", arguments(text), f"checkpoint.url={tmp_path / 'kept'}"]
+    argv = [*TORCHRUN, "-m", "phalanx_worker.training.main", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    half = [*argv, "parallel.tensor=2", "train.steps=10", "optim.schedule.shape=constant"]
+    done = subprocess.run(half, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert main([*words, "optim.schedule.shape=constant"]) == 0
+    resumed = last_loss(capsys.readouterr().out)
+    assert main(["lm", arguments(text), "optim.schedule.shape=constant"]) == 0
+    assert resumed == pytest.approx(last_loss(capsys.readouterr().out), abs=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,12 @@ def test_data_fills_what_the_other_sizes_leave():
             "use 1 and set parallel.microbatches",
         ),
         (
+            {"parallel": {"local": {"every": 7}}},
+            4,
+            "checkpoint.every_steps = 100 is not a multiple of parallel.local.every = 7, when replicas are equal; "
+            "use one",
+        ),
+        (
             {"data": {"seq_len": 255}, "parallel": {"tensor": 2}},
             2,
             "data.seq_len = 255 is not a multiple of parallel.tensor × 2 · parallel.context = 2; "

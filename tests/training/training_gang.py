@@ -21,6 +21,7 @@ CASE = {
     "data": {"seq_len": 16, "paths": ["unread"]},  # `Batches` instead
     "train": {"steps": 8, "global_batch": 16, "seed": 7},
     "optim": {"lr": 5e-3, "schedule": {"shape": "cosine", "warmup": 2}, "clip": 0.5},
+    "checkpoint": {"every_steps": 0},
     "device": "cpu",
 }
 

@@ -132,6 +132,10 @@ class GroupPlacement:
     first_rank: int
     ranks: int
 
+    @property
+    def all_ranks(self) -> range:
+        return range(self.first_rank, self.first_rank + self.ranks)
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -183,6 +187,15 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class ProfileRequest:
+    """A trace of `steps` optimizer steps of each of these ranks, to be taken while they run."""
+
+    profile_id: str
+    steps: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
 class DesiredAttempt:
     """An attempt that the agent must run, or stop. What is not desired must not run: the agent ends it at once."""
 
@@ -199,6 +212,7 @@ class DesiredAttempt:
     launch: Launch
     started: bool = False  # its ranks did run: never start it again; where nothing is left, `ended` with unseen exits
     traceparent: str | None = None
+    profiles: list[ProfileRequest] = field(default_factory=list)  # that are asked for and not done
 
 
 @dataclass(frozen=True)
@@ -277,7 +291,8 @@ class Mark:
     kind: `rendezvous` (process group is up) · `first_step` (first optimizer step done) · `finished`
     (phalanx.finished()) · `checkpoint` (data: url, step, and what the caller added) · `progress` (data: total_steps) ·
     `dropped` (data: what, count, bytes) · `oom` · `environment` (its environment is being built, or was; data: message)
-    · `note` (data: message; a sentence for the user).
+    · `note` (data: message; a sentence for the user) · `profile` (data: id, state, and reason or bytes; state:
+    `recording`, `written` or `failed`).
     """
 
     attempt_id: str

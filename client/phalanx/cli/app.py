@@ -17,6 +17,7 @@ from phalanx.cli import (
     outputs,
     plugins,
     policy,
+    profile,
     streams,
     submit,
     tenancy,
@@ -54,5 +55,6 @@ def root(
         typer.echo(ctx.get_help())
 
 
-for module in (submit, observe, streams, outputs, change, environment, fleet, maintenance, tenancy, policy, account):
+OF_JOBS = (submit, observe, streams, outputs, profile, change)
+for module in (*OF_JOBS, environment, fleet, maintenance, tenancy, policy, account):
     module.register(app)

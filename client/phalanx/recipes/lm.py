@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
@@ -89,6 +90,7 @@ class LmConfig:
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     optim: Optim = field(default_factory=Optim)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def placed(self, world_size: int) -> LmConfig:
@@ -98,6 +100,7 @@ class LmConfig:
         check_sizes(whole.model, whole.parallel, whole.data.seq_len)
         check_batch(whole.train, whole.parallel)
         check_optim(whole.optim, whole.parallel)
+        check_checkpoint(whole.checkpoint, whole.parallel)
         return whole
 
 
@@ -130,6 +133,14 @@ def check_optim(optim: Optim, parallel: Parallel) -> None:
     if optim.name in ("adafactor", "lamb") and not parallel.whole_parameters:
         text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or data alone in parallel"
         raise RecipeError("optim.name", text)
+
+
+def check_checkpoint(checkpoint: CheckpointConfig, parallel: Parallel) -> None:
+    """Replicas that train alone are the same only right after they met. Raises `RecipeError`."""
+    every = parallel.local.every
+    if every and checkpoint.every_steps % every:
+        text = f"= {checkpoint.every_steps} is not a multiple of parallel.local.every = {every}"
+        raise RecipeError("checkpoint.every_steps", f"{text}, when replicas are equal; use one")
 
 
 def check_batch(train: Train, parallel: Parallel) -> None:

@@ -2,8 +2,8 @@
 
 Owns the translation from attempts to `Desired` and its version, a digest that changes whenever an answer would. What is
 not desired must not run, so a lost or ended attempt is simply missing. Of a live attempt nothing changes but whether it
-is to stop, with which grace, and whether it has started: the rest is read once and kept (`Known`), or each answer would
-cost as much as all that runs.
+is to stop, with which grace, whether it has started, and which profile is wanted of it: the rest is read once and kept
+(`Known`), or each answer would cost as much as all that runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from phalanx_server.domain.array import size_of
 from phalanx_server.domain.attempt import AttemptState
 from phalanx_server.domain.health_spec import Health as HealthSpec
-from phalanx_server.domain.messages import Desired, DesiredAttempt, Environment, GroupPlacement, Health, Launch, Mount
+from phalanx_server.domain.messages import (
+    Desired,
+    DesiredAttempt,
+    Environment,
+    GroupPlacement,
+    Health,
+    Launch,
+    Mount,
+    ProfileRequest,
+)
 from phalanx_server.domain.run_spec import program_of
 from phalanx_server.store import ids
 
@@ -42,16 +51,20 @@ _ATTEMPTS = text(
 ).bindparams(bindparam("attempt_ids", type_=ARRAY(Uuid)))
 _LIVE = text(
     """
-    SELECT a.id, a.state = 'stopping' AS stopping, a.grace_s, a.started_at IS NOT NULL AS started
-    FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
+    SELECT a.id, a.state = 'stopping' AS stopping, a.grace_s, a.started_at IS NOT NULL AS started,
+           p.id AS profile_id, p.steps,
+           (SELECT array_agg(r.rank ORDER BY r.rank) FROM profile_ranks r WHERE r.profile_id = p.id) AS ranks
+    FROM attempts a LEFT JOIN profiles p ON p.attempt_id = a.id AND p.closed_at IS NULL
+    WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
     ORDER BY a.created_at, a.id
     """
 )
 _VERSION = text(
     """
     SELECT left(encode(sha256(convert_to(string_agg(concat_ws(' ', a.id, a.started_at IS NOT NULL,
-                CASE WHEN a.state = 'stopping' THEN a.grace_s END), ',' ORDER BY a.id), 'UTF8')), 'hex'), 32)
-    FROM attempts a WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
+                CASE WHEN a.state = 'stopping' THEN a.grace_s END, p.id), ',' ORDER BY a.id), 'UTF8')), 'hex'), 32)
+    FROM attempts a LEFT JOIN profiles p ON p.attempt_id = a.id AND p.closed_at IS NULL
+    WHERE a.cluster_id = :cluster_id AND a.state IN ('starting', 'running', 'stopping')
     """
 )
 
@@ -82,9 +95,19 @@ async def desired_version(conn: AsyncConnection, *, cluster_id: UUID) -> str:
 def _as_now(attempt: DesiredAttempt, row: Row[Any]) -> DesiredAttempt:
     """The attempt with what may have changed since it was read."""
     action = "stop" if row.stopping else "run"
-    if (attempt.action, attempt.grace_s, attempt.started) == (action, row.grace_s, row.started):
+    profiles = _profiles(row)
+    as_told = attempt.action, attempt.grace_s, attempt.started, attempt.profiles
+    if as_told == (action, row.grace_s, row.started, profiles):
         return attempt
-    return attempt.model_copy(update={"action": action, "grace_s": row.grace_s, "started": row.started})
+    now = {"action": action, "grace_s": row.grace_s, "started": row.started, "profiles": profiles}
+    return attempt.model_copy(update=now)
+
+
+def _profiles(row: Row[Any]) -> list[ProfileRequest]:
+    if row.profile_id is None:
+        return []
+    name = ids.encode("profile", row.profile_id)
+    return [ProfileRequest(profile_id=name, steps=row.steps, ranks=row.ranks)]
 
 
 def _attempt(row: Row[Any]) -> DesiredAttempt:

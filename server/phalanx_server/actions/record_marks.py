@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.actions.clock import Clock
+from phalanx_server.actions.record_profile_mark import record_profile_mark
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.messages import Mark, plain
 from phalanx_server.domain.metric import clean_step
@@ -50,6 +51,8 @@ async def record_marks(conn: AsyncConnection, fence: Fence, marks: Sequence[Mark
             await _checkpoint(conn, fence, mark, clock)
         elif mark.kind == "progress":
             await _total_steps(conn, fence, mark, clock)
+        elif mark.kind == "profile":
+            await record_profile_mark(conn, fence, mark, clock.now)
     await _health(conn, fence, marks, clock)
     notes = [sentence for mark in marks if (sentence := _note(mark))][:NOTES_PER_REPORT]
     await record_events(conn, [_event(fence, kind, text, clock, rank=rank) for kind, rank, text in notes])

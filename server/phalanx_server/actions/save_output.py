@@ -66,7 +66,7 @@ async def save_output(
     await files.write(row.url, counted.passed_on())
     kept = False
     try:
-        _expect_whole(counted, sha256=sha256, size_bytes=size_bytes)
+        expect_whole(counted, sha256=sha256, size_bytes=size_bytes)
         async with engine.connect() as conn:
             await _expect_live(conn, group, node_id, lock=True)
             replaced = await save_row(conn, row)
@@ -87,7 +87,8 @@ async def _expect_live(conn: AsyncConnection, group: GroupRef, node_id: UUID, *,
     return job_id
 
 
-def _expect_whole(counted: Counted, *, sha256: str, size_bytes: int) -> None:
+def expect_whole(counted: Counted, *, sha256: str, size_bytes: int) -> None:
+    """Raises Invalid where the bytes that came are not those that were announced."""
     if counted.bytes != size_bytes:
         raise Invalid.field("", f"the body has {counted.bytes} bytes, not {size_bytes} as Content-Length says")
     if counted.digest.hexdigest() != sha256:

@@ -144,7 +144,7 @@ class Gates:
             return self.node_outputs  # of a large job that has ended: no other's start waits for those
         if path.startswith("/v1/bundles/"):
             return self.transfers
-        if path.startswith("/v1/jobs/") and "/outputs/" in path:
+        if path.startswith("/v1/jobs/") and ("/outputs/" in path or "/ranks/" in path):
             return self.downloads
         if path.startswith(("/v1/agent/", "/v1/node/")) or path == "/metrics":
             return self.reports

@@ -1,4 +1,4 @@
-"""The link of a node's runner: logs, metrics, marks and output files go up, code bundles come down.
+"""The link of a node's runner: logs, metrics, marks, output files and traces go up, code bundles come down.
 
 Only node tokens work here, each for the attempts of its own node.
 """
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from phalanx_server.actions.record_node_report import record_node_report
 from phalanx_server.actions.save_output import save_output
+from phalanx_server.actions.save_trace import save_rank_trace
 from phalanx_server.api.agent_link import answer
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.bodies import message_as, takes
@@ -26,6 +27,7 @@ from phalanx_server.domain.messages import NodeAnswer, NodeReport
 from phalanx_server.domain.output import GROUP_RANK_MAX, PATH_MAX_BYTES
 from phalanx_server.store.bundles import is_bundle_of_attempt
 from phalanx_server.store.outputs import GroupRef
+from phalanx_server.store.profiles import RankRef
 
 router = APIRouter(tags=["node link"])
 
@@ -103,6 +105,48 @@ async def put_output(
         now=now(),
     )
     return StoredOutput(path=path, bytes=size_bytes, sha256=sha256)
+
+
+class StoredTrace(BaseModel):
+    profile_id: str
+    rank: int
+    bytes: int
+    sha256: str
+
+
+@router.put(
+    "/v1/node/attempts/{attempt_id}/profiles/{profile_id}/ranks/{rank}",
+    operation_id="put_trace",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def put_trace(
+    attempt_id: Annotated[str, Path(max_length=64)],
+    profile_id: Annotated[str, Path(max_length=64)],
+    rank: Annotated[int, Path(ge=0, le=GROUP_RANK_MAX)],
+    request: Request,
+    services: Serving,
+    principal: NodeRunner,
+    epoch: Annotated[int, Query(ge=0, lt=1 << 63)],
+    sha256: Annotated[str, Query(pattern=r"^[0-9a-f]{64}$", description="Of the body, in hex.")],
+) -> StoredTrace:
+    """The trace of a rank that was asked for a profile, while it runs. Sending it again is harmless."""
+    size_bytes = _announced_bytes(request)
+    await save_rank_trace(
+        services.links,
+        services.output_files,
+        RankRef(parse_id("attempt", attempt_id), epoch, parse_id("profile", profile_id), rank),
+        request.stream(),
+        sha256=sha256,
+        size_bytes=size_bytes,
+        node_id=node_of(principal),
+        now=now(),
+    )
+    return StoredTrace(profile_id=profile_id, rank=rank, bytes=size_bytes, sha256=sha256)
 
 
 def _announced_bytes(request: Request) -> int:

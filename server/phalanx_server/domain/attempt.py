@@ -321,7 +321,12 @@ def _message(facts: EndFacts, outcome: Outcome) -> str:
         return facts.gave_way
     if outcome in _SENTENCES:
         return _SENTENCES[outcome]
-    return _describe(next((each for each in facts.exits if each.rank == _blamed(facts)), None))
+    if outcome is Outcome.HUNG and facts.first_failed_rank is None:
+        return f"the job {next(each.reason for each in facts.exits if each.fault)}"
+    rank = _blamed(facts)
+    blamed = next((each for each in facts.exits if each.rank == rank), None)
+    faulty = next((each for each in facts.exits if each.fault), None)
+    return _describe(blamed if faulty is None or (blamed is not None and blamed.fault) else faulty)
 
 
 def _describe(end: RankEnd | None) -> str:

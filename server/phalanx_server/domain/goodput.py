@@ -68,7 +68,7 @@ class Goodput:
 
 def goodput_of(attempts: Sequence[AttemptTime], now: datetime) -> Goodput:
     """Of a job's attempts in their order; one that has not ended is counted until now."""
-    total = dict.fromkeys(PARTS, 0.0)
+    total: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for attempt, following in zip_longest(attempts, attempts[1:]):
         for part, seconds in _split(attempt, following, now).items():
             total[part] += attempt.weight * seconds

@@ -176,6 +176,12 @@ class Launch(Message):
     health: Health | None = None
 
 
+class ProfileRequest(Message):
+    profile_id: str
+    steps: int
+    ranks: list[int]
+
+
 class DesiredAttempt(Message):
     attempt_id: str
     job_id: str
@@ -190,6 +196,7 @@ class DesiredAttempt(Message):
     launch: Launch
     started: bool = False
     traceparent: str | None = None
+    profiles: list[ProfileRequest] = []
 
 
 class Desired(Message):

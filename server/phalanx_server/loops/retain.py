@@ -23,6 +23,7 @@ from phalanx_server.store.bundles import BundleFiles, bundles_of_anybody, forget
 from phalanx_server.store.leases import Lease
 from phalanx_server.store.logs import LogFiles, job_directory
 from phalanx_server.store.outputs import OutputFiles, output_directory
+from phalanx_server.store.profiles import profile_directory
 from phalanx_server.store.retention import (
     delete_of_jobs,
     delete_old,
@@ -53,7 +54,7 @@ class Keep:
     events: timedelta  # and roll-ups, audit rows, and maintenance windows that are over
     logs: timedelta  # after the end of their job
     bundles: timedelta = timedelta(days=30)  # after the last use, and the end of every job that ran them
-    outputs: timedelta = timedelta(days=30)  # after the end of their job
+    outputs: timedelta = timedelta(days=30)  # and traces, after the end of their job
     idempotency_keys: timedelta = timedelta(days=1)
     outbox: timedelta = timedelta(days=7)
     leases: timedelta = timedelta(days=1)
@@ -90,6 +91,7 @@ class Retain:
         self._files = (
             FilesOfJobs(table="logs", keep=keep.logs, directory=job_directory, delete=files.delete),
             FilesOfJobs(table="outputs", keep=keep.outputs, directory=output_directory, delete=outputs.delete),
+            FilesOfJobs(table="profiles", keep=keep.outputs, directory=profile_directory, delete=outputs.delete),
         )
         self.pulse = Pulse()
         self.caught_up_at: datetime | None = None

@@ -34,8 +34,9 @@ _TOTALS = ", ".join(
 )
 _ATTEMPTS = text(
     f"""
-    SELECT a.created_at, a.started_at, a.rendezvous_at, a.first_step_at, a.stop_requested_at, a.ended_at, a.replicas,
+    SELECT a.created_at, a.started_at, a.rendezvous_at, a.stop_requested_at, a.ended_at, a.replicas,
            (SELECT sum(cardinality(p.gpu_indices)) FROM placements p WHERE p.attempt_id = a.id) AS gpus,
+           coalesce(a.first_step_at, {_POINT.format(column="at", name=":steps_of", order="ASC")}) AS first_step_at,
            {_POINT.format(column="step", name=":steps_of", order="ASC")} AS first_step,
            {_POINT.format(column="step", name=":steps_of", order="DESC")} AS last_step, {_TOTALS}
     FROM attempts a WHERE a.job_id = :job_id ORDER BY a.number

@@ -9,7 +9,9 @@ import time
 from typing import Final, Literal
 from uuid import UUID
 
-Kind = Literal["job", "attempt", "node", "tenant", "token", "cluster", "user", "environment", "array", "maintenance"]
+Kind = Literal[
+    "job", "attempt", "node", "tenant", "token", "cluster", "user", "environment", "array", "maintenance", "profile"
+]
 
 PREFIXES: Final[dict[str, str]] = {
     "job": "job",
@@ -22,6 +24,7 @@ PREFIXES: Final[dict[str, str]] = {
     "environment": "env",
     "array": "array",
     "maintenance": "mnt",
+    "profile": "prof",
 }
 _HEX = frozenset("0123456789abcdef")
 _lock = threading.Lock()

@@ -21,7 +21,7 @@ import phalanx_server
 from phalanx_server.store.engine import with_driver
 from phalanx_server.store.transactions import rerun_on_deadlock
 
-HEAD = "0013"
+HEAD = "0014"
 _ADVISORY_LOCK = 7_134_092_251
 _ASK_AGAIN_S = 0.1
 

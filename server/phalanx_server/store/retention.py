@@ -106,8 +106,8 @@ async def note_forgotten(conn: AsyncConnection, what: str, last: EndedJob) -> No
 
 
 async def delete_of_jobs(conn: AsyncConnection, table: str, job_ids: Sequence[UUID]) -> bool:
-    """Delete at most BATCH_ROWS rows of `table` (`logs` or `outputs`) of these jobs; whether there may be more."""
-    assert table in ("logs", "outputs")
+    """Delete at most BATCH_ROWS rows of `table` (of files of jobs) of these jobs; whether there may be more."""
+    assert table in ("logs", "outputs", "profiles")
     statement = text(
         f"DELETE FROM {table} WHERE ctid = ANY(ARRAY("
         f"SELECT ctid FROM {table} WHERE job_id = ANY(CAST(:job_ids AS uuid[])) LIMIT {BATCH_ROWS}))"

@@ -487,6 +487,32 @@ outputs = Table(
 )
 Index("outputs_job", outputs.c.job_id, outputs.c.path)
 
+profiles = Table(
+    "profiles",
+    metadata,
+    _id(),
+    Column("job_id", Uuid, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("attempt_id", Uuid, ForeignKey("attempts.id", ondelete="CASCADE"), nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("created_at", Time, nullable=False),
+    Column("closed_at", Time),
+)
+Index("profiles_job", profiles.c.job_id, profiles.c.id)
+Index("profiles_open", profiles.c.attempt_id, unique=True, postgresql_where=profiles.c.closed_at.is_(None))
+
+profile_ranks = Table(
+    "profile_ranks",
+    metadata,
+    Column("profile_id", Uuid, ForeignKey("profiles.id", ondelete="CASCADE"), primary_key=True),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("state", Text, nullable=False, server_default="requested"),
+    Column("reason", Text, nullable=False, server_default=""),
+    Column("bytes", BigInteger),
+    Column("hash", Text),
+    Column("url", Text),
+)
+
 outbox = Table(
     "outbox",
     metadata,

@@ -34,6 +34,7 @@ class FakeRunner:
     configured: list[dict[str, Any]] = field(default_factory=list)
     start_error: str = ""
     prepare_error: str = ""
+    profile_error: str = ""
     permanent: bool = False  # of these errors
     ignore_sigterm: bool = False
     own_users: bool = False
@@ -115,6 +116,10 @@ class FakeRunner:
     async def keep_stacks(self, attempt_id: str) -> None:
         self.stacks_kept.append(attempt_id)
         self.bump()
+
+    async def profile_group(self, attempt_id: str, request: dict[str, Any]) -> None:
+        if self.profile_error:
+            raise RunnerRefused(self.profile_error)
 
     async def kill_group(self, attempt_id: str) -> None:
         if attempt_id in self.groups:

@@ -18,6 +18,7 @@ from phalanx_worker.agent.desired import (
     Group,
     GroupState,
     Phase,
+    Profile,
     Refuse,
     Start,
     Step,
@@ -27,7 +28,7 @@ from phalanx_worker.agent.desired import (
     first_failed_rank,
     reconcile,
 )
-from phalanx_worker.protocol import RankExit
+from phalanx_worker.protocol import ProfileRequest, RankExit
 
 RUN = attempt_of("att_1", "true", {"a": [0, 1], "b": [0, 1]}, epoch=3)
 WIDE = attempt_of("att_1", "true", {"a": [0, 1], "b": [0, 1], "c": [0, 1]}, epoch=3)
@@ -237,3 +238,12 @@ def test_ranks_whose_end_nobody_saw_are_reported_without_code() -> None:
         (2, None, None),
         (3, None, None),
     ]
+
+
+def test_a_profile_is_asked_for_once_of_a_gang_that_runs() -> None:
+    request = ProfileRequest("prof_1", 5, [0])
+    wanted = replace(RUN, profiles=[request])
+    assert reconcile(world(wanted, gang())) == [Profile("att_1", request)]
+    assert reconcile(world(wanted, gang(profiles={"prof_1"}))) == []
+    assert reconcile(world(wanted, gang(Phase.STARTING))) == []
+    assert reconcile(world(replace(wanted, action="stop", grace_s=42.0), gang())) == [Stop("att_1", 42.0)]

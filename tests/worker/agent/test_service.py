@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from agent_fakes import FakeCluster, FakeLink, FakePlacements
 from link_server import attempt_of
-from phalanx_worker.agent import backoff, desired, hosts, launch, service
+from phalanx_worker.agent import backoff, desired, hosts, launch, profiles, service
 from phalanx_worker.agent.desired import GroupState, Phase
 from phalanx_worker.agent.link import Superseded
 from phalanx_worker.agent.service import Agent, RunnerSettings
 from phalanx_worker.node.orders import Settings
-from phalanx_worker.protocol import Environment, encode
+from phalanx_worker.protocol import Environment, ProfileRequest, encode
 
 GANG = attempt_of("att_1", "train", {"a": [0, 1], "b": [0, 1]})
 WITH_ENVIRONMENT = replace(GANG, launch=replace(GANG.launch, environment=Environment(["einops==0.8.1"])))
@@ -29,6 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "INVENTORY_POLL_S", 0.01)
     monkeypatch.setattr(backoff, "BACKOFF_S", (0.01,))
     monkeypatch.setattr(launch, "RETRY_S", 0.01)
+    monkeypatch.setattr(profiles, "RETRY_S", 0.01)
     monkeypatch.setattr(launch, "RETRY_SLOWLY_S", 0.01)
 
 
@@ -589,3 +590,32 @@ async def test_an_agent_that_was_replaced_ends() -> None:
     async with asyncio.timeout(5):
         with pytest.raises(Superseded):
             await scene.agent.run()
+
+
+# ---------------------------------------------------------------- profiles
+
+
+def asked(runner: Any) -> list[Any]:
+    return [call[1:] for call in runner.calls if call[0] == "profile_group"]
+
+
+async def test_a_profile_is_passed_on_to_the_nodes_of_its_ranks(scene: Scene) -> None:
+    request = ProfileRequest("prof_1", 5, [3])
+    await scene.started()
+    scene.b.hang("profile_group")
+    scene.link.want(replace(GANG, started=True, profiles=[request]))
+    await scene.until(lambda: "prof_1" in scene.agent.gangs["att_1"].profiles)
+    scene.b.hang()
+    await scene.until(lambda: asked(scene.b))
+    assert asked(scene.b) == [("att_1", encode(request))]
+    assert asked(scene.a) == []
+
+
+async def test_a_runner_that_takes_no_profile_is_asked_once(scene: Scene) -> None:
+    scene.a.profile_error = "its runner is older than this agent"
+    await scene.started()
+    scene.link.want(replace(GANG, started=True, profiles=[ProfileRequest("prof_1", 5, [0])]))
+    await scene.until(lambda: asked(scene.a))
+    scene.link.want_stopped("att_1")
+    await scene.reported("ended")
+    assert len(asked(scene.a)) == 1

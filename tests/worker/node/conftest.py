@@ -43,7 +43,8 @@ class FakeServer:
         self.rejected: list[dict[str, Any]] = []  # answered with another status than 200
         self.bundles: dict[str, bytes] = {}
         self.outputs: dict[tuple[str, int, str], bytes] = {}  # by attempt, group rank and path
-        self.output_answers: list[int] = []  # statuses of the next to output files, the last one for ever; 0 hangs up
+        self.traces: dict[tuple[str, str, int], bytes] = {}  # by attempt, profile and rank
+        self.output_answers: list[int] = []  # statuses of the next to files, the last one for ever; 0 hangs up
         self.output_tries = 0
         self.refused: list[dict[str, Any]] = []
         self.status = 200
@@ -119,8 +120,8 @@ class FakeServer:
         if target.startswith("/v1/node/bundles/"):
             bundle = self.bundles.get(target.split("/")[4].split("?")[0])
             return (404, b"") if bundle is None else (200, bundle)
-        if "/outputs/" in target:
-            return self._take_output(target, body)
+        if "/outputs/" in target or "/profiles/" in target:
+            return self._take_file(target, body)
         report = json.loads(body)
         (self.reports if self.status == 200 else self.rejected).append(report)
         self._changed.set()
@@ -131,7 +132,7 @@ class FakeServer:
         answer = {"server_time": 0.0, "accepted_seq": report["seq"], "refused": self.refused}
         return 200, json.dumps(answer).encode()
 
-    def _take_output(self, target: str, body: bytes) -> tuple[int, bytes]:
+    def _take_file(self, target: str, body: bytes) -> tuple[int, bytes]:
         self.output_tries += 1
         status = self.output_answers[0] if self.output_answers else self.status
         self.output_answers = self.output_answers[1:] or self.output_answers
@@ -141,8 +142,14 @@ class FakeServer:
             url = urlsplit(target)
             query = {name: value for name, (value,) in parse_qs(url.query).items()}
             assert hashlib.sha256(body).hexdigest() == query["sha256"]
-            attempt_id, path = url.path.removeprefix("/v1/node/attempts/").split("/outputs/", 1)
-            self.outputs[attempt_id, int(query["group_rank"]), unquote(path)] = body
+            attempt_id, kind, path = url.path.removeprefix("/v1/node/attempts/").split("/", 2)
+            if kind == "outputs":
+                self.outputs[attempt_id, int(query["group_rank"]), unquote(path)] = body
+            else:
+                profile_id, _, rank = path.split("/")
+                self.traces[attempt_id, profile_id, int(rank)] = body
+            self._changed.set()
+            self._changed = asyncio.Event()
         return status, b'{"code": "a_code"}'
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from phalanx.units import duration_text
 
-from phalanx_worker.protocol import DesiredAttempt, RankExit
+from phalanx_worker.protocol import DesiredAttempt, ProfileRequest, RankExit
 
 FAILURE_GRACE_S = 5.0  # for the rest of a gang when one of its ranks has failed
 READY_DEADLINE_S = 30.0  # for the runners of a new attempt's nodes to show up
@@ -74,6 +74,7 @@ class Gang:
     generations: dict[str, int] = field(default_factory=dict)  # by node: which of its runners has the group
     stopping: bool = False  # SIGTERM is on its way to every group
     aborting: bool = False  # its start is being given up
+    profiles: set[str] = field(default_factory=set)  # that were asked for
     first_failed_rank: int | None = None  # as seen when it failed: later every rank has ended somehow
     hung: bool = False  # and the nodes that do not see it were told
     over_at_answered_s: float | None = None  # `World.answered_s` when every group was first seen to be over
@@ -126,6 +127,12 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Profile:
+    attempt_id: str
+    request: ProfileRequest
+
+
+@dataclass(frozen=True)
 class Abort:
     attempt_id: str
 
@@ -149,7 +156,7 @@ class Forget:
     attempt_id: str
 
 
-Step = Start | Adopt | Refuse | Stop | Abort | Close | Clear | Forget
+Step = Start | Adopt | Refuse | Stop | Profile | Abort | Close | Clear | Forget
 
 
 def reconcile(world: World) -> list[Step]:
@@ -192,6 +199,8 @@ def _running(gang: Gang, wanted: DesiredAttempt | None, world: World) -> Iterato
         yield Stop(gang.attempt_id, FAILURE_GRACE_S)
     elif wanted.action == "stop":
         yield Stop(gang.attempt_id, wanted.grace_s)
+    else:
+        yield from (Profile(gang.attempt_id, each) for each in wanted.profiles if each.profile_id not in gang.profiles)
 
 
 def _is_told(gang: Gang, world: World) -> bool:
@@ -272,5 +281,5 @@ def first_failed_rank(groups: Mapping[str, Group]) -> int | None:
 def all_exits(attempt: DesiredAttempt, groups: Mapping[str, Group]) -> list[RankExit]:
     """One exit for each rank of the attempt; a rank whose end nobody saw has neither code nor signal."""
     seen = {end.rank: end for group in groups.values() for end in group.exits}
-    ranks = [rank for group in attempt.groups for rank in range(group.first_rank, group.first_rank + group.ranks)]
+    ranks = [rank for group in attempt.groups for rank in group.all_ranks]
     return [seen.get(rank) or RankExit(rank=rank) for rank in ranks]

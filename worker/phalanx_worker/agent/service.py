@@ -24,6 +24,7 @@ from phalanx_worker.agent.desired import (
     Group,
     GroupState,
     Phase,
+    Profile,
     Refuse,
     Start,
     Step,
@@ -35,6 +36,7 @@ from phalanx_worker.agent.desired import (
 from phalanx_worker.agent.hosts import RUNNER_SILENT_S, Host, Hosts, RunnerSource
 from phalanx_worker.agent.launch import NO_GENERATION, Launcher, Placements
 from phalanx_worker.agent.link import Backoff, FactOutbox, ServerAway, ServerLink, ServerRefused
+from phalanx_worker.agent.profiles import pass_on
 from phalanx_worker.protocol import Backlog, DesiredAttempt, InventoryAnswer, NodeFacts
 
 log = logging.getLogger("phalanx.agent")
@@ -268,6 +270,10 @@ class Agent:
                 gang = self.gangs[attempt_id]
                 gang.stopping, gang.first_failed_rank = True, first_failed_rank(gang.groups)
                 self._spawn(self.launcher.stop(gang, grace_s))
+            case Profile(attempt_id, request):
+                gang = self.gangs[attempt_id]
+                gang.profiles.add(request.profile_id)
+                self._spawn(pass_on(gang, request, self.hosts))
             case Abort(attempt_id):
                 self.launcher.abort(self.gangs[attempt_id])
             case Close(attempt_id):

@@ -42,6 +42,11 @@ class Launch:
     def warm(self) -> bool:
         return self.program.kind != "exec"
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether its script runs in an interpreter that Phalanx started, so that it can be watched from outside."""
+        return self.warm or cold.is_command_line(self.program.argv)
+
 
 def plan_launch(command: str, env: Mapping[str, str], *, python: str, version: str, warm_unfit: str) -> Launch:
     """Decide how `command` runs with the user's `env`.

@@ -23,6 +23,7 @@ from phalanx_worker.node.launch import Launcher
 from phalanx_worker.node.link import Link
 from phalanx_worker.node.orders import GroupOrder, Settings
 from phalanx_worker.node.outbox import Outbox
+from phalanx_worker.node.profiles import Profiles
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.spool import Spool
 from phalanx_worker.node.transfers import Transfers
@@ -52,6 +53,7 @@ class Duties:
     outbox: Outbox
     link: Link
     transfers: Transfers
+    profiles: Profiles
     launcher: Launcher
     fence: Fence
     watch: Watch
@@ -93,6 +95,7 @@ class Duties:
         watch = Watch(Devices(), hooks.groups)
         link = Link(outbox, Spool(data_dir / "spool"), lambda: _heartbeat(hooks, duties), hooks.taken)
         transfers = Transfers(link)
+        profiles = Profiles(transfers, own_users=not problem)
         launcher = Launcher(
             workspace=workspace,
             bundles=Bundles(data_dir / "bundles", transfers.fetch_bundle),
@@ -103,7 +106,7 @@ class Duties:
             outage=link.outage,
             isolation=isolation,
         )
-        duties = cls(workspace, warm, light, outbox, link, transfers, launcher, fence, watch, problem)
+        duties = cls(workspace, warm, light, outbox, link, transfers, profiles, launcher, fence, watch, problem)
         warm.start(on_ready=hooks.changed)  # last: what fails above is tried again, and must leave no process behind
         light.start(on_ready=lambda: None)
         duties.tasks = [

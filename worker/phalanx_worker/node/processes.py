@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 from phalanx_worker.runtime import linux
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_SWEEPS = 100
+_SWEEP_EVERY_S = 0.05
 _PF_EXITING = 0x4  # among the flags in /proc/PID/stat; include/linux/sched.h
 
 
@@ -69,6 +72,20 @@ def is_dying(pid: int) -> bool:
 def in_sessions(session_ids: set[int]) -> list[int]:
     """Every process whose session is one of these."""
     return [pid for pid in linux.pids() if (fields := linux.stat_fields(pid)) and int(fields[3]) in session_ids]
+
+
+def sweep(attempt_id: str, group_rank: int, session_ids: set[int]) -> None:
+    """End every process that was started with the environment of that group, or is in one of these sessions."""
+    for _ in range(_SWEEPS):
+        strays = [each.pid for each in strays_of(attempt_id, group_rank)]
+        if not (found := {*strays, *in_sessions(session_ids)}):
+            return
+        kill(found)
+        time.sleep(_SWEEP_EVERY_S)
+
+
+def strays_of(attempt_id: str, group_rank: int) -> list[Stray]:
+    return [each for each in strays() if (each.attempt_id, each.group_rank) == (attempt_id, group_rank)]
 
 
 def kill(pids: Iterable[int]) -> None:

@@ -39,20 +39,19 @@ START_TIMEOUT_S = 60.0
 _STREAMS_END_S = 2.0
 _ABANDONED_S = 10.0
 _COLLECT_S = 5.0  # at least, for outputs of a group that is being stopped
-_SWEEPS = 100
-_SWEEP_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
 class GroupEvents:
     """`put` takes everything for the server; `changed` is called after each change of `Group.state` or exits;
     `collect` brings the files that the ranks of a group left to the server; `flush` waits (briefly) until what was put
-    is delivered."""
+    is delivered; `profile` sees what ranks say of profiles."""
 
     put: Callable[[LogChunk | MetricPoint | Mark], None]
     changed: Callable[[], None]
     collect: Callable[[Group], Awaitable[None]]
     flush: Callable[[], Any]
+    profile: Callable[[Group, Mark], None]
 
 
 class Group:
@@ -63,6 +62,7 @@ class Group:
     ):
         self.order = order
         self.places = places
+        self.launch = launch
         self.confinement = confinement
         self.state = "running"
         self.first_failed_rank: int | None = None
@@ -74,7 +74,6 @@ class Group:
         self.uid: int | None = None
         self.delivered = False  # it has ended, and all that it left behind has reached the server
         self.ended = asyncio.Event()
-        self._launch = launch
         self._events = events
         self._stopping = False
         self._killed = False  # by whoever wants nothing more of it
@@ -89,6 +88,10 @@ class Group:
     @property
     def key(self) -> tuple[str, int]:
         return (self.order.attempt_id, self.order.epoch)
+
+    @property
+    def ranks(self) -> set[int]:
+        return set(self._records)
 
     @property
     def exits(self) -> list[RankExit]:
@@ -169,8 +172,8 @@ class Group:
             node=self.order.group.node,
             pid=started["pid"],
             started_at=started["at"],
-            warm=self._launch.warm,
-            cold_reason=self._launch.cold_reason,
+            warm=self.launch.warm,
+            cold_reason=self.launch.cold_reason,
         )
 
     async def _abandon(self) -> None:
@@ -236,8 +239,15 @@ class Group:
         self._tell({"op": "ping", "fence_s": fence_s})
 
     def note(self, kind: str, data: dict[str, Any]) -> None:
-        rank = self.order.group.first_rank
+        self.say(self.order.group.first_rank, kind, data)
+
+    def say(self, rank: int, kind: str, data: dict[str, Any]) -> None:
+        """A mark of the node's own, in the name of a rank."""
         self._events.put(Mark(*self.key, rank=rank, kind=kind, at=time.time(), data=data))
+
+    def tell(self, rank: int, message: dict[str, Any]) -> bool:
+        """Say something to a rank; whether it could be."""
+        return self._records[rank].exit is None and self._records[rank].reports.tell(message)
 
     async def dismiss(self) -> None:
         """Let the guardian go, which may still host the store; ranks that still run are killed."""
@@ -280,14 +290,7 @@ class Group:
     def _sweep(self) -> None:
         """The guardian died without its word that nothing is left: find what is, by session and by environment."""
         sessions = {start.pid for start in self.starts}
-        place = (self.order.attempt_id, self.order.group.group_rank)
-        for _ in range(_SWEEPS):
-            strays = [stray.pid for stray in processes.strays() if (stray.attempt_id, stray.group_rank) == place]
-            found = {*strays, *processes.in_sessions(sessions)}
-            if not found:
-                return
-            processes.kill(found)
-            time.sleep(_SWEEP_EVERY_S)
+        processes.sweep(self.order.attempt_id, self.order.group.group_rank, sessions)
 
     async def _receive(self) -> dict[str, Any] | None:
         while True:
@@ -392,6 +395,8 @@ class Group:
             self.pace.moved(time.monotonic())
         elif mark.kind == "health" and mark.data.get("action") in ("restart", "stop"):
             self.blame.verdicts[mark.rank] = offences.own_check(mark.data)
+        elif mark.kind == "profile":
+            self._events.profile(self, mark)
 
     def _take_report(self, report: MetricPoint | Mark) -> None:
         if isinstance(report, MetricPoint) and report.step is not None:

@@ -1,4 +1,4 @@
-"""One rank's report socket, seen from the runner: metrics and marks come in, "stop" goes out.
+"""One rank's report socket, seen from the runner: metrics and marks come in, "stop" and "profile" go out.
 
 Owns the reading of the rank's datagrams, which are not trusted (a rank may send anything), and the bound on how many
 points one rank may make: past it, points of the same 100 ms are merged, last value wins, and the loss is counted. What
@@ -8,7 +8,6 @@ leaves here can be sent: text that UTF-8 has no form for is replaced, and nothin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import socket
@@ -25,7 +24,8 @@ MAX_MESSAGE_BYTES = 32 * 1024
 MAX_NAME_LENGTH = 128
 MAX_VALUES = 256  # of one point, merged or not
 MAX_DEPTH = 20  # of what a mark carries; the server reads no more than some 190
-MARK_KINDS = frozenset({"rendezvous", "first_step", "finished", "checkpoint", "progress", "dropped", "note", "health"})
+MARKS_OF_TRAINING = ("rendezvous", "first_step", "finished", "checkpoint", "progress")
+MARK_KINDS = frozenset({*MARKS_OF_TRAINING, "dropped", "note", "health", "profile"})
 
 _POINTS_PER_S = 100  # of one rank; what comes faster is merged
 _BUCKET_S = 0.1
@@ -62,9 +62,17 @@ class ReportSocket:
         self._loop.add_reader(connection, self._read)
 
     def tell_stop(self) -> None:
-        if not self._closed:
-            with contextlib.suppress(OSError):  # full or gone: SIGTERM says the same
-                channel.send(self._connection, {"t": "stop"})
+        self.tell({"t": "stop"})  # where it is not heard: SIGTERM says the same
+
+    def tell(self, message: dict[str, Any]) -> bool:
+        """Whether it could be sent: the socket may be full, or the rank gone."""
+        if self._closed:
+            return False
+        try:
+            channel.send(self._connection, message)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Take what is still in the socket, then close it."""

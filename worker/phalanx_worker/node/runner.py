@@ -44,6 +44,9 @@ class NodeRunner:
     async def keep_stacks(self, attempt_id: str) -> None:
         await self._service().keep_stacks(attempt_id)
 
+    async def profile_group(self, attempt_id: str, request: dict[str, Any]) -> None:
+        await self._service().profile_group(attempt_id, request)
+
     async def kill_group(self, attempt_id: str) -> None:
         await self._service().kill_group(attempt_id)
 

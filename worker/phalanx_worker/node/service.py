@@ -145,6 +145,15 @@ class Runner:
                 kept = await hangs.keep_stacks(group)
                 group.note("note", {"message": f"no step on another node{kept}"})
 
+    async def profile_group(self, attempt_id: str, request: dict[str, Any]) -> None:
+        """Ask its ranks for a trace of their next steps; nothing if there is no such group."""
+        duties = self._open_duties()
+        duties.fence.touch()
+        read = protocol.decode(protocol.ProfileRequest, request)
+        for group in self._groups():
+            if group.order.attempt_id == attempt_id:
+                duties.profiles.ask(group, read)
+
     async def kill_group(self, attempt_id: str) -> None:
         self._open_duties().fence.touch()
         group = await self._group(attempt_id)
@@ -165,6 +174,7 @@ class Runner:
             except TimeoutError:
                 raise RuntimeError(f"processes of {attempt_id} do not die; it cannot be forgotten yet") from None
             await group.dismiss()
+            await duties.profiles.forget(group)
             await asyncio.to_thread(duties.workspace.remove, group.places)
             duties.outbox.forget(group.key)
         self._starts.pop(attempt_id, None)
@@ -218,8 +228,9 @@ class Runner:
             events = GroupEvents(
                 put=duties.outbox.put,
                 changed=self._note_change,
-                collect=partial(deliver_outputs, transfers=duties.transfers, own_users=duties.launcher.own_users),
+                collect=partial(_bring, duties),
                 flush=self._flush,
+                profile=duties.profiles.heard,
             )
             group = await duties.launcher.start(order, listener, events)
         except BaseException:
@@ -319,6 +330,12 @@ class Runner:
         if self._duties is None:
             raise RuntimeError("the runner is not configured yet")
         return self._duties
+
+
+async def _bring(duties: Duties, group: Group) -> None:
+    """What its ranks have left: traces first, which are on their way already."""
+    await duties.profiles.settle(group)
+    await deliver_outputs(group, duties.transfers, own_users=duties.launcher.own_users)
 
 
 def _expect_epoch(here: int | None, order: GroupOrder) -> None:

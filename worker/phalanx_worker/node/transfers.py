@@ -1,4 +1,5 @@
-"""What goes beside the reports on the runner's line to the server: code bundles come down, output files go up.
+"""What goes beside the reports on the runner's line to the server: code bundles come down, output files and traces go
+up.
 
 Owns these two requests. Knows neither when they are made nor what is tried again.
 """
@@ -33,6 +34,34 @@ class OutputRef:
     path: str
     sha256: str
     bytes: int
+
+    @property
+    def url(self) -> str:
+        return f"/v1/node/attempts/{self.attempt_id}/outputs/{quote(self.path)}"
+
+    @property
+    def params(self) -> dict[str, str | int]:
+        return {"epoch": self.epoch, "group_rank": self.group_rank, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class ProfileRef:
+    """Which rank's trace of which profile it is."""
+
+    attempt_id: str
+    epoch: int
+    profile_id: str
+    rank: int
+    sha256: str
+    bytes: int
+
+    @property
+    def url(self) -> str:
+        return f"/v1/node/attempts/{self.attempt_id}/profiles/{self.profile_id}/ranks/{self.rank}"
+
+    @property
+    def params(self) -> dict[str, str | int]:
+        return {"epoch": self.epoch, "sha256": self.sha256}
 
 
 class NotLive(Exception):
@@ -70,15 +99,15 @@ class Transfers:
         except httpx.HTTPError as error:
             raise StartFailed(f"bundle {sha256[:12]} could not be fetched: {error!r}") from error
 
-    async def put_output(self, ref: OutputRef, descriptor: int) -> Delivery:
+    async def put_file(self, ref: OutputRef | ProfileRef, descriptor: int) -> Delivery:
         """Send the file that is open as `descriptor`. FAULT also where no answer came in time. Raises NotLive, CutOff,
         and OSError where the file has become shorter."""
         if self.link.client is None:
             return Delivery.FAULT
         try:
             answer = await self.link.client.put(
-                f"/v1/node/attempts/{ref.attempt_id}/outputs/{quote(ref.path)}",
-                params={"epoch": ref.epoch, "group_rank": ref.group_rank, "sha256": ref.sha256},
+                ref.url,
+                params=ref.params,
                 content=_pieces(descriptor, ref.bytes),
                 headers={"Content-Type": "application/octet-stream", "Content-Length": str(ref.bytes)},
                 timeout=_TIMEOUT_S,

@@ -1,4 +1,5 @@
-"""Output files of a group on their way to the server, between the end of its last rank and the end of the group.
+"""Files of a group on their way to the server: outputs between the end of its last rank and the end of the group, and
+traces while its ranks run.
 
 Owns how long that may take, what is tried again, and what the user is told of files that did not arrive. Whoever calls
 may cut it short by cancelling: what is left then is told as well.
@@ -11,14 +12,14 @@ import os
 import random
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from phalanx_worker.node import outputs
 from phalanx_worker.node.answers import Delivery
 from phalanx_worker.node.outputs import Collected, OutputFile, Source
 from phalanx_worker.node.ranks import Group
 from phalanx_worker.node.threads import to_its_end
-from phalanx_worker.node.transfers import CutOff, NotLive, OutputRef, Transfers
+from phalanx_worker.node.transfers import CutOff, NotLive, OutputRef, ProfileRef, Transfers
 
 BUDGET_S = 600.0  # while the server is there; the GPUs are held meanwhile
 TOGETHER = 4
@@ -65,8 +66,18 @@ def _unmatched_sentence(group: Group, collected: Collected) -> str:
 class Sending:
     """The files of one group; `run` ends when all are delivered or given up."""
 
-    def __init__(self, group: Group, transfers: Transfers, files: list[OutputFile], uid: int | None):
+    def __init__(
+        self,
+        group: Group,
+        transfers: Transfers,
+        files: list[OutputFile],
+        uid: int | None,
+        *,
+        refer: Callable[[OutputFile, str], OutputRef | ProfileRef] | None = None,
+    ):
+        """`refer` says, of a file and its SHA-256, which it is for the server: an output, unless it says otherwise."""
         self._group = group
+        self._refer = refer or self._output
         self._transfers = transfers
         self._uid = uid
         self._waiting = deque(files)
@@ -94,8 +105,16 @@ class Sending:
         count = len(self._missing)
         return (
             f"{count:,} output file{'s' if count > 1 else ''} ({lost_bytes:,} bytes) could not be delivered, "
-            f"for example {examples[:300]}: {self._why or _NO_TIME}."
+            f"for example {examples[:300]}: {self.lost_reason}."
         )
+
+    @property
+    def lost_reason(self) -> str:
+        """Why something was lost; "" if nothing was."""
+        return (self._why or _NO_TIME) if self._missing else ""
+
+    def _output(self, file: OutputFile, digest: str) -> OutputRef:
+        return OutputRef(*self._group.key, self._group.order.group.group_rank, file.path, digest, file.bytes)
 
     async def _send_waiting(self) -> None:
         while self._waiting:
@@ -113,15 +132,13 @@ class Sending:
         descriptor = outputs.open_file(file, self._uid)  # not in a thread: cancelled, it would leave it open
         try:
             digest = await to_its_end(outputs.sha256, descriptor, file.bytes, threading.Event())
-            order = self._group.order
-            ref = OutputRef(*self._group.key, order.group.group_rank, file.path, digest, file.bytes)
-            if await self._put(ref, descriptor):
+            if await self._put(self._refer(file, digest), descriptor):
                 self._missing.discard(file)
                 self._transfers.waiting_bytes -= file.bytes
         finally:
             os.close(descriptor)
 
-    async def _put(self, ref: OutputRef, descriptor: int) -> bool:
+    async def _put(self, ref: OutputRef | ProfileRef, descriptor: int) -> bool:
         faults = cuts = tries = 0
         while not self._is_over:
             began_at = self._now()
@@ -145,11 +162,11 @@ class Sending:
         self._waiting.clear()
         return self._give_up(_NO_TIME)
 
-    async def _try(self, ref: OutputRef, descriptor: int) -> Delivery:
-        """Raises as `put_output` does."""
+    async def _try(self, ref: OutputRef | ProfileRef, descriptor: int) -> Delivery:
+        """Raises as `put_file` does."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                return await self._transfers.put_output(ref, descriptor)
+                return await self._transfers.put_file(ref, descriptor)
         except TimeoutError:
             return Delivery.AWAY
 

@@ -22,6 +22,10 @@ def command_line(python: str, flags: list[str], kind: str, argv: list[str]) -> l
     return [python, *flags, "-c", _BOOTSTRAP, python, kind, *argv]
 
 
+def is_command_line(argv: list[str]) -> bool:
+    return _BOOTSTRAP in argv
+
+
 def main() -> None:
     spelled, kind, name, *arguments = sys.argv[1:]
     sys.orig_argv = [spelled, *(["-m"] if kind == "module" else []), name, *arguments]

@@ -1,6 +1,8 @@
 """Notice two moments of training from outside the script: the process group is up, the first optimizer step is done.
 
-Owns the two hooks; each takes itself away after its moment, so that training pays nothing afterwards.
+Owns the hook on the first, which takes itself away after its moment. The hook on optimizer steps is that of
+`profiles.py`, which stays: torch goes through a dictionary of those, and one that took itself away would break a
+script that has registered another.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from typing import Any
 
 from phalanx import job
 
+from phalanx_worker.runtime import profiles
+
 
 def install() -> None:
     """Put the hooks in place, if torch is loaded in this process."""
     if "torch" not in sys.modules:
         return
     with contextlib.suppress(ImportError, AttributeError):  # another torch, without that moment: the mark stays unset
-        _mark_first_step()
+        profiles.install(first_step=lambda: job.mark("first_step"))
     with contextlib.suppress(ImportError, AttributeError):
         _mark_rendezvous()
 
@@ -57,20 +61,8 @@ def _after_execution(loader: Any, call: Callable[[], None]) -> None:
     loader.exec_module = exec_module
 
 
-def _mark_first_step() -> None:
-    import torch  # here and below: loaded already, this only gives it a name
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    def after_step(*_: Any) -> None:
-        if not torch.compiler.is_compiling():  # under torch.compile the hook must not become part of the graph
-            handle.remove()
-            job.mark("first_step")
-
-    handle = register_optimizer_step_post_hook(after_step)
-
-
 def _mark_rendezvous() -> None:
-    import torch.distributed
+    import torch.distributed  # loaded already, this only gives it a name
 
     distributed: Any = torch.distributed
     homes = [distributed, distributed.distributed_c10d]

@@ -1,14 +1,15 @@
 """The training loop: next batch, forward and backward, clip, update, report, keep, until done or asked to stop.
 
 Owns the order of these. What a step computes is the layout's business, what is stored the checkpointer's, and what is
-made of the numbers the watchers'.
+made of the numbers the monitor's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import phalanx
@@ -18,7 +19,11 @@ from phalanx.recipes.lm import Train
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.precision import Precision
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 
+from phalanx_worker.training.health.recompute import Again, Pulse
+from phalanx_worker.training.metrics.work import Work
+from phalanx_worker.training.monitor import Monitor
 from phalanx_worker.training.optim import clip, divide, global_norm, make_optimizer, set_rate
 from phalanx_worker.training.parallel.layout import Layout
 from phalanx_worker.training.precision import LossScale
@@ -27,18 +32,12 @@ from phalanx_worker.training.state import ModelState, OptimizerState
 Batch = Mapping[str, Tensor]
 
 
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
-
-
 class Checkpointer(Protocol):
     """Keeps the training state; every rank calls each method at the same step."""
 
-    def save(self, step: int, state: dict[str, Stateful], *, metrics: Mapping[str, float]) -> object: ...
+    def save(self, step: int, state: Mapping[str, Stateful], /, *, metrics: Mapping[str, float]) -> object: ...
 
-    def restore(self, state: dict[str, Stateful]) -> int | None: ...
+    def restore(self, state: Mapping[str, Stateful], /, *, before: int | None = None) -> int | None: ...
 
     def finish(self) -> None: ...
 
@@ -46,8 +45,8 @@ class Checkpointer(Protocol):
 @dataclass(frozen=True)
 class Facts:
     """What is known of a step, on every rank. `loss` is the global batch's mean and `grad_norm` the global norm before
-    clipping; `updated` is False where fp16 gradients overflowed or a watcher refused, and the step
-    was skipped."""
+    clipping; `updated` is False where fp16 gradients overflowed or the monitor or a watcher refused,
+    and the step was skipped."""
 
     step: int
     loss: float
@@ -56,6 +55,26 @@ class Facts:
     updated: bool
     step_time_s: float
     data_wait_s: float
+
+
+class Observer(Protocol):
+    """What the loop tells at each place of a step; `Monitor` is the real one."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def before_step(self, step: int) -> None: ...
+
+    def before_forward(self) -> None: ...
+
+    def after_backward(self, pulse: Pulse, again: Again) -> tuple[Pulse, bool]: ...
+
+    def after_step(self, facts: Facts, *, keeps: bool) -> int | None: ...
+
+    def after_keep(self, step: int, stall_s: float) -> None: ...
+
+    def returned(self, step: int | None) -> None: ...
 
 
 class Watcher(Protocol):
@@ -80,10 +99,19 @@ class Trainer:
     checkpointer: Checkpointer | None = None
     checkpoint_every: int = 0  # steps; 0: at the end and when asked to stop
     per_step: Mapping[str, int] = field(default_factory=dict)  # what a step consumes, to report: {"tokens": 65536}
+    work: Callable[[], Work] | None = None  # counts the whole model's parameters and FLOPs
 
     def __post_init__(self) -> None:
         self.optimizers = [make_optimizer(self.optim, module) for module in self.layout.modules]
         self.scale = LossScale(self.precision)
+        self.monitor: Observer = Monitor(
+            self.layout,
+            self.train,
+            precision=self.precision.compute,
+            per_step=self.per_step,
+            work=self.work,
+            can_return=self.checkpointer is not None,
+        )
 
     def state(self) -> dict[str, Stateful]:
         """All that a checkpoint has to hold, by name."""
@@ -100,17 +128,19 @@ class Trainer:
 def train(trainer: Trainer) -> Facts | None:
     """Train from the last checkpoint, or from the start, to the last step. Gives the last step's facts, or None where
     nothing was left to do."""
-    done, facts = _resume(trainer), None
-    for step in range(done + 1, trainer.train.steps + 1):
-        facts, stop = _step(trainer, step)
-        for watcher in trainer.watchers:
-            watcher.after_step(facts)
-        if step % trainer.train.report_every == 0 or step == trainer.train.steps:
-            _report(trainer, facts)
-        if stop or step == trainer.train.steps or _is_due(step, trainer.checkpoint_every):
-            _keep(trainer, facts)
-        if stop:
-            break
+    step, facts, stop = _resume(trainer), None, False
+    with trainer.monitor as monitor:
+        while step < trainer.train.steps and not stop:
+            step += 1
+            facts, stop = _step(trainer, step)
+            for watcher in trainer.watchers:
+                watcher.after_step(facts)
+            keeps = stop or step == trainer.train.steps or _is_due(step, trainer.checkpoint_every)
+            before = monitor.after_step(facts, keeps=keeps)
+            if before is not None:
+                step = _go_back(trainer, before)
+            elif keeps:
+                _keep(trainer, facts)
     if trainer.checkpointer:
         trainer.checkpointer.finish()
     return facts
@@ -118,22 +148,34 @@ def train(trainer: Trainer) -> Facts | None:
 
 def _step(trainer: Trainer, step: int) -> tuple[Facts, bool]:
     """One step; and whether any rank was asked to stop."""
+    monitor, layout = trainer.monitor, trainer.layout
+    monitor.before_step(step)
     began = time.perf_counter()
     batch = next(trainer.batches)
     waited = time.perf_counter() - began
-    layout, scale = trainer.layout, trainer.scale.scale
     rate = trainer.optim.lr * trainer.optim.schedule.factor(step, steps=trainer.train.steps)
     set_rate(trainer.optimizers, rate)
 
-    own_loss = layout.run(batch, loss_scale=scale)
-    norm = global_norm(layout.parameters(), layout.world.group("pipeline")) / scale
-    loss, stop = _agree(own_loss, phalanx.should_stop(), layout.world.device)
-    answers = [watcher.after_backward(step, loss, norm) for watcher in trainer.watchers]  # all are asked
-    updated = _update(trainer, norm=norm, scale=scale, wanted=all(answers))
+    monitor.before_forward()
+    compute = partial(_compute, trainer, step, batch)
+    pulse, wanted = monitor.after_backward(compute(), compute)
+    answers = [watcher.after_backward(step, pulse.loss, pulse.norm) for watcher in trainer.watchers]  # all are asked
+    updated = _update(trainer, norm=pulse.norm, scale=trainer.scale.scale, wanted=wanted and all(answers))
     if layout.outer:
         layout.outer.after(step)
     took = time.perf_counter() - began
-    return Facts(step, loss, float(norm), rate, updated, step_time_s=took, data_wait_s=waited), stop
+    return Facts(step, pulse.loss, float(pulse.norm), rate, updated, step_time_s=took, data_wait_s=waited), pulse.stop
+
+
+def _compute(trainer: Trainer, step: int, batch: Batch) -> Pulse:
+    """Forward and backward: leaves the gradients, and gives what all ranks have to know of them."""
+    layout, scale = trainer.layout, trainer.scale.scale
+    _drop_gradients(trainer)
+    own_loss = layout.run(batch, loss_scale=scale)
+    norm = global_norm(layout.parameters(), layout.world.group("pipeline")) / scale
+    may_overflow = scale > 1  # the loss scale sees to it
+    loss, stops, bad = _agree(own_loss, norm, phalanx.should_stop(), may_overflow=may_overflow)
+    return Pulse(step, loss, own_loss, norm, bad_ranks=bad, stop=stops > 0)
 
 
 def _update(trainer: Trainer, *, norm: Tensor, scale: float, wanted: bool) -> bool:
@@ -147,20 +189,25 @@ def _update(trainer: Trainer, *, norm: Tensor, scale: float, wanted: bool) -> bo
             clip(parameters, norm=norm, limit=trainer.optim.clip)
         for optimizer in trainer.optimizers:
             optimizer.step()
-    for optimizer in trainer.optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    _drop_gradients(trainer)
     return ok
 
 
-def _agree(own_loss: Tensor | None, stop: bool, device: torch.device) -> tuple[float, bool]:
-    """The mean over those ranks that have a loss, and whether any rank wants to stop: all leave at the same step."""
-    has = own_loss is not None
-    mine = torch.tensor([0.0, has, stop], device=device)
-    if has:
+def _drop_gradients(trainer: Trainer) -> None:
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _agree(own_loss: Tensor | None, norm: Tensor, stop: bool, *, may_overflow: bool) -> tuple[float, int, int]:
+    """The mean over those ranks that have a loss, how many ranks want to stop (all leave at the same step), and how
+    many have a loss or a gradient that is not finite."""
+    mine = torch.tensor([0.0, own_loss is not None, stop, 0.0], device=norm.device)
+    if own_loss is not None:
         mine[0] = own_loss
+    mine[3] = ~(mine[0] if may_overflow else mine[0] + norm).isfinite()
     dist.all_reduce(mine)
-    total, count, stops = mine.tolist()
-    return total / count, stops > 0
+    total, count, stops, bad = mine.tolist()
+    return total / count, int(stops), int(bad)
 
 
 def _resume(trainer: Trainer) -> int:
@@ -168,26 +215,27 @@ def _resume(trainer: Trainer) -> int:
     return (trainer.checkpointer.restore(trainer.state()) or 0) if trainer.checkpointer else 0
 
 
+def _go_back(trainer: Trainer, before: int) -> int:
+    """Restore all but the place in the data from a checkpoint older than that step: training goes on after what led
+    astray. Gives the checkpoint's step."""
+    assert trainer.checkpointer is not None, "the monitor was told so"
+    state = {name: part for name, part in trainer.state().items() if name != "stream"}
+    step = trainer.checkpointer.restore(state, before=before)
+    trainer.monitor.returned(step)
+    assert step is not None, "the monitor ends the attempt otherwise"
+    return step
+
+
 def _keep(trainer: Trainer, facts: Facts) -> None:
+    """Save. Replicas that train alone meet first: one of them stands for all."""
+    outer = trainer.layout.outer
+    if outer and not outer.has_met(facts.step):
+        outer.meet()
     if trainer.checkpointer:
+        began = time.perf_counter()
         trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
+        trainer.monitor.after_keep(facts.step, time.perf_counter() - began)
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _report(trainer: Trainer, facts: Facts) -> None:
-    """From rank 0, under the standard metric names."""
-    if dist.get_rank() == 0:
-        rates = {f"{what}_per_s": amount / facts.step_time_s for what, amount in trainer.per_step.items()}
-        phalanx.report(
-            step=facts.step,
-            total_steps=trainer.train.steps,
-            loss=facts.loss,
-            grad_norm=facts.grad_norm,
-            lr=facts.lr,
-            step_time_s=facts.step_time_s,
-            data_wait_s=facts.data_wait_s,
-            **rates,
-        )

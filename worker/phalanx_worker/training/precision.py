@@ -1,4 +1,4 @@
-"""Number formats: autocast, FSDP's mixed precision, FP8 layers, and the loss scale that fp16 needs.
+"""Number formats: autocast, FSDP's mixed precision, and the loss scale that fp16 needs.
 
 Owns what a device can do. It refuses to know which layout is trained.
 """
@@ -13,19 +13,13 @@ from phalanx.recipes.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8: products only, the rest is bf16
-FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores (Ada): NVIDIA, CUDA C++ Programming Guide, table 27
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_device(precision: Precision, device: torch.device) -> None:
     """Raises RecipeError for a format that the device does not have."""
-    if precision.compute == "fp8" and not _has_fp8(device):
-        text = "= 'fp8', but this device has no FP8 products (they need an H100, an L4 or newer); use bf16"
-        raise RecipeError("precision.compute", text)
-
-
-def _has_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    if precision.compute == "fp8":
+        raise RecipeError("precision.compute", "= 'fp8' is not built yet; use bf16")
 
 
 def use_autocast(module: nn.Module, precision: Precision, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Infrequent synchronisation: replicas train alone and meet every so many steps (DiLoCo, Douillard et al. 2023,
 arXiv:2311.08105, algorithm 1; local SGD is its special case).
 
-Owns the common parameters and the outer momentum. Each rank keeps those of the part of the model that it holds.
+Owns the common parameters and the outer momentum. Each rank keeps those of the part of the model that it holds. The
+replicas' own optimizers differ; a checkpoint holds one replica's, which all go on from.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ class Outer:
 
     def after(self, step: int) -> None:
         """To be called by all replicas after each inner step."""
-        if step % self._every == 0:
+        if self.has_met(step):
             self.meet()
+
+    def has_met(self, step: int) -> bool:
+        """Whether the replicas meet after this step."""
+        return step % self._every == 0
 
     @torch.no_grad()
     def meet(self) -> None:

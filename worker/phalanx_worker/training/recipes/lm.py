@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from phalanx.recipes.lm import LmConfig, LmModel
 from phalanx.recipes.parse import RecipeError
 from torch import Tensor, nn
 
 from phalanx_worker.training import precision
+from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.opening import vocab_size
 from phalanx_worker.training.data.stream import open_stream
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
+from phalanx_worker.training.metrics.work import count_work
 from phalanx_worker.training.models.transformer import Transformer, split, start
 from phalanx_worker.training.parallel.layout import lay_out
 from phalanx_worker.training.parallel.tensor import transformer_plan
@@ -46,20 +49,22 @@ def make(
     batches: Iterator[Batch] | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> Trainer:
-    """The trainer of this rank, on the data that `config` (placed) names or on the given parts of the global batches.
-    Raises RecipeError."""
+    """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
+    (`batches`: its parts of the global batches). Raises RecipeError."""
     precision.check_device(config.precision, world.device)
-    layout = lay_out(
-        lm_task(config.model), world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate
-    )
+    task = lm_task(config.model)
+    layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
+    global_batch = torch.empty(config.train.global_batch, config.data.seq_len + 1, dtype=torch.int64, device="meta")
     return Trainer(
         layout=layout,
         batches=batches or _open(config, world),
         train=config.train,
         optim=config.optim,
         precision=config.precision,
-        checkpointer=checkpointer,
+        checkpointer=checkpointer or open_checkpointer(config.checkpoint),
+        checkpoint_every=config.checkpoint.every_steps,
         per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
+        work=partial(count_work, task, {"tokens": global_batch}),
     )
 
 

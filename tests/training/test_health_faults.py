@@ -1,0 +1,189 @@
+"""Faults put into real trainings on two ranks, and what is made of them."""
+
+import itertools
+import math
+
+import pytest
+from fault_gang import case, outcomes
+
+BLAMELESS = {"straggler": "off"}  # the machine of the tests is shared: ranks are slow for other reasons
+FLIPPED_HIGH = {"flip": {"batches": [6], "ranks": [1], "bit": 30}}
+FLIPPED_LOW = {"flip": {"batches": [6], "ranks": [1], "bit": 3}}
+
+CASES = {
+    "transient": case(health=BLAMELESS, faults={"gradient": {"batches": [5], "ranks": [1], "tries": 1}}),
+    "skipped": case(health=BLAMELESS, faults={"gradient": {"batches": [5, 6], "ranks": [1]}}),
+    "nan_loss": case(health=BLAMELESS, faults={"loss": {"batches": [5], "ranks": [1], "factor": "nan"}}),
+    "nan_warn": case(
+        health={**BLAMELESS, "nan": {"action": "warn"}},
+        faults={"gradient": {"batches": [22], "ranks": [1]}},
+    ),
+    "too_many": case(
+        health={**BLAMELESS, "nan": {"most": 2}}, faults={"gradient": {"batches": [8, 9, 10]}}, keeps_every=5
+    ),
+    "too_many_with_files": case(
+        health={**BLAMELESS, "nan": {"most": 2}},
+        faults={"gradient": {"batches": [8, 9, 10]}},
+        keeps_every=5,
+        to_files=True,
+    ),
+    "stopped": case(health={**BLAMELESS, "nan": {"action": "stop"}}, faults={"gradient": {"batches": [5]}}),
+    "no_checkpoints": case(
+        health={**BLAMELESS, "nan": {"action": "rollback"}}, faults={"gradient": {"batches": [5]}}, keeps_every=None
+    ),
+    "hopeless": case(
+        health={**BLAMELESS, "nan": {"action": "rollback"}},
+        faults={"gradient": {"batches": list(range(8, 99))}},
+        keeps_every=5,
+    ),
+    "spike": case(health=BLAMELESS, faults={"loss": {"batches": [15, 16], "factor": 9}}),
+    "spike_skipped": case(
+        health={**BLAMELESS, "spike": {"action": "skip"}}, faults={"loss": {"batches": [15], "factor": 9}}
+    ),
+    "diverged": case(
+        health={**BLAMELESS, "spike": "off", "divergence": {"action": "rollback", "steps": 2}},
+        faults={"loss": {"batches": list(range(12, 26)), "factor": 9}},
+        keeps_every=5,
+    ),
+    "flip_named": case(health={**BLAMELESS, "corruption": {"action": "warn", "every": 4}}, faults=FLIPPED_HIGH),
+    "flip_unnamed": case(health={**BLAMELESS, "corruption": {"action": "restart", "every": 4}}, faults=FLIPPED_LOW),
+    "flip_healed": case(
+        health={**BLAMELESS, "corruption": {"action": "rollback", "every": 4}}, faults=FLIPPED_LOW, keeps_every=5
+    ),
+    "flip_not_kept": case(health={**BLAMELESS, "corruption": "warn"}, faults=FLIPPED_LOW, keeps_every=5),
+    "slow": case(
+        health={"straggler": {"action": "warn", "window": 8, "factor": 2.0}},
+        faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return outcomes({name: _job_file(given) for name, given in CASES.items()}, ranks=2)
+
+
+def _job_file(given):
+    """`nan: stop` as the server writes it out."""
+    health = {name: {"action": of} if isinstance(of, str) else of for name, of in given["health"].items()}
+    return {**given, "health": health}
+
+
+def told(outcome):
+    """Check and action of everything that was told, of the whole job."""
+    return [(mark["check"], mark["action"]) for rank in outcome for mark in rank["marks"]]
+
+
+def test_a_gradient_that_is_nan_once_is_computed_again_and_applied(seen):
+    outcome = seen["transient"]
+    assert told(outcome) == [("corruption", "warn")]
+    assert "step 5 came out differently" in outcome[0]["marks"][0]["message"]
+    assert all(outcome[0]["updated"])
+    assert math.isfinite(outcome[0]["losses"][-1])
+
+
+def test_a_gradient_that_stays_nan_is_skipped_on_every_rank_and_told_once(seen):
+    outcome = seen["skipped"]
+    assert told(outcome) == [("nan", "skip")]
+    assert outcome[0]["marks"][0]["message"] == "the gradient of step 5 is not finite"
+    for rank in outcome:
+        assert [step for step, updated in zip(rank["steps"], rank["updated"], strict=True) if not updated] == [5, 6]
+    assert math.isfinite(outcome[0]["losses"][-1])
+
+
+def test_a_loss_that_is_nan_on_one_rank_names_it(seen):
+    mark = seen["nan_loss"][0]["marks"][0]
+    assert (mark["check"], mark["blamed"], mark["step"]) == ("nan", 1, 5)
+
+
+def test_with_warn_the_update_is_applied_and_the_run_is_lost(seen):
+    outcome = seen["nan_warn"]
+    assert told(outcome)[0] == ("nan", "warn")
+    assert all(outcome[0]["updated"])
+    assert math.isnan(outcome[0]["losses"][-1])
+
+
+@pytest.mark.parametrize("name", ["too_many", "too_many_with_files"])
+def test_after_too_many_skipped_steps_training_goes_back_and_on_with_later_data(seen, name):
+    outcome = seen[name]
+    assert told(outcome) == [("nan", "skip"), ("nan", "rollback")]
+    assert outcome[0]["steps"][7:12] == [8, 9, 10, 6, 7]
+    assert outcome[0]["losses"][10:] == outcome[1]["losses"][10:]
+    assert math.isfinite(outcome[0]["losses"][-1]) and outcome[0]["steps"][-1] == 24
+    assert outcome[0]["reports"][-1]["lost_s"] > 0
+
+
+def test_stop_ends_every_rank_and_says_why(seen):
+    outcome = seen["stopped"]
+    assert [rank["ended"] for rank in outcome] == ["the gradient of step 5 is not finite: stop"] * 2
+    assert told(outcome) == [("nan", "stop")]
+
+
+def test_without_checkpoints_a_rollback_is_a_restart(seen):
+    assert told(seen["no_checkpoints"]) == [("nan", "restart")]
+    assert all(rank["ended"] for rank in seen["no_checkpoints"])
+
+
+def test_what_no_rollback_cures_is_stopped(seen):
+    outcome = seen["hopeless"]
+    assert told(outcome) == [("nan", "rollback")] * 5 + [("nan", "stop")]
+    assert all(rank["ended"] for rank in outcome)
+
+
+def test_a_spike_is_told_once_while_it_lasts(seen):
+    outcome = seen["spike"]
+    assert told(outcome) == [("spike", "warn")]
+    assert outcome[0]["marks"][0]["step"] == 15
+    assert all(outcome[0]["updated"])
+
+
+def test_a_batch_with_a_spike_can_be_skipped(seen):
+    outcome = seen["spike_skipped"]
+    assert told(outcome) == [("spike", "skip")]
+    assert [step for step, updated in zip(outcome[0]["steps"], outcome[0]["updated"], strict=True) if not updated] == [
+        15
+    ]
+
+
+def test_a_divergence_goes_back_to_before_it_began(seen):
+    outcome = seen["diverged"]
+    assert told(outcome)[0] == ("divergence", "rollback")
+    steps = outcome[0]["steps"]
+    back = next(after for before, after in itertools.pairwise(steps) if after <= before)
+    assert back <= 16
+    assert steps[-1] == 24
+
+
+def test_a_flipped_high_bit_names_its_rank_even_of_two(seen):
+    (mark,) = [mark for mark in seen["flip_named"][0]["marks"] if mark["step"] == 8]
+    assert (mark["check"], mark["blamed"]) == ("corruption", 1)
+    assert "on rank 1" in mark["message"]
+
+
+def test_a_flipped_low_bit_on_one_of_two_ranks_ends_the_attempt_without_blame(seen):
+    outcome = seen["flip_unnamed"]
+    assert told(outcome) == [("corruption", "restart")]
+    assert outcome[0]["marks"][0]["blamed"] is None
+    assert "one is wrong" in outcome[0]["marks"][0]["message"]
+
+
+def test_a_flipped_bit_is_healed_by_going_back(seen):
+    outcome = seen["flip_healed"]
+    assert told(outcome) == [("corruption", "rollback")]
+    assert outcome[0]["same_parameters"]
+    assert outcome[0]["steps"][7:10] == [8, 6, 7]
+
+
+def test_replicas_are_compared_before_every_checkpoint(seen):
+    assert seen["flip_not_kept"][0]["marks"][0]["step"] == 10
+
+
+def test_a_slow_rank_is_named_once(seen):
+    outcome = seen["slow"]
+    assert told(outcome) == [("straggler", "warn")]
+    assert outcome[0]["marks"][0]["blamed"] == 1
+    assert "times the median" in outcome[0]["marks"][0]["message"]
+
+
+def test_a_rollback_is_the_same_from_memory_and_from_files(seen):
+    assert seen["too_many"][0]["losses"][10:] == seen["too_many_with_files"][0]["losses"][10:]

@@ -1,0 +1,139 @@
+"""When a run of numbers is sick: pure rules, one small object or function each.
+
+They own what they remember of past steps. They refuse to know ranks, torch, and what is done about a finding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+FIRST_LOSSES = 8  # fewer say nothing about what is usual
+LEAST_DEVIATION = 1e-3  # of the median: losses that hardly move are no measure of what a spike is
+SMOOTH_STEPS = 32  # of the median that divergence goes by
+
+
+class Spikes:
+    """A loss over the median of the last `window` ones by more than `factor` times their median absolute deviation
+    (MAD; Hampel 1974, JASA 69, 383-393)."""
+
+    def __init__(self, *, factor: float, window: int) -> None:
+        self._factor = factor
+        self._losses: deque[float] = deque(maxlen=window)
+        self._every = max(1, window // 8)  # steps between looks at the whole window: it changes slowly
+        self._new = 0
+        self.limit = float("inf")  # the largest loss that is no spike now; infinite as long as too few are known
+
+    def _limit(self) -> float:
+        if len(self._losses) < FIRST_LOSSES:
+            return float("inf")
+        middle = _median(self._losses)
+        deviation = _median([abs(loss - middle) for loss in self._losses])
+        return middle + self._factor * max(deviation, LEAST_DEVIATION * abs(middle))
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether this finite loss is one. It is not remembered."""
+        return loss > self.limit
+
+    def remember(self, loss: float) -> None:
+        if not isfinite(loss):
+            return
+        self._losses.append(loss)
+        self._new += 1
+        if self._new >= self._every:
+            self.limit, self._new = self._limit(), 0
+
+
+class Divergence:
+    """A smoothed loss (the median of the last 32) that stays over `factor` times its lowest value for `steps` steps."""
+
+    def __init__(self, *, factor: float, steps: int) -> None:
+        self._factor, self._steps = factor, steps
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._recent: deque[float] = deque(maxlen=SMOOTH_STEPS)
+        self.lowest = float("inf")
+        self.over = 0  # steps in a row
+
+    def remember(self, loss: float) -> bool:
+        """Takes the next loss; whether training has diverged by now."""
+        if not isfinite(loss):
+            return False
+        self._recent.append(loss)
+        if len(self._recent) < FIRST_LOSSES:
+            return False
+        smooth = _median(self._recent)
+        self.over = self.over + 1 if smooth > self._limit else 0
+        self.lowest = min(self.lowest, smooth)
+        return self.over >= self._steps
+
+    @property
+    def steps_since(self) -> int:
+        """How many steps ago it began, the last one included: the median turns half its window later than the loss."""
+        return self.over + len(self._recent) // 2
+
+    @property
+    def _limit(self) -> float:
+        return self.lowest + (self._factor - 1) * abs(self.lowest)  # also right for losses below 0
+
+
+class Edge:
+    """Tells a condition once when it begins, and again only after it was over."""
+
+    def __init__(self) -> None:
+        self._held: object = None
+
+    def begins(self, what: object) -> bool:
+        """`what` holds now; None or False where nothing does."""
+        new = bool(what) and what != self._held
+        self._held = what
+        return new
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Replicas that do not have what most have. `members` are suspects: the ones to blame where `decided`, all that
+    differ from each other where there is no majority."""
+
+    members: tuple[int, ...]
+    decided: bool
+
+
+def odd_ones(values: Sequence[object]) -> Odd | None:
+    """Which of the replicas' values differ from those of more than half of them; None where all are alike."""
+    if len(set(values)) <= 1:
+        return None
+    ((common, count),) = Counter(values).most_common(1)
+    if 2 * count > len(values):
+        return Odd(tuple(i for i, value in enumerate(values) if value != common), decided=True)
+    return Odd(tuple(range(len(values))), decided=False)
+
+
+def farthest_out(values: Sequence[float], *, usual: float, factor: float = 100.0) -> int | None:
+    """Which of differing values is out of all proportion: not finite, or more than `factor` times the `usual`
+    magnitude, when no other is. None where that cannot be said."""
+    out = [i for i, value in enumerate(values) if not isfinite(value) or abs(value) > factor * usual]
+    return out[0] if len(out) == 1 else None
+
+
+def slow_rank(work_s: Mapping[int, float] | Sequence[float], *, factor: float) -> tuple[int, float] | None:
+    """The rank whose own work takes longest and how many times the median of all, where that is `factor` or more. Of
+    two ranks the median is the faster one."""
+    times = list(work_s.values() if isinstance(work_s, Mapping) else work_s)
+    if len(times) < 2:
+        return None
+    usual = sorted(times)[(len(times) - 1) // 2]
+    slowest = max(range(len(times)), key=times.__getitem__)
+    ratio = times[slowest] / usual if usual > 0 else 1.0
+    return (slowest, ratio) if ratio >= factor else None
+
+
+def _median(values: Iterable[float]) -> float:
+    """As `statistics.median`, at a third of its time: this one is taken in every step."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

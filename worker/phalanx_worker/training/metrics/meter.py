@@ -1,0 +1,129 @@
+"""Splits the time of every step, and now and then compares the ranks.
+
+Owns the window of steps that is averaged, and when it ends: after about two seconds, at the same step on every rank.
+What is told, and where, is the monitor's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from phalanx_worker.training.metrics.spread import Spread, Times, gather
+from phalanx_worker.training.metrics.totals import Totals
+from phalanx_worker.training.metrics.waits import Waits
+
+WINDOW_S = 2.0  # how much training one comparison covers, as far as the steps' lengths allow
+
+
+class StepTimes(Protocol):
+    """Of a step that is over, without what came after it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def step_time_s(self) -> float: ...
+    @property
+    def data_wait_s(self) -> float: ...
+    @property
+    def updated(self) -> bool: ...
+
+
+@dataclass
+class _Step:
+    """One step from its beginning to the next one's."""
+
+    step_s: float
+    data_wait_s: float
+    comm_s: Callable[[], float]
+    checkpoint_s: float = 0.0
+    whole_s: float = 0.0
+
+    def times(self) -> Times:
+        comm_s = self.comm_s()
+        return Times(
+            step_time_s=self.whole_s,
+            compute_s=max(0.0, self.step_s - self.data_wait_s - comm_s),
+            comm_s=comm_s,
+            data_wait_s=self.data_wait_s,
+            checkpoint_s=self.checkpoint_s,
+            other_s=max(0.0, self.whole_s - self.step_s - self.checkpoint_s),
+        )
+
+
+class Meter:
+    """Call `before_step`, `after_step` and, where a checkpoint was made, `after_keep`, in this order in every step.
+
+    `last` is the split of the last whole step and `spread` of all ranks over the last window; None before there is one.
+    """
+
+    def __init__(self, device: torch.device, *, longest_window: int) -> None:
+        self.waits = Waits(device)
+        self.totals = Totals()
+        self.last: Times | None = None
+        self.spread: Spread | None = None
+        self._device = device
+        self._longest = longest_window
+        self._began = 0.0
+        self._step: _Step | None = None
+        self._window: list[Times] = []
+        self._due = 1  # steps until ranks are compared
+
+    def before_step(self) -> Spread | None:
+        """A step begins, and so the one before it is over. Gives everyone's times where a window has ended."""
+        now = time.perf_counter()
+        if self._step is not None:
+            self._step.whole_s = now - self._began
+            self._take(self._step)
+        self._began, self._step = now, None
+        return self._compare() if len(self._window) >= self._due else None
+
+    def after_step(self, facts: StepTimes) -> None:
+        """Its update is done, or was refused."""
+        self._step = _Step(facts.step_time_s, facts.data_wait_s, self.waits.took())
+        self.totals.step(
+            work_s=facts.step_time_s - facts.data_wait_s, data_wait_s=facts.data_wait_s, counts=facts.updated
+        )
+
+    def split(self) -> Times:
+        """Of the step that `after_step` was told of last, as far as it has come."""
+        return self._step.times() if self._step is not None else Times()
+
+    def after_keep(self, step: int, stall_s: float) -> None:
+        """A checkpoint was made and held training up for so long."""
+        self.totals.kept(step, stall_s)
+        if self._step is not None:
+            self._step.checkpoint_s += stall_s
+
+    def _take(self, step: _Step) -> None:
+        self.last = step.times()
+        self._window.append(self.last)
+
+    def _compare(self) -> Spread:
+        own = replace(_mean(self._window), **_gpu(self._device))
+        self.spread = gather(own, steps=len(self._window), device=self._device)
+        self._window = []
+        self.waits.took()  # the comparison's own wait belongs to no step
+        wanted = WINDOW_S / max(self.spread.step_time_s, 1e-6)
+        self._due = max(1, min(self._longest, round(wanted)))
+        return self.spread
+
+
+def _mean(window: list[Times]) -> Times:
+    count = len(window)
+    return Times(*(sum(column) / count for column in zip(*(vars(times).values() for times in window), strict=True)))
+
+
+def _gpu(device: torch.device) -> dict[str, float]:
+    """Of this rank's GPU, where it has one: the share of time that it was busy, and the most memory that was taken."""
+    if device.type != "cuda":
+        return {}
+    told: dict[str, float] = {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(device))}
+    with suppress(ImportError, RuntimeError):  # no NVML here
+        told["gpu_utilization"] = torch.cuda.utilization(device) / 100
+    return told
