@@ -53,6 +53,12 @@ class Batches:
         generator = torch.Generator().manual_seed(self.step)
         return {name: whole[self.own] for name, whole in batch_of(self.recipe, self.config, generator).items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
 
 def batch_of(recipe: str, config: Any, generator: Any) -> dict[str, Any]:
     """A global batch from the generator."""
@@ -147,7 +153,8 @@ class AllTensors:
 
     def __exit__(self, *error: Any) -> None:
         self.tracker.__exit__(*error)
-        (of_device,) = self.tracker.get_tracker_snapshot("peak").values()
+        by_device = self.tracker.get_tracker_snapshot("peak").items()
+        (of_device,) = (sizes for device, sizes in by_device if device.type == "cpu")  # the other is meta
         self.peak = next(size for kind, size in of_device.items() if str(getattr(kind, "value", kind)) == "Total")
 
 
@@ -170,6 +177,7 @@ def run_case(recipe: str, args: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
     from phalanx.recipes.catalog import read
     from phalanx.recipes.parse import RecipeError
+    from phalanx_worker.training import monitor
     from phalanx_worker.training.loop import train
     from phalanx_worker.training.mesh import make_world, own_device
 
@@ -182,6 +190,7 @@ def run_case(recipe: str, args: dict[str, Any]) -> dict[str, Any]:
     trainer = import_module(f"phalanx_worker.training.recipes.{recipe}").make(config, world, batches=batches)
     scales = Scales(trainer)
     trainer.watchers = [scales]
+    monitor.peak_flops = lambda *_: None  # it multiplies matrices, which would be weighed too
     parameters = list(trainer.layout.parameters())
     saved = Saved({own(parameter).untyped_storage().data_ptr() for parameter in parameters})
     with saved if dist.get_world_size() > 1 else AllTensors(trainer, scales) as weighed:

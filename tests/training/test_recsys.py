@@ -1,5 +1,7 @@
 """The `recsys` recipe: it learns what a click log's generator put in, with tables on one rank or shared out."""
 
+import json
+
 import pytest
 import scipy.stats
 import torch
@@ -10,7 +12,7 @@ from phalanx_worker.training.loop import train
 from phalanx_worker.training.mesh import make_world, process_group
 from phalanx_worker.training.models.dlrm import BLOCK, products, start_rows
 from phalanx_worker.training.recipes.recsys import auc, judged, make
-from recipe_cases import DLRM, FOUR, ONE, TWO, recsys
+from recipe_cases import DLRM, FOUR, ONE, TRAIN, TWO, recsys
 from recipe_gang import trained
 from sklearn.metrics import roc_auc_score
 
@@ -30,6 +32,27 @@ def assert_as_one(ranks):
     for rank in ranks:
         assert rank["loss"] == pytest.approx(one["loss"], rel=2e-6)
         assert rank["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
+
+
+@pytest.mark.slow
+def test_shared_tables_go_on_from_a_checkpoint_on_another_number_of_ranks(tmp_path):
+    def case(steps, **sections):
+        optim = {"lr": 3e-2, "schedule": {"shape": "constant"}}
+        return recsys(optim=optim, train={**TRAIN, "steps": steps}, **sections)
+
+    kept = {"checkpoint": {"url": str(tmp_path), "asynchronous": False}}
+    (undisturbed,) = trained({"one": case(4)}, ranks=1)["one"]
+    begun = trained({"two": case(2, **kept)}, ranks=2)["two"][0]
+    (resumed,) = trained({"one": case(4, **kept)}, ranks=1)["one"]
+    assert begun["loss"] + resumed["loss"] == pytest.approx(undisturbed["loss"], rel=2e-6)
+
+
+@pytest.mark.slow
+def test_shared_tables_are_not_taken_for_replicas_that_differ(tmp_path, monkeypatch):
+    health = {"corruption": {"every": 1, "action": "stop"}}
+    monkeypatch.setenv("PHALANX_HEALTH", json.dumps(health))
+    checked = recsys(train={**TRAIN, "seed": 8})
+    assert len(trained({"two": checked}, ranks=2)["two"][0]["loss"]) == TRAIN["steps"]
 
 
 def test_each_rank_has_its_share_of_the_tables_alone():

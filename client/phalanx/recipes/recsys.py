@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Literal
 
+from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.lm import Train, check_batch
@@ -80,6 +81,7 @@ class RecsysConfig:
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-3, weight_decay=0.0))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def placed(self, world_size: int) -> RecsysConfig:

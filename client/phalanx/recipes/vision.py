@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.evaluate import Evaluate
-from phalanx.recipes.lm import Train, check_batch, check_optim
+from phalanx.recipes.lm import Train, check_batch, check_checkpoint, check_optim
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
 from phalanx.recipes.parse import RecipeError, demand
@@ -127,6 +128,7 @@ class VisionConfig:
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     optim: Optim = field(default_factory=Optim)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @property
@@ -144,6 +146,7 @@ class VisionConfig:
         _check_layout(whole)
         check_batch(whole.train, whole.parallel)
         check_optim(whole.optim, whole.parallel)
+        check_checkpoint(whole.checkpoint, whole.parallel)
         return whole
 
 

@@ -11,15 +11,17 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from phalanx.recipes.recsys import RecsysConfig
+from phalanx.recipes.recsys import TABLES, RecsysConfig
 from torch import Tensor
 
 from phalanx_worker.training import precision
+from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.source import Arranged, Order, Source
 from phalanx_worker.training.data.stream import Share, Stream
 from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
+from phalanx_worker.training.metrics.work import Work
 from phalanx_worker.training.models.dlrm import Dense, Tables, start_dense
 from phalanx_worker.training.parallel.tables import TablesLayout, share_out
 
@@ -33,8 +35,8 @@ def make(
     batches: Iterator[Batch] | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> Trainer:
-    """The trainer of this rank, on the data that `config` (placed) names or on the given parts of the global batches;
-    with these there is no evaluation. Raises RecipeError."""
+    """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
+    (`batches`: its parts of the global batches; then there is no evaluation). Raises RecipeError."""
     precision.check_device(config.precision, world.device)
     layout = _lay_out(config, world)
     watchers = []
@@ -49,9 +51,19 @@ def make(
         optim=config.optim,
         precision=config.precision,
         watchers=watchers,
-        checkpointer=checkpointer,
+        checkpointer=checkpointer or open_checkpointer(config.checkpoint),
+        checkpoint_every=config.checkpoint.every_steps,
         per_step={"samples": config.train.global_batch},
+        work=partial(_count_work, config),
     )
+
+
+def _count_work(config: RecsysConfig) -> Work:
+    """A multiply and an add per weight and sample, forward and twice that backward; and the products of all pairs, of
+    which each is computed twice."""
+    model = config.model
+    per_sample = 6 * (model.dense_parameters + (TABLES + 1) ** 2 * model.dim)
+    return Work(model.dense_parameters + model.table_parameters, float(config.train.global_batch * per_sample))
 
 
 def _lay_out(config: RecsysConfig, world: World) -> TablesLayout:

@@ -23,12 +23,14 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from phalanx_worker.training import precision
+from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.augment import Augmented, Plain
 from phalanx_worker.training.data.source import Arranged, Order, Source
 from phalanx_worker.training.data.stream import Share, Stream
 from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
+from phalanx_worker.training.metrics.work import count_work
 from phalanx_worker.training.models import resnet, vit
 from phalanx_worker.training.parallel.layout import Layout, lay_out
 from phalanx_worker.training.parallel.tensor import SEQUENCE
@@ -57,8 +59,8 @@ def make(
     batches: Iterator[Batch] | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> Trainer:
-    """The trainer of this rank, on the data that `config` (placed) names or on the given parts of the global batches;
-    with these there is no evaluation. Raises RecipeError."""
+    """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
+    (`batches`: its parts of the global batches; then there is no evaluation). Raises RecipeError."""
     precision.check_device(config.precision, world.device)
     task = vision_task(config.model, config.picture)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
@@ -74,9 +76,19 @@ def make(
         optim=config.optim,
         precision=config.precision,
         watchers=watchers,
-        checkpointer=checkpointer,
+        checkpointer=checkpointer or open_checkpointer(config.checkpoint),
+        checkpoint_every=config.checkpoint.every_steps,
         per_step={"samples": config.train.global_batch},
+        work=partial(count_work, task, _global_batch(config)),
     )
+
+
+def _global_batch(config: VisionConfig) -> Batch:
+    """Its shapes and types alone."""
+    count, picture = config.train.global_batch, config.picture
+    with torch.device("meta"):
+        image = torch.empty(count, picture.channels, picture.size, picture.size)
+        return {"image": image, "label": torch.empty(count, dtype=torch.int64)}
 
 
 def _stream(config: VisionConfig, world: World, source: Source) -> Stream:
