@@ -69,7 +69,7 @@ def test_a_training_goes_on_from_its_checkpoint_with_other_ranks(text, capsys, t
     ("words", "said"),
     [
         (["lm", "{}"], "phalanx: data is missing; it has no default"),
-        (["ml"], "phalanx: usage: python -m phalanx_worker.training.main {lm} [JSON] [KEY=VALUE ...]"),
+        (["ml"], "phalanx: usage: python -m phalanx_worker.training.main {lm,vision,recsys} [JSON] [KEY=VALUE ...]"),
         (["lm", '{"model":'], "phalanx: the arguments are not JSON: Expecting value: line 1 column 10 (char 9)"),
         (
             ["lm", "DATA", "parallel.tensor=3"],

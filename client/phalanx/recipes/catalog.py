@@ -10,10 +10,12 @@ from typing import Any
 
 from phalanx.recipes.lm import LmConfig
 from phalanx.recipes.parse import RecipeError, parse
+from phalanx.recipes.recsys import RecsysConfig
+from phalanx.recipes.vision import VisionConfig
 
-Config = LmConfig
+Config = LmConfig | VisionConfig | RecsysConfig
 
-CONFIGS: Mapping[str, type[Config]] = {"lm": LmConfig}
+CONFIGS: Mapping[str, type[Config]] = {"lm": LmConfig, "vision": VisionConfig, "recsys": RecsysConfig}
 """By the name in the job file, `run: {recipe: NAME}`."""
 
 MODULE = "phalanx_worker.training.main"

@@ -22,7 +22,7 @@ from phalanx.recipes.parse import RecipeError, parse
 from phalanx_worker.training.loop import Facts, train
 from phalanx_worker.training.mesh import make_world, own_device, process_group
 
-RECIPES = ("lm",)
+RECIPES = ("lm", "vision", "recsys")
 USAGE = f"usage: python -m phalanx_worker.training.main {{{','.join(RECIPES)}}} [JSON] [KEY=VALUE ...]"
 
 

@@ -39,6 +39,18 @@ class Difference:
         return f"the parameters of {whose} differ from the other replicas' after step {step}{self.where}"
 
 
+def replicated(named: Named) -> Named:
+    """Those of them that replicas have copies of; embedding tables are shared out over replicas instead."""
+    return [(name, parameter) for name, parameter in named if not _is_shared_out(parameter)]
+
+
+def _is_shared_out(parameter: Tensor) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    axes = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
+    return any(axis == "replicas" and placement.is_shard() for axis, placement in axes)
+
+
 @torch.no_grad()
 def checksums(named: Named) -> Tensor:
     """The sum of the bit patterns of each parameter, int64 (parameters,), wrapping: any one flipped bit changes it."""

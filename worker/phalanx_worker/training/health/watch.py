@@ -192,7 +192,7 @@ class Watch:
             return
         self._compare_due = False
         named = [named for module in self._modules for named in module.named_parameters()]
-        difference = checksums.compare(named, self._replicas)
+        difference = checksums.compare(checksums.replicated(named), self._replicas)
         if difference is None:
             return
         if not difference.decided:

@@ -1,0 +1,24 @@
+"""When a recipe tries its model on samples that it is not trained on, and which. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.recipes.parse import demand
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Every `every` steps, and after the last, the model is tried on samples that it is not trained on: those of
+    `paths`, or else a `share` of the data that is kept back (0: none, and no evaluation). `batch` is in samples over
+    all ranks, rounded up to a multiple of the data-parallel ones; 0: as many as a training step takes."""
+
+    every: int = 500
+    share: float = 0.1
+    paths: tuple[str, ...] = ()
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        demand(self.every >= 1, "every", self.every, "is not positive; use 1 or more steps")
+        demand(0 <= self.share < 1, "share", self.share, "is a share; use a number in [0, 1)")
+        demand(self.batch >= 0, "batch", self.batch, "is negative; use 0 or more")

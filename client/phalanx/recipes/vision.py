@@ -1,0 +1,171 @@
+"""The `vision` recipe's whole configuration: a classifier of pictures, ViT or ResNet. Standard library only.
+
+Owns the models' sizes, how pictures are changed on the way in, and what these demand of a layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from phalanx.recipes.checkpoint import CheckpointConfig
+from phalanx.recipes.data import DataConfig
+from phalanx.recipes.evaluate import Evaluate
+from phalanx.recipes.lm import Train, check_batch, check_checkpoint, check_optim
+from phalanx.recipes.optim import Optim
+from phalanx.recipes.parallel import Parallel, divisors
+from phalanx.recipes.parse import RecipeError, demand
+from phalanx.recipes.precision import Precision
+
+DIGITS_SIZE = 8  # pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a model is given: `channels` × `size` × `size` numbers."""
+
+    channels: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Vit:
+    """`layers` blocks of attention (`heads`) and a GELU layer of width `hidden` (0: four times `width`), over squares
+    of `patch` × `patch` pixels. The defaults are ViT-S/16."""
+
+    patch: int = 16
+    layers: int = 12
+    width: int = 384
+    heads: int = 6
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("patch", "layers", "width", "heads"):
+            demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
+        text = f"does not divide width = {self.width}; use {divisors(self.width)}"
+        demand(self.width % self.heads == 0, "heads", self.heads, text)
+
+    @property
+    def feed_width(self) -> int:
+        """Inner width of the GELU layers."""
+        return self.hidden or 4 * self.width
+
+    def patches(self, picture: Picture) -> int:
+        """Squares per picture."""
+        return (picture.size // self.patch) ** 2
+
+    def parameters(self, picture: Picture, classes: int) -> int:
+        """How many there are."""
+        width, feed = self.width, self.feed_width
+        block = 4 * width * width + 4 * width + 2 * width * feed + feed + width + 4 * width
+        ends = (picture.channels * self.patch**2 + 1) * width + self.patches(picture) * width
+        return self.layers * block + ends + 2 * width + (width + 1) * classes
+
+
+@dataclass(frozen=True)
+class Resnet:
+    """Residual blocks of convolutions: `depths` blocks per stage, each stage with half the pixels and twice the
+    channels of the one before; the first has `width`. `bottleneck` blocks are three convolutions that give four times
+    as many channels. The defaults are ResNet-18, [3, 4, 6, 3] with `bottleneck` ResNet-50. `groups` share their
+    statistics in the norms."""
+
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    width: int = 64
+    bottleneck: bool = False
+    groups: int = 32
+
+    def __post_init__(self) -> None:
+        good = bool(self.depths) and min(self.depths) >= 1
+        demand(good, "depths", self.depths, "is not a list of positive numbers; use [2, 2, 2, 2]")
+        text = f"is not a multiple of groups = {self.groups}; use one, or fewer groups"
+        demand(self.groups >= 1, "groups", self.groups, "is not positive; use 1 or more")
+        demand(self.width >= 1 and self.width % self.groups == 0, "width", self.width, text)
+
+    @property
+    def expansion(self) -> int:
+        """Channels that a block gives, per channel that it computes in."""
+        return 4 if self.bottleneck else 1
+
+
+@dataclass(frozen=True)
+class VisionModel:
+    """`kind` says which of the two sections counts. `classes` has to be more than the largest label."""
+
+    kind: Literal["vit", "resnet"] = "vit"
+    classes: int = 10
+    vit: Vit = field(default_factory=Vit)
+    resnet: Resnet = field(default_factory=Resnet)
+
+    def __post_init__(self) -> None:
+        demand(self.classes >= 2, "classes", self.classes, "leaves nothing to tell apart; use 2 or more")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Changes of each training picture, drawn anew every epoch. `resized` cuts out a part of at least `min_area` and
+    scales it to the full size (Szegedy et al. 2015, arXiv:1409.4842); `shift` moves the picture by at most `shift`
+    pixels; then half of the pictures are mirrored where `flip`."""
+
+    crop: Literal["none", "resized", "shift"] = "resized"
+    min_area: float = 0.25
+    shift: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        demand(0 < self.min_area <= 1, "min_area", self.min_area, "is a share; use a number in (0, 1]")
+        demand(self.shift >= 0, "shift", self.shift, "is negative; use 0 or more pixels")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """What `run: {recipe: vision, args: …}` holds. `device` auto is a GPU where every rank of the node has one."""
+
+    data: DataConfig
+    model: VisionModel = field(default_factory=VisionModel)
+    augment: Augment = field(default_factory=Augment)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    optim: Optim = field(default_factory=Optim)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def picture(self) -> Picture:
+        """What the data's pictures are brought to."""
+        digits = self.data.format == "digits"
+        return Picture(channels=1, size=DIGITS_SIZE) if digits else Picture(channels=3, size=self.data.image_size)
+
+    def placed(self, world_size: int) -> VisionConfig:
+        """The same for a gang of `world_size` ranks: `parallel.data` filled in and everything checked against it.
+        Raises `RecipeError`, whose text says which field to change to what."""
+        whole = replace(self, parallel=self.parallel.filled(world_size))
+        if whole.data.format not in ("images", "tar", "digits"):
+            raise RecipeError("data.format", f"= {whole.data.format!r} has no pictures; use images, tar or digits")
+        _check_layout(whole)
+        check_batch(whole.train, whole.parallel)
+        check_optim(whole.optim, whole.parallel)
+        check_checkpoint(whole.checkpoint, whole.parallel)
+        return whole
+
+
+def _check_layout(config: VisionConfig) -> None:
+    model, parallel = config.model, config.parallel
+    for axis in ("pipeline", "context"):
+        if getattr(parallel, axis) > 1:
+            raise RecipeError(f"parallel.{axis}", f"= {getattr(parallel, axis)}: vision has no such layout; use 1")
+    if model.kind == "resnet" and parallel.tensor > 1:
+        raise RecipeError("parallel.tensor", f"= {parallel.tensor}: convolutions are not cut; use 1, and shard or data")
+    if model.kind == "vit":
+        _check_vit(model.vit, config.picture, parallel.tensor)
+
+
+def _check_vit(vit: Vit, picture: Picture, tensor: int) -> None:
+    if picture.size % vit.patch:
+        text = f"= {vit.patch} does not divide the pictures' {picture.size} pixels; use {divisors(picture.size)}"
+        raise RecipeError("model.vit.patch", text)
+    pieces = {"heads": vit.heads, "feed_width": vit.feed_width, "patches": vit.patches(picture)}
+    for name, size in pieces.items():
+        if size % tensor:
+            raise RecipeError("parallel.tensor", f"= {tensor} does not divide the ViT's {name} = {size}; use a divisor")
