@@ -360,11 +360,28 @@ class Would(Model):
 
 
 @dataclass(frozen=True)
+class MemoryOn(Model):
+    gpu_type: str
+    fits: bool = True
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Memory(Model):
+    """What each rank of a recipe is expected to need; `parts_bytes` add up to `total_bytes`."""
+
+    total_bytes: int = 0
+    parts_bytes: dict[str, int] = field(default_factory=dict)
+    on: list[MemoryOn] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class DryRun(Model):
     valid: bool
     spec: dict[str, Any] = field(default_factory=dict)
     would: Would | None = None
     warnings: list[str] = field(default_factory=list)
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)

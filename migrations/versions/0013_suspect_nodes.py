@@ -12,9 +12,7 @@ down_revision = "0012"
 branch_labels = None
 depends_on = None
 
-INDEXES = {
-    "events_node_health": "events (node_id, id) WHERE node_id IS NOT NULL AND kind IN ('health', 'node_ready')"
-}
+INDEXES = {"events_node_health": "events (node_id, id) WHERE node_id IS NOT NULL AND kind IN ('health', 'node_ready')"}
 DOWN = """
 DROP INDEX events_node_health;
 """

@@ -261,3 +261,21 @@ async def test_the_trace_context_is_kept_with_the_job(alice: httpx.AsyncClient, 
     async with world.engine.connect() as conn:
         rows = await conn.exec_driver_sql("SELECT name, traceparent FROM jobs")
         assert dict(map(tuple, rows)) == {"traced": trace, "odd": None}
+
+
+async def test_a_dry_run_of_a_recipe_says_what_memory_each_rank_needs(alice: httpx.AsyncClient, job_file: Any) -> None:
+    model = {"layers": 32, "width": 4096, "heads": 32, "vocabulary": 32_000}
+    args = {"model": model, "data": {"paths": ["/data/*.txt"], "seq_len": 2048}, "train": {"global_batch": 4}}
+    gpus = {"gpus": 4, "gpu_types": ["h100", "of-tomorrow"]}
+    large = job_file(run={"recipe": "lm", "args": args}, resources=gpus)
+    memory = (await alice.post("/v1/jobs?dry_run=true", json=large)).json()["memory"]
+    assert sum(memory["parts_bytes"].values()) == memory["total_bytes"] > 80 << 30
+    (on,) = memory["on"]
+    assert (on["gpu_type"], on["fits"]) == ("h100", False)
+    assert on["message"].startswith("does not fit on h100-80gb: needs ") and "parallel." in on["message"]
+    accepted = (await alice.post("/v1/jobs", json=large)).json()
+    assert any("does not fit on h100-80gb" in warning for warning in accepted["warnings"])
+    small = job_file(run={"recipe": "lm", "args": {"data": {"paths": ["/data/*.txt"]}}}, resources=gpus)
+    tried = (await alice.post("/v1/jobs?dry_run=true", json=small)).json()
+    assert tried["memory"]["on"][0]["fits"]
+    assert (await alice.post("/v1/jobs?dry_run=true", json=job_file())).json()["memory"] is None

@@ -18,7 +18,7 @@ from phalanx.cli import describe, failures, output, session
 from phalanx.cli.failures import FAILED, INTERRUPTED, INVALID, CommandError
 from phalanx.errors import InvalidRequest
 from phalanx.jobfile import JobFile
-from phalanx.models import ArrayStatus, DryRun, Job
+from phalanx.models import ArrayStatus, DryRun, Job, Memory
 
 if TYPE_CHECKING:
     from phalanx.client import Client
@@ -183,7 +183,16 @@ def _print_dry_run(found: DryRun, output_as: output.Format) -> None:
     elif would.hold:
         start = f"; expected to start {output.ago(would.hold.estimated_start)}" if would.hold.estimated_start else ""
         typer.echo(f"valid; it would wait: {would.hold.message or would.hold.reason} [{would.hold.reason}]{start}")
+    if found.memory:
+        _print_memory(found.memory)
     _print_warnings(found.warnings)
+
+
+def _print_memory(memory: Memory) -> None:
+    parts = [f"{name} {output.gibibytes(size)}" for name, size in memory.parts_bytes.items() if size]
+    typer.echo(f"memory of each rank: {output.gibibytes(memory.total_bytes)} ({', '.join(parts)})")
+    for each in memory.on:
+        typer.echo(f"  {each.message}")
 
 
 def _print_warnings(warnings: list[str]) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 
 from phalanx_server.actions.hardware import GIB, Hardware
+from phalanx_server.domain.memory_estimate import estimate_of
 from phalanx_server.domain.resources import Shape
 from phalanx_server.domain.spec import JobSpec, Resources
 
 
 def warnings_of(spec: JobSpec, hardware: Hardware) -> list[str]:
     """In sentences without an end, like errors."""
-    return [*_more_than_all(spec.resources, hardware), *_unshared_checkpoints(spec, hardware)]
+    return [*_more_than_all(spec.resources, hardware), *_unshared_checkpoints(spec, hardware), *_too_large(spec)]
+
+
+def _too_large(spec: JobSpec) -> list[str]:
+    """Of the GPU types that the job names: an estimate, so it is accepted."""
+    found = estimate_of(spec, ())
+    return [f"each rank {message}" for _, fits, message in found.on if not fits] if found else []
 
 
 def _more_than_all(asked: Resources, hardware: Hardware) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.actions.check_jobs import Request, check_jobs
@@ -15,10 +15,11 @@ from phalanx_server.api.deps import Services, now
 from phalanx_server.api.job_documents import Hold, too_late
 from phalanx_server.api.what_if import Outcome, hold_of, hypothetical
 from phalanx_server.domain.errors import PhalanxError
+from phalanx_server.domain.memory_estimate import estimate_of
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Hold as PlannedHold
 from phalanx_server.store import ids
-from phalanx_server.store.node_views import names_of_nodes
+from phalanx_server.store.node_views import gpu_types_of_nodes, names_of_nodes
 
 
 class WouldPlace(BaseModel):
@@ -34,11 +35,26 @@ class Would(BaseModel):
     placement: list[WouldPlace]
 
 
+class MemoryOn(BaseModel):
+    gpu_type: str
+    fits: bool
+    message: str = Field(description="In words, with what to change where it does not fit.")
+
+
+class Memory(BaseModel):
+    """What each rank of a recipe is expected to need, before it starts (docs/training.md)."""
+
+    total_bytes: int = Field(description="Of the rank that needs most.")
+    parts_bytes: dict[str, int]
+    on: list[MemoryOn] = Field(description="The job's GPU types; those of the cluster where it names none.")
+
+
 class DryRun(BaseModel):
     valid: Literal[True] = True
     spec: dict[str, Any]
     would: Would
     warnings: list[str]
+    memory: Memory | None = Field(default=None, description="Of a job that runs a recipe.")
 
 
 async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> DryRun:
@@ -53,8 +69,19 @@ async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> Dr
     outcome = await services.what_if.with_jobs([job])
     async with services.reads.connect() as conn:
         would = await _would(conn, outcome, job.id, principal)
+        gpu_types = await gpu_types_of_nodes(conn)
     late = too_late(would.hold.estimated_start if would.hold else None, spec.deadline)
-    return DryRun(spec=spec.dump(), would=would, warnings=[*checked.warnings[0], *late])
+    return DryRun(
+        spec=spec.dump(), would=would, warnings=[*checked.warnings[0], *late], memory=_memory(spec, gpu_types)
+    )
+
+
+def _memory(spec: JobSpec, gpu_types: list[str]) -> Memory | None:
+    found = estimate_of(spec, gpu_types)
+    if found is None:
+        return None
+    on = [MemoryOn(gpu_type=name, fits=fits, message=message) for name, fits, message in found.on]
+    return Memory(total_bytes=found.total_bytes, parts_bytes=found.parts, on=on)
 
 
 async def _would(conn: AsyncConnection, outcome: Outcome, job: str, principal: Principal) -> Would:

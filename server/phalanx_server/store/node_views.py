@@ -106,6 +106,12 @@ async def names_of_nodes(conn: AsyncConnection, nodes: Sequence[str]) -> dict[st
     return {row.id.hex: row.name for row in rows}
 
 
+async def gpu_types_of_nodes(conn: AsyncConnection) -> list[str]:
+    """Of live nodes with GPUs, each type once."""
+    query = text("SELECT DISTINCT gpu_type FROM nodes WHERE alive AND gpus > 0 ORDER BY gpu_type")
+    return list((await conn.execute(query)).scalars())
+
+
 async def without_shared_checkpoints(conn: AsyncConnection) -> list[str]:
     """Names of live nodes whose checkpoint directory no other node sees."""
     query = text("SELECT name FROM nodes WHERE alive AND facts->>'shared_checkpoints' = 'false' ORDER BY name LIMIT 10")
