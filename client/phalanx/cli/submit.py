@@ -189,8 +189,9 @@ def _print_dry_run(found: DryRun, output_as: output.Format) -> None:
 
 
 def _print_memory(memory: Memory) -> None:
-    parts = [f"{name} {output.gibibytes(size)}" for name, size in memory.parts_bytes.items() if size]
-    typer.echo(f"memory of each rank: {output.gibibytes(memory.total_bytes)} ({', '.join(parts)})")
+    gib = {name: f"{size / (1 << 30):.3g}" for name, size in memory.parts_bytes.items() if size}
+    parts = ", ".join(f"{name} {size}" for name, size in gib.items())
+    typer.echo(f"memory of each rank: {memory.total_bytes / (1 << 30):.3g} GiB ({parts})")
     for each in memory.on:
         typer.echo(f"  {each.message}")
 
