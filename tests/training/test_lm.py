@@ -119,3 +119,9 @@ def test_stages_in_a_row_are_the_whole_model():
         part.load_state_dict({name: value for name, value in model.state_dict().items() if name in part.state_dict()})
     tokens = torch.arange(8)[None]
     assert torch.equal(last(first(tokens)), model(tokens))
+
+
+def test_data_that_is_not_there_is_one_line(text, capsys):
+    assert main(["lm", arguments(text.with_name("nowhere.txt"))]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "nowhere.txt" in said

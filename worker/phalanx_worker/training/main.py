@@ -19,6 +19,7 @@ import phalanx
 import torch
 from phalanx.recipes.parse import RecipeError, parse
 
+from phalanx_worker.training.data.files import DataError
 from phalanx_worker.training.loop import Facts, train
 from phalanx_worker.training.mesh import make_world, own_device, process_group
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 after the last step or when asked to stop, 2 for arguments that cannot be used."""
     try:
         return run(arguments)
-    except RecipeError as error:
+    except (RecipeError, DataError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"phalanx: {error}", file=sys.stderr)
         return 2
