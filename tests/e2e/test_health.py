@@ -11,6 +11,7 @@ from typing import Any
 import phalanx
 import pytest
 
+pytestmark = pytest.mark.slow
 PATIENCE_S = 120.0
 TRAIN = """
 import os, threading, time
