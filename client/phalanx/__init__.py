@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phalanx.client import AsyncClient, Client
-    from phalanx.job import checkpoint, finished, report, should_stop
+    from phalanx.job import alive, checkpoint, finished, report, should_stop
 
 _HOMES = {
     "Client": "phalanx.client",
@@ -20,9 +20,10 @@ _HOMES = {
     "checkpoint": "phalanx.job",
     "should_stop": "phalanx.job",
     "finished": "phalanx.job",
+    "alive": "phalanx.job",
 }
 
-__all__ = ["AsyncClient", "Client", "checkpoint", "finished", "report", "should_stop"]
+__all__ = ["AsyncClient", "Client", "alive", "checkpoint", "finished", "report", "should_stop"]
 
 
 def __getattr__(name: str) -> Any:

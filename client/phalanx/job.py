@@ -66,6 +66,14 @@ def should_stop() -> bool:
     return link is not None and link.should_stop()
 
 
+def alive() -> None:
+    """Say that the job goes on although it reports no step now: in a long evaluation, say. Its node looks for hangs
+    (`health.hang` of the job file). At most every few seconds is enough."""
+    link = _link()
+    if link is not None:
+        link.mark("alive", {}, wait_s=0.0)
+
+
 def finished() -> None:
     """Say that the work is complete: if this attempt is being preempted, the job must not be started again."""
     link = _link()

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from phalanx_server.domain.attempt import EndFacts, Outcome, RankEnd, StopCause, decide_end
+from phalanx_server.domain.attempt import UNFIT_FREE, EndFacts, Outcome, RankEnd, StopCause, decide_end
 from phalanx_server.domain.job import JobState
 from phalanx_server.domain.retry import BACKOFF_MAX_S, decide_retry
 
@@ -197,6 +197,8 @@ def test_retries_back_off_twice_as_long_each_time_up_to_an_hour():
 def test_an_unfit_node_uses_up_no_retry_and_is_avoided() -> None:
     end = decide_end(EndFacts(exits=[OK, UNFIT], first_failed_rank=1, max_retries=0))
     assert (end.counts_as_failure, end.avoid_node, end.failed_rank) == (False, True, 1)
+    often = decide_end(EndFacts(exits=[OK, UNFIT], first_failed_rank=1, max_retries=0, number=UNFIT_FREE + 1))
+    assert (often.counts_as_failure, often.job_state) == (True, JobState.FAILED), "but not for ever"
 
 
 def test_of_a_hang_only_a_rank_that_is_known_to_be_behind_is_to_blame() -> None:

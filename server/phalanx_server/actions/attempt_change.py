@@ -136,6 +136,7 @@ class AttemptChange:
             cause=StopCause(cause) if cause else default_cause,
             cancel_requested=self.row.cancel_requested_at is not None,
             finished_called=self.row.finished_called,
+            number=self.row.number,
             failures=self.row.failures,
             max_retries=retries["max"],
             backoff_s=retries["backoff"],

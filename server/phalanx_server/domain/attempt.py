@@ -124,6 +124,7 @@ class EndFacts:
     finished_called: bool = False
     start_error: str | None = None  # it never ran, and this is why
     permanent: bool = False  # of the start error: another try would end the same
+    number: int = 1  # of the attempt, from 1
     failures: int = 0
     max_retries: int = 0
     backoff_s: float = 30.0
@@ -208,6 +209,9 @@ TABLE_OF_ENDS: tuple[EndRow, ...] = (
     _row(None, Exit.FAILED, Outcome.FAILED, Verdict.RETRY),
 )
 
+# So many attempts of a job may find a node unfit before that is taken for the job's own failure.
+UNFIT_FREE = 20
+
 # A start that fails is the cluster's fault more often than the job's: it is tried again even with `retries.max: 0`.
 START_RETRIES = 3
 
@@ -231,6 +235,8 @@ def decide_end(facts: EndFacts) -> End:
 
 def _by_table(facts: EndFacts) -> End:
     exit = _exit_of(facts)
+    if exit is Exit.UNFIT_NODE and facts.number > UNFIT_FREE:
+        exit = Exit.UNHEALTHY
     row = _find(facts, exit)
     message = _message(facts, row.outcome)
     if row.verdict is Verdict.PAUSE:

@@ -25,15 +25,15 @@ class FakeNvml:
         self.errors = {0: 0, 1: 7}
         self.reasons = {0: 0, 1: 4}
         self.registered: list[int] = []
+        self.lost: set[int] = set()
 
     def nvmlDeviceGetCount(self) -> int:
         return 2
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index in self.lost:
+            raise RuntimeError("GPU is lost")
         return index
-
-    def nvmlDeviceGetIndex(self, handle: int) -> int:
-        return handle
 
     def nvmlEventSetCreate(self) -> str:
         return "set"
@@ -72,6 +72,27 @@ def test_each_fault_is_told_once_and_a_programs_own_is_none() -> None:
     nvml.errors[1] += 2
     assert faults.read() == [GpuFault(1, "had 2 memory errors that could not be corrected", True)]
     assert faults.read() == []
+
+
+def test_a_gpu_that_is_lost_is_told_once_and_hides_no_other() -> None:
+    nvml = FakeNvml()
+    faults = GpuFaults(nvml)
+    nvml.events, nvml.lost = [(0, 48), (1, 79)], {1}
+    told = [(fault.index, fault.text) for fault in faults.read()]
+    assert told == [
+        (0, "had a fault (Xid 48)"),
+        (1, "had a fault (Xid 79)"),
+        (1, "is lost: the driver does not reach it"),
+    ]
+    nvml.errors[0] += 1
+    assert [fault.index for fault in faults.read()] == [0]
+
+
+def test_a_row_that_was_remapped_is_told_and_is_not_fatal() -> None:
+    nvml = FakeNvml()
+    faults = GpuFaults(nvml)
+    nvml.events = [(0, 63)]
+    assert faults.read() == [GpuFault(0, "had a fault (Xid 63)", is_fatal=False)]
 
 
 def test_heat_is_told_again_once_it_had_cooled() -> None:

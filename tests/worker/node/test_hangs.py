@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +104,48 @@ async def test_a_check_that_only_warned_is_no_reason_of_a_later_end(workbench: A
     attempt = workbench.attempt(f"python {script}")
     assert [(end["fault"], end["reason"]) for end in await attempt.run()] == [("", "")]
     assert len(workbench.server.marks(attempt.id, "health")) == 1
+
+
+async def test_stacks_follow_no_link_that_the_job_has_laid(workbench: Any, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    script = workbench.script(f"""
+        import os, time
+        os.symlink({str(elsewhere)!r}, os.environ["PHALANX_OUTPUT_DIR"] + "/stacks")
+        print("laid", flush=True)
+        time.sleep(60)
+    """)
+    attempt = await workbench.attempt(f"python {script}").start()
+    await attempt.printed("laid")
+    await attempt.runners[0].keep_stacks(attempt.id)
+    await workbench.server.until(lambda: workbench.server.marks(attempt.id, "note"))
+    assert list(elsewhere.iterdir()) == []
+    assert workbench.server.marks(attempt.id, "note")[0]["data"]["message"] == "no step on another node"
+
+
+async def test_a_sign_of_life_or_the_end_of_the_work_is_no_hang(workbench: Any) -> None:
+    script = workbench.script("""
+        import time
+        import phalanx
+        for step in range(8):
+            phalanx.report(step=step)
+            time.sleep(0.02)
+        for _ in range(15):
+            phalanx.alive()
+            time.sleep(0.1)
+        phalanx.finished()
+        time.sleep(2)
+    """)
+    attempt = workbench.attempt(f"python {script}", health=rule("restart"))
+    assert [(end["exit_code"], end["fault"]) for end in await attempt.run()] == [(0, "")]
+    assert workbench.server.marks(attempt.id, "health") == workbench.server.marks(attempt.id, "alive") == []
+
+
+async def test_a_job_without_preflight_cannot_say_that_its_node_is_unfit(workbench: Any) -> None:
+    script = workbench.script("""
+        import sys
+        from phalanx import job
+        job.mark("health", check="preflight", action="restart", message="the node is slow", blamed=0)
+        sys.exit(1)
+    """)
+    assert [end["fault"] for end in await workbench.attempt(f"python {script}").run()] == ["health"]

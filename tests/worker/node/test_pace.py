@@ -39,12 +39,22 @@ def test_a_slow_job_has_the_time_of_its_own_steps() -> None:
     ("sentence", "pace"),
     {
         "a job that reports no steps": Pace(RULE),
-        "too few steps to know its pace": paced(steps=5)[0],
         "one that wants no such look": paced(Health(hang="off"))[0],
     }.items(),
 )
 def test_is_never_hung(sentence: str, pace: Pace) -> None:
     assert looks(pace, 0.0, 5_000.0) == [], sentence
+
+
+def test_a_job_that_stands_still_after_its_first_steps_has_more_time() -> None:
+    pace, at = paced(steps=3)
+    assert looks(pace, at, at + 400) == [at + 361]
+
+
+def test_a_job_that_has_finished_is_never_hung() -> None:
+    pace, at = paced()
+    pace.finish()
+    assert looks(pace, at, at + 5_000) == []
 
 
 def test_a_step_a_checkpoint_and_a_step_back_show_that_it_goes_on() -> None:

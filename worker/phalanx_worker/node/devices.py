@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from phalanx_worker.node.gpu_faults import GpuFaults
@@ -33,19 +33,22 @@ class Devices:
         return NodeStats(
             cpu_utilization=self._cpu_utilization(),
             memory_bytes=_used_memory_bytes(),
-            gpus=[self._read_gpu(index, handle) for index, handle in enumerate(self._handles())],
+            gpus=[self._read_gpu(index, handle) for index, handle in self._handles()],
         )
 
     def processes_by_gpu(self) -> dict[int, set[int]]:
         """GPU index -> pids that compute on it, as far as NVML sees them."""
         found: dict[int, set[int]] = {}
-        for index, handle in enumerate(self._handles()):
+        for index, handle in self._handles():
             with contextlib.suppress(Exception):  # NVML raises its own type per error code, all of them "not available"
                 found[index] = {process.pid for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
         return found
 
-    def _handles(self) -> list[Any]:
-        return [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(self.gpus)]
+    def _handles(self) -> Iterator[tuple[int, Any]]:
+        """The GPUs that answer: one that fell off the bus must not hide the others."""
+        for index in range(self.gpus):
+            with contextlib.suppress(Exception):
+                yield index, self._nvml.nvmlDeviceGetHandleByIndex(index)
 
     def _read_gpu(self, index: int, handle: Any) -> GpuStats:
         nvml = self._nvml

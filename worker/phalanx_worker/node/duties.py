@@ -112,6 +112,7 @@ class Duties:
         duties.tasks = [
             asyncio.create_task(link.run()),
             asyncio.create_task(watch.run()),
+            asyncio.create_task(watch.run_hangs()),
             asyncio.create_task(DiskWatch(settings.disk_bytes, hooks.groups).run()),
             asyncio.create_task(interpreters.run()),
             asyncio.create_task(fence.keep_leases(lambda fence_s: _ping(hooks.groups(), fence_s))),

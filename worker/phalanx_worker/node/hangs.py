@@ -15,14 +15,14 @@ from phalanx_worker.node.ranks import Group
 
 log = logging.getLogger("phalanx.node.hangs")
 
-_DIRECTORY = "stacks"
 _OTHERS_S = 3.0  # for the agent, to have the stacks of the other nodes kept: once ranks end here, those there fail
 
 
 async def attend(group: Group) -> None:
     """To be called once for each hang."""
     pace, action = group.pace, group.health.hang
-    reason = f"took no step for {pace.hung_s:.0f} s, {pace.hung_s / pace.median_s:.0f} times the median"
+    times = f", {pace.hung_s / pace.median_s:.0f} times the median" if pace.median_s else ""
+    reason = f"took no step for {pace.hung_s:.0f} s{times}"
     kept = await keep_stacks(group)
     data = {"check": "hang", "action": action, "message": f"{_who(group)} {reason}{kept}", "blamed": pace.laggard}
     group.note("health", data)
@@ -38,11 +38,11 @@ async def keep_stacks(group: Group) -> str:
     pids = {start.rank: start.pid for start in group.starts if start.rank not in exited}
     name = f"attempt-{group.order.desired.number}-{time.strftime('%H%M%S', time.gmtime())}"
     try:
-        read = await stacks.keep(pids, Path(group.places.output) / _DIRECTORY / name, group.uid)
+        read = await stacks.keep(pids, Path(group.places.output), name, group.uid)
     except OSError as error:
         log.warning("the stacks of %s cannot be kept: %s", group.order.attempt_id, error)
         return ""
-    return f"; the stacks of {read} of its {len(pids)} ranks here are in {_DIRECTORY}/{name}" if pids else ""
+    return f"; the stacks of {read} of its {len(pids)} ranks here are in stacks/{name}" if pids else ""
 
 
 def _who(group: Group) -> str:

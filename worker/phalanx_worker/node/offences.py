@@ -39,8 +39,8 @@ class Blame:
     verdicts: dict[int, Offence] = field(default_factory=dict)
 
     def take_verdict(self, rank: int) -> None:
-        """That rank has failed."""
-        self.offence = self.offence or self.verdicts.get(rank)
+        """That rank has failed: for what it said, or for what another rank of the group did."""
+        self.offence = self.offence or self.verdicts.get(rank) or next(iter(self.verdicts.values()), None)
 
     @property
     def is_oom(self) -> bool:
@@ -78,11 +78,11 @@ def hang(reason: str, *, rank: int | None, final: bool) -> Offence:
     return Offence(reason, rank, "hang", final)
 
 
-def own_check(data: dict[str, Any]) -> Offence:
+def own_check(data: dict[str, Any], *, may_be_unfit: bool) -> Offence:
     """Of a rank that said what it found before it ended itself. Nothing of that is trusted."""
     message, rank = str(data.get("message") or "a health check failed")[:300], data.get("blamed")
     blamed = rank if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 else None
-    fault = "preflight" if data.get("check") == "preflight" else "health"
+    fault = "preflight" if data.get("check") == "preflight" and may_be_unfit else "health"
     return Offence(f"stopped itself: {message}", blamed, fault, data.get("action") == "stop")
 
 

@@ -1,7 +1,8 @@
 """How fast the ranks of one group take their steps, and since when they take none.
 
 Owns the rule of a hang: no rank of the group reports a new step for `factor` times the median time between its reports
-and for `at_least_s`. Pure: times are passed in, on one clock. A group of which nobody reports steps is never hung.
+and for `at_least_s`, nor gives another sign of life. Pure: times are passed in, on one clock. A group of which nobody
+reports steps is never hung.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from phalanx_worker.protocol import Health
 
 _KNOWN = 5  # intervals, before there is a median that says something
 _WINDOW = 64
+_EARLY = 6  # times `at_least_s`, as long as the median is not known: the first steps may compile
 _LOOK_S = 5.0  # who looks less often was stopped, and the ranks perhaps with it
 
 
@@ -27,6 +29,7 @@ class Pace:
         self._newest = -1
         self._moved_at: float | None = None
         self._looked_at: float | None = None
+        self._is_finished = False
 
     @property
     def median_s(self) -> float:
@@ -47,18 +50,22 @@ class Pace:
             self.moved(now)
 
     def moved(self, now: float) -> None:
-        """Something shows that the group goes on: a step, or a checkpoint."""
+        """Something shows that the group goes on: a step, a checkpoint, or its word."""
         self._moved_at, self.hung_s = now, 0.0
+
+    def finish(self) -> None:
+        """The job says that its work is complete: what it still does takes no steps."""
+        self._is_finished, self.hung_s = True, 0.0
 
     def look(self, now: float) -> bool:
         """Is it hung, and was not at the last look?"""
         if self._looked_at is not None and now - self._looked_at > _LOOK_S and self._moved_at is not None:
             self._moved_at += now - self._looked_at
         self._looked_at = now
-        if self._rule.hang == "off" or self._moved_at is None or not self.median_s:
+        if self._rule.hang == "off" or self._moved_at is None or self._is_finished:
             return False
-        before, idle_s = self.hung_s, now - self._moved_at
-        if idle_s > max(self._rule.hang_at_least_s, self._rule.hang_factor * self.median_s):
+        before, idle_s, patience_s = self.hung_s, now - self._moved_at, self._rule.hang_at_least_s
+        if idle_s > (max(patience_s, self._rule.hang_factor * self.median_s) if self.median_s else _EARLY * patience_s):
             self.hung_s = idle_s
         return not before and self.hung_s > 0
 

@@ -391,12 +391,18 @@ class Group:
     def _on_mark(self, mark: Mark) -> None:
         if mark.kind == "finished":
             self._records[mark.rank].finished = True
-        elif mark.kind == "checkpoint":
+            self.pace.finish()
+        elif mark.kind in ("checkpoint", "alive"):
             self.pace.moved(time.monotonic())
         elif mark.kind == "health" and mark.data.get("action") in ("restart", "stop"):
-            self.blame.verdicts[mark.rank] = offences.own_check(mark.data)
+            self.blame.verdicts[mark.rank] = offences.own_check(mark.data, may_be_unfit=self._may_be_unfit)
         elif mark.kind == "profile":
             self._events.profile(self, mark)
+
+    @property
+    def _may_be_unfit(self) -> bool:
+        """May a preflight have found fault? Only where one was ordered, and before the program shows itself."""
+        return self.health.preflight_factor > 0 and not self.pace.steps
 
     def _take_report(self, report: MetricPoint | Mark) -> None:
         if isinstance(report, MetricPoint) and report.step is not None:

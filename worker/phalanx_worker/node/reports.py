@@ -25,7 +25,7 @@ MAX_NAME_LENGTH = 128
 MAX_VALUES = 256  # of one point, merged or not
 MAX_DEPTH = 20  # of what a mark carries; the server reads no more than some 190
 MARKS_OF_TRAINING = ("rendezvous", "first_step", "finished", "checkpoint", "progress")
-MARK_KINDS = frozenset({*MARKS_OF_TRAINING, "dropped", "note", "health", "profile"})
+MARK_KINDS = frozenset({*MARKS_OF_TRAINING, "dropped", "note", "health", "profile", "alive"})
 
 _POINTS_PER_S = 100  # of one rank; what comes faster is merged
 _BUCKET_S = 0.1
@@ -158,7 +158,8 @@ class ReportSocket:
         at = _moment(message.get("at"))
         mark = Mark(*self._attempt, rank=self._rank, kind=kind, at=at, data=_sendable(data))
         self._on_mark(mark)
-        self._put(mark)
+        if kind != "alive":  # which is for the node alone
+            self._put(mark)
 
     def _may_mark(self) -> bool:
         now = time.monotonic()

@@ -24,6 +24,7 @@ from phalanx_worker.runtime import linux
 log = logging.getLogger("phalanx.node.watch")
 
 MEMORY_INTERVAL_S = 0.2  # memory is filled at gigabytes a second
+_HANGS_INTERVAL_S = 1.0
 _LOOKS_AT_MEMORY = 5  # for each look at everything
 
 Finding = tuple[Group, Offence]
@@ -50,15 +51,20 @@ class Watch:
     async def tick(self) -> None:
         """Look at everything."""
         groups = self._living()
-        self._look_for_hangs(groups)
         self.stats, faults, findings = await asyncio.to_thread(self._look, groups)
         for group in groups:
             tell_faults(group, faults)
         for group, offence in findings:
             group.fail(offence)
 
-    def _look_for_hangs(self, groups: list[Group]) -> None:
-        for group in groups:
+    async def run_hangs(self) -> None:
+        """Beside `run`, which waits for drivers."""
+        while True:
+            self.look_for_hangs()
+            await asyncio.sleep(_HANGS_INTERVAL_S)
+
+    def look_for_hangs(self) -> None:
+        for group in self._living():
             if group.is_going and group.pace.look(time.monotonic()):
                 group.changed()
                 attending = asyncio.create_task(hangs.attend(group))

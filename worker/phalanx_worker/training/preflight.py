@@ -91,7 +91,7 @@ def run(factor: float) -> int:
     finally:
         dist.destroy_process_group()
     unfit = judge([figures for figures in gathered if figures is not None], factor)
-    for each in unfit:
+    for each in unfit if os.environ["LOCAL_RANK"] == "0" else ():
         job.mark("health", check="preflight", action="restart", message=each.message, blamed=each.rank)
     if rank == 0 and not unfit:
         job.mark("note", message=_summary([figures for figures in gathered if figures is not None]))
