@@ -11,10 +11,11 @@ import pytest
 from control_plane import ControlPlane
 from phalanx_server.actions.request_profile import Wanted, profile_state, request_profile
 from phalanx_server.actions.save_trace import save_rank_trace
+from phalanx_server.domain import profile as limits
 from phalanx_server.domain.access import SYSTEM
 from phalanx_server.domain.errors import Conflict, Invalid, NotFound
 from phalanx_server.domain.messages import ProfileRequest
-from phalanx_server.domain.profile import ENDED, UNHEARD, UNHEARD_S
+from phalanx_server.domain.profile import ENDED, UNDELIVERED, UNDELIVERED_S, UNHEARD, UNHEARD_S
 from phalanx_server.store import ids
 from phalanx_server.store.outputs import OutputFiles
 from phalanx_server.store.profiles import RankRef, load_profile
@@ -142,3 +143,39 @@ async def test_one_is_recorded_at_a_time_and_one_that_nothing_is_heard_of_is_giv
     assert [each.profile_id for each in await wanted(plane)] == [ids.encode("profile", second)]
     await say(plane, attempt, first, state="recording")
     assert await state(plane, job_id, first) == ("failed", UNHEARD)
+
+
+@pytest.mark.parametrize(("ready", "told"), [(False, "failed"), (True, "ready")])
+async def test_one_whose_trace_never_comes_is_given_up(plane: ControlPlane, ready: bool, told: str) -> None:
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run(replicas=2)
+    first = await request(plane, job_id, 0, 1)
+    for rank in (0, 1):
+        await say(plane, attempt, first, rank, state="recording")
+    if ready:
+        await give(plane, attempt, first, 0)
+    plane.later(UNDELIVERED_S - 1)
+    with pytest.raises(Conflict, match="not done yet"):
+        await request(plane, job_id)
+    plane.later(2)
+    assert await state(plane, job_id, first) == (told, UNDELIVERED)
+    second = await request(plane, job_id)
+    assert [each.profile_id for each in await wanted(plane)] == [ids.encode("profile", second)]
+    assert await state(plane, job_id, first) == (told, UNDELIVERED)
+
+
+async def test_traces_that_are_too_large_together_are_refused_before_their_bytes_and_fail_their_rank(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "JOB_TRACES_MAX_BYTES", 2 * len(TRACE) - 1)
+    await plane.add_nodes(1)
+    job_id, attempt = await plane.run(replicas=2)
+    profile = await request(plane, job_id, 0, 1)
+    await give(plane, attempt, profile, 0)
+    await give(plane, attempt, profile, 0)  # again: it takes the place of the first
+    with pytest.raises(Invalid, match="with these 5 bytes the traces of the job would have 10; at most 9"):
+        await give(plane, attempt, profile, 1)
+    told, reason = await state(plane, job_id, profile)
+    assert told == "ready" and "the traces of the job would have 10" in reason
+    assert await wanted(plane) == []
+    assert len([path for path in (plane.storage / "profiles").rglob("*") if path.is_file()]) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from phalanx_server.domain import profile as limits
 from phalanx_server.store import ids
 from phalanx_server.store.schema import attempts, jobs
 from sqlalchemy import update
@@ -107,6 +108,18 @@ async def test_another_tenant_sees_none_and_a_viewer_asks_for_none(
     assert (await bob.post(urls[0], json={})).status_code == 404
     assert (await calls("viewer").post(urls[0], json={})).status_code == 403
     assert (await put(bob, attempt, made)).status_code == 403
+
+
+async def test_a_trace_that_is_too_large_is_refused_with_the_reason(
+    job: str, attempt: str, alice: httpx.AsyncClient, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "TRACE_MAX_BYTES", len(TRACE) - 1)
+    made = (await alice.post(f"/v1/jobs/{job}/profiles", json={})).json()["id"]
+    refused = await put(calls("n0"), attempt, made)
+    reason = "the trace has 8,000 bytes; at most 7,999: ask for fewer steps"
+    assert (refused.status_code, refused.json()["detail"]) == (422, reason)
+    told = (await alice.get(f"/v1/jobs/{job}/profiles/{made}")).json()
+    assert (told["state"], told["reason"]) == ("failed", reason)
 
 
 async def test_a_damaged_trace_is_not_taken(job: str, attempt: str, alice: httpx.AsyncClient, calls: Any) -> None:

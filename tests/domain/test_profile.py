@@ -6,10 +6,15 @@ import pytest
 from phalanx_server.domain.errors import Invalid
 from phalanx_server.domain.profile import (
     ENDED,
+    JOB_TRACES_MAX_BYTES,
+    TRACE_MAX_BYTES,
+    UNDELIVERED,
+    UNDELIVERED_S,
     UNHEARD,
     UNHEARD_S,
     ProfileState,
     RankState,
+    check_trace_size,
     ranks_to_ask,
     settled,
     state_of,
@@ -38,7 +43,8 @@ def test_a_request_is_as_far_as_the_slowest_of_its_ranks(ranks: list[RankState],
 SETTLED = {
     "asked a moment ago": (ASKED, True, 1.0, ASKED),
     "asked, and nothing heard": (ASKED, True, UNHEARD_S + 1, RankState(ProfileState.FAILED, UNHEARD)),
-    "recording for long": (RECORDING, True, 10 * UNHEARD_S, RECORDING),
+    "recording for as long as it may": (RECORDING, True, UNDELIVERED_S, RECORDING),
+    "recording for ever": (RECORDING, True, UNDELIVERED_S + 1, RankState(ProfileState.FAILED, UNDELIVERED)),
     "recording when the attempt ended": (RECORDING, False, 1.0, RankState(ProfileState.FAILED, ENDED)),
     "done before the attempt ended": (READY, False, 10 * UNHEARD_S, READY),
     "failed before the attempt ended": (BROKEN, False, 1.0, BROKEN),
@@ -48,6 +54,14 @@ SETTLED = {
 @pytest.mark.parametrize(("rank", "live", "age_s", "told"), SETTLED.values(), ids=SETTLED.keys())
 def test_a_rank_that_says_no_more_has_failed(rank: RankState, live: bool, age_s: float, told: RankState) -> None:
     assert settled(rank, live=live, age_s=age_s) == told
+
+
+def test_a_trace_is_taken_up_to_a_size_of_its_own_and_of_all_of_its_job() -> None:
+    check_trace_size(TRACE_MAX_BYTES, others_bytes=JOB_TRACES_MAX_BYTES - TRACE_MAX_BYTES)
+    with pytest.raises(Invalid, match=r"the trace has 2,147,483,649 bytes; at most 2,147,483,648: ask for fewer steps"):
+        check_trace_size(TRACE_MAX_BYTES + 1, others_bytes=0)
+    with pytest.raises(Invalid, match=r"with these 6 bytes the traces of the job would have 34,359,738,369; at most"):
+        check_trace_size(6, others_bytes=JOB_TRACES_MAX_BYTES - 5)
 
 
 def test_the_first_rank_of_each_node_is_asked_unless_others_are_named() -> None:

@@ -20,7 +20,9 @@ from phalanx_server.domain.attempt import AttemptState
 from phalanx_server.domain.errors import Conflict
 from phalanx_server.domain.event import EventKind
 from phalanx_server.domain.profile import (
+    OPEN,
     PROFILES_MAX,
+    UNDELIVERED,
     UNHEARD,
     ProfileState,
     RankState,
@@ -85,9 +87,10 @@ async def _make_room(
     for row in before:
         if row.attempt_id != attempt_id or row.closed_at is not None:
             continue
-        if profile_state(row, now=now).state is not ProfileState.FAILED:
+        if profile_state(row, now=now).state in OPEN:
             raise Conflict(f"{ids.encode('profile', row.id)} of {job_name} is not done yet: ask again after it")
-        await close(conn, row.id, reason=UNHEARD, now=now)
+        is_recording = any(each["state"] == ProfileState.RECORDING for each in row.ranks)
+        await close(conn, row.id, reason=UNDELIVERED if is_recording else UNHEARD, now=now)
 
 
 def rank_states(row: Row[Any], *, now: datetime) -> list[RankState]:

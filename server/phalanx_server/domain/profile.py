@@ -1,7 +1,7 @@
 """Traces of a job's ranks that are asked for while it runs: their states, and which ranks are asked.
 
 Owns what is made of what ranks have said so far: a rank that says no more has failed, and a request is as far as the
-slowest of its ranks.
+slowest of its ranks. And how large traces may be.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ STEPS = 5
 RANKS_MAX = 64
 DEFAULT_RANKS_MAX = 8
 PROFILES_MAX = 100  # of one job
+TRACE_MAX_BYTES = 2 << 30  # as on a node
+JOB_TRACES_MAX_BYTES = 32 << 30  # together
 UNHEARD_S = 900.0  # a node gives a rank 600 s for its next step, and says so
+UNDELIVERED_S = 1800.0  # and then 420 s for its trace, which it tries to deliver for 600 s
 
 ENDED = "The attempt ended before it was recorded."
 UNHEARD = f"Nothing was heard of it for {UNHEARD_S / 60:.0f} minutes."
+UNDELIVERED = f"Its trace has not come within {UNDELIVERED_S / 60:.0f} minutes."
 
 
 class ProfileState(StrEnum):
@@ -47,7 +51,23 @@ def settled(rank: RankState, *, live: bool, age_s: float) -> RankState:
         return RankState(ProfileState.FAILED, ENDED)
     if rank.state is ProfileState.REQUESTED and age_s > UNHEARD_S:
         return RankState(ProfileState.FAILED, UNHEARD)
+    if rank.state is ProfileState.RECORDING and age_s > UNDELIVERED_S:
+        return RankState(ProfileState.FAILED, UNDELIVERED)
     return rank
+
+
+def check_trace_size(size_bytes: int, *, others_bytes: int) -> None:
+    """`others_bytes`: of all other traces of its job. Raises Invalid."""
+    if size_bytes > TRACE_MAX_BYTES:
+        raise Invalid.field(
+            "", f"the trace has {size_bytes:,} bytes", f"at most {TRACE_MAX_BYTES:,}: ask for fewer steps"
+        )
+    if others_bytes + size_bytes > JOB_TRACES_MAX_BYTES:
+        raise Invalid.field(
+            "",
+            f"with these {size_bytes:,} bytes the traces of the job would have {others_bytes + size_bytes:,}",
+            f"at most {JOB_TRACES_MAX_BYTES:,}: ask for fewer steps or ranks",
+        )
 
 
 def state_of(ranks: Sequence[RankState]) -> RankState:

@@ -114,6 +114,20 @@ async def job_of_live_rank(conn: AsyncConnection, ref: RankRef, *, node_id: UUID
     return (await conn.execute(query, asdict(ref) | {"node_id": node_id})).scalar_one_or_none()
 
 
+_OTHER_TRACES = text(
+    """
+    SELECT coalesce(sum(r.bytes), 0) FROM profile_ranks r JOIN profiles p ON p.id = r.profile_id
+    WHERE p.job_id = :job_id AND r.state = 'ready' AND NOT (p.id = :profile_id AND r.rank = :rank)
+    """
+)
+
+
+async def other_traces_bytes(conn: AsyncConnection, job_id: UUID, ref: RankRef) -> int:
+    """Of all traces of a job but that of `ref`, which a new one would replace."""
+    values = {"job_id": job_id, "profile_id": ref.profile_id, "rank": ref.rank}
+    return int((await conn.execute(_OTHER_TRACES, values)).scalar_one())
+
+
 _SAVE = text(
     """
     WITH before AS (SELECT url FROM profile_ranks WHERE profile_id = :profile_id AND rank = :rank)

@@ -75,6 +75,27 @@ async def test_a_rank_without_steps_is_waited_for_only_so_long(workbench: Any, m
     assert "no optimizer step" in reason(attempt)
 
 
+BEGINS_ONLY = """
+    import time
+    from phalanx import job
+    while job.next_profile() is None:
+        time.sleep(0.01)
+    while True:
+        job.mark("profile", id="{profile}", state="recording")
+        time.sleep(0.1)
+"""
+
+
+async def test_a_trace_that_is_being_recorded_is_waited_for_only_so_long(workbench: Any, monkeypatch: Any) -> None:
+    attempt = workbench.attempt(f"python {workbench.script(BEGINS_ONLY.format(profile=PROFILE))}")
+    await attempt.start()
+    profiles: Profiles = attempt.runners[0]._duties.profiles
+    monkeypatch.setattr(profiles, "_recorded_s", 1.0)
+    await attempt.runners[0].profile_group(attempt.id, request(0))
+    await attempt.server.until(lambda: "failed" in states(attempt))
+    assert "after it began to record" in reason(attempt)
+
+
 async def test_an_attempt_that_is_not_here_is_asked_nothing(workbench: Any) -> None:
     await workbench.runners[0].profile_group("att_absent", request(0))
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from phalanx import job
+from phalanx_worker.runtime import profiles as runtime_profiles
 from phalanx_worker.runtime.profiles import Profiles
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -157,6 +158,58 @@ def test_a_script_that_ends_before_says_how_far_it_came(training: Training) -> N
     training.profiles.end()
     assert training.said() == [("recording", ""), ("failed", "the script ended after 3 of 9 steps")]
     training.step(3)
+
+
+def late(training: Training, steps: int) -> None:
+    """Has recorded so many steps when its time is over."""
+    training.ask(steps=9)
+    training.step(3 + steps)
+    recording = training.profiles._recording
+    assert recording is not None
+    recording._timer.join(10)
+    assert recording.is_late
+
+
+TOO_LONG = "it came to 2 of 9 steps in 1 s, the most that is recorded: ask for fewer"
+
+
+def test_a_recording_whose_time_is_over_says_so_and_collects_no_more_before_the_next_step(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_profiles, "RECORDING_S", 0.6)
+    late(training, steps=2)
+    assert training.said() == [("recording", ""), ("failed", TOO_LONG)]
+    profiler = training.profiles._recording._profiler  # type: ignore[union-attr]
+    for _ in range(50):
+        torch.erfinv(torch.zeros(1))  # an evaluation
+    profiler.stop()
+    names = [event.name for event in profiler.events()]
+    assert "aten::addmm" in names and "aten::erfinv" not in names
+
+
+def test_the_step_after_a_recording_whose_time_is_over_ends_it_and_another_can_be_taken(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_profiles, "RECORDING_S", 0.6)
+    late(training, steps=2)
+    other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    other.step()
+    assert training.profiles._recording is None and "step" not in vars(training.optimizer)
+    assert not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    assert training.said() == [("recording", ""), ("failed", TOO_LONG)]
+    monkeypatch.setattr(runtime_profiles, "RECORDING_S", 60.0)
+    training.ask(steps=2)
+    training.step(6)
+    assert training.said() == DONE
+    assert len(training.names("ProfilerStep#")) == 2
+
+
+def test_a_recording_in_time_leaves_no_timer(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_profiles, "RECORDING_S", 1.0)
+    training.ask(steps=1)
+    training.step(5)
+    time.sleep(1.2)
+    assert training.said() == DONE
 
 
 @pytest.mark.parametrize("more", [{"until": 1.0}, {"steps": "many"}, {"file": None}])

@@ -1,8 +1,8 @@
 """Profiles that are asked of the ranks of this node: passed on, waited for, and their traces brought to the server.
 
-Owns how long a rank has for its first step, what is believed of what it says (it may say anything), and that each
-request that came here ends: with a trace that the server has, with a reason, or with its group. Knows neither torch nor
-what a trace holds.
+Owns how long a rank has for its first step and then for its trace, what is believed of what it says (it may say
+anything), and that each request that came here ends: with a trace that the server has, with a reason, or with its
+group. Knows neither torch nor what a trace holds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from phalanx_worker.protocol import Mark, ProfileRequest
 log = logging.getLogger("phalanx.node.profiles")
 
 FIRST_STEP_S = 600.0  # for the optimizer step that a request waits for
-TRACE_MAX_BYTES = 2 << 30
+RECORDED_S = 420.0  # from then to the trace: a rank gives up by itself after 120 s, and may be long in writing
+TRACE_MAX_BYTES = 2 << 30  # as on the server
 _GONE = "the rank has ended, or does not listen"
 _NOT_OURS = "its command is not a plain `python script.py` of the node's Python, so its steps cannot be seen"
 _NO_STEP = f"it has finished no optimizer step for {FIRST_STEP_S:.0f} s"
+_NO_TRACE = f"nothing was heard of it for {RECORDED_S:.0f} s after it began to record"
 _TOO_LARGE = f"its trace is larger than {TRACE_MAX_BYTES:,} bytes: ask for fewer steps"
 _FAULT = "the node failed to deliver it; its log says why"
 
@@ -40,6 +42,7 @@ class Asked:
     profile_id: str
     rank: int
     timer: asyncio.TimerHandle | None = None
+    is_recording: bool = False
     sending: asyncio.Task[None] | None = None
     over: bool = False
 
@@ -53,6 +56,7 @@ class Profiles:
     """Of all groups of a node. Each method may be called again with the same arguments."""
 
     def __init__(self, transfers: Transfers, *, own_users: bool, first_step_s: float = FIRST_STEP_S):
+        self._recorded_s = RECORDED_S
         self._transfers = transfers
         self._own_users = own_users
         self._first_step_s = first_step_s
@@ -72,9 +76,12 @@ class Profiles:
         if asked is None or asked.over:
             return
         state = mark.data.get("state")
-        if state in ("recording", "written", "failed") and asked.timer is not None:
+        if state in ("written", "failed") and asked.timer is not None:
             asked.timer.cancel()
         asked.over = state in ("written", "failed")
+        if state == "recording" and not asked.is_recording:  # said again it has no more time
+            asked.is_recording = True
+            self._wait(asked, self._recorded_s, _NO_TRACE)
         if state == "written":
             self._take(asked, mark.data.get("bytes"))
 
@@ -102,8 +109,13 @@ class Profiles:
         message = {"t": "profile", "id": asked.profile_id, "steps": steps, "until": time.time() + self._first_step_s}
         if not asked.group.tell(asked.rank, {**message, "file": f"{asked.group.places.tmp}/{asked.file}"}):
             return self._fail(asked, _GONE)
-        loop = asyncio.get_running_loop()
-        asked.timer = loop.call_later(self._first_step_s, self._fail, asked, _NO_STEP)
+        self._wait(asked, self._first_step_s, _NO_STEP)
+
+    def _wait(self, asked: Asked, seconds: float, reason: str) -> None:
+        """For the next word; without one it has failed for `reason`."""
+        if asked.timer is not None:
+            asked.timer.cancel()
+        asked.timer = asyncio.get_running_loop().call_later(seconds, self._fail, asked, reason)
 
     def _fail(self, asked: Asked, reason: str) -> None:
         asked.over = True

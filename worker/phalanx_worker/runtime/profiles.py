@@ -8,12 +8,18 @@ warms up is not recorded.
 A step's range must not begin or end inside the range that torch puts around `Optimizer.step`, or viewers lose one of
 the two. So while it records, the optimizer's `step` is wrapped; only where a script has kept the method of before, the
 hook inside of it has to do.
+
+No recording lasts longer than RECORDING_S: then a thread says that it failed, and the next step of any optimizer ends
+it. Only the thread that began a profile can end it, and ending waits for the GPU, which in the middle of a step may
+wait for ever. So until that step comes collecting is only switched off, between two instructions of the main thread.
+Where steps are made in another thread, or torch cannot switch it off (before 2.5), it goes on until that step.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gzip
 import os
@@ -28,6 +34,7 @@ from typing import Any
 from phalanx import job
 
 LOOK_EVERY_S = 0.05
+RECORDING_S = 120.0  # what it collects is held in memory
 _UNWRAPPED_BORNE = 2  # steps that pass the hook and not the wrapped method
 _COMPRESSION = 3  # of gzip: little larger than the best, in a fraction of the time
 _REASON_CHARS = 300
@@ -62,7 +69,7 @@ class Profiles:
         """To be called after each step of any optimizer, inside of torch's range around it."""
         recording = self._recording
         if recording is not None:
-            if recording.optimizer is optimizer and recording.is_not_wrapped():
+            if recording.is_late or (recording.optimizer is optimizer and recording.is_not_wrapped()):
                 self._go_on(recording)
         elif (now := monotonic()) >= self._look_at:
             self._look_at = now + LOOK_EVERY_S
@@ -112,6 +119,12 @@ class Recording:
         self._replaced = vars(optimizer).get("step")
         self._wrapped = _method(optimizer, optimizer.step, functools.partial(over, self))
         optimizer.step = self._wrapped
+        self._deciding = threading.Lock()
+        self._is_decided = False
+        self._thread = threading.get_ident()
+        self._is_busy = False  # with the profiler
+        self.is_late = False
+        self._timer = _started_timer(RECORDING_S, self._be_late)
 
     @property
     def steps_done(self) -> int:
@@ -123,7 +136,17 @@ class Recording:
         return self._unwrapped > _UNWRAPPED_BORNE
 
     def go_on(self) -> bool:
-        """Begin, or count a step; True after the last. Raises what torch does."""
+        """Begin, or count a step; True after the last. Raises what torch does, and TimeoutError once it is late."""
+        self._is_busy = True
+        try:
+            is_over = not self.is_late and self._take_step()
+        finally:
+            self._is_busy = False
+        if self.is_late:
+            raise TimeoutError
+        return is_over
+
+    def _take_step(self) -> bool:
         if self._unwrapped <= _UNWRAPPED_BORNE:
             self._unwrapped = 0
         if self._profiler is None:
@@ -136,6 +159,9 @@ class Recording:
             return False
         self._profiler.stop()
         self._unwrap()
+        self._timer.cancel()
+        if not self._decide():
+            raise TimeoutError
         return True
 
     def write(self) -> threading.Thread:
@@ -145,11 +171,37 @@ class Recording:
         return thread
 
     def fail(self, reason: str) -> None:
+        self._is_busy = True
         with contextlib.suppress(Exception):
             self._unwrap()
         with contextlib.suppress(Exception):
             self._profiler.stop()
+        self._timer.cancel()
+        self._say_failed(reason)
+
+    def _decide(self) -> bool:
+        """Whether nobody has before: a recording ends once, in the thread that steps or in that of the timer."""
+        with self._deciding:
+            is_first, self._is_decided = not self._is_decided, True
+        return is_first
+
+    def _say_failed(self, reason: str) -> bool:
+        if not self._decide():
+            return False
         job.mark("profile", id=self._id, state="failed", reason=reason)
+        return True
+
+    def _be_late(self) -> None:
+        """In the thread of the timer."""
+        done = f"{self.steps_done} of {self.steps} steps"
+        if self._say_failed(f"it came to {done} in {RECORDING_S:.0f} s, the most that is recorded: ask for fewer"):
+            self.is_late = True
+            _in_main_thread(self._collect_no_more)
+
+    def _collect_no_more(self) -> None:
+        """Unless the thread of the profiler is another, or is just at it: then `go_on` sees to it."""
+        if threading.get_ident() == self._thread and not self._is_busy and self._profiler is not None:
+            self._profiler.toggle_collection_dynamic(False, self._profiler.activities)
 
     def _write(self) -> None:
         try:
@@ -166,6 +218,29 @@ class Recording:
             del self.optimizer.step
         else:
             self.optimizer.step = self._replaced
+
+
+def _started_timer(after_s: float, call: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(after_s, call)
+    timer.name, timer.daemon = "phalanx-profile-limit", True
+    timer.start()
+    return timer
+
+
+_called: list[Any] = []  # functions must outlive the calls that C makes of them
+
+
+def _in_main_thread(call: Callable[[], None]) -> None:
+    """Have the interpreter call it between two instructions of the main thread, as it does with signals' handlers."""
+
+    def called(_: Any) -> int:
+        with contextlib.suppress(Exception):
+            call()
+        return 0
+
+    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(called)
+    _called.append(function)  # for good: few are ever made
+    ctypes.pythonapi.Py_AddPendingCall(function, None)
 
 
 def _method(optimizer: Any, step: Any, over: Any) -> Any:
