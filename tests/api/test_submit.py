@@ -279,3 +279,12 @@ async def test_a_dry_run_of_a_recipe_says_what_memory_each_rank_needs(alice: htt
     tried = (await alice.post("/v1/jobs?dry_run=true", json=small)).json()
     assert tried["memory"]["on"][0]["fits"]
     assert (await alice.post("/v1/jobs?dry_run=true", json=job_file())).json()["memory"] is None
+
+
+async def test_checks_that_only_recipes_make_are_said_to_do_nothing_for_a_command(
+    alice: httpx.AsyncClient, job_file: Any
+) -> None:
+    asked = {"nan": "stop", "hang": "restart"}
+    warnings = (await alice.post("/v1/jobs", json=job_file(health=asked))).json()["warnings"]
+    assert "health.nan is looked for in recipes only: nobody looks for it in a command" in warnings
+    assert not any("hang" in warning for warning in warnings)

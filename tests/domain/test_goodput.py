@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -61,6 +62,10 @@ TABLE: dict[str, tuple[tuple[AttemptTime, ...], dict[str, float]]] = {
         },
     ),
     "one that does not": ((attempt(),), {"start": 2, "rendezvous": 1, "setup": 2, "productive": 100}),
+    "what comes after the last step it reported is not productive": (
+        (replace(attempt(), last_step_at=T0 + timedelta(seconds=45)),),
+        {"start": 2, "rendezvous": 1, "setup": 2, "productive": 40, "other": 60},
+    ),
     "time counts for each GPU": (
         (attempt(weight=8),),
         {"start": 16, "rendezvous": 8, "setup": 16, "productive": 800},

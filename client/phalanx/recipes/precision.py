@@ -21,5 +21,6 @@ class Precision:
     loss_scale_interval: int = 2000  # steps without overflow until it is doubled
 
     def __post_init__(self) -> None:
+        demand(self.compute != "fp8", "compute", self.compute, "is not built yet; use bf16")
         demand(self.loss_scale > 0, "loss_scale", self.loss_scale, "is not positive; use 65536")
         demand(self.loss_scale_interval > 0, "loss_scale_interval", self.loss_scale_interval, "is not positive")

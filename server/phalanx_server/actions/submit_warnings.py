@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from phalanx_server.actions.hardware import GIB, Hardware
+from phalanx_server.domain.health_spec import OF_RECIPES
 from phalanx_server.domain.memory_estimate import estimate_of
 from phalanx_server.domain.resources import Shape
 from phalanx_server.domain.spec import JobSpec, Resources
@@ -12,7 +13,16 @@ from phalanx_server.domain.spec import JobSpec, Resources
 
 def warnings_of(spec: JobSpec, hardware: Hardware) -> list[str]:
     """In sentences without an end, like errors."""
-    return [*_more_than_all(spec.resources, hardware), *_unshared_checkpoints(spec, hardware), *_too_large(spec)]
+    of_nodes = [*_more_than_all(spec.resources, hardware), *_unshared_checkpoints(spec, hardware)]
+    return [*of_nodes, *_too_large(spec), *_checks_of_recipes(spec)]
+
+
+def _checks_of_recipes(spec: JobSpec) -> list[str]:
+    """A command's ranks make no checks of their own."""
+    if spec.health is None or spec.run.recipe is not None:
+        return []
+    asked = sorted(spec.health.model_fields_set & OF_RECIPES)
+    return [f"health.{name} is looked for in recipes only: nobody looks for it in a command" for name in asked]
 
 
 def _too_large(spec: JobSpec) -> list[str]:

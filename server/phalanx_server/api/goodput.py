@@ -25,7 +25,7 @@ class JobGoodput(BaseModel):
     )
     measured: bool = Field(
         description="Every attempt that trained said itself how long it took productive steps, as recipes do. Else"
-        " `productive` is the time from the first step on, without what is known to be lost."
+        " `productive` is the time from the first step to the last, without what is known to be lost."
     )
 
 

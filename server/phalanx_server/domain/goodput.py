@@ -42,6 +42,7 @@ class AttemptTime:
     ended_at: datetime | None = None
     first_step: int | None = None
     last_step: int | None = None
+    last_step_at: datetime | None = None
     productive_s: float | None = None
     data_wait_s: float = 0.0
     checkpoint_s: float = 0.0
@@ -51,7 +52,7 @@ class AttemptTime:
 @dataclass(frozen=True, slots=True)
 class Goodput:
     """Seconds × GPUs by part. `is_measured`: every attempt that trained said itself how long it took productive steps;
-    else the time from its first step on, without what is known to be lost, is taken for that."""
+    else the time from its first step to its last, without what is known to be lost, is taken for that."""
 
     parts: dict[str, float]
     is_measured: bool
@@ -85,17 +86,20 @@ def _split(attempt: AttemptTime, following: AttemptTime | None, now: datetime) -
     stop = max(min(attempt.stop_requested_at or end, end), moments[-1])
     start, rendezvous, setup = ((later - earlier).total_seconds() for earlier, later in pairwise(moments))
     parts = {"start": start, "rendezvous": rendezvous, "setup": setup, "stopping": (end - stop).total_seconds()}
-    return parts | _trained(attempt, following, (stop - moments[-1]).total_seconds())
+    stepped = min(max(attempt.last_step_at or stop, moments[-1]), stop)
+    said_s = (stepped - moments[-1]).total_seconds()
+    return parts | _trained(attempt, following, (stop - moments[-1]).total_seconds(), said_s)
 
 
-def _trained(attempt: AttemptTime, following: AttemptTime | None, left_s: float) -> dict[str, float]:
-    """Of the time from the first step on, `left_s` seconds. What ranks count by their own clocks is cut to fit."""
+def _trained(attempt: AttemptTime, following: AttemptTime | None, left_s: float, said_s: float) -> dict[str, float]:
+    """Of the time from the first step on, `left_s` seconds, `said_s` of them until the last step that it reported. What
+    ranks count by their own clocks is cut to fit."""
     parts: dict[str, float] = {}
     known = {
         "data_wait": attempt.data_wait_s,
         "checkpoint": attempt.checkpoint_s,
         "rolled_back": attempt.rolled_back_s,
-        "productive": left_s if attempt.productive_s is None else attempt.productive_s,
+        "productive": said_s if attempt.productive_s is None else attempt.productive_s,
     }
     for part, seconds in known.items():
         parts[part] = min(max(seconds, 0.0), left_s)

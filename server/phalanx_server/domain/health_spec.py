@@ -85,6 +85,10 @@ class Preflight(Check):
     factor: Factor = 1.5
 
 
+OF_RECIPES = frozenset({"nan", "spike", "divergence", "corruption", "straggler"})
+"""The checks that the ranks of a recipe make; the others are the node's."""
+
+
 class Health(Part):
     nan: NotFinite = NotFinite()
     spike: Spike = Spike()

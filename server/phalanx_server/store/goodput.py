@@ -38,7 +38,8 @@ _ATTEMPTS = text(
            (SELECT sum(cardinality(p.gpu_indices)) FROM placements p WHERE p.attempt_id = a.id) AS gpus,
            coalesce(a.first_step_at, {_POINT.format(column="at", name=":steps_of", order="ASC")}) AS first_step_at,
            {_POINT.format(column="step", name=":steps_of", order="ASC")} AS first_step,
-           {_POINT.format(column="step", name=":steps_of", order="DESC")} AS last_step, {_TOTALS}
+           {_POINT.format(column="step", name=":steps_of", order="DESC")} AS last_step,
+           {_POINT.format(column="at", name=":steps_of", order="DESC")} AS last_step_at, {_TOTALS}
     FROM attempts a WHERE a.job_id = :job_id ORDER BY a.number
     """
 )

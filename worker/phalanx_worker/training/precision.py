@@ -8,18 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from phalanx.recipes.parse import RecipeError
 from phalanx.recipes.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_device(precision: Precision, device: torch.device) -> None:
-    """Raises RecipeError for a format that the device does not have."""
-    if precision.compute == "fp8":
-        raise RecipeError("precision.compute", "= 'fp8' is not built yet; use bf16")
 
 
 def use_autocast(module: nn.Module, precision: Precision, device: torch.device) -> None:

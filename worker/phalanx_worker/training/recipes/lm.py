@@ -14,7 +14,6 @@ from phalanx.recipes.lm import LmConfig, LmModel
 from phalanx.recipes.parse import RecipeError
 from torch import Tensor, nn
 
-from phalanx_worker.training import precision
 from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.opening import vocab_size
 from phalanx_worker.training.data.stream import open_stream
@@ -51,7 +50,6 @@ def make(
 ) -> Trainer:
     """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
     (`batches`: its parts of the global batches). Raises RecipeError."""
-    precision.check_device(config.precision, world.device)
     task = lm_task(config.model)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
     global_batch = torch.empty(config.train.global_batch, config.data.seq_len + 1, dtype=torch.int64, device="meta")

@@ -37,7 +37,6 @@ def make(
 ) -> Trainer:
     """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
     (`batches`: its parts of the global batches; then there is no evaluation). Raises RecipeError."""
-    precision.check_device(config.precision, world.device)
     layout = _lay_out(config, world)
     watchers = []
     if batches is None:

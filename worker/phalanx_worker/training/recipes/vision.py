@@ -22,7 +22,6 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from phalanx_worker.training import precision
 from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.augment import Augmented, Plain
 from phalanx_worker.training.data.source import Arranged, Order, Source
@@ -61,7 +60,6 @@ def make(
 ) -> Trainer:
     """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
     (`batches`: its parts of the global batches; then there is no evaluation). Raises RecipeError."""
-    precision.check_device(config.precision, world.device)
     task = vision_task(config.model, config.picture)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
     watchers = []
