@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import httpx
 import pytest
+from phalanx_server.actions import submit_warnings
+from phalanx_server.api import dry_run
 
 BAD_FIELDS = [
     ("an unknown field", {"nmae": "x"}, "unknown_field", "nmae", "did you mean name?"),
@@ -288,3 +291,24 @@ async def test_checks_that_only_recipes_make_are_said_to_do_nothing_for_a_comman
     warnings = (await alice.post("/v1/jobs", json=job_file(health=asked))).json()["warnings"]
     assert "health.nan is looked for in recipes only: nobody looks for it in a command" in warnings
     assert not any("hang" in warning for warning in warnings)
+
+
+async def test_a_recipe_whose_memory_cannot_be_estimated_is_accepted_and_fails_no_other(
+    alice: httpx.AsyncClient, job_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def broken(spec: Any, gpu_types: Any) -> None:
+        asked.append(spec.name)
+        raise OverflowError("int too large to convert to float")
+
+    monkeypatch.setattr(submit_warnings, "estimate_of", broken)
+    monkeypatch.setattr(dry_run, "estimate_of", broken)
+    run = {"recipe": "lm", "args": {"data": {"paths": ["/data/*.txt"]}}}
+    document = job_file(name="odd", run=run, resources={"gpus": 4, "gpu_types": ["h100"]})
+    answers = await asyncio.gather(
+        *(alice.post("/v1/jobs", json=each) for each in (document, job_file(name="other"))),
+    )
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert asked == ["odd"], "once per submit"
+    assert (await alice.post("/v1/jobs?dry_run=true", json=document)).json()["memory"] is None

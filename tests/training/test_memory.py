@@ -5,13 +5,15 @@ and 11 % for pipelines); where parameters are gathered or cast it also keeps som
 tensors of a rank agrees within `PEAK` (measured: 8 % below to 20 % above).
 """
 
+import time
 from dataclasses import replace
 
 import pytest
+from phalanx.recipes import memory as memory_module
 from phalanx.recipes import weights
 from phalanx.recipes.catalog import read
 from phalanx.recipes.devices import find
-from phalanx.recipes.memory import estimate, in_flight, remedies, verdict
+from phalanx.recipes.memory import estimate, in_flight, remedies, verdict, verdicts
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.vision import Picture, Resnet, Vit
 from recipe_cases import ONE, TWO, TWO_SLOW, lm, recsys
@@ -68,20 +70,22 @@ def test_two_ranks_in_all_layouts_hold_and_keep_what_was_estimated(name):
         assert_kept(TWO_SLOW[name], measured)
 
 
+def counted(model):
+    return weights.count((*model.first, *model.last)) + sum(block.count for block in model.blocks)
+
+
 def test_the_models_are_counted_as_they_say_themselves():
     config = read(*lm())
     model = weights.lm(config.model)
-    assert weights.count((*model.first, *model.last, *sum(model.blocks, ()))) == config.model.parameters
+    assert counted(model) == config.model.parameters
     clicks = read(*recsys()).model
     assert weights.count(weights.recsys_dense(clicks)) == clicks.dense_parameters
     assert weights.recsys_tables(clicks).count == clicks.table_parameters
     photograph = Picture(channels=3, size=224)
     small = weights.vit(Vit(), photograph, 1000)
-    assert weights.count((*small.first, *small.last, *sum(small.blocks, ()))) == Vit().parameters(photograph, 1000)
+    assert counted(small) == Vit().parameters(photograph, 1000)
     fifty = weights.resnet(Resnet(depths=(3, 4, 6, 3), bottleneck=True), photograph, 1000)
-    assert (
-        weights.count((*fifty.first, *fifty.last, *sum(fifty.blocks, ()))) == 25_557_032
-    )  # as torchvision's ResNet-50
+    assert counted(fifty) == 25_557_032  # as torchvision's ResNet-50
 
 
 LLAMA_8B = {"vocabulary": 128_256, "layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14_336}
@@ -140,3 +144,47 @@ def test_as_many_microbatches_wait_as_the_schedule_starts_before_their_backward(
     parallel = Parallel(data=1, pipeline=4, microbatches=8, schedule=schedule)
     assert [in_flight(parallel, rank) for rank in range(4)] == waiting
     assert in_flight(replace(parallel, pipeline=1), 0) == 1
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("layers", [16, 19, 27, 31])
+@pytest.mark.parametrize("pipeline", [2, 3, 5, 8])
+def test_the_ranks_that_are_looked_at_have_the_one_that_needs_most(schedule, layers, pipeline, monkeypatch):
+    parallel = {"pipeline": pipeline, "schedule": schedule, "microbatches": 2 * pipeline}
+    config = large(model={**LLAMA_8B, "layers": layers}, parallel=parallel, train={"global_batch": 2 * pipeline})
+    found = estimate(config, pipeline)
+    monkeypatch.setattr(memory_module, "_unlike_ranks", lambda layers, parallel: range(parallel.pipeline))
+    assert estimate(config, pipeline) == found
+
+
+DEEP = {**LLAMA_8B, "layers": 4096}
+
+
+def deep_resnet():
+    model = {"kind": "resnet", "resnet": {"depths": [4096] * 8}}
+    return read(
+        "vision", {"data": {"paths": ["unread"], "format": "images"}, "model": model, "train": {"global_batch": 64}}
+    )
+
+
+INTERLEAVED = {"pipeline": 64, "schedule": "interleaved", "stages_per_rank": 64, "microbatches": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks"),
+    [
+        (large(model=DEEP), 64),
+        (large(model=DEEP, parallel={"pipeline": 4096, "microbatches": 64}), 4096),
+        (large(model=DEEP, parallel=INTERLEAVED), 64),
+        (deep_resnet(), 64),
+    ],
+    ids=["deep", "as many stages", "interleaved", "resnet"],
+)
+def test_a_deep_model_costs_no_more_to_judge_than_a_flat_one(config, ranks):
+    started = time.process_time()
+    needed = estimate(config, ranks)
+    estimated = time.process_time()
+    said = verdicts(config, ranks, needed, [find("t4"), find("h100")])
+    assert all(text.startswith("does not fit on") for text in said)
+    assert estimated - started < 0.05
+    assert time.process_time() - estimated < 0.3, "all remedies are estimated, once for all devices"

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import pytest
+from phalanx.recipes.catalog import read
 from phalanx.recipes.lm import LmConfig, LmModel
 from phalanx.recipes.optim import Schedule
-from phalanx.recipes.parallel import Parallel
+from phalanx.recipes.parallel import Parallel, divisors
 from phalanx.recipes.parse import Bytes, RecipeError, Seconds, document, parse
 
 
@@ -161,3 +162,48 @@ def test_schedules_warm_up_and_come_down(shape, factors):
     schedule = Schedule(shape=shape, warmup=2)
     steps = [1, 2, 4, 8, 10]
     assert [round(schedule.factor(step, steps=10), 3) for step in steps] == factors
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("recipe", "args", "said"),
+    [
+        ("lm", {"model": {"layers": 10_000}}, "model.layers = 10000 is too large; use 4096 or less"),
+        ("lm", {"model": {"vocabulary": HUGE}}, "model.vocabulary = 1000"),
+        ("lm", {"model": {"width": 1 << 40, "heads": 1}}, "model.width"),
+        ("lm", {"model": {"kv_heads": -8}}, "model.kv_heads = -8 is negative; use 0 or more"),
+        ("lm", {"model": {"hidden": -8}}, "model.hidden"),
+        ("lm", {"train": {"steps": HUGE}}, "train.steps"),
+        ("lm", {"train": {"global_batch": HUGE}}, "train.global_batch"),
+        ("lm", {"data": {"seq_len": HUGE}}, "data.seq_len"),
+        ("lm", {"parallel": {"shard": HUGE}}, "parallel.shard"),
+        ("lm", {"parallel": {"stages_per_rank": HUGE}}, "parallel.stages_per_rank"),
+        ("lm", {"parallel": {"local": {"every": HUGE}}}, "parallel.local.every"),
+        ("lm", {"optim": {"schedule": {"warmup": HUGE}}}, "optim.schedule.warmup"),
+        ("lm", {"precision": {"loss_scale_interval": HUGE}}, "precision.loss_scale_interval"),
+        ("vision", {"data": {"image_size": HUGE}}, "data.image_size"),
+        ("vision", {"model": {"classes": HUGE}}, "model.classes"),
+        ("vision", {"model": {"vit": {"layers": 10_000}}}, "model.vit.layers"),
+        ("vision", {"model": {"vit": {"hidden": -1}}}, "model.vit.hidden"),
+        ("vision", {"model": {"resnet": {"depths": [10_000]}}}, "model.resnet.depths"),
+        ("vision", {"model": {"resnet": {"depths": [1] * 1000}}}, "model.resnet.depths"),
+        ("vision", {"model": {"resnet": {"width": HUGE}}}, "model.resnet.width"),
+        ("vision", {"augment": {"shift": HUGE}}, "augment.shift"),
+        ("recsys", {"model": {"rows": HUGE}}, "model.rows"),
+        ("recsys", {"model": {"dim": HUGE}}, "model.dim"),
+        ("recsys", {"model": {"bottom": [HUGE]}}, "model.bottom"),
+        ("recsys", {"model": {"top": [1] * 1000}}, "model.top"),
+        ("recsys", {"evaluate": {"batch": HUGE}}, "evaluate.batch"),
+    ],
+)
+def test_a_size_that_no_run_can_have_is_refused(recipe, args, said):
+    with pytest.raises(RecipeError) as caught:
+        read(recipe, {**args, "data": {"paths": ["unread"], **args.get("data", {})}})
+    assert str(caught.value).startswith(said) and "; use " in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "said"), [(1, "1"), (7, "1 or 7"), (12, "1, 2, 3, 4, 6 or 12"), (9, "1, 3 or 9")])
+def test_the_numbers_that_divide_another(number, said):
+    assert divisors(number) == said

@@ -120,17 +120,19 @@ def vit(model: Vit, picture: Picture, classes: int, *, pictures: int, tensor: in
     )
 
 
-def resnet(model: Resnet, picture: Picture, classes: int, *, pictures: int, widths: Widths) -> tuple[Kept, ...]:
-    """One for each block, as no two need be alike; the first also has the entrance, the last the end."""
+def resnet(
+    model: Resnet, picture: Picture, classes: int, *, pictures: int, widths: Widths
+) -> tuple[tuple[Kept, int], ...]:
+    """For each kind of block, and how many there are; then the entrance, and at last the end."""
     entrance = stem(model, picture)
-    kept = [_residual(block, pictures * widths.product) for block in residual_blocks(model, picture)]
+    blocks = residual_blocks(model, picture)
+    kept = [(_residual(block, pictures * widths.product), block.times) for block in blocks]
     pixels = picture.channels * picture.size**2
     pooled = 0 if picture.size <= RESNET_SMALL else entrance.outputs // 4 * INT64
     first = pictures * (widths.product * (pixels + 2 * entrance.outputs) + pooled)
-    gives = residual_blocks(model, picture)[-1].convolutions[-1].gives
-    logits = FP32 * pictures * classes
-    ends = [Kept(0, 0, 0, first=first, last=0), Kept(0, 0, 0, first=0, last=pictures * widths.product * gives)]
-    return (*kept, ends[0], Kept(0, 0, 0, first=0, last=ends[1].last, logits=logits))
+    last = pictures * widths.product * blocks[-1].convolutions[-1].gives
+    end = Kept(0, 0, 0, first=0, last=last, logits=FP32 * pictures * classes)
+    return (*kept, (Kept(0, 0, 0, first=first, last=0), 1), (end, 1))
 
 
 def _residual(block: ResidualBlock, width: int) -> Kept:

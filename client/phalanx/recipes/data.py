@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from phalanx.recipes.parse import demand
+from phalanx.recipes.parse import demand, demand_sizes
 
 Format = Literal["text", "jsonl", "parquet", "tokens", "images", "tar", "digits", "criteo"]
 
@@ -72,3 +72,5 @@ class DataConfig:
             self.vocab_size,
             "must be at least 1 or absent",
         )
+        demand_sizes(self, least=1, seq_len=1 << 28, image_size=1 << 16, prefetch=1 << 16, vocab_size=1 << 28)
+        demand_sizes(self, least=0, workers=1 << 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phalanx.recipes.parse import demand
+from phalanx.recipes.parse import demand, demand_sizes
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,6 @@ class Evaluate:
     batch: int = 0
 
     def __post_init__(self) -> None:
-        demand(self.every >= 1, "every", self.every, "is not positive; use 1 or more steps")
+        demand_sizes(self, least=1, every=1 << 40)
+        demand_sizes(self, least=0, batch=1 << 30)
         demand(0 <= self.share < 1, "share", self.share, "is a share; use a number in [0, 1)")
-        demand(self.batch >= 0, "batch", self.batch, "is negative; use 0 or more")

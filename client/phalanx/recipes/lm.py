@@ -12,7 +12,7 @@ from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
-from phalanx.recipes.parse import RecipeError, demand
+from phalanx.recipes.parse import RecipeError, demand, demand_sizes
 from phalanx.recipes.precision import Precision
 
 
@@ -30,8 +30,8 @@ class LmModel:
     rotary_base: float = 10_000.0
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "layers", "width", "heads"):
-            demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
+        demand_sizes(self, least=1, vocabulary=1 << 28, layers=4096, width=1 << 20, heads=1 << 20)
+        demand_sizes(self, least=0, kv_heads=1 << 20, hidden=1 << 22)
         demand(
             self.width % (2 * self.heads) == 0,
             "width",
@@ -76,8 +76,7 @@ class Train:
     report_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "accumulate", "report_every"):
-            demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
+        demand_sizes(self, least=1, steps=1 << 40, global_batch=1 << 30, accumulate=1 << 20, report_every=1 << 40)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ fragmentation, and what CUDA and NCCL take for themselves; `RESERVE` stands for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -23,7 +23,7 @@ from phalanx.recipes.parse import RecipeError
 from phalanx.recipes.precision import Precision
 from phalanx.recipes.recsys import RecsysConfig
 from phalanx.recipes.vision import VisionConfig
-from phalanx.recipes.weights import Model, Weight
+from phalanx.recipes.weights import Alike, Model, Unit
 
 FP32 = 4
 RESERVE = 0.1  # of a device, that nothing of this may take
@@ -52,30 +52,29 @@ def estimate(config: Config, world_size: int, *, on_gpu: bool = True) -> Memory:
     placed = config.placed(world_size)
     if isinstance(placed, RecsysConfig):
         return _recsys(placed, world_size)
-    ranks = range(placed.parallel.pipeline)
-    return max((_stage(placed, rank, on_gpu) for rank in ranks), key=lambda memory: memory.total)
+    model = _model(placed)
+    ranks = _unlike_ranks(sum(block.times for block in model.blocks), placed.parallel)
+    return max((_stage(placed, model, rank, on_gpu) for rank in ranks), key=lambda memory: memory.total)
 
 
-def _stage(config: LmConfig | VisionConfig, rank: int, on_gpu: bool) -> Memory:
+def _stage(config: LmConfig | VisionConfig, model: Model, rank: int, on_gpu: bool) -> Memory:
     """Of one rank of the pipeline (0 of 1 where there is none)."""
     parallel = config.parallel
-    model = _model(config)
-    mine = _own_layers(len(model.blocks), parallel, rank)
+    blocks = _own_blocks(model, parallel, rank)
     first, last = rank == 0, rank == parallel.pipeline - 1
     ends = (*(model.first if first else ()), *(model.last if last else ()))
-    own = (*ends, *(weight for layers in mine for layer in layers for weight in model.blocks[layer]))
-    parts = [weight.part(tensor=parallel.tensor, shard=_shards(parallel)) for weight in own]
+    parts = [each.part(tensor=parallel.tensor, shard=_shards(parallel)) for each in (Alike(ends), *blocks)]
     here = 0 if parallel.offload else 1  # or in the host's memory
-    held = FP32 * weights.count(parts) * here
+    held = FP32 * sum(part.count for part in parts) * here
     outer = 2 * held if parallel.local.every else 0  # what replicas have in common, and the outer momentum
-    waiting, logits = _activations(config, mine, rank, _widths(config.precision, parallel, on_gpu))
+    waiting, logits = _activations(config, blocks, rank, _widths(config.precision, parallel, on_gpu))
     return Memory(
         parameters=held,
-        gradients=held + _whole_gradients(own, parallel),
+        gradients=held + _whole_gradients(ends, parallel),
         optimizer=_optimizer_bytes(config.optim, parts) * here + outer,
         activations=waiting,
         logits=logits,
-        copies=_copies(config, Model(tuple(model.blocks[i] for layers in mine for i in layers), first=ends)),
+        copies=_copies(config, Model(blocks, first=ends)),
     )
 
 
@@ -91,17 +90,32 @@ def _shards(parallel: Parallel) -> int:
     return parallel.shard if parallel.fully_sharded else 1
 
 
-def _own_layers(layers: int, parallel: Parallel, rank: int) -> list[range]:
-    """The layers of each of the rank's stages. As `models/transformer.py` splits them: evenly, the odd ones to the
-    stages in the middle."""
-    small, odd = divmod(layers, parallel.stages)
-    first_big = (parallel.stages - odd) // 2
-    sizes = [small + (first_big <= stage < first_big + odd) for stage in range(parallel.stages)]
+def _big_stages(layers: int, parallel: Parallel) -> range:
+    """The stages with one layer more than the others. As `models/transformer.py` splits layers: evenly, the odd ones to
+    the stages in the middle."""
+    odd = layers % parallel.stages
+    first = (parallel.stages - odd) // 2
+    return range(first, first + odd)
+
+
+def _own_blocks(model: Model, parallel: Parallel, rank: int) -> tuple[Alike, ...]:
+    """The blocks of all of the rank's stages; models whose blocks differ have no pipeline."""
+    if parallel.pipeline == 1:
+        return model.blocks
+    (alike,) = model.blocks
+    small, big = alike.times // parallel.stages, _big_stages(alike.times, parallel)
     mine = range(rank, parallel.stages, parallel.pipeline)
-    return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in mine]
+    return (replace(alike, times=sum(small + (stage in big) for stage in mine)),)
 
 
-def _whole_gradients(own: tuple[Weight, ...], parallel: Parallel) -> int:
+def _unlike_ranks(layers: int, parallel: Parallel) -> list[int]:
+    """Ranks of the pipeline one of which needs most: both ends, and of those between with as many layers the first, for
+    which most microbatches wait. How many layers a rank has changes only where the big stages begin and end."""
+    size, big = parallel.pipeline, _big_stages(layers, parallel)
+    return sorted({0, min(1, size - 1), big.start % size, big.stop % size, size - 1})
+
+
+def _whole_gradients(own: Unit, parallel: Parallel) -> int:
     """What gradients of looked-up tables take more than their parts, in bytes; FSDP makes parts of them."""
     if parallel.fully_sharded:
         return 0
@@ -109,12 +123,12 @@ def _whole_gradients(own: tuple[Weight, ...], parallel: Parallel) -> int:
     return FP32 * sum(table.count - table.part(tensor=parallel.tensor, shard=1).count for table in tables)
 
 
-def _optimizer_bytes(optim: Optim, parts: list[Weight]) -> int:
+def _optimizer_bytes(optim: Optim, parts: Sequence[Alike]) -> int:
     """adamw and lamb keep two moments, sgd its momentum; adafactor a row and a column of each matrix (Shazeer and Stern
     2018, arXiv:1804.04235)."""
-    count = weights.count(parts)
+    count = sum(part.count for part in parts)
     if optim.name == "adafactor":
-        return FP32 * sum(_factors(part.shape) for part in parts)
+        return FP32 * sum(part.times * _factors(weight.shape) for part in parts for weight in part.unit)
     return FP32 * count * (2 if optim.name in ("adamw", "lamb") else int(optim.momentum > 0))
 
 
@@ -129,13 +143,13 @@ def _copies(config: LmConfig | VisionConfig, own: Model) -> int:
     that is computed and the next, with the gradients of one; all of them, where they are not given up in between or
     gradients add up. Else autocast's copies of the matrices."""
     parallel, bytes_each = config.parallel, FP32 if config.precision.compute == "fp32" else 2
-    whole = [[weight.part(tensor=parallel.tensor, shard=1) for weight in block] for block in own.blocks]
-    ends = [weight.part(tensor=parallel.tensor, shard=1) for weight in own.first]
-    blocks = [weights.count(block) for block in whole]
+    whole = [block.part(tensor=parallel.tensor, shard=1) for block in own.blocks]
+    ends = Alike(own.first).part(tensor=parallel.tensor, shard=1)
     if not parallel.fully_sharded:
-        matrices = sum(weight.count for block in (ends, *whole) for weight in block if len(weight.shape) > 1)
-        return 0 if bytes_each == FP32 else bytes_each * matrices
-    every, largest, outside = sum(blocks), max(blocks), weights.count(ends)
+        matrices = [(each.times, weight) for each in (ends, *whole) for weight in each.unit if len(weight.shape) > 1]
+        return 0 if bytes_each == FP32 else bytes_each * sum(times * weight.count for times, weight in matrices)
+    every, largest = sum(block.count for block in whole), max(weights.count(block.unit) for block in whole)
+    outside = ends.count
     stays = not parallel.reshard or parallel.pipeline > 1
     gathered = outside + (every if stays else min(every, 2 * largest))
     piled_up = config.train.accumulate > 1 or parallel.pipeline > 1
@@ -150,30 +164,33 @@ def _widths(precision: Precision, parallel: Parallel, on_gpu: bool) -> Widths:
     return Widths(stream=stream, product=2, copies=not parallel.fully_sharded, fused_norms=on_gpu)
 
 
-def _activations(config: LmConfig | VisionConfig, mine: list[range], rank: int, widths: Widths) -> tuple[int, int]:
+def _activations(
+    config: LmConfig | VisionConfig, blocks: Sequence[Alike], rank: int, widths: Widths
+) -> tuple[int, int]:
     """Bytes of what waits for backward when most of it does, and of logits."""
     parallel = config.parallel
+    layers = sum(block.times for block in blocks)
     samples = config.train.global_batch // (parallel.batch_ways * config.train.accumulate * parallel.pieces)
     if isinstance(config, LmConfig):
         length = config.data.seq_len // parallel.context
         part = activations.Sequences(samples, length, config.data.seq_len, parallel.tensor)
-        return _waiting(activations.lm(config.model, part, widths), parallel, mine, rank)
+        return _waiting(activations.lm(config.model, part, widths), parallel, layers, rank)
     model, picture = config.model, config.picture
     if model.kind == "vit":
         sizes = {"pictures": samples, "tensor": parallel.tensor, "widths": widths}
-        return _waiting(activations.vit(model.vit, picture, model.classes, **sizes), parallel, mine, rank)
+        return _waiting(activations.vit(model.vit, picture, model.classes, **sizes), parallel, layers, rank)
     every = activations.resnet(model.resnet, picture, model.classes, pictures=samples, widths=widths)
     return _residual_waiting(every, parallel)
 
 
-def _waiting(kept: Kept, parallel: Parallel, mine: list[range], rank: int) -> tuple[int, int]:
-    flying = in_flight(parallel, rank)
-    stage = sum(kept.blocks(len(layers), parallel.recompute) for layers in mine) / len(mine)
+def _waiting(kept: Kept, parallel: Parallel, layers: int, rank: int) -> tuple[int, int]:
+    flying, stages = in_flight(parallel, rank), parallel.stages // parallel.pipeline
+    stage = kept.blocks(layers, parallel.recompute) / stages
     again = kept.again(parallel.recompute)
     if parallel.pipeline == 1:
         return round(stage) + kept.first + max(kept.last, again), LOGITS_ALIVE * kept.logits
     if rank == 0:  # and the forward by which torch 2.13 finds shapes out: its first stage is kept
-        return round((stage + kept.first / len(mine)) * (flying + 1)) + again, 0
+        return round((stage + kept.first / stages) * (flying + 1)) + again, 0
     if rank < parallel.pipeline - 1:
         return round(stage * flying) + again, 0
     ends = parallel.pieces if parallel.schedule == "gpipe" else 1
@@ -195,23 +212,25 @@ def in_flight(parallel: Parallel, rank: int) -> int:
     return min(parallel.pieces * stages, 2 * behind + (stages - 1) * parallel.pipeline + 1)
 
 
-def _residual_waiting(every: tuple[Kept, ...], parallel: Parallel) -> tuple[int, int]:
+def _residual_waiting(every: tuple[tuple[Kept, int], ...], parallel: Parallel) -> tuple[int, int]:
     recompute = "none" if parallel.recompute == "none" else "full"  # nothing of a convolution counts as costly
-    again = max(kept.again(recompute) for kept in every)
-    waiting = sum(kept.blocks(1, recompute) + kept.first for kept in every)
-    return waiting + max(again, every[-1].last), LOGITS_ALIVE * every[-1].logits
+    again = max(kept.again(recompute) for kept, _ in every)
+    waiting = sum(kept.blocks(times, recompute) + kept.first for kept, times in every)
+    end, _ = every[-1]
+    return waiting + max(again, end.last), LOGITS_ALIVE * end.logits
 
 
 def _recsys(config: RecsysConfig, world_size: int) -> Memory:
     """Layers are replicated, rows of tables shared out."""
-    parts = [*weights.recsys_dense(config.model), weights.recsys_tables(config.model).part(tensor=1, shard=world_size)]
+    tables = weights.recsys_tables(config.model).part(tensor=1, shard=world_size)
+    parts = Alike((*weights.recsys_dense(config.model), tables))
     samples = config.train.global_batch // (config.parallel.batch_ways * config.train.accumulate)
     widths = _widths(config.precision, config.parallel, on_gpu=True)
     dense = weights.count(weight for weight in weights.recsys_dense(config.model) if len(weight.shape) > 1)
     return Memory(
-        parameters=FP32 * weights.count(parts),
-        gradients=FP32 * weights.count(parts),
-        optimizer=_optimizer_bytes(config.optim, parts),
+        parameters=FP32 * parts.count,
+        gradients=FP32 * parts.count,
+        optimizer=_optimizer_bytes(config.optim, [parts]),
         activations=activations.recsys(config.model, samples=samples, widths=widths),
         logits=0,
         copies=widths.product * dense if widths.copies else 0,
@@ -221,12 +240,21 @@ def _recsys(config: RecsysConfig, world_size: int) -> Memory:
 def verdict(config: Config, world_size: int, device: Device) -> str:
     """`fits on h100-80gb: 31 of 80 GiB`, or `does not fit on …: needs 96 of 80 GiB; use parallel.shard = 4, or …`.
     Raises RecipeError where the gang cannot run the recipe."""
-    memory = estimate(config, world_size)
+    return verdicts(config, world_size, estimate(config, world_size), [device])[0]
+
+
+def verdicts(config: Config, world_size: int, memory: Memory, devices: Sequence[Device]) -> list[str]:
+    """One on each device, of a recipe that needs so much memory: what would help is worked out once for all."""
+    short = any(not fits(memory, device) for device in devices)
+    helps = [(name, estimate(other, world_size)) for name, other in remedies(config, world_size)] if short else []
+    return [_verdict(memory, device, [name for name, less in helps if fits(less, device)]) for device in devices]
+
+
+def _verdict(memory: Memory, device: Device, helping: list[str]) -> str:
     if fits(memory, device):
         return f"fits on {device.name}: {_gib(memory.total)} of {_gib(device.memory_bytes)} GiB"
     said = f"does not fit on {device.name}: needs {_gib(memory.total)} of {_gib(device.memory_bytes)} GiB"
-    found = [name for name, other in remedies(config, world_size) if fits(estimate(other, world_size), device)]
-    return f"{said}; use {', or '.join(found[:2])}" if found else f"{said}, and no switch helps; use more ranks"
+    return f"{said}; use {', or '.join(helping[:2])}" if helping else f"{said}, and no switch helps; use more ranks"
 
 
 def fits(memory: Memory, device: Device) -> bool:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from phalanx.recipes.parse import demand
+from phalanx.recipes.parse import demand, demand_sizes
 
 OptimizerName = Literal["adamw", "adafactor", "sgd", "lamb"]
 
@@ -26,7 +26,7 @@ class Schedule:
     decay_share: float = 0.2
 
     def __post_init__(self) -> None:
-        demand(self.warmup >= 0, "warmup", self.warmup, "is negative; use 0 or a number of steps")
+        demand_sizes(self, least=0, warmup=1 << 40)
         demand(0 <= self.floor <= 1, "floor", self.floor, "is a share of the peak; use a number from 0 to 1")
         demand(0 < self.decay_share <= 1, "decay_share", self.decay_share, "is a share; use a number in (0, 1]")
 

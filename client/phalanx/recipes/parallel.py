@@ -7,10 +7,10 @@ torch. Standard library only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import isqrt, prod
 from typing import Annotated, Literal
 
-from phalanx.recipes.parse import RecipeError, demand
+from phalanx.recipes.parse import RecipeError, demand, demand_sizes
 
 Schedule = Literal["gpipe", "1f1b", "interleaved"]
 Recompute = Literal["none", "selective", "full"]
@@ -31,6 +31,7 @@ class LocalSteps:
 
     def __post_init__(self) -> None:
         demand(self.every >= 0, "every", self.every, "is negative; use 0 (off) or more")
+        demand_sizes(self, least=0, every=1 << 40)
         demand(self.outer_lr > 0, "outer_lr", self.outer_lr, "is not positive; use 0.7")
         demand(0 <= self.outer_momentum < 1, "outer_momentum", self.outer_momentum, "is not in [0, 1); use 0.9")
 
@@ -60,9 +61,8 @@ class Parallel:
     local: LocalSteps = field(default_factory=LocalSteps)
 
     def __post_init__(self) -> None:
-        for axis in (*AXES, "microbatches", "stages_per_rank", "powersgd_rank", "bucket_bytes"):
-            size = getattr(self, axis)
-            demand(size == "auto" or size >= 1, axis, size, "is not positive; use 1 or more")
+        counts = dict.fromkeys((*AXES, "microbatches", "powersgd_rank"), 1 << 20)
+        demand_sizes(self, least=1, **counts, stages_per_rank=4096, bucket_bytes=1 << 40)
         self._check_switches()
 
     def _check_switches(self) -> None:
@@ -142,5 +142,6 @@ class Parallel:
 
 def divisors(number: int) -> str:
     """The numbers that divide `number`, for a message: `1, 2, 4 or 8`."""
-    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    found = [str(n) for n in sorted({*small, *(number // n for n in small)})]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

@@ -52,6 +52,16 @@ def demand(holds: bool, field: str, value: object, problem: str) -> None:
         raise RecipeError(field, f"= {_shown(value)} {problem}")
 
 
+def demand_sizes(section: object, *, least: int, **most: int) -> None:
+    """Raise `RecipeError` unless each of these fields of the section lies from `least` to the most that is given: no
+    run needs more, and what follows from it stays cheap to work out. Texts and None are left alone."""
+    for name, largest in most.items():
+        value = getattr(section, name)
+        if isinstance(value, int):
+            demand(value >= least, name, value, f"is {'not positive' if least else 'negative'}; use {least} or more")
+            demand(value <= largest, name, value, f"is too large; use {largest} or less")
+
+
 def parse(kind: type[Config], given: Mapping[str, Any], words: Sequence[str] = ()) -> Config:
     """The configuration of type `kind` (a frozen dataclass) that `given` describes; `words` (`model.layers=4`, values
     as JSON or else plain text) go over it. What is not given keeps its default. Raises `RecipeError`."""

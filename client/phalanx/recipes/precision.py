@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from phalanx.recipes.parse import demand
+from phalanx.recipes.parse import demand, demand_sizes
 
 Compute = Literal["fp32", "bf16", "fp16", "fp8"]
 
@@ -23,4 +23,4 @@ class Precision:
     def __post_init__(self) -> None:
         demand(self.compute != "fp8", "compute", self.compute, "is not built yet; use bf16")
         demand(self.loss_scale > 0, "loss_scale", self.loss_scale, "is not positive; use 65536")
-        demand(self.loss_scale_interval > 0, "loss_scale_interval", self.loss_scale_interval, "is not positive")
+        demand_sizes(self, least=1, loss_scale_interval=1 << 40)

@@ -16,7 +16,7 @@ from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.lm import Train, check_batch
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel
-from phalanx.recipes.parse import RecipeError, demand
+from phalanx.recipes.parse import RecipeError, demand, demand_sizes
 from phalanx.recipes.precision import Precision
 
 COUNTS, TABLES = 13, 26  # of a line in Criteo's format: numbers, and words
@@ -34,13 +34,16 @@ class RecsysModel:
     top: tuple[int, ...] = (512, 256)
 
     def __post_init__(self) -> None:
-        demand(self.dim >= 1, "dim", self.dim, "is not positive; use 1 or more")
+        demand_sizes(self, least=1, dim=1 << 20)
         sizes = self.table_rows
         good = len(sizes) == TABLES and min(sizes) >= 1
         demand(good, "rows", self.rows, f"is not a positive number or a list of {TABLES}; use 100000")
+        demand(max(sizes) <= 1 << 36, "rows", self.rows, f"is too large; use {1 << 36} or less per table")
         for name in ("bottom", "top"):
             widths = getattr(self, name)
             demand(all(width >= 1 for width in widths), name, widths, "has a width below 1; use 1 or more")
+            few = len(widths) <= 64 and max(widths, default=1) <= 1 << 20
+            demand(few, name, widths, f"is too large; use at most 64 layers of at most {1 << 20}")
 
     @property
     def table_rows(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.lm import Train, check_batch, check_checkpoint, check_optim
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
-from phalanx.recipes.parse import RecipeError, demand
+from phalanx.recipes.parse import RecipeError, demand, demand_sizes
 from phalanx.recipes.precision import Precision
 
 DIGITS_SIZE = 8  # pixels
@@ -40,8 +40,8 @@ class Vit:
     hidden: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("patch", "layers", "width", "heads"):
-            demand(getattr(self, name) >= 1, name, getattr(self, name), "is not positive; use 1 or more")
+        demand_sizes(self, least=1, patch=1 << 16, layers=4096, width=1 << 20, heads=1 << 20)
+        demand_sizes(self, least=0, hidden=1 << 22)
         text = f"does not divide width = {self.width}; use {divisors(self.width)}"
         demand(self.width % self.heads == 0, "heads", self.heads, text)
 
@@ -77,9 +77,11 @@ class Resnet:
     def __post_init__(self) -> None:
         good = bool(self.depths) and min(self.depths) >= 1
         demand(good, "depths", self.depths, "is not a list of positive numbers; use [2, 2, 2, 2]")
+        few = len(self.depths) <= 8 and max(self.depths) <= 4096
+        demand(few, "depths", self.depths, "is too large; use at most 8 stages of at most 4096 blocks")
+        demand_sizes(self, least=1, groups=1 << 20, width=1 << 20)
         text = f"is not a multiple of groups = {self.groups}; use one, or fewer groups"
-        demand(self.groups >= 1, "groups", self.groups, "is not positive; use 1 or more")
-        demand(self.width >= 1 and self.width % self.groups == 0, "width", self.width, text)
+        demand(self.width % self.groups == 0, "width", self.width, text)
 
     @property
     def expansion(self) -> int:
@@ -98,6 +100,7 @@ class VisionModel:
 
     def __post_init__(self) -> None:
         demand(self.classes >= 2, "classes", self.classes, "leaves nothing to tell apart; use 2 or more")
+        demand_sizes(self, least=2, classes=1 << 28)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Augment:
 
     def __post_init__(self) -> None:
         demand(0 < self.min_area <= 1, "min_area", self.min_area, "is a share; use a number in (0, 1]")
-        demand(self.shift >= 0, "shift", self.shift, "is negative; use 0 or more pixels")
+        demand_sizes(self, least=0, shift=1 << 16)
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,28 @@ Unit = tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
+class Alike:
+    """So many units in a row that are all as this one: what a model costs to estimate does not grow with its depth."""
+
+    unit: Unit
+    times: int = 1
+
+    @property
+    def count(self) -> int:
+        """Parameters of them all."""
+        return self.times * count(self.unit)
+
+    def part(self, *, tensor: int, shard: int) -> Alike:
+        """What the rank with the most of each weight holds."""
+        return replace(self, unit=tuple(weight.part(tensor=tensor, shard=shard) for weight in self.unit))
+
+
+@dataclass(frozen=True)
 class Model:
     """`blocks` are gathered one by one; `first` and `last` are what comes before and after them, in one pipeline stage
     with the outermost blocks."""
 
-    blocks: tuple[Unit, ...]
+    blocks: tuple[Alike, ...]
     first: Unit = ()
     last: Unit = ()
 
@@ -73,7 +90,8 @@ def lm(model: LmModel) -> Model:
     swiglu = (Weight((feed, width), 0), Weight((feed, width), 0), Weight((width, feed), 1))
     table = Weight((model.vocabulary, width), 0)
     first = (replace(table, looked_up=True),)
-    return Model(blocks=((*norms, *attention, *swiglu),) * model.layers, first=first, last=(norms[0], table))
+    blocks = (Alike((*norms, *attention, *swiglu), model.layers),)
+    return Model(blocks=blocks, first=first, last=(norms[0], table))
 
 
 def vit(model: Vit, picture: Picture, classes: int) -> Model:
@@ -86,7 +104,7 @@ def vit(model: Vit, picture: Picture, classes: int) -> Model:
     pixels = picture.channels * model.patch**2
     first = (Weight((width, pixels), 1), Weight((width,)), Weight((model.patches(picture), width), 0, looked_up=True))
     last = (*norm, Weight((classes, width), 0), Weight((classes,), 0))
-    return Model(blocks=((*norm, *norm, *attention, *feeding),) * model.layers, first=first, last=last)
+    return Model(blocks=(Alike((*norm, *norm, *attention, *feeding), model.layers),), first=first, last=last)
 
 
 @dataclass(frozen=True)
@@ -116,12 +134,13 @@ class Convolution:
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """The convolutions of a block, in a row, and the one on the short way if there is one. The block is given
-    `given_size` × `given_size` places."""
+    """The convolutions of a block, in a row, and the one on the short way if there is one; `times` such blocks follow
+    each other. The block is given `given_size` × `given_size` places."""
 
     convolutions: tuple[Convolution, ...]
     short: Convolution | None
     given_size: int
+    times: int = 1
 
 
 def stem(model: Resnet, picture: Picture) -> Convolution:
@@ -138,16 +157,17 @@ def halved(size: int) -> int:
 
 
 def residual_blocks(model: Resnet, picture: Picture) -> list[ResidualBlock]:
-    """All blocks in their order."""
+    """All blocks in their order: of each stage the first, then the others, which are alike."""
     blocks, given = [], model.width
     size = stem(model, picture).size
     size = size if picture.size <= RESNET_SMALL else halved(size)
     for stage, depth in enumerate(model.depths):
         inside = model.width * 2**stage
-        for number in range(depth):
-            after = halved(size) if stage and number == 0 else size
-            blocks.append(_block(model, inside, given=given, before=size, after=after))
-            given, size = inside * model.expansion, after
+        after = halved(size) if stage else size
+        blocks.append(_block(model, inside, given=given, before=size, after=after))
+        given, size = inside * model.expansion, after
+        if depth > 1:
+            blocks.append(replace(_block(model, inside, given=given, before=size, after=size), times=depth - 1))
     return blocks
 
 
@@ -165,7 +185,7 @@ def resnet(model: Resnet, picture: Picture, classes: int) -> Model:
     blocks = []
     for block in residual_blocks(model, picture):
         every = block.convolutions if block.short is None else (*block.convolutions, block.short)
-        blocks.append(tuple(weight for convolution in every for weight in convolution.weights))
+        blocks.append(Alike(tuple(weight for convolution in every for weight in convolution.weights), block.times))
     gives = residual_blocks(model, picture)[-1].convolutions[-1].gives
     last = (Weight((classes, gives)), Weight((classes,)))
     return Model(blocks=tuple(blocks), first=stem(model, picture).weights, last=last)

@@ -7,6 +7,7 @@ not looked at: a job that has to wait is accepted, and told why it waits.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from phalanx_server.actions.awaited_jobs import Unmet, after_errors, awaited_by, unmet_of
 from phalanx_server.actions.hardware import Hardware, HardwareWatch
 from phalanx_server.actions.named_environments import Registered, environment_errors, filled_in, load_registered
-from phalanx_server.actions.submit_warnings import warnings_of
+from phalanx_server.actions.submit_warnings import memory_warnings, warnings_of
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.array import ARRAY_MAX_JOBS
 from phalanx_server.domain.errors import FieldError, Impossible, Invalid, PhalanxError
@@ -78,8 +79,14 @@ async def check_jobs(
 ) -> list[Checked | PhalanxError]:
     """For each request its jobs with what the server fills in, or why it is refused. `policy` is that of the settings
     file. Locked, what the jobs wait for does not end, and the policy does not change, before the transaction ends."""
+    specs = [spec for request in requests for spec in request.specs]
+    memory = iter(await memory_warnings(specs))  # first: nothing is locked yet
     facts = await _load(conn, requests, hardware, policy, lock)
-    return [_refusal(request, facts) or _accepted(request, facts) for request in requests]
+    of_each = [list(islice(memory, len(request.specs))) for request in requests]
+    return [
+        _refusal(request, facts) or _accepted(request, facts, said)
+        for request, said in zip(requests, of_each, strict=True)
+    ]
 
 
 async def _load(
@@ -121,10 +128,10 @@ async def _hardware(conn: AsyncConnection, requests: Sequence[Request], watch: H
     return recent
 
 
-def _accepted(request: Request, facts: Facts) -> Checked:
+def _accepted(request: Request, facts: Facts, memory: Sequence[Sequence[str]]) -> Checked:
     return Checked(
         [filled_in(spec, request.tenant_of(spec), facts.registered) for spec in request.specs],
-        [warnings_of(spec, facts.hardware) for spec in request.specs],
+        [[*warnings_of(spec, facts.hardware), *said] for spec, said in zip(request.specs, memory, strict=True)],
         facts.tenants,
         [unmet_of(spec, facts.awaited) for spec in request.specs],
     )

@@ -1,8 +1,17 @@
-"""What is accepted and may still not be as it was meant: said with the answer to a submit."""
+"""What is accepted and may still not be as it was meant: said with the answer to a submit.
+
+Owns that a warning never costs more than it is worth: one that cannot be worked out is left out, and so are those of
+memory that would keep others waiting.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
 
 from phalanx_server.actions.hardware import GIB, Hardware
 from phalanx_server.domain.health_spec import OF_RECIPES
@@ -10,11 +19,40 @@ from phalanx_server.domain.memory_estimate import estimate_of
 from phalanx_server.domain.resources import Shape
 from phalanx_server.domain.spec import JobSpec, Resources
 
+log = structlog.get_logger("phalanx.submits")
+
+ESTIMATES_S = 0.25
+"""So long the memory of recipes is worked out for jobs that are checked together, some milliseconds each."""
+
 
 def warnings_of(spec: JobSpec, hardware: Hardware) -> list[str]:
-    """In sentences without an end, like errors."""
-    of_nodes = [*_more_than_all(spec.resources, hardware), *_unshared_checkpoints(spec, hardware)]
-    return [*of_nodes, *_too_large(spec), *_checks_of_recipes(spec)]
+    """What follows from the hardware, or from the job alone. In sentences without an end, like errors."""
+    of_nodes = _found(lambda: [*_more_than_all(spec.resources, hardware), *_unshared_checkpoints(spec, hardware)])
+    return [*of_nodes, *_checks_of_recipes(spec)]
+
+
+async def memory_warnings(specs: Sequence[JobSpec], most_s: float = ESTIMATES_S) -> list[list[str]]:
+    """For each job what follows from the memory that its recipe needs; nothing for those that come after `most_s` of
+    work. Others have their turn between two jobs."""
+    found: list[list[str]] = []
+    spent_s = 0.0
+    for spec in specs:
+        if spec.run.recipe is None or spent_s >= most_s:
+            found.append([])
+            continue
+        await asyncio.sleep(0)
+        started = time.perf_counter()
+        found.append(_found(lambda spec=spec: _too_large(spec)))
+        spent_s += time.perf_counter() - started
+    return found
+
+
+def _found(warnings: Callable[[], list[str]]) -> list[str]:
+    try:
+        return warnings()
+    except Exception:  # whatever is wrong with a warning, the job is not refused for it, nor any that came with it
+        log.warning("warning_left_out", exc_info=True)
+        return []
 
 
 def _checks_of_recipes(spec: JobSpec) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import structlog
 from pydantic import BaseModel, Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -20,6 +21,8 @@ from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Hold as PlannedHold
 from phalanx_server.store import ids
 from phalanx_server.store.node_views import gpu_types_of_nodes, names_of_nodes
+
+log = structlog.get_logger("phalanx.submits")
 
 
 class WouldPlace(BaseModel):
@@ -77,7 +80,11 @@ async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> Dr
 
 
 def _memory(spec: JobSpec, gpu_types: list[str]) -> Memory | None:
-    found = estimate_of(spec, gpu_types)
+    try:
+        found = estimate_of(spec, gpu_types)
+    except Exception:  # the rest of the answer does not depend on it
+        log.warning("memory_left_out", exc_info=True)
+        return None
     if found is None:
         return None
     on = [MemoryOn(gpu_type=name, fits=fits, message=message) for name, fits, message in found.on]

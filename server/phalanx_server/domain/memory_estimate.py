@@ -29,11 +29,14 @@ def estimate_of(spec: JobSpec, gpu_types: Sequence[str]) -> Estimate | None:
     config = catalog.read(spec.run.recipe, spec.run.args)
     needed = memory.estimate(config, spec.world_size)
     wanted = spec.resources.gpu_types or tuple(gpu_types) if spec.resources.gpus_per_replica else ()
-    judged = []
-    for name in wanted:
-        try:
-            device = devices.find(name)
-        except ValueError:
-            continue
-        judged.append((name, memory.fits(needed, device), memory.verdict(config, spec.world_size, device)))
+    known = {name: device for name in wanted if (device := _device(name)) is not None}
+    said = memory.verdicts(config, spec.world_size, needed, list(known.values()))
+    judged = [(name, memory.fits(needed, known[name]), text) for name, text in zip(known, said, strict=True)]
     return Estimate(asdict(needed), needed.total, tuple(judged))
+
+
+def _device(name: str) -> devices.Device | None:
+    try:
+        return devices.find(name)
+    except ValueError:
+        return None
