@@ -207,6 +207,66 @@ def crashes(directory: Path, ranks: str, stride: str) -> Any:
     return answers
 
 
+def one_fails(directory: Path) -> Any:
+    """What each of two ranks says when rank 1 alone cannot write its share of the last save, and then, in a new gang,
+    cannot read its share of the one before; and what a gang finds once the storage is back."""
+    place = directory / "kept"
+    return [gang(2, lambda rank, part=part: part(rank, place)) for part in (_cannot_write, _cannot_read, _restored)]
+
+
+def _cannot_write(rank: int, place: Path) -> str | None:
+    checkpointer = _checkpointer(place)
+    checkpointer.save(10, {"number": Number(10)})
+    checkpointer.save(20, {"number": Number(20)})
+    if rank == 1:
+        _fail_at("wb")
+    checkpointer.save(30, {"number": Number(30)})
+    return _said(checkpointer.finish)
+
+
+def _cannot_read(rank: int, place: Path) -> str | None:
+    if rank == 1:
+        _fail_at("rb")
+    return _said(lambda: _checkpointer(place).restore({"number": Number(0)}))
+
+
+def _restored(_: int, place: Path) -> int | None:
+    return _checkpointer(place).restore({"number": Number(0)})
+
+
+def _checkpointer(place: Path) -> Any:
+    from phalanx.recipes.checkpoint import CheckpointConfig
+    from phalanx_worker.training import checkpoint_store
+    from phalanx_worker.training.checkpoint import Checkpointer
+
+    checkpoint_store.READ_PAUSES_S = (0.0, 0.0)
+    return Checkpointer(CheckpointConfig(asynchronous=False), str(place))
+
+
+def _said(act: Callable[[], Any]) -> str | None:
+    from phalanx_worker.training.checkpoint_store import CheckpointError
+
+    try:
+        act()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _fail_at(mode: str) -> None:
+    """From now on no file is opened in this mode."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    opened = LocalFileSystem.open
+
+    def call(self: Any, path: str, how: str = "rb", **named: Any) -> Any:
+        if how == mode:
+            raise OSError(5, "Input/output error")
+        return opened(self, path, how, **named)
+
+    LocalFileSystem.open = call
+
+
 def _save_twice(rank: int, victim: int, k: int, place: Path) -> int:
     from phalanx.recipes.checkpoint import CheckpointConfig
     from phalanx_worker.training.checkpoint import Checkpointer
@@ -269,7 +329,7 @@ def main() -> None:
     from phalanx_worker.training import checkpoint  # noqa: F401
     from phalanx_worker.training.data import stream  # noqa: F401
 
-    scenarios = {"layouts": layouts, "crashes": crashes}
+    scenarios = {"layouts": layouts, "crashes": crashes, "one_fails": one_fails}
     name, directory, *arguments = sys.argv[1:]
     print(json.dumps(scenarios[name](Path(directory), *arguments)))
 

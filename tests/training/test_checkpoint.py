@@ -10,6 +10,7 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from phalanx.recipes.checkpoint import CheckpointConfig
+from phalanx_worker.training import checkpoint_store, main
 from phalanx_worker.training.checkpoint import Checkpointer, open_checkpointer
 from phalanx_worker.training.checkpoint_store import CheckpointError, Manifest, Sum, decoded
 
@@ -59,6 +60,39 @@ def url(request, tmp_path):
         "file": f"file://{tmp_path}/checkpoints",
         "memory": f"memory://{tmp_path.name}-{id(request)}/checkpoints",
     }[request.param]
+
+
+class Storage:
+    """The local storage, failing where it is told to: the next `times` calls that `fails(path, mode)`."""
+
+    def __init__(self, monkeypatch):
+        self.fails, self.times, self.failed = (lambda path, mode: False), 0, 0
+        monkeypatch.setattr(checkpoint_store, "READ_PAUSES_S", (0.0, 0.0, 0.0))
+        for name in ("open", "ls"):
+            monkeypatch.setattr(LocalFileSystem, name, self._around(getattr(LocalFileSystem, name)))
+
+    def fail(self, name, mode, times=1_000_000):
+        self.fails = lambda path, how: path.endswith(name) and how == mode
+        self.times, self.failed = times, 0
+
+    def heal(self):
+        self.times = 0
+
+    def _around(storage, inner):
+        def call(self, path, *given, **named):
+            mode = named.get("mode", given[0] if given else "rb") if inner.__name__ == "open" else "ls"
+            if storage.times and storage.fails(str(path), mode):
+                storage.times -= 1
+                storage.failed += 1
+                raise OSError(5, "Input/output error")
+            return inner(self, path, *given, **named)
+
+        return call
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    return Storage(monkeypatch)
 
 
 def steps_at(path):
@@ -165,6 +199,62 @@ def test_only_damaged_checkpoints_are_for_a_person_to_decide(tmp_path):
         Job(tmp_path).restore()
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "__0_0.distcp"])
+def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path, storage, name):
+    Job(tmp_path).save(10, 20)
+    storage.fail(f"step-000000020/{name}", "rb", times=2)
+    job = Job(tmp_path)
+    assert job.restore() == 20
+    assert storage.failed == 2
+    job.save(30)
+    assert steps_at(tmp_path) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "__0_0.distcp", ".metadata"])
+def test_training_does_not_start_over_a_checkpoint_that_cannot_be_read(tmp_path, storage, name):
+    Job(tmp_path).save(10, 20)
+    storage.fail(f"step-000000020/{name}", "rb")
+    with pytest.raises(CheckpointError, match=r"step-000000020.*cannot be read \(.*Input/output error"):
+        Job(tmp_path).restore()
+    storage.heal()
+    assert Job(tmp_path).restore() == 20, "nothing was set aside"
+
+
+def test_training_does_not_start_anew_where_the_storage_cannot_be_listed(tmp_path, storage):
+    Job(tmp_path).save(10)
+    storage.fail(tmp_path.name, "ls", times=2)
+    assert Job(tmp_path).restore() == 10
+    storage.fail(tmp_path.name, "ls")
+    with pytest.raises(CheckpointError, match="cannot be listed"):
+        Job(tmp_path).restore()
+
+
+def test_what_cannot_be_read_is_never_pruned(tmp_path, storage):
+    Job(tmp_path).save(10, 20)
+    storage.fail("step-000000020/manifest.json", "rb")
+    Job(tmp_path, keep_last=1).save(30)
+    storage.heal()
+    assert steps_at(tmp_path) == [20, 30]
+    assert Job(tmp_path).restore(before=30) == 20
+
+
+def test_what_is_damaged_is_not_pruned_before_a_restore_has_said_so(tmp_path):
+    Job(tmp_path).save(10, 20)
+    data_file(tmp_path, 20).with_name("manifest.json").write_bytes(b"{")
+    Job(tmp_path, keep_last=1).save(30)
+    assert steps_at(tmp_path) == [20, 30]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"sha256": "", "manifest": {}}'])
+def test_only_corrupt_manifests_are_for_a_person_to_decide(tmp_path, caplog, content):
+    Job(tmp_path).save(10, 20)
+    for step in (10, 20):
+        data_file(tmp_path, step).with_name("manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="step-000000020 is damaged, and so is every one before it"):
+        Job(tmp_path).restore()
+    assert "step-000000020 is not used: its manifest.json is damaged" in caplog.text
+
+
 def test_sizes_alone_are_compared_where_verifying_is_off(tmp_path):
     Job(tmp_path).save(10, 20)
     data_file(tmp_path, 20).write_bytes(b"")
@@ -196,23 +286,65 @@ def test_a_state_that_does_not_fit_is_said_and_nothing_older_is_taken_for_it(tmp
         Job(tmp_path).checkpointer.restore({"numbers": Numbers(0, size=7)})
 
 
-def test_a_save_that_fails_is_counted_and_training_goes_on(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_fails_is_counted_and_training_goes_on(tmp_path, caplog, storage, asynchronous):
+    job = Job(tmp_path, asynchronous=asynchronous)
+    storage.fail("step-000000020/__0_0.distcp", "wb")
+    job.save(10, 20, 30)
+    assert "step 20 could not be saved" in caplog.text and "Input/output error" in caplog.text
+    assert (job.checkpointer.failures, job.checkpointer.last.step) == (1, 30)
+    assert [data["step"] for _, data in job.registered] == [10, 30]
+    assert job.restore() == 30
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_last_save_is_tried_once_more(tmp_path, storage, asynchronous):
+    job = Job(tmp_path, asynchronous=asynchronous)
+    storage.fail("step-000000020/__0_0.distcp", "wb", times=1)
+    job.save(10, 20)
+    assert (job.checkpointer.failures, job.checkpointer.last.step) == (1, 20)
+    assert Job(tmp_path).restore() == 20
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_training_whose_last_save_fails_twice_does_not_finish(tmp_path, storage, asynchronous):
+    job = Job(tmp_path, asynchronous=asynchronous)
+    storage.fail("step-000000020/__0_0.distcp", "wb")
+    with pytest.raises(CheckpointError, match=r"the last checkpoint, of step 20, could not be saved.*Input/output"):
+        job.save(10, 20)
+    assert (job.checkpointer.failures, job.checkpointer.last.step) == (2, 10)
+    assert job.restore() == 10
+
+
+def test_going_back_forgets_a_save_that_failed(tmp_path, storage):
     job = Job(tmp_path, asynchronous=False)
     job.checkpointer.save(10, {"numbers": Numbers(10)})
-    opened = LocalFileSystem.open
-
-    def full(self, path, mode="rb", **options):
-        if mode == "wb":
-            raise OSError(28, "No space left on device")
-        return opened(self, path, mode, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalFileSystem, "open", full)
-        job.save(20)
-    assert "step 20 could not be saved" in caplog.text and "No space left" in caplog.text
-    assert (job.checkpointer.failures, job.checkpointer.last.step) == (1, 10)
+    storage.fail("step-000000020/__0_0.distcp", "wb")
+    job.checkpointer.save(20, {"numbers": Numbers(20)})
     assert job.restore() == 10
-    assert [data["step"] for _, data in job.registered] == [10]
+    job.checkpointer.finish()
+
+
+@pytest.mark.parametrize(("stops", "step"), [(False, 2), (True, 1)])
+def test_a_job_is_finished_when_its_last_step_is_saved_and_only_then(tmp_path, monkeypatch, storage, stops, step):
+    (tmp_path / "alphabet.txt").write_text("abcdefghijklmnopqrstuvwxyz " * 40)
+    sections = {
+        "data": {"paths": [str(tmp_path / "alphabet.txt")], "seq_len": 8, "cache": str(tmp_path / "cache")},
+        "model": {"layers": 1, "width": 16, "heads": 2},
+        "train": {"steps": 2, "global_batch": 2},
+        "checkpoint": {"url": str(tmp_path / "kept")},
+        "device": "cpu",
+    }
+    said = []
+    monkeypatch.setattr("phalanx.finished", lambda: said.append("finished"))
+    monkeypatch.setattr("phalanx.should_stop", lambda: stops)
+    storage.fail(f"step-00000000{step}/__0_0.distcp", "wb")
+    with pytest.raises(CheckpointError, match=f"of step {step}, could not be saved"):
+        main.main(["lm", json.dumps(sections)])
+    assert said == []
+    storage.heal()
+    assert main.main(["lm", json.dumps(sections)]) == 0
+    assert said == ([] if stops else ["finished"])
 
 
 def test_a_new_job_resumes_from_what_it_is_told_and_later_from_its_own(tmp_path):

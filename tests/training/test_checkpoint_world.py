@@ -23,6 +23,13 @@ def test_another_layout_and_world_size_go_on_from_the_same_tensors(tmp_path):
     assert losses == pytest.approx(answer["undisturbed"], rel=1e-5)
 
 
+def test_where_the_storage_fails_one_rank_all_say_so_and_nothing_is_given_up(tmp_path):
+    written, read, restored = run("one_fails", tmp_path)
+    assert all("the last checkpoint, of step 30, could not be saved" in said for said in written)
+    assert all("step-000000020" in said and "cannot be read" in said for said in read)
+    assert restored == [20, 20]
+
+
 def test_a_process_killed_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path):
     check_crashes(run("crashes", tmp_path, 1, 9))
 

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 from torch.distributed.checkpoint.stateful import Stateful
 
-from phalanx_worker.training.checkpoint_store import CheckpointError, Entry, Manifest, Store, damage
+from phalanx_worker.training import checkpoint_store
+from phalanx_worker.training.checkpoint_store import CheckpointError, Entry, Manifest, Store, damage, unreadable
 from phalanx_worker.training.checkpoint_writer import CheckpointWriter, Sums
 
 log = logging.getLogger("phalanx.training.checkpoint")
@@ -60,6 +61,7 @@ class Checkpointer:
     """Every rank makes one, after the default process group, and calls each method at the same step.
 
     A save that fails is logged and counted in `failures`, and training goes on; `last` is then still the one before.
+    Only the last one must not fail: see `finish`.
     `stall_s` is how long the training thread was held by saves, in all.
     """
 
@@ -83,6 +85,8 @@ class Checkpointer:
         self._stager = _stager()
         self._pending: tuple[int, AsyncSaveResponse] | None = None
         self._newest: int | None = None  # the step that was saved or restored last
+        self._given: tuple[int, State, dict[str, float]] | None = None  # to save last
+        self._failure: str | None = None  # why that save failed, if it did
 
     def save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None, wait: bool = True) -> float:
         """Save the state as of `step`; how many seconds this thread was held: for a copy to the CPU, and for the save
@@ -96,7 +100,8 @@ class Checkpointer:
         if step != self._newest:
             self._settle()
             self._newest = step
-            self._start(step, state, dict(metrics or {}))
+            self._given = (step, state, dict(metrics or {}))
+            self._start(*self._given)
             if not self._config.asynchronous:
                 self._settle()
             elif wait:
@@ -114,7 +119,8 @@ class Checkpointer:
         step, or None where nothing has been saved.
 
         What is newer no longer counts afterwards. Raises CheckpointError where the state does not fit the checkpoint,
-        or where there are only damaged ones: starting anew is then for a person to decide.
+        where the storage cannot be read, or where there are only damaged ones: starting anew is then for a person to
+        decide.
         """
         self._settle()
         entry = self._choose(before)
@@ -129,13 +135,32 @@ class Checkpointer:
                 "settings of model and optimizer, or save to another checkpoint.url"
             ) from error
         self._newest = entry.step
+        self._given = self._failure = None
         log.info("resumed from %s, step %d", entry.url, entry.step)
         return entry.step
 
     def finish(self) -> None:
-        """Wait until the last save is complete; nothing can be saved afterwards."""
+        """Wait until the last save is complete; nothing can be saved afterwards. One that failed is tried once more,
+        so the state must still be as it was given. Raises CheckpointError, on every rank, if it fails again."""
         self._settle()
-        self._stager.close()
+        try:
+            if self._given is not None and self._failures():
+                self._start(*self._given)
+                self._settle()
+                self._demand_saved(self._given[0])
+        finally:
+            self._stager.close()
+
+    def _failures(self) -> list[str]:
+        """Why the last save failed, from each rank where it did."""
+        return [failure for failure in self._from_all(self._failure) if failure is not None]
+
+    def _demand_saved(self, step: int) -> None:
+        if failures := self._failures():
+            raise CheckpointError(
+                f"the last checkpoint, of step {step}, could not be saved to {self._store.url_of(step)}, tried twice "
+                f"({failures[0]}); mend the storage and start again: it goes on from the checkpoint before"
+            )
 
     def _start(self, step: int, state: State, metrics: dict[str, float]) -> None:
         writer = CheckpointWriter(
@@ -167,12 +192,13 @@ class Checkpointer:
         """Wait for the save that is under way, if any."""
         if self._pending is None:
             return
-        (step, saving), self._pending = self._pending, None
+        (step, saving), self._pending, self._failure = self._pending, None, None
         try:
             saving.upload_completion.result()
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             self.failures += 1
-            log.error("the checkpoint of step %d could not be saved, training goes on: %s", step, _reason(error))
+            self._failure = _reason(error)
+            log.error("the checkpoint of step %d could not be saved: %s", step, self._failure)
 
     def _complete(self, step: int, metrics: dict[str, float], began: float, sums: Sums) -> None:
         """On rank 0, in the thread that saves: every file is there."""
@@ -190,11 +216,13 @@ class Checkpointer:
         for entry in entries:
             if before is not None and entry.step >= before:
                 continue
-            problems = [entry.problem] if entry.manifest is None else self._damage(entry)
+            if entry.fault == "unreadable":
+                raise unreadable(f"{entry.url}: {entry.problem}")
+            problems = [entry.problem] if entry.fault else self._damage(entry)
             if not problems:
                 self._set_aside([other for other in entries if other.step > entry.step])
                 return entry
-            damaged += [entry] if entry.manifest else []
+            damaged += [entry] if entry.fault != "unfinished" else []
             self._say_unusable(entry, problems)
         if damaged:
             raise CheckpointError(
@@ -204,10 +232,10 @@ class Checkpointer:
 
     def _candidates(self) -> list[Entry]:
         """What this job saved, newest first; where it has nothing yet, what it was told to resume from."""
-        entries = self._store.entries()
+        entries = self._store.entries(checkpoint_store.READ_PAUSES_S)
         if not self._resume_from or any(entry.manifest for entry in entries):
             return entries
-        told = self._store.entry(self._resume_from)
+        told = self._store.entry(self._resume_from, checkpoint_store.READ_PAUSES_S)
         if told.url in {entry.url for entry in entries}:
             return entries
         if told.manifest is None:
@@ -215,28 +243,38 @@ class Checkpointer:
         return [*entries, told]
 
     def _damage(self, entry: Entry) -> list[str]:
-        """What is wrong with the files of a complete checkpoint, each read by one of the ranks."""
+        """What is wrong with the files of a complete checkpoint, each read by one of the ranks. Raises CheckpointError
+        on every rank where one of them could not read its share."""
         assert entry.manifest is not None
         ranks = dist.get_world_size(self._group) if self._group else 1
         mine = sorted(entry.manifest.files)[self._rank :: ranks]
-        problems = damage(entry, mine, whole=self._config.verify)
-        if self._group is None:
-            return problems
-        everyones: list[Any] = [None] * ranks
-        dist.all_gather_object(everyones, problems, group=self._group)
-        return [problem for part in everyones for problem in part]
+        found: list[str] | CheckpointError
+        try:
+            found = damage(entry, mine, whole=self._config.verify)
+        except CheckpointError as error:
+            found = error
+        parts = self._from_all(found)
+        for part in parts:
+            if isinstance(part, CheckpointError):
+                raise part
+        return [problem for part in parts if isinstance(part, list) for problem in part]
 
     def _set_aside(self, entries: list[Entry]) -> None:
         """They are not on the way from here on: a restart must not go there."""
-        if self._rank == 0:
-            for entry in entries:
-                self._store.set_aside(entry.url)
-        self._from_first(lambda: None)  # nobody goes on before it is done
+        self._from_first(lambda: [self._store.set_aside(entry.url) for entry in entries])
 
     def _say_unusable(self, entry: Entry, problems: list[str]) -> None:
         if self._rank == 0:
             for problem in problems:
                 log.warning("checkpoint %s is not used: %s; trying the one before", entry.url, problem)
+
+    def _from_all(self, value: _Value) -> list[_Value]:
+        """What each rank gives, in their order."""
+        if self._group is None:
+            return [value]
+        everyones: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyones, value, group=self._group)
+        return everyones
 
     def _from_first(self, make: Callable[[], _Value]) -> _Value:
         """What `make` gives, or raises, on rank 0: on every rank."""

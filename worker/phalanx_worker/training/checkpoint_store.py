@@ -4,7 +4,9 @@ Owns names, manifests, checks and removal. A checkpoint is complete when its `ma
 last, names every file with its size and SHA-256, and goes first when a checkpoint is removed, so whatever ends a
 process, what has a manifest was whole. SHA-256, because any `sha256sum` can repeat the check, nothing that is damaged
 passes, and hashlib computes it outside the interpreter's lock, faster than a rank's share of a storage takes it (1.3
-GiB/s on a core of the machine where it was chosen; CRC-32 2.2, BLAKE2b 0.6). Knows no torch and no ranks.
+GiB/s on a core of the machine where it was chosen; CRC-32 2.2, BLAKE2b 0.6). That something is not there, that it is
+damaged, and that the storage does not say are three answers: nothing is given up or removed on the third. Knows no
+torch and no ranks.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Literal, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -28,6 +32,10 @@ MANIFEST = "manifest.json"
 ASIDE = "manifest-set-aside.json"
 PREFIX = "step-"
 READ_BYTES = 1 << 22
+READ_PAUSES_S = (0.5, 2.0, 5.0)  # between tries of what is needed to resume
+
+Fault = Literal["unfinished", "damaged", "unreadable"]
+_Answer = TypeVar("_Answer")
 
 
 class CheckpointError(RuntimeError):
@@ -72,11 +80,13 @@ def decoded(data: bytes) -> Manifest:
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint's directory; without a manifest it is incomplete, and `problem` says why."""
+    """A checkpoint's directory. One of `manifest` and `fault` is None: it has no manifest (`unfinished`), one that is
+    not as it was written (`damaged`), or the storage did not say (`unreadable`); `problem` is that in words."""
 
     url: str
     step: int
     manifest: Manifest | None
+    fault: Fault | None = None
     problem: str = ""
 
 
@@ -91,25 +101,34 @@ class Store:
     def url_of(self, step: int) -> str:
         return f"{self._url.rstrip('/')}/{PREFIX}{step:09d}"
 
-    def entries(self) -> list[Entry]:
-        """What lies there, newest first."""
+    def entries(self, pauses_s: Sequence[float] = ()) -> list[Entry]:
+        """What lies there, newest first; with pauses, what fails is tried again. Raises CheckpointError where the
+        storage does not list it."""
         self._system.invalidate_cache()
-        if not self._system.isdir(self._root):
+        try:
+            paths = _patiently(lambda: self._system.ls(self._root, detail=False), pauses_s)
+        except FileNotFoundError:
             return []
-        names = (name.rstrip("/").rsplit("/", 1)[-1] for name in self._system.ls(self._root, detail=False))
+        except Exception as error:
+            raise CheckpointError(f"the checkpoints in {self._url} cannot be listed ({error})") from error
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
         steps = (int(name.removeprefix(PREFIX)) for name in names if name.removeprefix(PREFIX).isdecimal())
-        return [self.entry(self.url_of(step)) for step in sorted(set(steps), reverse=True)]
+        return [self.entry(self.url_of(step), pauses_s) for step in sorted(set(steps), reverse=True)]
 
-    def entry(self, url: str) -> Entry:
+    def entry(self, url: str, pauses_s: Sequence[float] = ()) -> Entry:
         """The checkpoint in one directory, wherever it lies."""
         system, path = url_to_fs(url)
         step = int(digits) if (digits := path.rsplit(PREFIX, 1)[-1]).isdecimal() else -1
         try:
-            manifest = decoded(system.cat_file(f"{path}/{MANIFEST}"))
+            data = _patiently(lambda: system.cat_file(f"{path}/{MANIFEST}"), pauses_s)
         except FileNotFoundError:
-            return Entry(url, step, None, f"it has no {MANIFEST}: its writing was not finished")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return Entry(url, step, None, f"its {MANIFEST} cannot be read ({error})")
+            return Entry(url, step, None, "unfinished", f"it has no {MANIFEST}: its writing was not finished")
+        except Exception as error:  # not every storage raises OSError alone
+            return Entry(url, step, None, "unreadable", f"its {MANIFEST} cannot be read ({error})")
+        try:
+            manifest = decoded(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return Entry(url, step, None, "damaged", f"its {MANIFEST} is damaged ({error})")
         return Entry(url, manifest.step, manifest)
 
     def clear(self, step: int) -> None:
@@ -134,7 +153,7 @@ class Store:
     def set_aside(self, url: str) -> None:
         """Let a complete checkpoint no longer count; its files stay until something is pruned."""
         _, path = url_to_fs(url)
-        if self._system.exists(f"{path}/{MANIFEST}"):
+        with suppress(FileNotFoundError):
             self._system.mv(f"{path}/{MANIFEST}", f"{path}/{ASIDE}")
 
     def remove(self, url: str) -> None:
@@ -157,18 +176,21 @@ class Store:
 
 
 def superfluous(entries: Iterable[Entry], config: CheckpointConfig) -> list[Entry]:
-    """Those that are neither among the last nor among the best, and those that are incomplete."""
+    """Those that are neither among the last nor among the best, and those that are unfinished. What is damaged or
+    could not be read stays: the next restore says so, and a person may still need it."""
     entries = list(entries)
     whole = [entry for entry in entries if entry.manifest is not None]
     last = sorted(whole, key=lambda entry: -entry.step)[: config.keep_last]
     sign = 1 if config.best == "lowest" else -1
     rated = [(sign * metric, -entry.step, entry) for entry in whole if (metric := _metric(entry, config)) is not None]
     best = [entry for _, _, entry in sorted(rated, key=lambda row: row[:2])][: config.keep_best]
-    return [entry for entry in entries if entry not in last and entry not in best]
+    removable = [entry for entry in entries if entry.fault in (None, "unfinished")]
+    return [entry for entry in removable if entry not in last and entry not in best]
 
 
 def damage(entry: Entry, names: Sequence[str], *, whole: bool) -> list[str]:
-    """What is wrong with these files of a complete checkpoint: their sizes, and if `whole` their checksums too."""
+    """What is wrong with these files of a complete checkpoint: their sizes, and if `whole` their checksums too. Raises
+    CheckpointError where the storage does not say, asked several times."""
     assert entry.manifest is not None
     system, path = url_to_fs(entry.url)
     found = (_damage(system, f"{path}/{name}", entry.manifest.files[name], whole) for name in names)
@@ -185,19 +207,43 @@ def sum_of(stream: IO[bytes]) -> Sum:
 
 def _damage(system: Any, path: str, wanted: Sum, whole: bool) -> str | None:
     try:
-        size = system.size(path)
-        if size != wanted.bytes:
-            return f"{path} has {size} bytes instead of {wanted.bytes}"
-        if whole:
-            with system.open(path, "rb") as stream:
-                found = sum_of(stream)
-            if found != wanted:
-                return f"{path} has the SHA-256 {found.sha256[:16]}… instead of {wanted.sha256[:16]}…"
+        return _patiently(lambda: _difference(system, path, wanted, whole), READ_PAUSES_S)
     except FileNotFoundError:
         return f"{path} is missing"
-    except OSError as error:
-        return f"{path} cannot be read ({error})"
+    except Exception as error:
+        raise unreadable(f"{path} cannot be read ({error})") from error
+
+
+def unreadable(problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{problem}, tried {len(READ_PAUSES_S) + 1} times; mend the storage and start again, or remove the checkpoint "
+        "if it is lost"
+    )
+
+
+def _difference(system: Any, path: str, wanted: Sum, whole: bool) -> str | None:
+    size = system.size(path)
+    if size != wanted.bytes:
+        return f"{path} has {size} bytes instead of {wanted.bytes}"
+    if whole:
+        with system.open(path, "rb") as stream:
+            found = sum_of(stream)
+        if found != wanted:
+            return f"{path} has the SHA-256 {found.sha256[:16]}… instead of {wanted.sha256[:16]}…"
     return None
+
+
+def _patiently(read: Callable[[], _Answer], pauses_s: Sequence[float]) -> _Answer:
+    """What `read` gives, tried again after each pause where it fails. That there is no such file is an answer."""
+    for pause_s in pauses_s:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            log.warning("the storage of checkpoints failed, asking again in %.1f s: %s", pause_s, error)
+            time.sleep(pause_s)
+    return read()
 
 
 def _metric(entry: Entry, config: CheckpointConfig) -> float | None:

@@ -39,7 +39,9 @@ class Checkpointer(Protocol):
 
     def restore(self, state: Mapping[str, Stateful], /, *, before: int | None = None) -> int | None: ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """The last save is complete, else this raises."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Trainer:
 
 def train(trainer: Trainer) -> Facts | None:
     """Train from the last checkpoint, or from the start, to the last step. Gives the last step's facts, or None where
-    nothing was left to do."""
+    nothing was left to do. Raises CheckpointError where the state at the end could not be saved."""
     step, facts, stop = _resume(trainer), None, False
     with trainer.monitor as monitor:
         while step < trainer.train.steps and not stop:

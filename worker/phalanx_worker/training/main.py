@@ -28,7 +28,8 @@ USAGE = f"usage: python -m phalanx_worker.training.main {{{','.join(RECIPES)}}} 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: 0 after the last step or when asked to stop, 2 for arguments that cannot be used."""
+    """The exit code: 0 after the last step or when asked to stop, and what was to be saved then is; 2 for arguments
+    that cannot be used. Raises CheckpointError where the state cannot be restored or, at the end, saved."""
     try:
         return run(arguments)
     except (RecipeError, DataError) as error:
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     with process_group(device) as world_size:
         config = config.placed(world_size)
         trainer = recipe.make(config, make_world(config.parallel, device))
-        facts = train(trainer)
+        facts = train(trainer)  # raises unless the last step is saved, so that what is finished is there
         if facts is None or facts.step == config.train.steps:
             phalanx.finished()
         if int(os.environ.get("RANK", "0")) == 0:
