@@ -169,7 +169,7 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
 
     marks, reports, ended = [], [], None
     monitor.REPORT_GAP_S = 0.0
-    job.mark = lambda kind, **data: marks.append(data)
+    job.mark = lambda kind, **data: marks.append(data) if kind == "health" else None
     phalanx.report = lambda **values: reports.append(values)
     os.environ["PHALANX_HEALTH"] = json.dumps(given["health"])
     os.environ["LOCAL_RANK"] = str(dist.get_rank())

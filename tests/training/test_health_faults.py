@@ -40,6 +40,21 @@ CASES = {
     "spike_skipped": case(
         health={**BLAMELESS, "spike": {"action": "skip"}}, faults={"loss": {"batches": [15], "factor": 9}}
     ),
+    "spikes_then_nan": case(
+        health={**BLAMELESS, "nan": {"most": 2}},
+        faults={"loss": {"batches": [14, 15, 16, 17], "factor": 9}, "gradient": {"batches": [18]}},
+        keeps_every=None,
+    ),
+    "spikes_skipped_then_nan": case(
+        health={**BLAMELESS, "nan": {"most": 2}, "spike": {"action": "skip"}},
+        faults={"loss": {"batches": [14, 15], "factor": 9}, "gradient": {"batches": [16, 17]}},
+        keeps_every=None,
+    ),
+    "too_many_spikes": case(
+        health={**BLAMELESS, "nan": {"most": 2}, "spike": {"action": "skip"}},
+        faults={"loss": {"batches": [16, 17, 18], "factor": 9}},
+        keeps_every=5,
+    ),
     "diverged": case(
         health={**BLAMELESS, "spike": "off", "divergence": {"action": "rollback", "steps": 2}},
         faults={"loss": {"batches": list(range(12, 26)), "factor": 9}},
@@ -143,6 +158,26 @@ def test_a_batch_with_a_spike_can_be_skipped(seen):
     assert [step for step, updated in zip(outcome[0]["steps"], outcome[0]["updated"], strict=True) if not updated] == [
         15
     ]
+
+
+def test_spikes_that_are_only_told_are_no_refused_updates(seen):
+    outcome = seen["spikes_then_nan"]
+    assert told(outcome) == [("spike", "warn"), ("nan", "skip")]
+    assert [step for step, updated in zip(outcome[0]["steps"], outcome[0]["updated"], strict=True) if not updated] == [
+        18
+    ]
+
+
+def test_skipped_spikes_and_skipped_nans_are_counted_each_on_their_own(seen):
+    outcome = seen["spikes_skipped_then_nan"]
+    assert told(outcome) == [("spike", "skip"), ("nan", "skip")]
+    assert outcome[0]["updated"].count(False) == 4 and outcome[0]["ended"] is None
+
+
+def test_after_too_many_skipped_spikes_training_goes_back(seen):
+    outcome = seen["too_many_spikes"]
+    assert told(outcome) == [("spike", "skip"), ("spike", "rollback")]
+    assert outcome[0]["steps"][15:20] == [16, 17, 18, 16, 17]
 
 
 def test_a_divergence_goes_back_to_before_it_began(seen):

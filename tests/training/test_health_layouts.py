@@ -14,6 +14,9 @@ LAYOUTS = {
     "pipeline": {"pipeline": 2, "microbatches": 4},
     "local": {"local": {"every": 4}},
 }
+STRAGGLER = {"straggler": {"window": 16, "factor": 4.0}}  # four ranks share two cores: some wait up to 2.5 times longer
+PEACE_STEPS = 36  # over twice the window, so that it is full whenever the ranks' times are gathered
+PEACE = {"health": {"corruption": {"every": 4}, **STRAGGLER}, "train": {"steps": PEACE_STEPS}}  # all else as by default
 QUIET = {"straggler": {"action": "off"}, "spike": {"action": "off"}}
 CORRUPTION = {**QUIET, "corruption": {"action": "warn", "every": 4}}
 LOW_BIT = {"flip": {"batches": [6], "ranks": [2], "bit": 3, "parameter": 3}}
@@ -21,7 +24,7 @@ HIGH_BIT = {"flip": {"batches": [6], "ranks": [2], "bit": 30, "parameter": 3}}
 NAN = {"gradient": {"batches": [5], "ranks": [3]}}  # it holds the end of a pipeline
 
 CASES = {
-    **{f"{name} at peace": case(health=CORRUPTION, parallel=layout) for name, layout in LAYOUTS.items()},
+    **{f"{name} at peace": case(**PEACE, parallel=layout) for name, layout in LAYOUTS.items()},
     **{f"{name} with NaN": case(health=QUIET, faults=NAN, parallel=layout) for name, layout in LAYOUTS.items()},
     **{
         f"{name} with a high bit": case(health=CORRUPTION, faults=HIGH_BIT, parallel=LAYOUTS[name])
@@ -35,6 +38,16 @@ CASES = {
     "replicas with a slow rank": case(
         health={**QUIET, "straggler": {"window": 8, "factor": 2.0}},
         faults={"slow": {"batches": list(range(99)), "ranks": [2], "seconds": 0.2}},
+    ),
+    "pipeline with a heavy end": case(
+        health={**QUIET, **STRAGGLER},
+        faults={"slow": {"batches": list(range(99)), "ranks": [2, 3], "seconds": 0.1}},
+        parallel=LAYOUTS["pipeline"],
+    ),
+    "pipeline with a slow rank": case(
+        health={**QUIET, **STRAGGLER},
+        faults={"slow": {"batches": list(range(99)), "ranks": [3], "seconds": 0.1}},
+        parallel=LAYOUTS["pipeline"],
     ),
 }
 
@@ -50,9 +63,10 @@ def marks(outcome):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_training_without_faults_is_left_alone(seen, layout):
+    """Under all checks that are on by default."""
     outcome = seen[f"{layout} at peace"]
     assert marks(outcome) == []
-    assert all(rank["updated"] == [True] * 24 for rank in outcome)
+    assert all(rank["updated"] == [True] * PEACE_STEPS for rank in outcome)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,3 +99,13 @@ def test_a_step_that_comes_out_differently_names_the_rank_that_cannot_compute(se
 def test_a_slow_rank_is_named_among_four(seen):
     told = marks(seen["replicas with a slow rank"])
     assert [(mark["check"], mark["blamed"]) for mark in told] == [("straggler", 2)]
+
+
+def test_the_ranks_of_a_heavy_stage_are_no_stragglers(seen):
+    assert marks(seen["pipeline with a heavy end"]) == []
+
+
+def test_a_slow_rank_is_named_among_those_of_its_stage(seen):
+    told = marks(seen["pipeline with a slow rank"])
+    assert [(mark["check"], mark["blamed"]) for mark in told] == [("straggler", 3)]
+    assert "median of its stage" in told[0]["message"]

@@ -106,6 +106,23 @@ def test_slow_rank(story, work_s, found):
     assert slow_rank(work_s, factor=1.5) == found, story
 
 
+@pytest.mark.parametrize(
+    ("story", "work_s", "found"),
+    [
+        ("a heavy stage is no fault of its ranks", [1.0, 1.0, 3.0, 3.0], None),
+        ("one that is slow for its stage", [1.0, 1.0, 3.0, 6.0], (3, 2.0)),
+        ("one of a light stage, though the other stage takes longer", [1.0, 2.0, 9.0, 9.0], (1, 2.0)),
+        ("of two the one farthest from its own stage", [1.0, 2.0, 3.0, 9.0], (3, 3.0)),
+    ],
+)
+def test_ranks_are_compared_with_those_of_their_own_stage(story, work_s, found):
+    assert slow_rank(work_s, factor=1.5, alike=[[0, 1], [2, 3]]) == found, story
+
+
+def test_ranks_that_are_alone_in_their_stage_are_not_compared():
+    assert slow_rank([1.0, 9.0], factor=1.5, alike=[[0], [1]]) is None
+
+
 def test_a_condition_is_told_when_it_begins_or_changes():
     edge = Edge()
     assert [edge.begins(what) for what in (None, "a", "a", "b", None, "b", False, True, True)] == [

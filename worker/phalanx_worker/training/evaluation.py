@@ -21,6 +21,7 @@ from torch import Tensor
 from phalanx_worker.training.data.opening import open_source
 from phalanx_worker.training.data.source import Arranged, Order, Sample, Source, Transform
 from phalanx_worker.training.data.stream import Share, Stream
+from phalanx_worker.training.health.life import life
 from phalanx_worker.training.loop import Facts
 from phalanx_worker.training.mesh import World
 
@@ -67,11 +68,12 @@ class HeldOut:
 
     def __iter__(self) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         """Batches, and which of their samples count (the last batch is filled up with others). All ranks get as many:
-        the model's collectives need it."""
+        the model's collectives need it. Each is a sign of life."""
         size, batch = self._arranged.order.size, self._share.batch
         stream = Stream(self._arranged, self._share, prefetch=self._config.prefetch, device=self._world.device)
         for begin in range(0, size, batch):
             counts = [position < size for position in self._share.positions(begin)]
+            life.show()
             yield next(stream), torch.tensor(counts, device=self._world.device)
 
 

@@ -21,6 +21,7 @@ from phalanx.recipes.precision import Precision
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
+from phalanx_worker.training.health.life import life
 from phalanx_worker.training.health.recompute import Again, Pulse
 from phalanx_worker.training.metrics.work import Work
 from phalanx_worker.training.monitor import Monitor
@@ -143,8 +144,7 @@ def train(trainer: Trainer) -> Facts | None:
                 step = _go_back(trainer, before)
             elif keeps:
                 _keep(trainer, facts)
-    if trainer.checkpointer:
-        trainer.checkpointer.finish()
+    _finish(trainer)
     return facts
 
 
@@ -214,7 +214,8 @@ def _agree(own_loss: Tensor | None, norm: Tensor, stop: bool, *, may_overflow: b
 
 def _resume(trainer: Trainer) -> int:
     """The step that the restored state is of; 0 for a fresh start."""
-    return (trainer.checkpointer.restore(trainer.state()) or 0) if trainer.checkpointer else 0
+    with life.around():
+        return (trainer.checkpointer.restore(trainer.state()) or 0) if trainer.checkpointer else 0
 
 
 def _go_back(trainer: Trainer, before: int) -> int:
@@ -222,7 +223,8 @@ def _go_back(trainer: Trainer, before: int) -> int:
     astray. Gives the checkpoint's step."""
     assert trainer.checkpointer is not None, "the monitor was told so"
     state = {name: part for name, part in trainer.state().items() if name != "stream"}
-    step = trainer.checkpointer.restore(state, before=before)
+    with life.around():
+        step = trainer.checkpointer.restore(state, before=before)
     trainer.monitor.returned(step)
     assert step is not None, "the monitor ends the attempt otherwise"
     return step
@@ -235,8 +237,16 @@ def _keep(trainer: Trainer, facts: Facts) -> None:
         outer.meet()
     if trainer.checkpointer:
         began = time.perf_counter()
-        trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
+        with life.around():
+            trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
         trainer.monitor.after_keep(facts.step, time.perf_counter() - began)
+
+
+def _finish(trainer: Trainer) -> None:
+    """Wait for what is still being written."""
+    if trainer.checkpointer:
+        with life.around():
+            trainer.checkpointer.finish()
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -21,6 +21,7 @@ from phalanx.recipes.parse import parse
 
 from phalanx_worker.training.health.recompute import Again, Pulse
 from phalanx_worker.training.health.watch import Watch
+from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.meter import Meter
 from phalanx_worker.training.metrics.work import Work, peak_flops
 from phalanx_worker.training.parallel.layout import Layout
@@ -62,6 +63,7 @@ class Monitor:
             modules=layout.modules,
             replicas=world.group("replicas"),
             meets=lambda step: not every or step % every == 0,
+            alike=_stages(world),
             can_return=can_return,
             repeatable=world.parallel.compress != "powersgd",  # it remembers what it left out
         )
@@ -162,3 +164,11 @@ class Monitor:
         if peak is None:
             return {}
         return {"mfu": self._work.flops / (step_time_s * dist.get_world_size() * peak)}
+
+
+def _stages(world: World) -> list[list[int]] | None:
+    """The ranks of each place along the pipeline; None where there is none."""
+    if world.mesh is None or world.group("pipeline") is None:
+        return None
+    along = (world.mesh.mesh_dim_names or ()).index("pipeline")
+    return world.mesh.mesh.movedim(along, 0).flatten(1).tolist()

@@ -6,9 +6,10 @@ They own what they remember of past steps. They refuse to know ranks, torch, and
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from operator import itemgetter
 
 FIRST_LOSSES = 8  # fewer say nothing about what is usual
 LEAST_DEVIATION = 1e-3  # of the median: losses that hardly move are no measure of what a spike is
@@ -120,16 +121,25 @@ def farthest_out(values: Sequence[float], *, usual: float, factor: float = 100.0
     return out[0] if len(out) == 1 else None
 
 
-def slow_rank(work_s: Mapping[int, float] | Sequence[float], *, factor: float) -> tuple[int, float] | None:
-    """The rank whose own work takes longest and how many times the median of all, where that is `factor` or more. Of
-    two ranks the median is the faster one."""
-    times = list(work_s.values() if isinstance(work_s, Mapping) else work_s)
-    if len(times) < 2:
-        return None
-    usual = sorted(times)[(len(times) - 1) // 2]
-    slowest = max(range(len(times)), key=times.__getitem__)
-    ratio = times[slowest] / usual if usual > 0 else 1.0
-    return (slowest, ratio) if ratio >= factor else None
+def slow_rank(
+    work_s: Sequence[float], *, factor: float, alike: Sequence[Sequence[int]] | None = None
+) -> tuple[int, float] | None:
+    """The rank whose own work takes the most times the median of its like, and how many, where that is `factor` or
+    more. `alike`: the ranks that have the same work to do, such as those of one stage of a pipeline; None: all. Of two
+    ranks the median is the faster one; a rank without its like is never slow, since there is nothing to compare it
+    with."""
+    groups = [range(len(work_s))] if alike is None else alike
+    ratios = [_slowest(work_s, ranks) for ranks in groups if len(ranks) > 1]
+    rank, ratio = max(ratios, key=itemgetter(1), default=(0, 0.0))
+    return (rank, ratio) if ratio >= factor else None
+
+
+def _slowest(work_s: Sequence[float], ranks: Sequence[int]) -> tuple[int, float]:
+    """Of these ranks; and how many times their median its work takes."""
+    ordered = sorted(work_s[rank] for rank in ranks)
+    usual = ordered[(len(ordered) - 1) // 2]
+    slowest = max(ranks, key=work_s.__getitem__)
+    return slowest, work_s[slowest] / usual if usual > 0 else 1.0
 
 
 def _median(values: Iterable[float]) -> float:

@@ -6,6 +6,7 @@ rules are in `rules`, the comparisons in `checksums` and `recompute`; it refuses
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isfinite
@@ -28,8 +29,10 @@ class Watch:
     """Call `before_forward`, `after_backward` and `after_step`, in this order in every step, on every rank.
 
     `replicas` are the ranks that hold the same parameters as this one, `modules` have these; `meets(step)`:
-    whether they are equal after that step (under local SGD they are only now and then). `can_return`: there are
-    checkpoints to roll back to. `repeatable`: a step can be computed twice.
+    whether they are equal after that step (under local SGD they are only now and then). `alike`: the ranks of each
+    stage of a pipeline, None without one: stages differ in what they have to do, so that stragglers are looked for
+    within each alone, and not at all where a stage has one rank. `can_return`: there are checkpoints to roll back to.
+    `repeatable`: a step can be computed twice.
     """
 
     def __init__(
@@ -40,17 +43,19 @@ class Watch:
         modules: Sequence[nn.Module],
         replicas: dist.ProcessGroup | None = None,
         meets: Callable[[int], bool] = lambda step: True,
+        alike: Sequence[Sequence[int]] | None = None,
         can_return: bool = False,
         repeatable: bool = True,
     ) -> None:
         self._health = health
         self._modules, self._replicas, self._meets = modules, replicas, meets
+        self._alike = alike
         self._can_return, self._repeatable = can_return, repeatable
         self._dice = Dice(device, modules)
         self._spikes = Spikes(factor=health.spike.factor, window=health.spike.window)
         self._divergence = Divergence(factor=health.divergence.factor, steps=health.divergence.steps)
-        self._sick, self._diverged, self._slow = Edge(), Edge(), Edge()
-        self._refused = 0  # updates in a row
+        self._sick, self._told, self._diverged, self._slow = Edge(), Edge(), Edge(), Edge()
+        self._refused: Counter[str] = Counter()  # updates in a row, by the check that refused them
         self._rollbacks = 0
         self._return_before: int | None = None
         self._why: Finding | None = None
@@ -69,11 +74,12 @@ class Watch:
         if self._sick.begins(finding and finding.check) and self._repeatable:
             pulse = self._compute_again(pulse, again)
             finding = self._look(pulse)
-        if finding is None:
-            self._refused = 0
+        new = self._told.begins(finding and finding.check)
+        if finding is None or self._treat(finding, pulse, new=new):
+            self._refused.clear()
             self._spikes.remember(pulse.loss)
             return pulse, True
-        return pulse, self._treat(finding, pulse)
+        return pulse, False
 
     def after_step(self, step: int, loss: float, *, keeps: bool) -> int | None:
         """The step before which to roll back to, if so. `keeps`: a checkpoint follows, which is not to hold what a
@@ -103,7 +109,8 @@ class Watch:
         if step is None:
             end(replace(self._why, message=f"{self._why.message}, and there is no checkpoint to go back to"), "restart")
         self._divergence.forget()
-        self._refused = 0
+        self._refused.clear()
+        self._told = Edge()
 
     def _look(self, pulse: Pulse) -> Finding | None:
         """What is wrong with the loss or the gradient of a step."""
@@ -116,20 +123,17 @@ class Watch:
             return Finding("spike", pulse.step, text)
         return None
 
-    def _treat(self, finding: Finding, pulse: Pulse) -> bool:
-        """Do what the job file says; whether the update is applied."""
+    def _treat(self, finding: Finding, pulse: Pulse, *, new: bool) -> bool:
+        """Do what the job file says; whether the update is applied. `new`: it was not so at the step before."""
         action = (self._health.nan if finding.check == "nan" else self._health.spike).action
-        new = self._refused == 0
         if action == "warn":
-            self._spikes.remember(pulse.loss)
-            self._refused += 1  # only to tell it once
             if new:
                 tell(finding, "warn")
             return True
         if action == "stop":
             end(self._with_blame(finding, pulse), "stop")
-        self._refused += 1
-        if action == "rollback" or self._refused > self._health.nan.most:
+        self._refused[finding.check] += 1
+        if action == "rollback" or self._refused[finding.check] > self._health.nan.most:
             self._roll_back(self._with_blame(finding, pulse), before=finding.step)
         elif new:
             tell(self._with_blame(finding, pulse), "skip")
@@ -217,12 +221,13 @@ class Watch:
 
     def _look_for_stragglers(self, step: int, spread: Spread) -> None:
         rule = self._health.straggler
-        found = slow_rank(self._work_s, factor=rule.factor)
+        found = slow_rank(self._work_s, factor=rule.factor, alike=self._alike)
         if not self._slow.begins(None if found is None else f"rank {found[0]}") or found is None:
             return
         rank, ratio = found
         wait_s, work_s = spread.ranks[rank].data_wait_s, self._work_s[rank] / self._work_steps
-        text = f"rank {rank} works {work_s:.3g} s on a step, {ratio:.1f} times the median of all ranks"
+        others = "all ranks" if self._alike is None else "its stage"
+        text = f"rank {rank} works {work_s:.3g} s on a step, {ratio:.1f} times the median of {others}"
         finding = Finding("straggler", step, f"{text} ({wait_s:.3g} s of it waiting for data)", rank)
         if rule.action == "restart":
             end(finding, "restart")
