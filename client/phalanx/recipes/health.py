@@ -48,7 +48,8 @@ class Corruption:
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """A rank whose own work takes `factor` times the median of all ranks, over `window` steps."""
+    """A rank whose own work takes `factor` times the median of its pipeline stage, over `window`
+    steps."""
 
     action: str = "warn"  # off, warn, restart
     factor: float = 1.5

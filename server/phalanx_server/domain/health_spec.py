@@ -64,7 +64,8 @@ class Hang(Check):
 
 
 class Straggler(Check):
-    """A rank whose own work takes `factor` times the median of all ranks, over `window` steps."""
+    """A rank whose own work takes `factor` times the median of its pipeline stage, over `window`
+    steps."""
 
     action: Literal["off", "warn", "restart"] = "warn"
     factor: Factor = 1.5
