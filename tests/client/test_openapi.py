@@ -47,6 +47,7 @@ ASKED: dict[str, Any] = {
     "set_array_priority": arrays.set_array_priority(ARRAY, 3),
     "attempts": work.attempts(JOB),
     "explain": work.explain(JOB),
+    "goodput": work.goodput(JOB),
     "events": work.events(JOB, after=3)("7"),
     "follow": work.follow(JOB, after=3),
     "logs": work.logs(JOB, rank=0, stream="stdout", attempt=1, tail_lines=5),

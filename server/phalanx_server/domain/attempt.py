@@ -252,7 +252,7 @@ def _by_table(facts: EndFacts) -> End:
         message=message,
         counts_as_failure=True,
         backoff_s=retry.delay_s,
-        avoid_node=failed_rank is not None,
+        avoid_node=failed_rank is not None or exit is not Exit.HUNG,
         failed_rank=failed_rank,
     )
 

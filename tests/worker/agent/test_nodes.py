@@ -226,7 +226,7 @@ async def test_a_group_is_created_only_when_ray_shows_the_gpus_free(view: FakeRa
 
 async def test_gpus_that_stay_taken_are_named(view: FakeRay, groups: PlacementGroups) -> None:
     view.free_gpus = 0.0
-    with pytest.raises(StartFailed, match=r"Ray shows 0 of 1 GPUs free on node a after 0 s") as caught:
+    with pytest.raises(StartFailed, match=r"Ray shows 0 of 1 GPUs free on node a after 0.020 s") as caught:
         await place(groups, "att_1", timeout_s=0.02)
     assert caught.value.node == "a"
     assert view.created == []

@@ -24,9 +24,9 @@ FIT, UNFIT = 0, 3
 distributed: Any = dist  # whose stores are not exported, as its documentation shows them
 
 _TIMEOUT = timedelta(minutes=5)
-_REPEATS = 5
-_MATRIX, _MATRIX_GPU = 512, 8192
-_COPIED_BYTES, _COPIED_BYTES_GPU = 64 << 20, 2 << 30
+_REPEATS = 3
+_MATRIX, _MATRIX_GPU = 1024, 8192
+_COPIED_BYTES, _COPIED_BYTES_GPU = 16 << 20, 2 << 30
 _SENT_BYTES, _SENT_BYTES_GPU = 4 << 20, 256 << 20
 _NEIGHBOURS = 3
 
