@@ -171,4 +171,5 @@ def _stages(world: World) -> list[list[int]] | None:
     if world.mesh is None or world.group("pipeline") is None:
         return None
     along = (world.mesh.mesh_dim_names or ()).index("pipeline")
-    return world.mesh.mesh.movedim(along, 0).flatten(1).tolist()
+    by_stage = world.mesh.mesh.movedim(along, 0)
+    return by_stage.reshape(len(by_stage), -1).tolist()
