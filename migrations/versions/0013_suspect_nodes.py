@@ -12,8 +12,12 @@ down_revision = "0012"
 branch_labels = None
 depends_on = None
 
-INDEXES = {"events_node_health": "events (node_id, id) WHERE node_id IS NOT NULL AND kind IN ('health', 'node_ready')"}
+INDEXES = {
+    "events_node_health": "events (node_id, id) WHERE node_id IS NOT NULL AND kind = 'health'",
+    "events_node_ready": "events (node_id, id) WHERE kind = 'node_ready'",
+}
 DOWN = """
+DROP INDEX events_node_ready;
 DROP INDEX events_node_health;
 """
 

@@ -80,6 +80,7 @@ def test_a_file_to_a_table_and_a_picture(fit: Fit, file: Path, tmp_path: Path) -
     assert (tmp_path / "law.svg").read_text().startswith("<svg ")
 
 
+@pytest.mark.slow
 def test_json_can_be_read_again_and_gives_the_same(fit: Fit, file: Path, tmp_path: Path) -> None:
     first = json.loads(fit("--runs", file, "--json", "--resamples", "50", "--flops", "1e22").stdout)
     (tmp_path / "first.json").write_text(json.dumps(first))
@@ -89,6 +90,7 @@ def test_json_can_be_read_again_and_gives_the_same(fit: Fit, file: Path, tmp_pat
     assert again == first and first["law"]["alpha"]["value"] == pytest.approx(0.34, rel=0.1)
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_that_says_what_to_do(fit: Fit, file: Path, tmp_path: Path) -> None:
     (tmp_path / "few.csv").write_text("name,N,D,loss\na,1e6,1e8,3\nb,1e6,2e8,2.9\nc,,2e8,2.9\n")
     few = fit("--runs", tmp_path / "few.csv", code=2).stderr

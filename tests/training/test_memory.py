@@ -42,6 +42,7 @@ def assert_kept(case, measured):
     assert (1 - KEPT) * most <= kept + memory.copies and kept <= (1 + KEPT) * most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE)
 def test_one_rank_holds_what_was_estimated(name):
     assert_exact(ONE[name], trained(ONE, ranks=1)[name])
@@ -53,6 +54,7 @@ def test_the_peak_of_all_tensors_is_near_the_estimate(name):
     assert estimated(ONE[name], 1).total == pytest.approx(measured["peak"], rel=PEAK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_hold_and_keep_what_was_estimated(name):
     measured = trained(TWO, ranks=2)[name]

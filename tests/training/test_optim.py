@@ -80,7 +80,7 @@ def test_clipping_scales_large_gradients_to_the_limit_and_leaves_small_ones():
     assert global_norm(net.parameters(), None) == pytest.approx(0.25, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in TWO if name not in ("adafactor FSDP2", "lamb tensor")])
 def test_optimizers_agree_between_layouts(computed, name):
     optimizer, _, _ = name.partition(" ")

@@ -31,7 +31,7 @@ SLOW = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_half_precision_follows_the_full_one_under_every_layout(computed, compute, name):

@@ -18,6 +18,9 @@ from phalanx_server.store.time_limits import LEFT_S
 SUSPECT_HOURS = 24
 """What checks found longer ago says nothing of a node any more."""
 
+SUSPECT_EVENTS = 200
+"""So many of the newest are looked at: a job may cause any number."""
+
 _NODES = """
 SELECT n.id, n.name, c.name AS cluster, n.state, n.wanted_state, n.gpu_type, n.gpus, n.cpus, n.memory_bytes, n.address,
        n.labels, n.alive, n.stats, n.stats_at, n.runner_seen_at, n.clock_skew_s, n.version,
@@ -35,10 +38,13 @@ LEFT JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT count(DISTINCT e.attempt_id) AS attempts, max(e.at) AS last_at,
            (array_agg(e.message ORDER BY e.id DESC))[1] AS message
-    FROM events e
-    WHERE e.node_id = n.id AND e.kind = 'health'
-      AND e.at > CAST(:now AS timestamptz) - make_interval(hours => {suspect_hours})
-      AND e.id > coalesce((SELECT max(r.id) FROM events r WHERE r.node_id = n.id AND r.kind = 'node_ready'), 0)
+    FROM (
+        SELECT id, attempt_id, at, message FROM events
+        WHERE node_id = n.id AND kind = 'health'
+          AND id > coalesce((SELECT max(r.id) FROM events r WHERE r.node_id = n.id AND r.kind = 'node_ready'), 0)
+        ORDER BY id DESC LIMIT {suspect_events}
+    ) e
+    WHERE e.at > CAST(:now AS timestamptz) - make_interval(hours => {suspect_hours})
 ) h
 WHERE {conditions}
 ORDER BY c.name, n.name, n.id LIMIT :limit
@@ -68,7 +74,9 @@ async def nodes_named(conn: AsyncConnection, name: str) -> list[Row[Any]]:
 
 async def _select(conn: AsyncConnection, conditions: str, values: dict[str, Any], tenant: str | None) -> list[Row[Any]]:
     visible = "true" if tenant is None else _VISIBLE
-    query = _NODES.format(visible=visible, conditions=conditions, suspect_hours=SUSPECT_HOURS)
+    query = _NODES.format(
+        visible=visible, conditions=conditions, suspect_hours=SUSPECT_HOURS, suspect_events=SUSPECT_EVENTS
+    )
     return list(await conn.execute(text(query), values if tenant is None else values | {"tenant": tenant}))
 
 

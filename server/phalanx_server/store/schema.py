@@ -419,8 +419,9 @@ Index(
     "events_node_health",
     events.c.node_id,
     events.c.id,
-    postgresql_where=text("node_id IS NOT NULL AND kind IN ('health', 'node_ready')"),
+    postgresql_where=text("node_id IS NOT NULL AND kind = 'health'"),
 )
+Index("events_node_ready", events.c.node_id, events.c.id, postgresql_where=text("kind = 'node_ready'"))
 Index("events_at", events.c.at, postgresql_using="brin")
 
 # ------------------------------------------------------------------ what was observed
