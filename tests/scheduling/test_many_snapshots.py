@@ -5,7 +5,7 @@ import test_properties as properties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MANY = settings(properties.QUICK, max_examples=200)
+MANY = settings(properties.QUICK, max_examples=180)
 
 
 def many(prop, *drawn):
