@@ -32,7 +32,7 @@ test: setup  ## all tests but the slow ones
 test-slow: setup  ## the slow tests
 	@$(BIN)/pytest -m "slow and not full"
 
-test-full: setup  ## the fullest matrix of training layouts and faults (half an hour)
+test-full: setup  ## the fullest matrices of training: layouts, number formats, kills during a save
 	@$(BIN)/pytest -m full
 
 worlds: setup  ## many seeded worlds: WORLDS=5000 FIRST_SEED=1

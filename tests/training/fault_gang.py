@@ -6,17 +6,16 @@ goes wrong, a flipped bit, a slow rank. What comes back is what each rank said, 
 """
 
 import copy
-import gc
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from forked_ranks import serve
 
 ARGS = {
     "model": {"vocabulary": 64, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "hidden": 64},
@@ -50,7 +49,7 @@ def outcomes(cases: dict[str, Any], *, ranks: int, timeout_s: float = 240) -> di
     """Of each case by its name, what `run_case` gives on each rank."""
     done = subprocess.run(
         [sys.executable, __file__, str(ranks)],
-        input=json.dumps(cases),
+        input=json.dumps(list(cases.items())),
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -196,36 +195,11 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     }
 
 
-def rank_main(rank: int, ranks: int, cases: dict[str, Any], directory: str) -> None:
-    import torch
-    import torch.distributed as dist
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
-    answers = {}
-    for name, given in cases.items():
-        began = time.perf_counter()
-        answers[name] = run_case(given, Path(directory, name))
-        gc.collect()
-        if rank == 0:
-            print(name, f"{time.perf_counter() - began:.2f} s", file=sys.stderr, flush=True)
-    Path(directory, f"{rank}.json").write_text(json.dumps(answers))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a gloo thread may want the lock that a reducer's end holds
-
-
 def main() -> None:
     import phalanx_worker.training.recipes.lm  # before forking, once for all ranks  # noqa: F401
-    import torch.multiprocessing
 
-    ranks, cases = int(sys.argv[1]), json.load(sys.stdin)
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (ranks, cases, directory)
-        torch.multiprocessing.start_processes(rank_main, arguments, nprocs=ranks, start_method="fork")
-        seen = [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(ranks)]
-    print(json.dumps({name: [one[name] for one in seen] for name in cases}))
+    cases, seen = serve(lambda named, directory: run_case(named[1], directory))
+    print(json.dumps({name: [one[i] for one in seen] for i, (name, _) in enumerate(cases)}))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ One start serves many cases: torch is imported once, the ranks are forked, and e
 """
 
 import functools
-import gc
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import warnings
-from pathlib import Path
 from typing import Any
+
+from forked_ranks import serve
 
 
 @functools.cache
@@ -206,34 +204,12 @@ def run_case(recipe: str, args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rank_main(rank: int, ranks: int, cases: list[Any], directory: str) -> None:
-    import torch
-    import torch.distributed as dist
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
-    answers = []
-    for recipe, args in cases:
-        answers.append(run_case(recipe, args))
-        gc.collect()
-    Path(directory, f"{rank}.json").write_text(json.dumps(answers))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a gloo thread may want the lock that a reducer's end holds
-
-
 def main() -> None:
     import phalanx_worker.training.recipes.lm
     import phalanx_worker.training.recipes.recsys
     import phalanx_worker.training.recipes.vision  # before forking, once for all ranks  # noqa: F401
-    import torch.multiprocessing
 
-    ranks, cases = int(sys.argv[1]), json.load(sys.stdin)
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (ranks, cases, directory)
-        torch.multiprocessing.start_processes(rank_main, arguments, nprocs=ranks, start_method="fork")
-        seen = [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(ranks)]
+    _, seen = serve(lambda case, _: run_case(*case))
     print(json.dumps([list(of_ranks) for of_ranks in zip(*seen, strict=True)]))
 
 

@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 from typing import Any
 
+import phalanx
 import pytest
 import torch
-from phalanx import job
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.parallel import Parallel
@@ -20,7 +20,7 @@ from phalanx_worker.training.mesh import make_world, process_group
 def marks(monkeypatch):
     """The kinds of what was marked; every sign is due."""
     seen = []
-    monkeypatch.setattr(job, "mark", lambda kind, **data: seen.append(kind))
+    monkeypatch.setattr(phalanx, "alive", lambda: seen.append("alive"))
     monkeypatch.setattr("phalanx_worker.training.health.life.GAP_S", 0.0)
     monkeypatch.setattr(life, "_due", 0.0)
     return seen
@@ -50,11 +50,11 @@ def trainer_with(checkpointer) -> Any:
 
 def test_a_sign_of_life_is_given_at_most_once_in_the_gap(monkeypatch):
     seen, now = [], [100.0]
-    monkeypatch.setattr(job, "mark", lambda kind, **data: seen.append((kind, now[0])))
+    monkeypatch.setattr(phalanx, "alive", lambda: seen.append(now[0]))
     own = Life(clock=lambda: now[0])
     for now[0] in (100.0, 101.0, 100.0 + GAP_S, 101.0 + GAP_S):
         own.show()
-    assert seen == [("alive", 100.0), ("alive", 100.0 + GAP_S)]
+    assert seen == [100.0, 100.0 + GAP_S]
 
 
 def test_a_restore_at_the_start_and_in_a_rollback_is_between_signs_of_life(marks):

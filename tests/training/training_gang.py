@@ -4,16 +4,14 @@ One start serves many cases: torch is imported once, the ranks are forked, and e
 the arguments of the `lm` recipe; its curve is what every rank saw.
 """
 
-import gc
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-import warnings
 from pathlib import Path
 from typing import Any
+
+from forked_ranks import serve
 
 MODEL = {"vocabulary": 64, "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "hidden": 64}
 CASE = {
@@ -156,13 +154,12 @@ def run_part(args: dict[str, Any], directory: Path) -> dict[str, Any]:
         config = config.placed(dist.get_world_size())
         world = make_world(config.parallel, own_device(config.device))
     except RecipeError as error:
-        return {"error": str(error), "loss": [], "took_s": 0.0, "own_bytes": 0}
+        return {"error": str(error), "loss": [], "own_bytes": 0}
     stream = Batches(config, rank=world.batch_rank, ways=config.parallel.batch_ways)
     trainer = make(config, world, batches=stream, checkpointer=Kept(directory) if "then" in args else None)
     curve = Curve()
     trainer.watchers = [curve]
     phalanx.should_stop = lambda: len(curve.facts) + 1 == stop_at  # asked while step `stop_at` goes on
-    began = time.perf_counter()
     with Traffic() as traffic:
         train(trainer)
     return {
@@ -171,7 +168,6 @@ def run_part(args: dict[str, Any], directory: Path) -> dict[str, Any]:
         "updated": [facts.updated for facts in curve.facts],
         "traffic": traffic.sent,
         "own_bytes": own_bytes(trainer.layout.parameters()),
-        "took_s": time.perf_counter() - began,
     }
 
 
@@ -183,34 +179,10 @@ def own_bytes(parameters: Any) -> int:
     return sum(p.numel() * p.element_size() for p in local)
 
 
-def rank_main(rank: int, ranks: int, cases: list[dict[str, Any]], directory: str) -> None:
-    import torch
-    import torch.distributed as dist
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
-    answers = []
-    for number, args in enumerate(cases):
-        answers.append(run_case(args, Path(directory, str(number))))
-        gc.collect()
-        if rank == 0:
-            print(json.dumps(args.get("parallel", {})), f"{answers[-1]['took_s']:.2f} s", file=sys.stderr, flush=True)
-    Path(directory, f"{rank}.json").write_text(json.dumps(answers))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a gloo thread may want the lock that a reducer's end holds
-
-
 def main() -> None:
     import phalanx_worker.training.recipes.lm  # before forking, once for all ranks  # noqa: F401
-    import torch.multiprocessing
 
-    ranks, cases = int(sys.argv[1]), json.load(sys.stdin)
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (ranks, cases, directory)
-        torch.multiprocessing.start_processes(rank_main, arguments, nprocs=ranks, start_method="fork")
-        seen = [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(ranks)]
+    cases, seen = serve(run_case)
     for of_ranks in zip(*seen, strict=True):
         assert all(one["loss"] == of_ranks[0]["loss"] for one in of_ranks), "all ranks see the same loss"
     print(json.dumps([{**seen[0][i], "own_bytes": [one[i]["own_bytes"] for one in seen]} for i in range(len(cases))]))

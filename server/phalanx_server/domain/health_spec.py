@@ -79,8 +79,8 @@ class Gpu(Check):
 
 
 class Preflight(Check):
-    """Before the first start of each gang: memory, speed and the network of its nodes, against each other. A node that
-    does worse than `factor` times the others is left out, and the gang placed again."""
+    """Before the ranks of each attempt begin: memory, speed and the network of its nodes, against each other. A node
+    that does worse than `factor` times the others is left out, and the gang placed again."""
 
     action: Literal["off", "replace"] = "off"
     factor: Factor = 1.5

@@ -1,7 +1,7 @@
 """What goes on beside the ranks: the node's figures, and the limits that each group must keep.
 
-Owns the once-a-second look at GPUs and figures, and the five looks a second at memory. A group over its memory, or seen
-on a GPU outside its placement, is ended with a mark that says so.
+Owns the once-a-second looks at GPUs and figures, and at the steps of ranks, and the five looks a second at memory. A
+group over its memory, or seen on a GPU outside its placement, is ended with a mark that says so.
 """
 
 from __future__ import annotations

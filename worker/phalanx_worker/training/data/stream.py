@@ -39,14 +39,16 @@ def open_stream(
     seed: int,
     device: torch.device | None = None,
     transform: Transform | None = None,
+    source: Source | None = None,
 ) -> Stream:
     """The batches of data-parallel rank `dp_rank` of `dp_size`, from the start.
 
     `batch` is the global one, in samples. Tensors have the share batch / dp_size as their first dimension and lie on
-    `device` (through pinned memory for CUDA). `transform` takes the place of the usual preparation of the format.
+    `device` (through pinned memory for CUDA). `transform` takes the place of the usual preparation of the format,
+    and `source` that of all the data that `config` names.
     Raises DataError where the data cannot be used, ValueError where the ranks cannot share a batch evenly.
     """
-    source = open_source(config)
+    source = source or open_source(config)
     order = Order(size=len(source), seed=seed, shuffle=config.shuffle)
     arranged = Arranged(source, order, transform or default_transform(config))
     share = Share(batch=batch, dp_rank=dp_rank, dp_size=dp_size)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from phalanx import job
+import phalanx
 
 GAP_S = 10.0  # far below the minutes without a step that count as a hang
 
@@ -25,7 +25,7 @@ class Life:
         now = self._clock()
         if now >= self._due:
             self._due = now + GAP_S
-            job.mark("alive")
+            phalanx.alive()
 
     @contextmanager
     def around(self) -> Iterator[None]:

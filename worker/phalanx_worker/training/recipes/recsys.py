@@ -16,8 +16,8 @@ from torch import Tensor
 
 from phalanx_worker.training import precision
 from phalanx_worker.training.checkpoint import open_checkpointer
-from phalanx_worker.training.data.source import Arranged, Order, Source
-from phalanx_worker.training.data.stream import Share, Stream
+from phalanx_worker.training.data.source import Source
+from phalanx_worker.training.data.stream import Stream, open_stream
 from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
@@ -76,10 +76,15 @@ def _lay_out(config: RecsysConfig, world: World) -> TablesLayout:
 
 
 def _stream(config: RecsysConfig, world: World, source: Source) -> Stream:
-    order = Order(len(source), seed=config.train.seed, shuffle=config.data.shuffle)
-    share = Share(config.train.global_batch, dp_rank=world.batch_rank, dp_size=config.parallel.batch_ways)
-    workers, prefetch = config.data.workers, config.data.prefetch
-    return Stream(Arranged(source, order), share, workers=workers, prefetch=prefetch, device=world.device)
+    return open_stream(
+        config.data,
+        dp_rank=world.batch_rank,
+        dp_size=config.parallel.batch_ways,
+        batch=config.train.global_batch,
+        seed=config.train.seed,
+        device=world.device,
+        source=source,
+    )
 
 
 def _evaluation(config: RecsysConfig, world: World, source: Source, layout: TablesLayout) -> Evaluation:

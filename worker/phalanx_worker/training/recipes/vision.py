@@ -24,8 +24,8 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.augment import Augmented, Plain
-from phalanx_worker.training.data.source import Arranged, Order, Source
-from phalanx_worker.training.data.stream import Share, Stream
+from phalanx_worker.training.data.source import Source
+from phalanx_worker.training.data.stream import Stream, open_stream
 from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
@@ -90,10 +90,16 @@ def _global_batch(config: VisionConfig) -> Batch:
 
 
 def _stream(config: VisionConfig, world: World, source: Source) -> Stream:
-    order = Order(len(source), seed=config.train.seed, shuffle=config.data.shuffle)
-    share = Share(config.train.global_batch, dp_rank=world.batch_rank, dp_size=config.parallel.batch_ways)
-    arranged = Arranged(source, order, Augmented(config.augment, config.picture.size))
-    return Stream(arranged, share, workers=config.data.workers, prefetch=config.data.prefetch, device=world.device)
+    return open_stream(
+        config.data,
+        dp_rank=world.batch_rank,
+        dp_size=config.parallel.batch_ways,
+        batch=config.train.global_batch,
+        seed=config.train.seed,
+        device=world.device,
+        transform=Augmented(config.augment, config.picture.size),
+        source=source,
+    )
 
 
 def _evaluation(config: VisionConfig, world: World, source: Source, layout: Layout) -> Evaluation:
