@@ -138,6 +138,8 @@ class RankExit(Model):
     oom: bool = False
     tail: str = ""
     reason: str = ""  # why its node ended it, in words that follow its name
+    fault: str = ""  # `hang`, `health` or `preflight`, where a check ended it
+    final: bool = False  # and the job was not to be tried again
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ PATIENCE_S = 90.0
 JOB_STATES = {state.value for state in JobState}
 GIVES_WAY = (StopCause.PREEMPTION, StopCause.RESIZE, StopCause.MIGRATION, StopCause.DRAIN, StopCause.REQUEUE)
 
-# Does as its arguments say, in every attempt ("always") or the first alone: exits, or eats memory, or waits for SIGTERM
-# and then exits. Its first step says that it is ready for that.
+# Does as its arguments say, in every attempt ("always") or the first alone: exits, or says why and exits, or eats
+# memory, or takes no step any more, or waits for SIGTERM and then exits. Its first step says that it is ready for that.
 RANK = """
 import os, signal, sys, time
 import phalanx
+from phalanx import job
 
 words = sys.argv[1:]
 code = int(words[-1]) if words[-1].isdigit() else None
@@ -53,6 +54,15 @@ if "wait" in words:
     if code is not None:
         signal.signal(signal.SIGTERM, end)
     phalanx.report(step=1)
+    while True:
+        time.sleep(0.1)
+if "found" in words:
+    check, action = words[-3:-1]
+    job.mark("health", check=check, action=action, message=f"the check {check} failed", blamed=0)
+if "hang" in words:
+    for step in range(8):
+        phalanx.report(step=step)
+        time.sleep(0.05)
     while True:
         time.sleep(0.1)
 if "grow" in words:
@@ -317,6 +327,43 @@ ENDS_ITSELF = {
         state=JobState.FAILED,
         message=r"could not start: .*No matching distribution found for phx-nosuch==1.*",
     ),
+    "it takes no step any more, and has a retry left: queued": Case(
+        words="hang",
+        retries={"max": 1},
+        more={"health": {"hang": {"action": "restart", "factor": 3, "at_least": "3s"}}},
+        exit=Exit.HUNG,
+        outcome=Outcome.HUNG,
+        state=JobState.QUEUED,
+        message=r"the job took no step for .*",
+        failures=1,
+    ),
+    "a check of its own finds fault, and it has a retry left: queued, away from that node": Case(
+        words="found nan restart 1",
+        retries={"max": 1},
+        exit=Exit.UNHEALTHY,
+        outcome=Outcome.UNHEALTHY,
+        state=JobState.QUEUED,
+        message="rank 0 stopped itself: the check nan failed",
+        failures=1,
+        avoids=True,
+    ),
+    "a check of its own finds fault for good: failed, retries or not": Case(
+        words="found nan stop 1",
+        retries={"max": 3},
+        exit=Exit.GIVEN_UP,
+        outcome=Outcome.UNHEALTHY,
+        state=JobState.FAILED,
+        message="rank 0 stopped itself: the check nan failed",
+    ),
+    "its node is unfit: queued, away from that node, and no failure": Case(
+        words="found preflight restart 1",
+        more={"health": {"preflight": {"action": "replace", "factor": 1000}}},
+        exit=Exit.UNFIT_NODE,
+        outcome=Outcome.UNHEALTHY,
+        state=JobState.QUEUED,
+        message="rank 0 stopped itself: the check preflight failed",
+        avoids=True,
+    ),
     "nobody sees how it ends: queued, away from that node, and no failure": Case(
         words="wait",
         ended_by=kill_runner,
@@ -445,6 +492,9 @@ def tell(stack: Stack, sentence: str, case: Case) -> Told:
     return Told(attempt, state, stack.client.job(job_id), nodes, stack.avoided(job_id))
 
 
+FAULTS = {"hang": Exit.HUNG, "health": Exit.UNHEALTHY, "preflight": Exit.UNFIT_NODE}
+
+
 def exit_of(attempt: phalanx.models.Attempt) -> Exit:
     """As its ranks' ends say."""
     (end,) = attempt.exits or [None]
@@ -452,6 +502,8 @@ def exit_of(attempt: phalanx.models.Attempt) -> Exit:
         return Exit.NEVER_CAN if "environment" in (attempt.message or "") else Exit.NEVER_RAN
     if end is None or (end.exit_code is None and end.signal is None and not end.oom):
         return Exit.UNSEEN
+    if end.fault:
+        return Exit.GIVEN_UP if end.final else FAULTS[end.fault]
     return Exit.OOM if end.oom else Exit.FAILED if end.exit_code or end.signal else Exit.CLEAN
 
 

@@ -94,6 +94,26 @@ async def test_what_a_check_of_its_own_found_is_why_a_rank_ended(workbench: Any,
     assert (await attempt.group())["first_failed_rank"] == 1
 
 
+async def test_a_rank_that_ends_right_after_its_word_is_heard(workbench: Any) -> None:
+    """While the runner rests from reading it; and the other rank, which fails for it, may be seen to end first."""
+    script = workbench.script("""
+        import os, time
+        import phalanx
+        from phalanx import job
+        said = os.environ["PHALANX_OUTPUT_DIR"] + "/said"
+        phalanx.report(step=1)
+        time.sleep(0.03)
+        if os.environ["RANK"] == "1":
+            job.mark("health", check="nan", action="stop", message="the loss of step 12 is NaN", blamed=1)
+            open(said, "x").close()
+        while not os.path.exists(said):
+            time.sleep(0.001)
+        os._exit(1)
+    """)
+    exits = await workbench.attempt(f"python {script}", ranks=2).run()
+    assert [(end["fault"], end["final"]) for end in exits] == [("health", True)] * 2
+
+
 async def test_a_check_that_only_warned_is_no_reason_of_a_later_end(workbench: Any) -> None:
     script = workbench.script("""
         import sys

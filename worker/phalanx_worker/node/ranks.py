@@ -310,6 +310,8 @@ class Group:
         record.straggler = straggler
         if code != 0:
             self.look_for_oom(lambda: rank)
+            for each in self._records.values():  # it may have failed for what another has said already
+                each.reports.drain()
             self.blame.take_verdict(rank)
         record.exit = RankExit(
             rank=rank,

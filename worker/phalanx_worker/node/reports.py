@@ -74,13 +74,17 @@ class ReportSocket:
             return False
         return True
 
+    def drain(self) -> None:
+        """Take what is in the socket now, also while its reading rests."""
+        for _ in range(_BURSTS_AT_END):
+            if self._closed or self._ended or not self._take():
+                break
+
     def close(self) -> None:
         """Take what is still in the socket, then close it."""
         if self._closed:
             return
-        for _ in range(_BURSTS_AT_END):
-            if self._ended or not self._take():
-                break
+        self.drain()
         self._closed = True
         self._loop.remove_reader(self._connection)
         self._connection.close()
