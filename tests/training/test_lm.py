@@ -51,6 +51,19 @@ def test_two_ranks_under_torchrun_learn_the_same(text, capsys):
     assert last_loss(done.stdout) == pytest.approx(last_loss(capsys.readouterr().out), abs=2e-4)
 
 
+def test_what_is_held_out_is_tried_every_so_often_and_not_trained_on(text, tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr("phalanx.report", lambda **values: reports.append(values))
+    backwards = tmp_path / "backwards" / "alphabet.txt"
+    backwards.parent.mkdir()
+    backwards.write_text(text.read_text()[::-1])
+    words = ["lm", arguments(text), "train.steps=30", "evaluate.every=20"]
+    assert main([*words, "evaluate.share=0.2"]) == main([*words, f'evaluate.paths=["{backwards}"]']) == 0
+    tried = [(values["step"], values["held_out_loss"]) for values in reports if "perplexity" in values]
+    assert [step for step, _ in tried] == [20, 30] * 2, "every so often, and after the last"
+    assert tried[1][1] < 3.0 < 4.0 < tried[3][1], "5.5 is chance"
+
+
 @pytest.mark.slow
 def test_a_training_goes_on_from_its_checkpoint_with_other_ranks(text, capsys, tmp_path):
     words = ["lm", arguments(text), f"checkpoint.url={tmp_path / 'kept'}"]

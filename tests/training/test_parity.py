@@ -62,6 +62,7 @@ EIGHT = {
 def assert_same(curve, one):
     assert curve["loss"] == pytest.approx(one["loss"], rel=LOSS)
     assert curve["grad_norm"] == pytest.approx(one["grad_norm"], rel=NORM)
+    assert curve["held_out"] is None or curve["held_out"] == pytest.approx(one["held_out"], rel=LOSS)
 
 
 def test_a_single_rank_learns(computed):
@@ -85,6 +86,11 @@ def test_four_ranks_train_as_one_does(computed, layout):
 @pytest.mark.parametrize("layout", EIGHT)
 def test_eight_ranks_train_as_one_does(computed, layout):
     assert_same(computed(EIGHT, ranks=8)[layout], computed(ONE_DEEP, ranks=1)["one rank"])
+
+
+def test_what_is_held_out_is_tried_in_every_layout_but_a_pipeline(computed):
+    without = {name for name, curve in computed(FAST, ranks=2).items() if curve.get("held_out") is None}
+    assert without and all("pipeline" in name for name in without), without
 
 
 def test_ranks_hold_their_part_of_the_parameters(computed):

@@ -136,6 +136,11 @@ def test_data_fills_what_the_other_sizes_leave():
             "use one",
         ),
         (
+            {"evaluate": {"share": 0.1}, "parallel": {"pipeline": 2}},
+            2,
+            "evaluate.share asks for held-out data, which a pipeline is not tried on; leave it out",
+        ),
+        (
             {"data": {"seq_len": 255}, "parallel": {"tensor": 2}},
             2,
             "data.seq_len = 255 is not a multiple of parallel.tensor × 2 · parallel.context = 2; "

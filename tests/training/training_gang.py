@@ -163,12 +163,23 @@ def run_part(args: dict[str, Any], directory: Path) -> dict[str, Any]:
     with Traffic() as traffic:
         train(trainer)
     return {
+        "held_out": None if config.parallel.pipeline > 1 else held_out(trainer.layout, stream),
         "loss": [facts.loss for facts in curve.facts],
         "grad_norm": [facts.grad_norm for facts in curve.facts],
         "updated": [facts.updated for facts in curve.facts],
         "traffic": traffic.sent,
         "own_bytes": own_bytes(trainer.layout.parameters()),
     }
+
+
+def held_out(layout: Any, stream: Batches) -> float:
+    """The loss of the next global batch without its last sequence."""
+    import torch
+    from phalanx_worker.training.recipes.lm import held_out_loss
+
+    batch, last = next(stream), stream.config.train.global_batch - 1
+    counts = torch.arange(stream.own.start, stream.own.stop) < last
+    return held_out_loss(layout, [(batch, counts)])["held_out_loss"]
 
 
 def own_bytes(parameters: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
+from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
 from phalanx.recipes.parse import RecipeError, demand, demand_sizes
@@ -81,10 +82,12 @@ class Train:
 
 @dataclass(frozen=True)
 class LmConfig:
-    """What `run: {recipe: lm, args: …}` holds. `device` auto is a GPU where every rank of the node has one."""
+    """What `run: {recipe: lm, args: …}` holds. `device` auto is a GPU where every rank of the node has one. Nothing is
+    held out unless `evaluate` says so."""
 
     data: DataConfig
     model: LmModel = field(default_factory=LmModel)
+    evaluate: Evaluate = field(default_factory=lambda: Evaluate(share=0.0))
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
@@ -100,7 +103,14 @@ class LmConfig:
         check_batch(whole.train, whole.parallel)
         check_optim(whole.optim, whole.parallel)
         check_checkpoint(whole.checkpoint, whole.parallel)
+        _check_evaluate(whole.evaluate, whole.parallel)
         return whole
+
+
+def _check_evaluate(evaluate: Evaluate, parallel: Parallel) -> None:
+    if parallel.pipeline > 1 and (evaluate.share or evaluate.paths):
+        field = "evaluate.paths" if evaluate.paths else "evaluate.share"
+        raise RecipeError(field, "asks for held-out data, which a pipeline is not tried on; leave it out")
 
 
 def check_sizes(model: LmModel, parallel: Parallel, seq_len: int) -> None:

@@ -45,10 +45,13 @@ class Layout:
         the global batch's mean loss. Gives the mean loss of the part, an fp32 scalar; None on the ranks of a pipeline
         that do not hold its end."""
         self._loss_scale = loss_scale
-        inputs, targets = (part.to(self.world.device) for part in self._task.inputs_and_targets(batch))
-        if self._part is not None:
-            inputs, targets = self._part.take(inputs), self._part.take(targets)
+        inputs, targets = self.take(batch)
         return self._run_whole(inputs, targets) if self._schedule is None else self._run_pieces(inputs, targets)
+
+    def take(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets, on its device: of sequences that are shared out, its part of each."""
+        inputs, targets = (part.to(self.world.device) for part in self._task.inputs_and_targets(batch))
+        return (inputs, targets) if self._part is None else (self._part.take(inputs), self._part.take(targets))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's, of all its stages."""

@@ -5,10 +5,12 @@ Owns nothing but the putting together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from phalanx.recipes.lm import LmConfig, LmModel
 from phalanx.recipes.parse import RecipeError
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 
 from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.opening import vocab_size
+from phalanx_worker.training.data.source import Source
 from phalanx_worker.training.data.stream import open_stream
+from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import count_work
 from phalanx_worker.training.models.transformer import Transformer, split, start
-from phalanx_worker.training.parallel.layout import lay_out
+from phalanx_worker.training.parallel.layout import Layout, lay_out
 from phalanx_worker.training.parallel.tensor import transformer_plan
 from phalanx_worker.training.task import Task
 
@@ -49,16 +53,23 @@ def make(
     checkpointer: Checkpointer | None = None,
 ) -> Trainer:
     """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
-    (`batches`: its parts of the global batches). Raises RecipeError."""
+    (`batches`: its parts of the global batches; then there is no evaluation). Raises RecipeError."""
     task = lm_task(config.model)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
     global_batch = torch.empty(config.train.global_batch, config.data.seq_len + 1, dtype=torch.int64, device="meta")
+    watchers = []
+    if batches is None:
+        _check_vocabulary(config)
+        source, kept_back = separate(config.data, config.evaluate)
+        batches = _stream(config, world, source)
+        watchers = [_evaluation(config, world, kept_back, layout)] if kept_back else []
     return Trainer(
         layout=layout,
-        batches=batches or _open(config, world),
+        batches=batches,
         train=config.train,
         optim=config.optim,
         precision=config.precision,
+        watchers=watchers,
         checkpointer=checkpointer or open_checkpointer(config.checkpoint),
         checkpoint_every=config.checkpoint.every_steps,
         per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
@@ -66,11 +77,14 @@ def make(
     )
 
 
-def _open(config: LmConfig, world: World) -> Iterator[Batch]:
+def _check_vocabulary(config: LmConfig) -> None:
     symbols = vocab_size(config.data)
     if symbols and symbols > config.model.vocabulary:
         text = f"= {config.model.vocabulary} is less than the data's {symbols} symbols; use {symbols} or more"
         raise RecipeError("model.vocabulary", text)
+
+
+def _stream(config: LmConfig, world: World, source: Source) -> Iterator[Batch]:
     return open_stream(
         config.data,
         dp_rank=world.batch_rank,
@@ -78,7 +92,29 @@ def _open(config: LmConfig, world: World) -> Iterator[Batch]:
         batch=config.train.global_batch,
         seed=config.train.seed,
         device=world.device,
+        source=source,
     )
+
+
+def _evaluation(config: LmConfig, world: World, source: Source, layout: Layout) -> Evaluation:
+    batch = config.evaluate.batch or config.train.global_batch
+    held_out = HeldOut(source, config.data, world, batch=batch)
+    return Evaluation(partial(held_out_loss, layout, held_out), config.evaluate, config.train)
+
+
+@torch.no_grad()
+def held_out_loss(layout: Layout, held_out: HeldOut) -> Mapping[str, float]:
+    """Of all ranks' held-out sequences: `held_out_loss` in nats per token, and `perplexity`."""
+    (model,) = layout.modules
+    total = torch.zeros(2, device=layout.world.device)
+    for batch, counts in held_out:
+        inputs, targets = layout.take(batch)
+        losses = F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten(), reduction="none")
+        of_sequences = losses.view(targets.shape).mean(dim=1)
+        total += torch.stack(((of_sequences * counts).sum(), counts.sum()))
+    dist.all_reduce(total)  # ranks that share sequences have equal parts of each: the ratio stays
+    loss = float(total[0] / total[1])
+    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 def _stage(shape: LmModel, index: int, count: int) -> nn.Module:
