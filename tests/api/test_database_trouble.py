@@ -21,6 +21,7 @@ from phalanx_server.loops import ticking
 from phalanx_server.loops.leader import Leader
 from phalanx_server.loops.measures import PassMeasures
 from phalanx_server.settings import Settings
+from phalanx_server.store import engine as engine_module
 from phalanx_server.store import ids
 from phalanx_server.store.engine import create_engine, driver_dsn
 from phalanx_server.store.schema import attempts, holds
@@ -31,6 +32,12 @@ from sqlalchemy import text
 
 ROLE, CONNECTIONS = "few", 8
 RUNNER = {"boot": "b", "seq": 1, "sent_at": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a connection in vain is told sooner."""
+    monkeypatch.setattr(engine_module, "POOL_WAIT_S", 2.0)
 
 
 @pytest.fixture
