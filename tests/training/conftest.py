@@ -6,10 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
 
 import training_gang
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """As `torchrun` gives a rank: for models this small, several wait for each other most of the time."""
+    torch.set_num_threads(1)
 
 
 @functools.cache
