@@ -10,7 +10,17 @@ from alembic.script import ScriptDirectory
 from phalanx_server.store import migrate
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.ids import new_id
-from phalanx_server.store.schema import holds, jobs, metadata, metrics, tenants
+from phalanx_server.store.schema import (
+    attempt_steps,
+    attempts,
+    clusters,
+    holds,
+    jobs,
+    metadata,
+    metrics,
+    progress,
+    tenants,
+)
 from sqlalchemy import func, insert, inspect, select, text
 
 IGNORED = ("alembic_version",)
@@ -285,6 +295,33 @@ async def test_what_waiting_jobs_were_first_told_is_filled_in_batch_by_batch(old
     await migrate.upgrade(empty_database)
     async with old.connect() as conn:
         assert (await conn.execute(select(holds.c.first_start))).scalars().all() == [at] * 5
+
+
+async def test_what_attempts_said_of_their_steps_is_read_from_their_metrics(old, empty_database):
+    await migrate.upgrade(empty_database, "0014")
+    at, cluster = datetime.now(UTC) - timedelta(minutes=9), new_id()
+    async with old.begin() as conn:
+        job = await _submit(conn)
+        await conn.execute(insert(clusters).values(id=cluster, name="a"))
+        trained, silent = ({"id": new_id(), "number": number, "epoch": number} for number in (1, 2))
+        given = {"job_id": job, "cluster_id": cluster, "gpu_type": "h100", "replicas": 1, "created_at": at}
+        given |= {"state": "ended", "outcome": "failed", "ended_at": at}
+        await conn.execute(insert(attempts), [given | trained, given | silent])
+        said = [(0, "loss", 3, 5.0), (1, "loss", 4, 4.0), (2, "productive_s", 4, 8.0), (3, "loss", 6, 3.0)]
+        of_rank = {"job_id": job, "attempt_id": trained["id"], "rank": 0}
+        rows = [
+            of_rank | {"name": name, "step": step, "value": value, "at": at + timedelta(minutes=minute)}
+            for minute, name, step, value in said
+        ]
+        await conn.execute(insert(metrics), [*rows, {**rows[0], "rank": 1, "step": 1}])
+        await conn.execute(
+            insert(progress).values(job_id=job, attempt_id=trained["id"], values={"loss": 3, "acc": 1}, at=at)
+        )
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        (row,) = await conn.execute(select(attempt_steps))
+    minutes = timedelta(minutes=3)
+    assert row == (trained["id"], 3, at, 6, at + minutes, {"productive_s": 8.0})
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from phalanx_server.store.engine import with_driver
 
 log = structlog.get_logger("phalanx.migrate")
 
-HEAD = "0014"
+HEAD = "0015"
 LOCK_TIMEOUT_S = 2.0  # longer than PostgreSQL takes to find a deadlock (1 s)
 PAUSE_S = 5.0  # between tries: most of the time others go on
 PATIENCE_S = 300.0  # for all tries; the chart ends the migration's Job after twice as long
