@@ -118,7 +118,7 @@ class SlowStorage:
     """Storage in memory, where each call of `what` comes through after `before()`; `calls` counts them."""
 
     def __init__(self, monkeypatch, marks):
-        self.calls, self.marks, self._monkeypatch = 0, marks, monkeypatch
+        self.calls, self.given, self.marks, self._monkeypatch = 0, 0, marks, monkeypatch
         for module in (checkpoint_writer, checkpoint_reader):
             monkeypatch.setattr(module, "PIECE_BYTES", 1024)
         monkeypatch.setattr(checkpoint_store, "READ_BYTES", 1024)
