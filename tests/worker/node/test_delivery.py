@@ -339,6 +339,26 @@ async def test_what_a_checkpoint_is_registered_with_may_be_refused_but_not_the_c
     assert (dropped.kind, dropped.data["count"]) == ("dropped", 1)
 
 
+@pytest.mark.parametrize("code", [0, 3])
+async def test_what_a_rank_says_right_before_it_ends_reaches_the_server(workbench: Any, code: int) -> None:
+    """While the runner rests from reading it."""
+    script = workbench.script(f"""
+        import os, time
+        import phalanx
+        phalanx.report(step=1, loss=2.0)
+        time.sleep(0.03)
+        phalanx.report(step=2, loss=1.0)
+        phalanx.checkpoint("/last", step=2)
+        phalanx.finished()
+        os._exit({code})
+    """)
+    attempt = workbench.attempt(f"python {script}")
+    assert [(end["exit_code"], end["finished"]) for end in await attempt.run()] == [(code, True)]
+    await workbench.server.until(lambda: bool(workbench.server.marks(attempt.id, "finished")))
+    assert [mark["data"]["step"] for mark in workbench.server.marks(attempt.id, "checkpoint")] == [2]
+    assert [point["step"] for point in workbench.server.items("metrics", attempt.id)] == [1, 2]
+
+
 async def test_text_that_cannot_be_sent_is_replaced_and_deep_nesting_refused() -> None:
     ours, theirs = channel.pair()
     points: list[MetricPoint | Mark] = []
