@@ -401,6 +401,25 @@ async def test_notes_are_told(plane: ControlPlane) -> None:
     ]
 
 
+async def test_the_last_of_many_words_are_told(plane: ControlPlane) -> None:
+    """They say why the attempt ended; of a node that was without the server one report brings all."""
+    await plane.add_nodes(1)
+    _, attempt = await plane.run()
+    notes = [plane.mark(attempt, "note", message=f"note {number}") for number in range(30)]
+    warned = [plane.mark(attempt, "health", check="spike", message=f"spike {number}") for number in range(30)]
+    stopped = plane.mark(attempt, "health", check="nan", action="stop", message="the loss is NaN")
+    oom = plane.mark(attempt, "oom", message="rank 0 ran out of memory")
+    await plane.node_report("node-0", marks=[*notes, *warned, stopped, oom])
+    told = [event.message for event in await plane.rows(events, events.c.id) if event.kind in ("health", "note")]
+    assert len(told) == 40
+    assert [told[18], told[19], told[38], told[39]] == [
+        "Spike 29.",
+        "The loss is NaN.",
+        "Note 29.",
+        "Rank 0 ran out of memory.",
+    ]
+
+
 async def test_what_checks_find_is_told_and_speaks_against_the_node_after_repeats(plane: ControlPlane) -> None:
     await plane.add_nodes(2)
     slow = "rank 4 takes 1.9 times as long as the others"

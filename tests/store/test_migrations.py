@@ -10,7 +10,17 @@ from alembic.script import ScriptDirectory
 from phalanx_server.store import migrate
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.ids import new_id
-from phalanx_server.store.schema import holds, jobs, metadata, metrics, tenants
+from phalanx_server.store.schema import (
+    attempt_steps,
+    attempts,
+    clusters,
+    holds,
+    jobs,
+    metadata,
+    metrics,
+    progress,
+    tenants,
+)
 from sqlalchemy import func, insert, inspect, select, text
 
 IGNORED = ("alembic_version",)
@@ -268,6 +278,97 @@ async def test_what_waiting_jobs_were_first_told_is_kept_through_the_upgrade(old
     async with old.connect() as conn:
         rows = {row.job_id: (row.first_start, row.first_start_low) for row in await conn.execute(select(holds))}
     assert rows == {new: (first, first), again: (later, later), untold: (None, None)}
+
+
+async def test_what_waiting_jobs_were_first_told_is_filled_in_batch_by_batch(old, empty_database, monkeypatch):
+    monkeypatch.setattr(migrate, "BATCH_ROWS", 2)
+    at = datetime(2030, 1, 1, tzinfo=UTC)
+    async with old.begin() as conn:
+        waiting = [{"job": await _submit(conn), "at": at} for _ in range(5)]
+        await conn.execute(
+            text(
+                "INSERT INTO holds (job_id, reason, message, unblocks, since, estimated_start)"
+                " VALUES (:job, 'capacity', '', '[]', :at, :at)"
+            ),
+            waiting,
+        )
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        assert (await conn.execute(select(holds.c.first_start))).scalars().all() == [at] * 5
+
+
+async def test_what_attempts_said_of_their_steps_is_read_from_their_metrics(old, empty_database):
+    await migrate.upgrade(empty_database, "0014")
+    at, cluster = datetime.now(UTC) - timedelta(minutes=9), new_id()
+    async with old.begin() as conn:
+        job = await _submit(conn)
+        await conn.execute(insert(clusters).values(id=cluster, name="a"))
+        trained, silent = ({"id": new_id(), "number": number, "epoch": number} for number in (1, 2))
+        given = {"job_id": job, "cluster_id": cluster, "gpu_type": "h100", "replicas": 1, "created_at": at}
+        given |= {"state": "ended", "outcome": "failed", "ended_at": at}
+        await conn.execute(insert(attempts), [given | trained, given | silent])
+        said = [(0, "loss", 3, 5.0), (1, "loss", 4, 4.0), (2, "productive_s", 4, 8.0), (3, "loss", 6, 3.0)]
+        of_rank = {"job_id": job, "attempt_id": trained["id"], "rank": 0}
+        rows = [
+            of_rank | {"name": name, "step": step, "value": value, "at": at + timedelta(minutes=minute)}
+            for minute, name, step, value in said
+        ]
+        await conn.execute(insert(metrics), [*rows, {**rows[0], "rank": 1, "step": 1}])
+        await conn.execute(
+            insert(progress).values(job_id=job, attempt_id=trained["id"], values={"loss": 3, "acc": 1}, at=at)
+        )
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        (row,) = await conn.execute(select(attempt_steps))
+    minutes = timedelta(minutes=3)
+    assert row == (trained["id"], 3, at, 6, at + minutes, {"productive_s": 8.0})
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """One try, which waits for a lock only a moment."""
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(migrate, "PAUSE_S", 0.0)
+    monkeypatch.setattr(migrate, "PATIENCE_S", 0.0)
+
+
+# Of 0012 that alters a table in its transaction; of 0014 that refers to one in it.
+@pytest.mark.parametrize(("table", "reached"), [("holds", "0011"), ("attempts", "0013")])
+async def test_a_migration_gives_up_on_a_lock_in_time_and_says_who_has_it(
+    old, empty_database, impatient, table, reached
+):
+    async with old.begin() as conn:
+        pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+        await conn.execute(text(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE"))
+        said = rf"phalanx \(.*, pid {pid}, idle in transaction\) has locked {table} for .* `LOCK TABLE {table} IN .*"
+        advice = rf"pg_terminate_backend\({pid}\), and run it again: nothing is half done"
+        with pytest.raises(migrate.MigrationBlocked, match=f"{said}{advice}"):
+            await migrate.upgrade(empty_database)
+        assert await migrate.current(empty_database) == reached
+        async with old.begin() as other:
+            assert not await other.scalar(_SOMEBODY_WAITS)
+            assert await other.scalar(text("SELECT to_regclass('profiles') IS NULL"))
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        assert await conn.run_sync(_differences) == []
+
+
+async def test_a_migration_that_met_a_lock_is_tried_again_by_itself(old, empty_database, impatient, monkeypatch):
+    monkeypatch.setattr(migrate, "PATIENCE_S", WAITS_S)
+    run, tries = migrate._run, []
+
+    async def counted(*given):
+        tries.append(1)
+        if len(tries) == 3:
+            await holder.rollback()
+        await run(*given)
+
+    monkeypatch.setattr(migrate, "_run", counted)
+    async with old.connect() as holder:
+        await holder.execute(text("LOCK TABLE holds IN ACCESS SHARE MODE"))
+        await migrate.upgrade(empty_database)
+    assert len(tries) == 3
+    assert await migrate.current(empty_database) == migrate.HEAD
 
 
 @pytest.fixture

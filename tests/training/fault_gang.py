@@ -2,7 +2,8 @@
 
 One start serves many cases. A case is the arguments of the `lm` recipe (`args`), the job file's `health`, every how
 many steps a checkpoint is kept (`keeps_every`; in memory or `to_files`), and `faults`: batches whose loss or gradient
-goes wrong, a flipped bit, a slow rank. What comes back is what each rank said, and what became of the training.
+goes wrong, a flipped bit, a slow rank, a request to stop. What comes back is what each rank said, and what became of
+the training.
 """
 
 import copy
@@ -166,10 +167,12 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     from phalanx_worker.training.mesh import make_world, own_device
     from phalanx_worker.training.recipes.lm import make
 
-    marks, reports, ended = [], [], None
+    marks, reports, ended, last = [], [], None, None
     monitor.REPORT_GAP_S = 0.0
     job.mark = lambda kind, **data: marks.append(data) if kind == "health" else None
     phalanx.report = lambda **values: reports.append(values)
+    stop_at = given["faults"].get("stop", {}).get("batch", float("inf"))
+    phalanx.should_stop = lambda: stream.number >= stop_at
     os.environ["PHALANX_HEALTH"] = json.dumps(given["health"])
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     config = parse(LmConfig, given["args"]).placed(dist.get_world_size())
@@ -181,7 +184,7 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     faults = Faults(trainer, given["faults"], dist.get_rank())
     trainer.watchers = [faults]
     try:
-        train(trainer)
+        last = train(trainer)
     except Unhealthy as end:
         ended = str(end.code)
     return {
@@ -191,6 +194,7 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
         "updated": [facts.updated for facts in faults.facts],
         "steps": [facts.step for facts in faults.facts],
         "ended": ended,
+        "last": last and last.step,
         "same_parameters": compare(list(trainer.layout.named_parameters()), world.group("replicas")) is None,
     }
 

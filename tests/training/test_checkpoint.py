@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import fsspec
@@ -10,7 +11,7 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from phalanx.recipes.checkpoint import CheckpointConfig
-from phalanx_worker.training import checkpoint_store, main
+from phalanx_worker.training import checkpoint_store, checkpoint_writer, main
 from phalanx_worker.training.checkpoint import Checkpointer, open_checkpointer
 from phalanx_worker.training.checkpoint_store import CheckpointError, Manifest, Sum, decoded
 
@@ -108,6 +109,17 @@ def test_the_newest_state_is_restored(url, asynchronous):
     assert Job(url).restore() is None
     Job(url, asynchronous=asynchronous).save(10, 20)
     assert Job(url).restore() == 20
+
+
+def test_a_local_file_goes_to_the_disk_while_it_is_written(tmp_path, monkeypatch):
+    """One fsync of all of it at its end would look like a hang on a slow disk."""
+    sizes = []
+    monkeypatch.setattr(checkpoint_writer, "SYNC_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_writer, "PIECE_BYTES", 500)
+    monkeypatch.setattr(checkpoint_writer.os, "fdatasync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    Job(tmp_path).save(1)
+    assert len(sizes) >= 4 and sizes == sorted(sizes) and sizes[0] < 2000
+    assert Job(tmp_path).restore() == 1
 
 
 def test_a_checkpoint_is_registered_when_it_is_complete_and_only_then(url):

@@ -66,6 +66,11 @@ CASES = {
         health={**BLAMELESS, "corruption": {"action": "rollback", "every": 4}}, faults=FLIPPED_LOW, keeps_every=5
     ),
     "flip_not_kept": case(health={**BLAMELESS, "corruption": "warn"}, faults=FLIPPED_LOW, keeps_every=5),
+    "stopped_while_going_back": case(
+        health={**BLAMELESS, "nan": {"action": "rollback"}},
+        faults={"gradient": {"batches": [24]}, "stop": {"batch": 24}},
+        keeps_every=5,
+    ),
     "slow": case(
         health={"straggler": {"action": "warn", "window": 8, "factor": 2.0}},
         faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},
@@ -143,6 +148,14 @@ def test_what_no_rollback_cures_is_stopped(seen):
     outcome = seen["hopeless"]
     assert told(outcome) == [("nan", "rollback")] * 5 + [("nan", "stop")]
     assert all(rank["ended"] for rank in outcome)
+
+
+def test_who_goes_back_from_the_last_step_and_is_to_stop_has_not_taken_it(seen):
+    """Else the job would count as finished. One step more is taken, so that the data of the bad one stay behind."""
+    outcome = seen["stopped_while_going_back"]
+    assert told(outcome) == [("nan", "rollback")]
+    assert [rank["last"] for rank in outcome] == [21, 21]
+    assert outcome[0]["steps"][-2:] == [24, 21]
 
 
 def test_a_spike_is_told_once_while_it_lasts(seen):

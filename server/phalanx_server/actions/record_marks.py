@@ -30,7 +30,7 @@ from phalanx_server.store.metrics import Progress, upsert_progress
 # It is part of a key, and an entry of an index holds no more than 2,704 bytes.
 URL_MAX_BYTES = 2048
 NOTE_MAX_CHARS = 500
-NOTES_PER_REPORT = 20
+NOTES_PER_REPORT = 20  # of each kind: the last, which say why an attempt ended
 CHECK_CHARS = 32
 
 OF_NODES = frozenset({"hang", "straggler", "corruption", "gpu", "preflight"})
@@ -54,7 +54,7 @@ async def record_marks(conn: AsyncConnection, fence: Fence, marks: Sequence[Mark
         elif mark.kind == "profile":
             await record_profile_mark(conn, fence, mark, clock.now)
     await _health(conn, fence, marks, clock)
-    notes = [sentence for mark in marks if (sentence := _note(mark))][:NOTES_PER_REPORT]
+    notes = [sentence for mark in marks if (sentence := _note(mark))][-NOTES_PER_REPORT:]
     await record_events(conn, [_event(fence, kind, text, clock, rank=rank) for kind, rank, text in notes])
 
 
@@ -98,7 +98,7 @@ async def _total_steps(conn: AsyncConnection, fence: Fence, mark: Mark, clock: C
 
 async def _health(conn: AsyncConnection, fence: Fence, marks: Sequence[Mark], clock: Clock) -> None:
     """Tell what checks found. What speaks against the node of a rank is told of that node as well."""
-    found = [plain(mark.data) for mark in marks if mark.kind == "health"][:NOTES_PER_REPORT]
+    found = [plain(mark.data) for mark in marks if mark.kind == "health"][-NOTES_PER_REPORT:]
     if not found:
         return
     nodes = await nodes_of_ranks(conn, fence.id)

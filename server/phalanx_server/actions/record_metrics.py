@@ -16,6 +16,7 @@ from phalanx_server.domain.messages import MetricPoint
 from phalanx_server.domain.metric import NAMES_PER_JOB, RANK_MAX, check_values, clean_step, over_limit
 from phalanx_server.store.attempts import Fence
 from phalanx_server.store.events import Event, record_once
+from phalanx_server.store.goodput import note_steps
 from phalanx_server.store.metrics import Point, Progress, insert_points, names_over_limit, upsert_progress
 
 # An attempt gets at most so many events about metrics that were refused.
@@ -23,7 +24,7 @@ REFUSALS_MAX = 100
 
 
 async def record_metrics(conn: AsyncConnection, fence: Fence, reported: Sequence[MetricPoint], clock: Clock) -> None:
-    """Store points that the fence let through, with roll-ups and progress."""
+    """Store points that the fence let through, with roll-ups, progress, and what outlives them."""
     points, refused = _sort_out(reported, fence, clock)
     names = {point.name for point in points}
     full = await names_over_limit(conn, job_id=fence.job_id, names=names, limit=NAMES_PER_JOB) if names else set()
@@ -36,6 +37,9 @@ async def record_metrics(conn: AsyncConnection, fence: Fence, reported: Sequence
     if points or steps:
         progress = latest(points, steps)
         await upsert_progress(conn, job_id=fence.job_id, attempt_id=fence.id, progress=progress)
+    if of_first := _steps([each for each in reported if each.rank == 0], fence, clock):
+        own = [point for point in points if point.rank == 0]
+        await note_steps(conn, attempt_id=fence.id, steps=of_first, points=own)
     await _tell(conn, fence, refused, clock.now)
 
 

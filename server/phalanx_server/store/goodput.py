@@ -1,11 +1,13 @@
 """What the attempts of a job spent their time on, as far as it is stored: their moments, their first and last steps,
 and the totals that rank 0 reports.
 
-Owns the names of these totals. They are running sums, so the last value is all of it.
+Owns the names of these totals, and that all of it is kept with the attempt as it is reported: metrics are forgotten
+earlier. Totals are running sums, so the last value is all of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +15,8 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.domain.goodput import AttemptTime
+from phalanx_server.store.engine import dump_json
+from phalanx_server.store.metrics import Point
 
 TOTALS = {
     "productive_s": "productive_s",
@@ -22,41 +26,55 @@ TOTALS = {
 }
 """The metric that each total of `AttemptTime` comes from."""
 
-# The index of metrics is by name and time, so of each attempt only the newest or the oldest point is read.
-_POINT = """
-    (SELECT {column} FROM metrics m
-     WHERE m.job_id = a.job_id AND m.name = {name} AND m.attempt_id = a.id AND m.rank = 0 AND m.step IS NOT NULL
-       AND m.at >= a.created_at - interval '1 hour' AND m.at <= coalesce(a.ended_at, 'infinity') + interval '1 hour'
-     ORDER BY m.at {order} LIMIT 1)
-"""
-_TOTALS = ", ".join(
-    f"{_POINT.format(column='value', name=f':{metric}', order='DESC')} AS {field}" for field, metric in TOTALS.items()
-)
-_ATTEMPTS = text(
-    f"""
-    SELECT a.created_at, a.started_at, a.rendezvous_at, a.stop_requested_at, a.ended_at, a.replicas,
-           (SELECT sum(cardinality(p.gpu_indices)) FROM placements p WHERE p.attempt_id = a.id) AS gpus,
-           coalesce(a.first_step_at, {_POINT.format(column="at", name=":steps_of", order="ASC")}) AS first_step_at,
-           {_POINT.format(column="step", name=":steps_of", order="ASC")} AS first_step,
-           {_POINT.format(column="step", name=":steps_of", order="DESC")} AS last_step,
-           {_POINT.format(column="at", name=":steps_of", order="DESC")} AS last_step_at, {_TOTALS}
-    FROM attempts a WHERE a.job_id = :job_id ORDER BY a.number
+# Reports of a node may come out of their order, after it was without the server.
+_NOTE_STEPS = text(
+    """
+    INSERT INTO attempt_steps AS old (attempt_id, first_step, first_step_at, last_step, last_step_at, totals)
+    VALUES (:attempt_id, :first_step, to_timestamp(:first_at_s), :last_step, to_timestamp(:last_at_s),
+            CAST(:totals AS jsonb))
+    ON CONFLICT (attempt_id) DO UPDATE SET
+        first_step = CASE WHEN EXCLUDED.first_step_at < old.first_step_at
+                          THEN EXCLUDED.first_step ELSE old.first_step END,
+        first_step_at = LEAST(old.first_step_at, EXCLUDED.first_step_at),
+        last_step = CASE WHEN EXCLUDED.last_step_at >= old.last_step_at
+                         THEN EXCLUDED.last_step ELSE old.last_step END,
+        last_step_at = GREATEST(old.last_step_at, EXCLUDED.last_step_at),
+        totals = CASE WHEN EXCLUDED.last_step_at >= old.last_step_at
+                      THEN old.totals || EXCLUDED.totals ELSE EXCLUDED.totals || old.totals END
     """
 )
-_NAMES = text('SELECT ARRAY(SELECT jsonb_object_keys("values")) FROM progress WHERE job_id = :job_id')
+_ATTEMPTS = text(
+    """
+    SELECT a.created_at, a.started_at, a.rendezvous_at, a.stop_requested_at, a.ended_at, a.replicas,
+           (SELECT sum(cardinality(p.gpu_indices)) FROM placements p WHERE p.attempt_id = a.id) AS gpus,
+           coalesce(a.first_step_at, s.first_step_at) AS first_step_at, s.first_step, s.last_step, s.last_step_at,
+           s.totals
+    FROM attempts a LEFT JOIN attempt_steps s ON s.attempt_id = a.id WHERE a.job_id = :job_id ORDER BY a.number
+    """
+)
+_NOT_ITS_TIME = {"replicas", "gpus", "totals"}
+
+
+async def note_steps(
+    conn: AsyncConnection, *, attempt_id: UUID, steps: Sequence[tuple[int, float]], points: Sequence[Point]
+) -> None:
+    """Add what rank 0 of an attempt reported: each step with its time (seconds since the epoch), at least one, and its
+    points."""
+    first = min(steps, key=lambda told: told[1])
+    last = max(steps, key=lambda told: (told[1], told[0]))
+    told = [point for point in points if point.name in TOTALS.values() and point.step is not None]
+    totals = {point.name: point.value for point in sorted(told, key=lambda point: point.at_s)}
+    values = {"first_step": first[0], "first_at_s": first[1], "last_step": last[0], "last_at_s": last[1]}
+    await conn.execute(_NOTE_STEPS, {"attempt_id": attempt_id, "totals": dump_json(totals), **values})
 
 
 async def load_attempt_times(conn: AsyncConnection, job_id: UUID) -> list[AttemptTime]:
     """Of all attempts of a job, in their order."""
-    names = (await conn.execute(_NAMES, {"job_id": job_id})).scalar() or []
-    steps_of = next((name for name in ("loss", "productive_s", *sorted(names)) if name in names), "loss")
-    values = {"job_id": job_id, "steps_of": steps_of, **{metric: metric for metric in TOTALS.values()}}
-    return [_attempt(row) for row in await conn.execute(_ATTEMPTS, values)]
+    return [_attempt(row) for row in await conn.execute(_ATTEMPTS, {"job_id": job_id})]
 
 
 def _attempt(row: Row[Any]) -> AttemptTime:
-    known = {name: value for name, value in row._mapping.items() if value is not None and name not in _WEIGHTS}
-    return AttemptTime(weight=row.gpus or row.replicas, **known)
-
-
-_WEIGHTS = {"gpus", "replicas"}
+    known = {name: value for name, value in row._mapping.items() if value is not None and name not in _NOT_ITS_TIME}
+    said = row.totals or {}
+    totals = {field: said[metric] for field, metric in TOTALS.items() if metric in said}
+    return AttemptTime(weight=row.gpus or row.replicas, **known, **totals)

@@ -3,12 +3,18 @@
 Owns where the Alembic revisions are and how they are run: each in a transaction of its own, so that one may build an
 index on a table that servers write to. What an upgrade that was cut off has not done, the next one does. Safe to call
 from many processes at once: one migrates, the others wait and find nothing to do.
+
+A statement that waits for the lock of a table keeps all waiting that come after it, so none waits longer than
+LOCK_TIMEOUT_S: the revision is undone, and tried again after a pause in which the others go on.
 """
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from uuid import UUID
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -19,11 +25,21 @@ from sqlalchemy.util import await_only
 
 import phalanx_server
 from phalanx_server.store.engine import with_driver
-from phalanx_server.store.transactions import rerun_on_deadlock
 
-HEAD = "0014"
+log = structlog.get_logger("phalanx.migrate")
+
+HEAD = "0015"
+LOCK_TIMEOUT_S = 2.0  # longer than PostgreSQL takes to find a deadlock (1 s)
+PAUSE_S = 5.0  # between tries: most of the time others go on
+PATIENCE_S = 300.0  # for all tries; the chart ends the migration's Job after twice as long
+BATCH_ROWS = 1000
 _ADVISORY_LOCK = 7_134_092_251
 _ASK_AGAIN_S = 0.1
+_IN_THE_WAY = {"55P03": "waited too long for a lock", "40P01": "was in a deadlock"}  # by SQLSTATE
+
+
+class MigrationBlocked(TimeoutError):
+    """Others kept a lock on a table for so long that the migration gave up; what was begun of it is undone."""
 
 
 def migrations_dir() -> Path:
@@ -36,15 +52,14 @@ def migrations_dir() -> Path:
     raise RuntimeError(f"no migrations found in {' or '.join(map(str, candidates))}")
 
 
-@rerun_on_deadlock
 async def upgrade(url: str, revision: str = "head") -> None:
-    """Migrate the database up to `revision`; once more, if a server that runs was in the way."""
-    await _run(url, lambda config: command.upgrade(config, revision))
+    """Migrate the database up to `revision`. Raises MigrationBlocked."""
+    await _patiently(url, lambda config: command.upgrade(config, revision))
 
 
 async def downgrade(url: str, revision: str) -> None:
-    """Migrate the database down to `revision` ("base" = empty)."""
-    await _run(url, lambda config: command.downgrade(config, revision))
+    """Migrate the database down to `revision` ("base" = empty). Raises MigrationBlocked."""
+    await _patiently(url, lambda config: command.downgrade(config, revision))
 
 
 async def current(url: str) -> str | None:
@@ -84,15 +99,85 @@ def build_indexes(context: MigrationContext, indexes: Mapping[str, str]) -> None
     with context.autocommit_block():
         connection = context.connection
         assert connection is not None
+        connection.exec_driver_sql("SET lock_timeout = 0")  # it may wait: nobody waits for it
         for name, on in indexes.items():
             valid = connection.scalar(_IS_VALID, {"name": name})
             if valid is False:
                 connection.exec_driver_sql(f"DROP INDEX CONCURRENTLY {name}")
             if not valid:
                 connection.exec_driver_sql(f"CREATE INDEX CONCURRENTLY {name} ON {on}")
+        connection.exec_driver_sql("RESET lock_timeout")
 
 
-async def _run(url: str, operate) -> None:
+def fill_in_batches(context: MigrationContext, table: str, key: str, *statements: str) -> None:
+    """Run the statements for the rows of a table, a batch of its keys (`:batch`, uuids) at a time, each in a
+    transaction of its own, so that servers wait for one batch at most. For revisions, and last in them: what stands
+    before it is kept if the rest fails, and all of the revision is then run again."""
+    keys = text(f"SELECT {key} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT {BATCH_ROWS}")
+    with context.autocommit_block():
+        connection = context.connection
+        assert connection is not None
+        after = UUID(int=0)
+        while batch := list(connection.scalars(keys, {"after": after})):
+            for statement in statements:
+                connection.execute(text(statement), {"batch": batch})
+            after = batch[-1]
+
+
+async def _patiently(url: str, operate: Callable[[Config], None]) -> None:
+    """Run it, and again for PATIENCE_S if somebody was in the way."""
+    give_up_at = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return await _run(url, operate)
+        except Exception as error:
+            why = _IN_THE_WAY.get(_sqlstate(error))
+            if why is None:
+                raise
+            blocked = f"the migration {why}; {await _who_holds_locks(url)}"
+            if time.monotonic() >= give_up_at:
+                raise MigrationBlocked(f"{blocked}, and run it again: nothing is half done") from error
+        log.warning("a migration is tried again", why=blocked, in_s=PAUSE_S)
+        await asyncio.sleep(PAUSE_S)
+
+
+def _sqlstate(error: Exception) -> str:
+    """Of what SQLAlchemy or the driver raised; empty for any other error."""
+    return getattr(getattr(error, "orig", error), "sqlstate", None) or ""
+
+
+_LOCKS = text(
+    """
+    SELECT a.pid, a.usename, a.application_name, a.state, a.query, c.relname AS relation,
+           extract(epoch FROM clock_timestamp() - a.xact_start) AS open_s
+    FROM pg_stat_activity a JOIN pg_locks l USING (pid) JOIN pg_class c ON c.oid = l.relation
+    WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND l.granted
+      AND c.relkind IN ('r', 'p') AND c.relnamespace = 'public'::regnamespace
+      AND a.xact_start < clock_timestamp() - make_interval(secs => :since_s)
+    ORDER BY a.xact_start, c.relname LIMIT 1
+    """
+)
+
+
+async def _who_holds_locks(url: str) -> str:
+    """The oldest transaction that has had a table all the while, and what can be done about it."""
+    engine = _engine(url)
+    try:
+        async with engine.connect() as conn:
+            row = (await conn.execute(_LOCKS, {"since_s": LOCK_TIMEOUT_S})).one_or_none()
+    finally:
+        await engine.dispose()
+    if row is None:
+        return "who had it is gone: try it"
+    who = f"{row.application_name or 'a client'} ({row.usename}, pid {row.pid}, {row.state})"
+    what = " ".join(row.query.split())[:100]
+    return (
+        f"{who} has locked {row.relation} for {row.open_s:.0f} s, last with `{what}`: wait for its end, or end it with"
+        f" SELECT pg_terminate_backend({row.pid})"
+    )
+
+
+async def _run(url: str, operate: Callable[[Config], None]) -> None:
     engine = _engine(url)
     try:
         async with engine.connect() as conn:
@@ -112,4 +197,5 @@ async def _lock(conn: AsyncConnection) -> None:
 
 
 def _engine(url: str) -> AsyncEngine:
-    return create_async_engine(with_driver(url), poolclass=NullPool)
+    settings = {"application_name": "phalanx migrate", "lock_timeout": str(round(LOCK_TIMEOUT_S * 1000))}
+    return create_async_engine(with_driver(url), poolclass=NullPool, connect_args={"server_settings": settings})

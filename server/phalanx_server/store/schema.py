@@ -385,6 +385,17 @@ progress = Table(
     Column("at", Time, nullable=False),
 )
 
+attempt_steps = Table(
+    "attempt_steps",
+    metadata,
+    Column("attempt_id", Uuid, ForeignKey("attempts.id", ondelete="CASCADE"), primary_key=True),
+    Column("first_step", BigInteger, nullable=False),
+    Column("first_step_at", Time, nullable=False),
+    Column("last_step", BigInteger, nullable=False),
+    Column("last_step_at", Time, nullable=False),
+    _object("totals"),
+)
+
 speeds = Table(
     "speeds",
     metadata,

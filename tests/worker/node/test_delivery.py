@@ -293,6 +293,72 @@ async def test_marks_of_a_rank_that_ended_without_reading_its_stop_are_not_lost(
     assert [mark.kind for mark in marks] == ["checkpoint", "finished"]
 
 
+async def test_signs_of_life_use_up_no_room_for_the_last_words() -> None:
+    """Of a rank that gives one for each batch of an evaluation, say."""
+    ours, theirs = channel.pair()
+    marks: list[Mark] = []
+    put: list[MetricPoint | Mark] = []
+    reports = ReportSocket(ours, ("att_a", 1), 0, put.append, marks.append)
+    for _ in range(10):
+        for _ in range(100):
+            channel.send(theirs, {"t": "mark", "kind": "alive", "data": {}})
+        reports.drain()
+    channel.send(theirs, {"t": "mark", "kind": "health", "data": {"action": "stop"}})
+    channel.send(theirs, {"t": "mark", "kind": "finished", "data": {}})
+    theirs.close()
+    reports.close()
+    assert [mark.kind for mark in marks] == ["alive"] * 1000 + ["health", "finished"]
+    assert [mark.kind for mark in put if isinstance(mark, Mark)] == ["health", "finished"]
+
+
+async def test_that_it_is_finished_is_heard_of_a_rank_that_said_too_much_and_once() -> None:
+    ours, theirs = channel.pair()
+    put: list[Any] = []
+    reports = ReportSocket(ours, ("att_a", 1), 0, put.append, lambda _: None)
+    for _ in range(10):
+        for _ in range(100):
+            channel.send(theirs, {"t": "mark", "kind": "note", "data": {"message": "hello"}})
+        reports.drain()
+    for _ in range(3):
+        channel.send(theirs, {"t": "mark", "kind": "finished", "data": {}})
+    theirs.close()
+    reports.close()
+    assert [mark.kind for mark in put] == ["note"] * 600 + ["finished", "dropped"]
+
+
+async def test_what_a_checkpoint_is_registered_with_may_be_refused_but_not_the_checkpoint() -> None:
+    ours, theirs = channel.pair()
+    put: list[Any] = []
+    reports = ReportSocket(ours, ("att_a", 1), 0, put.append, lambda _: None)
+    settings = b'{"a":' * 30 + b"1" + b"}" * 30
+    theirs.send(b'{"t":"mark","kind":"checkpoint","data":{"url":"/c","step":4,"settings":' + settings + b"}}")
+    theirs.close()
+    reports.close()
+    checkpoint, dropped = put
+    assert checkpoint.data == {"url": "/c", "step": 4}
+    assert (dropped.kind, dropped.data["count"]) == ("dropped", 1)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+async def test_what_a_rank_says_right_before_it_ends_reaches_the_server(workbench: Any, code: int) -> None:
+    """While the runner rests from reading it."""
+    script = workbench.script(f"""
+        import os, time
+        import phalanx
+        phalanx.report(step=1, loss=2.0)
+        time.sleep(0.03)
+        phalanx.report(step=2, loss=1.0)
+        phalanx.checkpoint("/last", step=2)
+        phalanx.finished()
+        os._exit({code})
+    """)
+    attempt = workbench.attempt(f"python {script}")
+    assert [(end["exit_code"], end["finished"]) for end in await attempt.run()] == [(code, True)]
+    await workbench.server.until(lambda: bool(workbench.server.marks(attempt.id, "finished")))
+    assert [mark["data"]["step"] for mark in workbench.server.marks(attempt.id, "checkpoint")] == [2]
+    assert [point["step"] for point in workbench.server.items("metrics", attempt.id)] == [1, 2]
+
+
 async def test_text_that_cannot_be_sent_is_replaced_and_deep_nesting_refused() -> None:
     ours, theirs = channel.pair()
     points: list[MetricPoint | Mark] = []
@@ -304,9 +370,10 @@ async def test_text_that_cannot_be_sent_is_replaced_and_deep_nesting_refused() -
     theirs.send(b'{"t":"mark","kind":"finished","data":' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}")
     theirs.close()
     reports.close()
-    point, note, dropped = points
+    point, note, flat, dropped = points
     assert isinstance(point, MetricPoint) and point.values == {"lo?ss": 1}
     assert isinstance(note, Mark) and note.data == {"message": ["?", {"k?": 1}]}
+    assert isinstance(flat, Mark) and flat.data == {}
     assert isinstance(dropped, Mark) and dropped.data["count"] == 2
     for message in points:
         to_item(message).text.encode("ascii")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phalanx_worker.node import offences
 from phalanx_worker.protocol import Health
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -51,6 +53,17 @@ async def test_a_hang_may_only_be_told(workbench: Any) -> None:
     await attempt.runners[0].kill_group(attempt.id)
     assert [end["fault"] for end in await attempt.exits()] == [""]
     assert len(workbench.server.marks(attempt.id, "health")) == 1
+
+
+async def test_a_group_that_was_killed_while_its_hang_was_looked_into_is_not_ended_for_it(workbench: Any) -> None:
+    attempt = await workbench.attempt(f"python {workbench.script('import time; time.sleep(60)')}").start()
+    runner, said = attempt.runners[0], []
+    (group,) = [group for group in runner._groups() if group.order.attempt_id == attempt.id]
+    await runner.kill_group(attempt.id)
+    await attempt.exits()
+    group._events = replace(group._events, put=said.append)
+    group.fail(offences.hang("took no step for 300 s", rank=0, final=False))
+    assert said == [] and group.blame.offence is None
 
 
 async def test_a_hang_may_end_the_job_for_good(workbench: Any) -> None:

@@ -216,8 +216,8 @@ class Group:
         self._tell({"op": "kill"})
 
     def fail(self, offence: Offence) -> None:
-        """End it now because of what it did: a mark says so, and its exits. Nothing where none of it runs any more."""
-        if self._collecting_since < math.inf:
+        """End it now because of what it did: a mark says so, and its exits. Nothing where none of it runs or shall."""
+        if self._killed or self._collecting_since < math.inf:
             return
         if self.blame.offence is None:
             self.blame.offence = offence

@@ -1,8 +1,9 @@
 """One rank's report socket, seen from the runner: metrics and marks come in, "stop" and "profile" go out.
 
 Owns the reading of the rank's datagrams, which are not trusted (a rank may send anything), and the bound on how many
-points one rank may make: past it, points of the same 100 ms are merged, last value wins, and the loss is counted. What
-leaves here can be sent: text that UTF-8 has no form for is replaced, and nothing nests deeply.
+points one rank may make: past it, points of the same 100 ms are merged, last value wins, and the loss is counted. Marks
+are bounded too, but for signs of life, which go no further, and the word that the work is complete. What leaves here
+can be sent: text that UTF-8 has no form for is replaced, and nothing nests deeply.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ log = logging.getLogger("phalanx.node.reports")
 MAX_MESSAGE_BYTES = 32 * 1024
 MAX_NAME_LENGTH = 128
 MAX_VALUES = 256  # of one point, merged or not
-MAX_DEPTH = 20  # of what a mark carries; the server reads no more than some 190
+MAX_DEPTH = 20  # of what a mark carries, deeper parts are left out; the server reads no more than some 190
 MARKS_OF_TRAINING = ("rendezvous", "first_step", "finished", "checkpoint", "progress")
 MARK_KINDS = frozenset({*MARKS_OF_TRAINING, "dropped", "note", "health", "profile", "alive"})
 
@@ -56,6 +57,7 @@ class ReportSocket:
         self._marks_left = _MARKS_PER_MINUTE
         self._marks_since = time.monotonic()
         self._said_dropped_at = 0.0
+        self._is_finished = False
         self._ended = False
         self._closed = False
         connection.setblocking(False)
@@ -155,17 +157,22 @@ class ReportSocket:
             self._merged.add(_moment(message.get("at")), step, values)
 
     def _accept_mark(self, message: dict[str, Any]) -> None:
-        kind, data = message.get("kind"), message.get("data")
-        if kind not in MARK_KINDS or not isinstance(data, dict) or not _is_flat(data) or not self._may_mark():
+        kind, given = message.get("kind"), message.get("data")
+        if kind not in MARK_KINDS or not isinstance(given, dict) or not self._may_mark(kind):
             self._merged.dropped += 1
             return
+        data = {name: value for name, value in given.items() if _is_flat(value)}
+        self._merged.dropped += len(given) - len(data)
         at = _moment(message.get("at"))
         mark = Mark(*self._attempt, rank=self._rank, kind=kind, at=at, data=_sendable(data))
         self._on_mark(mark)
         if kind != "alive":  # which is for the node alone
             self._put(mark)
 
-    def _may_mark(self) -> bool:
+    def _may_mark(self, kind: str) -> bool:
+        if kind == "alive" or (kind == "finished" and not self._is_finished):
+            self._is_finished |= kind == "finished"
+            return True
         now = time.monotonic()
         if now - self._marks_since > 60:
             self._marks_since, self._marks_left = now, _MARKS_PER_MINUTE
@@ -238,7 +245,7 @@ def _sendable(data: Any) -> Any:
     return [_sendable(value) for value in data] if isinstance(data, list) else data
 
 
-def _is_flat(data: Any, depth: int = MAX_DEPTH) -> bool:
+def _is_flat(data: Any, depth: int = MAX_DEPTH - 1) -> bool:
     inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
     return all(depth > 1 and _is_flat(value, depth - 1) for value in inner if isinstance(value, dict | list))
 

@@ -22,7 +22,6 @@ import phalanx
 import torch
 import torch.distributed as dist
 from phalanx.recipes.checkpoint import CheckpointConfig
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader  # where torch documents it
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -30,12 +29,14 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from torch.distributed.checkpoint.stateful import Stateful
 
 from phalanx_worker.training import checkpoint_store
+from phalanx_worker.training.checkpoint_reader import CheckpointReader
 from phalanx_worker.training.checkpoint_store import CheckpointError, Entry, Manifest, Store, damage, unreadable
 from phalanx_worker.training.checkpoint_writer import CheckpointWriter, Sums
+from phalanx_worker.training.health.life import LONGEST_WAIT_S, life
 
 log = logging.getLogger("phalanx.training.checkpoint")
 
-SAVE_TIMEOUT = timedelta(minutes=30)  # a rank's share may take its time, and training goes on meanwhile
+SAVE_TIMEOUT = timedelta(seconds=LONGEST_WAIT_S)  # a rank's share may take its time, and training goes on meanwhile
 
 State = Mapping[str, Stateful]
 _Value = TypeVar("_Value")
@@ -127,7 +128,7 @@ class Checkpointer:
         if entry is None:
             return None
         try:
-            reader = FsspecReader(entry.url)
+            reader = CheckpointReader(entry.url)
             load(cast(dict[str, Any], dict(state)), storage_reader=reader, process_group=self._group)
         except CheckpointException as error:
             raise CheckpointError(
@@ -250,7 +251,8 @@ class Checkpointer:
         mine = sorted(entry.manifest.files)[self._rank :: ranks]
         found: list[str] | CheckpointError
         try:
-            found = damage(entry, mine, whole=self._config.verify)
+            with life.at_storage():
+                found = damage(entry, mine, whole=self._config.verify, moved=life.moved)
         except CheckpointError as error:
             found = error
         parts = self._from_all(found)

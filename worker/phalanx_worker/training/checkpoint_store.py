@@ -188,26 +188,28 @@ def superfluous(entries: Iterable[Entry], config: CheckpointConfig) -> list[Entr
     return [entry for entry in removable if entry not in last and entry not in best]
 
 
-def damage(entry: Entry, names: Sequence[str], *, whole: bool) -> list[str]:
-    """What is wrong with these files of a complete checkpoint: their sizes, and if `whole` their checksums too. Raises
-    CheckpointError where the storage does not say, asked several times."""
+def damage(entry: Entry, names: Sequence[str], *, whole: bool, moved: Callable[[], None] = lambda: None) -> list[str]:
+    """What is wrong with these files of a complete checkpoint: their sizes, and if `whole` their checksums too. Calls
+    `moved` whenever something has been read. Raises CheckpointError where the storage does not say, asked several
+    times."""
     assert entry.manifest is not None
     system, path = url_to_fs(entry.url)
-    found = (_damage(system, f"{path}/{name}", entry.manifest.files[name], whole) for name in names)
+    found = (_damage(system, f"{path}/{name}", entry.manifest.files[name], whole, moved) for name in names)
     return [problem for problem in found if problem]
 
 
-def sum_of(stream: IO[bytes]) -> Sum:
+def sum_of(stream: IO[bytes], moved: Callable[[], None] = lambda: None) -> Sum:
     digest, size = hashlib.sha256(), 0
     while chunk := stream.read(READ_BYTES):
         digest.update(chunk)
         size += len(chunk)
+        moved()
     return Sum(size, digest.hexdigest())
 
 
-def _damage(system: Any, path: str, wanted: Sum, whole: bool) -> str | None:
+def _damage(system: Any, path: str, wanted: Sum, whole: bool, moved: Callable[[], None]) -> str | None:
     try:
-        return _patiently(lambda: _difference(system, path, wanted, whole), READ_PAUSES_S)
+        return _patiently(lambda: _difference(system, path, wanted, whole, moved), READ_PAUSES_S)
     except FileNotFoundError:
         return f"{path} is missing"
     except Exception as error:
@@ -221,13 +223,14 @@ def unreadable(problem: str) -> CheckpointError:
     )
 
 
-def _difference(system: Any, path: str, wanted: Sum, whole: bool) -> str | None:
+def _difference(system: Any, path: str, wanted: Sum, whole: bool, moved: Callable[[], None]) -> str | None:
     size = system.size(path)
+    moved()
     if size != wanted.bytes:
         return f"{path} has {size} bytes instead of {wanted.bytes}"
     if whole:
         with system.open(path, "rb") as stream:
-            found = sum_of(stream)
+            found = sum_of(stream, moved)
         if found != wanted:
             return f"{path} has the SHA-256 {found.sha256[:16]}… instead of {wanted.sha256[:16]}…"
     return None

@@ -1,12 +1,13 @@
 """The storage end of torch's Distributed Checkpoint: files are summed as they are written, and the last word is ours.
 
-Owns the stream that sums and where in a save the directory is cleared and the checkpoint declared complete. What is
-saved, by which rank, is torch's planner's.
+Owns the stream that sums, in pieces that show that it goes on, and where in a save the directory is cleared and the
+checkpoint declared complete. What is saved, by which rank, is torch's planner's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from phalanx_worker.training.checkpoint_store import Sum
+from phalanx_worker.training.health.life import PIECE_BYTES, life
+
+SYNC_BYTES = 1 << 30  # what a local file is ahead of its disk at most: else one fsync at its end could take very long
 
 Sums = dict[str, Sum]
 
@@ -39,7 +43,7 @@ class CheckpointWriter(FsspecWriter):
         super().__init__(url, sync_files=sync)
         self._clear = clear
         self._complete = complete
-        self._files = SummingFiles(self.fs)
+        self._files = SummingFiles(self.fs, sync=sync)
         self.fs = self._files
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -52,7 +56,8 @@ class CheckpointWriter(FsspecWriter):
         return plan
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = super().write_data(plan, planner).wait()
+        with life.at_storage():
+            results = super().write_data(plan, planner).wait()
         summed: Future[list[WriteResult]] = Future()
         summed.set_result([self._summed(result) for result in results])
         return summed
@@ -70,9 +75,10 @@ class CheckpointWriter(FsspecWriter):
 class SummingFiles(FileSystem):
     """torch's file system on fsspec, which remembers the sum of every file that it wrote, by name."""
 
-    def __init__(self, inner: FileSystem):
+    def __init__(self, inner: FileSystem, *, sync: bool):
         super().__init__()
         self.fs = inner.fs
+        self._sync = sync
         self.sums: Sums = {}
 
     @contextmanager
@@ -81,7 +87,7 @@ class SummingFiles(FileSystem):
             if "w" not in mode:
                 yield stream
                 return
-            summing = SummingStream(stream)
+            summing = SummingStream(stream, sync=self._sync)
             yield summing
         self.sums[_name(path)] = summing.sum()
 
@@ -94,19 +100,29 @@ class SummingFiles(FileSystem):
 
 
 class SummingStream:
-    """A stream that is written from front to back, and the SHA-256 of what went through."""
+    """A stream that is written from front to back, and the SHA-256 of what went through. `sync`: to the disk now and
+    then, and not only in the end."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: Any, *, sync: bool):
         self._stream = stream
+        self._sync = sync
         self._digest = hashlib.sha256()
-        self._bytes = 0
+        self._bytes = self._synced_bytes = 0
 
     def write(self, data: Any) -> int:
-        self._digest.update(data)
-        size = memoryview(data).nbytes
-        self._bytes += size
-        self._stream.write(data)
-        return size
+        whole = memoryview(data).cast("B")
+        for begin in range(0, whole.nbytes, PIECE_BYTES):
+            self._write_piece(whole[begin : begin + PIECE_BYTES])
+        return whole.nbytes
+
+    def _write_piece(self, piece: memoryview) -> None:
+        self._digest.update(piece)
+        self._stream.write(piece)
+        self._bytes += piece.nbytes
+        if self._sync and self._bytes - self._synced_bytes >= SYNC_BYTES:
+            os.fdatasync(self.fileno())
+            self._synced_bytes = self._bytes
+        life.moved()
 
     def sum(self) -> Sum:
         return Sum(self._bytes, self._digest.hexdigest())

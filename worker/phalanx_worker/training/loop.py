@@ -141,7 +141,7 @@ def train(trainer: Trainer) -> Facts | None:
             keeps = stop or step == trainer.train.steps or _is_due(step, trainer.checkpoint_every)
             before = monitor.after_step(facts, keeps=keeps)
             if before is not None:
-                step = _go_back(trainer, before)
+                step, stop = _go_back(trainer, before), False  # who is to stop takes a step that counts before
             elif keeps:
                 _keep(trainer, facts)
     _finish(trainer)
