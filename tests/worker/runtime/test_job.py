@@ -117,6 +117,17 @@ def test_report_never_blocks_and_marks_wait_their_turn(received: Receive) -> Non
     assert kinds == ["finished", "dropped", None] or kinds == ["dropped", "finished", None]
 
 
+def test_signs_of_life_push_no_mark_out_that_waits(received: Receive) -> None:
+    for step in range(5000):
+        phalanx.report(step=step, loss=1.0)
+    phalanx.checkpoint("/kept", step=5000)  # no room
+    for _ in range(100):
+        phalanx.alive()
+    received()
+    phalanx.alive()
+    assert [message["kind"] for message in received()][-2:] == ["checkpoint", "alive"]
+
+
 def test_report_survives_the_end_of_the_runner(runner_end: socket.socket) -> None:
     runner_end.close()
     phalanx.report(step=1, loss=1.0)
