@@ -1,5 +1,5 @@
-"""The training of the `lm` recipe as one would write it without Phalanx: the same transformer, first values, data, loss,
-clipping and AdamW, replicated by plain DistributedDataParallel. Run by torchrun:
+"""The training of the `lm` recipe as one would write it without Phalanx: the same transformer, first values, data,
+loss, clipping and AdamW, replicated by plain DistributedDataParallel. Run by torchrun:
 
     torchrun --nproc-per-node 2 plain_lm.py STAMPS JSON
 

@@ -1,7 +1,7 @@
 """When each step of a training was over, and with which loss: the file that every rank of a training benchmark writes.
 
-Owns the form of the file: a line `step time loss` a step, Unix time, in `DIRECTORY/ATTEMPT-RANK`. Attempts count from 1;
-outside of Phalanx it is 0. Knows neither recipes nor torch, so that a plain script can be measured alike.
+Owns the form of the file: a line `step time loss` a step, Unix time, in `DIRECTORY/ATTEMPT-RANK`. Attempts count from
+1; outside of Phalanx it is 0. Knows neither recipes nor torch, so that a plain script can be measured alike.
 """
 
 import os
