@@ -38,10 +38,11 @@ def inside(main: Callable[[], None], *, nodes: int = 2, gpus_per_node: int = 2) 
 
 @dataclass(frozen=True)
 class Phalanx:
-    """A running one, and how to speak to it."""
+    """A running one, and how to speak to it; `pid`: its `phalanx up`."""
 
     client: phalanx.Client
     token: str
+    pid: int
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def phalanx_up(*, nodes: int, gpus_per_node: int) -> Iterator[Phalanx]:
                     time.sleep(0.1)
                 url, token = ((Path(data) / name).read_text().strip() for name in ("url", "admin-token"))
                 with phalanx.Client(url, token) as client:
-                    yield Phalanx(client, token)
+                    yield Phalanx(client, token, up.pid)
             finally:
                 up.terminate()
                 up.communicate()
