@@ -32,6 +32,7 @@ class Waits:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._now: Callable[[], Any] = self._event_now if device.type == "cuda" else time.perf_counter
         self._thread = threading.get_ident()
         self._depth = 0
         self._began: Any = 0.0  # a time, or on a GPU an event
@@ -107,9 +108,7 @@ class Waits:
             else:
                 self._events.append((self._began, ended))
 
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
+    def _event_now(self) -> Event:
         event = Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
