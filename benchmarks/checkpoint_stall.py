@@ -100,10 +100,10 @@ class Turns:
         for way in self.ways.values():
             way.finish()
 
-    def after_backward(self, *_: Any) -> bool:
+    def after_backward(self, step: int, loss: float, grad_norm: Any) -> bool:
         return True
 
-    def after_step(self, _facts: Any) -> None:
+    def after_step(self, facts: Any) -> None:
         if self.blocks:
             now = time.perf_counter()
             self.blocks[-1].steps_s.append(now - self.stepped_at)
