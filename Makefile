@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.phalanx-setup
 
-BENCHMARKS := accept_rate queue_page metric_ingest gang_start turnover short_jobs
+BENCHMARKS := accept_rate queue_page metric_ingest gang_start turnover short_jobs lm_steps checkpoint_stall report_cost
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-full worlds check format lock bench shapes clean
@@ -51,7 +51,7 @@ format: setup  ## format the code
 lock: setup  ## pin what is installed now in requirements.lock
 	@$(BIN)/python deploy/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock
 
-bench: setup  ## measure against the budgets, beside named peers (half an hour; BENCH_FLAGS=--quick: 15 minutes)
+bench: setup  ## measure against the budgets, beside named peers (40 minutes; BENCH_FLAGS=--quick: 20 minutes)
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_FLAGS) || exit 1; done
 	@$(BIN)/python benchmarks/pass_speed.py $(BENCH_FLAGS)
 	@$(BIN)/python benchmarks/first_step.py

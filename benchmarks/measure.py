@@ -7,6 +7,7 @@ that measures peers as well runs a Phalanx for a part of its time: `with phalanx
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,10 +38,11 @@ def inside(main: Callable[[], None], *, nodes: int = 2, gpus_per_node: int = 2) 
 
 @dataclass(frozen=True)
 class Phalanx:
-    """A running one, and how to speak to it."""
+    """A running one, and how to speak to it; `pid`: its `phalanx up`."""
 
     client: phalanx.Client
     token: str
+    pid: int
 
 
 @contextmanager
@@ -58,21 +60,26 @@ def phalanx_up(*, nodes: int, gpus_per_node: int) -> Iterator[Phalanx]:
                     time.sleep(0.1)
                 url, token = ((Path(data) / name).read_text().strip() for name in ("url", "admin-token"))
                 with phalanx.Client(url, token) as client:
-                    yield Phalanx(client, token)
+                    yield Phalanx(client, token, up.pid)
             finally:
                 up.terminate()
                 up.communicate()
 
 
 def run_job(
-    client: phalanx.Client, *, replicas: int, arguments: str, env: dict[str, str] | None = None
+    client: phalanx.Client,
+    *,
+    replicas: int,
+    arguments: str,
+    env: dict[str, str] | None = None,
+    script: Path = SCRIPT,
 ) -> tuple[float, object, str]:
-    """Run the script on `replicas` nodes × 2 ranks to its end: (time of the POST, job, its output)."""
+    """Run a script of this folder on `replicas` nodes × 2 ranks to its end: (time of the POST, job, its output)."""
     spec = {
         "name": "bench",
         "tenant": "default",
         "resources": {"replicas": replicas, "gpus_per_replica": 2},
-        "run": {"command": f"python {SCRIPT.name} {arguments}", "env": env or {}},
+        "run": {"command": f"python {script.name} {arguments}", "env": env or {}},
     }
     posted = time.time()
     job = client.submit(spec, workdir=HERE)
@@ -82,8 +89,8 @@ def run_job(
     return posted, job, client.logs(job.id)
 
 
-def run_torchrun(arguments: str, *, ranks: int) -> tuple[float, str]:
-    """The same script under plain torchrun on this host: (time of its start, its output).
+def run_torchrun(arguments: str, *, ranks: int, script: Path = SCRIPT) -> tuple[float, str]:
+    """Such a script under plain torchrun on this host: (time of its start, its output).
 
     Its exit code is not looked at: with torch 2.13 a rank now and then aborts in the interpreter's finalization, after
     all that is measured has been printed. `expect` sees to it that it was.
@@ -91,7 +98,7 @@ def run_torchrun(arguments: str, *, ranks: int) -> tuple[float, str]:
     torchrun = Path(sys.executable).with_name("torchrun")
     began = time.time()
     done = subprocess.run(
-        [torchrun, "--standalone", "--nproc-per-node", str(ranks), SCRIPT, *arguments.split()],
+        [torchrun, "--standalone", "--nproc-per-node", str(ranks), script, *shlex.split(arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,5 +1,8 @@
 """When a run of numbers is sick, as tables."""
 
+import random
+import statistics
+
 import pytest
 from phalanx_worker.training.health.rules import (
     Divergence,
@@ -129,3 +132,13 @@ def test_a_condition_is_told_when_it_begins_or_changes():
         *(False, True, False, True),
         *(False, True, False, True, False),
     ]
+
+
+def test_divergence_goes_by_the_median_of_the_last_32_losses():
+    dice = random.Random(5)
+    losses = [float(dice.randint(1, 40) - i // 10) for i in range(300)]  # falling, and many are equal
+    rule = Divergence(factor=2.0, steps=10)
+    for loss in losses:
+        rule.remember(loss)
+    medians = [statistics.median(losses[max(0, i - 32) : i]) for i in range(8, len(losses) + 1)]
+    assert rule.lowest == min(medians)

@@ -5,6 +5,7 @@ They own what they remember of past steps. They refuse to know ranks, torch, and
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Divergence:
 
     def forget(self) -> None:
         """Start anew."""
-        self._recent: deque[float] = deque(maxlen=SMOOTH_STEPS)
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []  # the same
         self.lowest = float("inf")
         self.over = 0  # steps in a row
 
@@ -64,13 +66,19 @@ class Divergence:
         """Takes the next loss; whether training has diverged by now."""
         if not isfinite(loss):
             return False
-        self._recent.append(loss)
+        self._take(loss)
         if len(self._recent) < FIRST_LOSSES:
             return False
-        smooth = _median(self._recent)
+        smooth = _middle(self._sorted)
         self.over = self.over + 1 if smooth > self._limit else 0
         self.lowest = min(self.lowest, smooth)
         return self.over >= self._steps
+
+    def _take(self, loss: float) -> None:
+        if len(self._recent) == SMOOTH_STEPS:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(loss)
+        insort(self._sorted, loss)
 
     @property
     def steps_since(self) -> int:
@@ -143,7 +151,10 @@ def _slowest(work_s: Sequence[float], ranks: Sequence[int]) -> tuple[int, float]
 
 
 def _median(values: Iterable[float]) -> float:
-    """As `statistics.median`, at a third of its time: this one is taken in every step."""
-    ordered = sorted(values)
+    """As `statistics.median`, at a third of its time."""
+    return _middle(sorted(values))
+
+
+def _middle(ordered: Sequence[float]) -> float:
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

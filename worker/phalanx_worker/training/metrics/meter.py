@@ -59,19 +59,19 @@ class _Step:
 class Meter:
     """Call `before_step`, `after_step` and, where a checkpoint was made, `after_keep`, in this order in every step.
 
-    `last` is the split of the last whole step and `spread` of all ranks over the last window; None before there is one.
+    `spread` is the split of all ranks' steps over the last window; None before there is one. Steps are split when that
+    is asked for, not each by itself: it would cost more than all the rest.
     """
 
     def __init__(self, device: torch.device, *, longest_window: int) -> None:
         self.waits = Waits(device)
         self.totals = Totals()
-        self.last: Times | None = None
         self.spread: Spread | None = None
         self._device = device
         self._longest = longest_window
         self._began = 0.0
         self._step: _Step | None = None
-        self._window: list[Times] = []
+        self._window: list[_Step] = []
         self._due = 1  # steps until ranks are compared
 
     def before_step(self) -> Spread | None:
@@ -79,7 +79,7 @@ class Meter:
         now = time.perf_counter()
         if self._step is not None:
             self._step.whole_s = now - self._began
-            self._take(self._step)
+            self._window.append(self._step)
         self._began, self._step = now, None
         return self._compare() if len(self._window) >= self._due else None
 
@@ -100,12 +100,8 @@ class Meter:
         if self._step is not None:
             self._step.checkpoint_s += stall_s
 
-    def _take(self, step: _Step) -> None:
-        self.last = step.times()
-        self._window.append(self.last)
-
     def _compare(self) -> Spread:
-        own = replace(_mean(self._window), **_gpu(self._device))
+        own = replace(_mean([step.times() for step in self._window]), **_gpu(self._device))
         self.spread = gather(own, steps=len(self._window), device=self._device)
         self._window = []
         self.waits.took()  # the comparison's own wait belongs to no step

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed.fsdp import FSDPModule
 
 Event = torch.cuda.Event
 
@@ -31,6 +32,7 @@ class Waits:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._now: Callable[[], Any] = self._event_now if device.type == "cuda" else time.perf_counter
         self._thread = threading.get_ident()
         self._depth = 0
         self._began: Any = 0.0  # a time, or on a GPU an event
@@ -40,8 +42,13 @@ class Waits:
         self._before: list[tuple[Any, str, Any]] = []
 
     def watch(self, module: nn.Module) -> None:
-        """Count what backward through this module waits at its end."""
-        self._hooks.append(module.register_forward_hook(self._on_output))
+        """Count what backward through this module waits at its end. That backward has begun is seen at a parameter,
+        since a hook that stays there costs a tenth of one on every output; FSDP computes with copies of its own."""
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if isinstance(module, FSDPModule) or not trained:
+            self._hooks.append(module.register_forward_hook(self._on_output))
+        else:
+            self._hooks.append(trained[-1].register_hook(self._on_backward))
 
     def took(self) -> Callable[[], float]:
         """The seconds since the last call, to be read when they are needed: on a GPU reading waits for these steps."""
@@ -101,9 +108,7 @@ class Waits:
             else:
                 self._events.append((self._began, ended))
 
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
+    def _event_now(self) -> Event:
         event = Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
