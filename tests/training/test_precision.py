@@ -14,6 +14,8 @@ from phalanx_worker.training.mesh import World
 from phalanx_worker.training.parallel.layout import lay_out
 from phalanx_worker.training.precision import LossScale, has_fp8, use_fp8
 from phalanx_worker.training.recipes.lm import lm_task
+from recipe_cases import VIT, vision
+from recipe_gang import trained
 from torch import nn
 from training_gang import MODEL, case
 
@@ -160,6 +162,16 @@ def test_a_checkpoint_of_fp8_goes_on_in_bf16_and_the_other_way_round(computed):
 def test_fp8_learns_nearly_as_bf16_does_under_every_layout(computed, name):
     curve = computed(FP8_LAYOUTS, ranks=2)[name]
     assert curve["loss"] == pytest.approx(computed(FP8_ONE, ranks=1)["bf16"]["loss"], rel=FP8_LOSS)
+
+
+@pytest.mark.full
+def test_a_vit_whose_layers_have_biases_learns_in_fp8_nearly_as_in_bf16():
+    layouts = {"tensor": {"tensor": 2}, "FSDP2": {"shard": 2}}
+    (bf16,) = trained({"one": vision(VIT, precision={"compute": "bf16"})}, ranks=1)["one"]
+    fp8 = trained({name: vision(VIT, precision=FP8, parallel=layout) for name, layout in layouts.items()}, ranks=2)
+    for name in layouts:
+        assert fp8[name][0]["loss"] != bf16["loss"]
+        assert fp8[name][0]["loss"] == pytest.approx(bf16["loss"], rel=FP8_LOSS)
 
 
 def test_fp8_without_its_hardware_is_refused_with_what_to_use_instead():
