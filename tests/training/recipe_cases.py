@@ -64,6 +64,8 @@ TWO_SLOW = {
     "lm, interleaved": lm(parallel={**PIPELINE, "schedule": "interleaved"}),
     "lm, sgd": lm(optim={"name": "sgd"}),
     "lm, adafactor": lm(optim={"name": "adafactor"}),
+    "lm, FSDP2, adafactor": lm(parallel={"shard": 2}, optim={"name": "adafactor"}),
+    "lm, FSDP2, fp8": lm(parallel={"shard": 2}, precision={"compute": "fp8", "emulate": True}),
 }
 
 FOUR = {

@@ -5,27 +5,47 @@ import torch
 from layout_cases import PIPELINE
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parse import RecipeError, parse
+from phalanx_worker.training.adafactor import Adafactor
 from phalanx_worker.training.optim import clip, divide, global_norm, make_optimizer, set_rate
 from torch import nn
 from training_gang import case
 
 NAMES = ("adamw", "adafactor", "sgd", "lamb")
+ADAFACTOR = {"name": "adafactor", "lr": 0.3}
+LAMB = {"name": "lamb", "lr": 0.02}
+SGD = {"name": "sgd", "lr": 0.3}
 SHARDED = {"shard": 2}
+TENSOR = {"tensor": 2}
+ONE = {"sgd": case(optim=SGD), "adafactor": case(optim=ADAFACTOR), "lamb": case(optim=LAMB)}
 TWO = {
-    "sgd FSDP2": case(optim={"name": "sgd", "lr": 0.3}, parallel=SHARDED),
-    "sgd pipeline": case(optim={"name": "sgd", "lr": 0.3}, parallel=PIPELINE),
-    "sgd tensor": case(optim={"name": "sgd", "lr": 0.3}, parallel={"tensor": 2}),
-    "adafactor DDP": case(optim={"name": "adafactor", "lr": 0.05}),
-    "adafactor pipeline": case(optim={"name": "adafactor", "lr": 0.05}, parallel=PIPELINE),
-    "lamb DDP": case(optim={"name": "lamb", "lr": 0.02}),
-    "lamb pipeline": case(optim={"name": "lamb", "lr": 0.02}, parallel=PIPELINE),
-    "adafactor FSDP2": case(optim={"name": "adafactor"}, parallel=SHARDED),
-    "lamb tensor": case(optim={"name": "lamb"}, parallel={"tensor": 2}),
+    "adafactor FSDP2": case(optim=ADAFACTOR, parallel=SHARDED),
+    "adafactor tensor": case(optim=ADAFACTOR, parallel=TENSOR),
+    "adafactor FSDP2, then tensor": case(stop_at=4, optim=ADAFACTOR, parallel=SHARDED, then={"parallel": TENSOR}),
+    "lamb FSDP2": case(optim=LAMB, parallel=SHARDED),
+    "lamb tensor": case(optim=LAMB, parallel=TENSOR),
+    "lamb DDP, then FSDP2": case(stop_at=4, optim=LAMB, then={"parallel": SHARDED}),
 }
-ONE = {
-    "sgd": case(optim={"name": "sgd", "lr": 0.3}),
-    "adafactor": case(optim={"name": "adafactor", "lr": 0.05}),
-    "lamb": case(optim={"name": "lamb", "lr": 0.02}),
+TWO_FULL = {
+    "sgd FSDP2": case(optim=SGD, parallel=SHARDED),
+    "sgd pipeline": case(optim=SGD, parallel=PIPELINE),
+    "sgd tensor": case(optim=SGD, parallel=TENSOR),
+    "adafactor DDP": case(optim=ADAFACTOR),
+    "adafactor pipeline": case(optim=ADAFACTOR, parallel=PIPELINE),
+    "adafactor offload": case(optim=ADAFACTOR, parallel={**SHARDED, "offload": True}),
+    "lamb DDP": case(optim=LAMB),
+    "lamb pipeline": case(optim=LAMB, parallel=PIPELINE),
+    "lamb offload": case(optim=LAMB, parallel={**SHARDED, "offload": True}),
+}
+FOUR = {
+    f"{optim['name']} {name}": case(optim=optim, parallel=layout)
+    for optim in (ADAFACTOR, LAMB)
+    for name, layout in {
+        "hybrid sharding": {"data": 2, "shard": 2},
+        "shard × tensor": {"shard": 2, "tensor": 2},
+        "data × tensor": {"data": 2, "tensor": 2},
+        "shard × pipeline": {"shard": 2, **PIPELINE},
+        "tensor × pipeline": {"tensor": 2, **PIPELINE},
+    }.items()
 }
 
 
@@ -80,20 +100,50 @@ def test_clipping_scales_large_gradients_to_the_limit_and_leaves_small_ones():
     assert global_norm(net.parameters(), None) == pytest.approx(0.25, rel=1e-4)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in TWO if name not in ("adafactor FSDP2", "lamb tensor")])
-def test_optimizers_agree_between_layouts(computed, name):
-    optimizer, _, _ = name.partition(" ")
-    assert computed(TWO, ranks=2)[name]["loss"] == pytest.approx(computed(ONE, ranks=1)[optimizer]["loss"], rel=5e-6)
+def test_adafactor_is_that_of_torch_where_parameters_are_whole():
+    """Matrices, a vector and a convolution's weights, over steps whose gradients differ."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((12, 8), (3, 5), (7,), (4, 3, 5, 5))]
+    own, theirs = ([nn.Parameter(values.clone()) for values in start] for _ in range(2))
+    optimizers = (
+        Adafactor([{"params": own, "weight_decay": 0.1}], lr=0.2),
+        torch.optim.Adafactor(theirs, lr=0.2, weight_decay=0.1),
+    )
+    for _ in range(5):
+        for mine, other in zip(own, theirs, strict=True):
+            other.grad = torch.randn(other.shape)
+            mine.grad = other.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other in zip(own, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+        kept, expected = optimizers[0].state[mine], optimizers[1].state[other]
+        assert kept.keys() == expected.keys(), "checkpoints of either can be read"
+        torch.testing.assert_close(kept, expected, rtol=1e-5, atol=1e-6)
+
+
+def assert_same(curve, one):
+    assert curve.get("error") is None
+    assert curve["loss"] == pytest.approx(one["loss"], rel=2e-6)
+    assert curve["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adafactor FSDP2", "lamb tensor"])
-def test_an_optimizer_that_needs_whole_parameters_refuses_parts_of_them(computed, name):
-    optimizer, _, _ = name.partition(" ")
-    assert computed(TWO, ranks=2)[name]["error"] == (
-        f"optim.name = {optimizer!r} needs whole parameters; use adamw or sgd, or data alone in parallel"
-    )
+@pytest.mark.parametrize("name", TWO)
+def test_adafactor_and_lamb_take_parameters_in_parts(computed, name):
+    assert_same(computed(TWO, ranks=2)[name], computed(ONE, ranks=1)[name.partition(" ")[0]])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", TWO_FULL)
+def test_optimizers_agree_between_layouts(computed, name):
+    assert_same(computed(TWO_FULL, ranks=2)[name], computed(ONE, ranks=1)[name.partition(" ")[0]])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FOUR)
+def test_adafactor_and_lamb_take_parameters_that_are_cut_along_two_axes(computed, name):
+    assert_same(computed(FOUR, ranks=4)[name], computed(ONE, ranks=1)[name.partition(" ")[0]])
 
 
 def test_a_wrong_option_is_named():

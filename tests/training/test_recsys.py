@@ -16,6 +16,8 @@ from recipe_cases import DLRM, FOUR, ONE, TRAIN, TWO, recsys
 from recipe_gang import trained
 from sklearn.metrics import roc_auc_score
 
+OPTIMIZERS = {name: recsys(optim={"name": name, "lr": 3e-2}) for name in ("adafactor", "lamb")}
+
 
 @pytest.mark.parametrize("name", ["recsys", "recsys, accumulated"])
 def test_two_ranks_with_shared_tables_train_as_one_does(name):
@@ -32,6 +34,14 @@ def assert_as_one(ranks):
     for rank in ranks:
         assert rank["loss"] == pytest.approx(one["loss"], rel=2e-6)
         assert rank["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_measures_whole_parameters_takes_shared_tables(name):
+    (one,) = trained(OPTIMIZERS, ranks=1)[name]
+    for rank in trained(OPTIMIZERS, ranks=2)[name]:
+        assert rank["loss"] == pytest.approx(one["loss"], rel=2e-6)
 
 
 @pytest.mark.slow
@@ -140,8 +150,8 @@ def test_every_pair_of_vectors_is_multiplied_once():
         ({"data": {"format": "digits"}}, "data.format = 'digits' is no click log; use criteo"),
         ({"model": {"rows": [3, 4]}}, "model.rows = (3, 4) is not a positive number or a list of 26; use 100000"),
         (
-            {"optim": {"name": "lamb"}},
-            "optim.name = 'lamb' needs whole parameters, and tables are sharded; use adamw or sgd",
+            {"precision": {"compute": "fp8", "emulate": True}},
+            "precision.compute = 'fp8' is for the blocks of transformers, and these layers are small; use bf16",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
 from phalanx.recipes.parse import RecipeError, demand, demand_sizes
-from phalanx.recipes.precision import Precision
+from phalanx.recipes.precision import Precision, check_fp8
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class LmModel:
     def feed_width(self) -> int:
         """Inner width of the SwiGLU layers."""
         return self.hidden or -(-8 * self.width // 3 // 32) * 32
+
+    @property
+    def layer_sizes(self) -> dict[str, int]:
+        """What the blocks' linear layers take and give, by field."""
+        keys = self.width // self.heads * self.key_heads
+        return {"model.width": self.width, "model.kv_heads × width / heads": keys, "model.hidden": self.feed_width}
 
     @property
     def parameters(self) -> int:
@@ -100,8 +106,8 @@ class LmConfig:
         Raises `RecipeError`, whose text says which field to change to what."""
         whole = replace(self, parallel=self.parallel.filled(world_size))
         check_sizes(whole.model, whole.parallel, whole.data.seq_len)
+        check_fp8(whole.precision, whole.model.layer_sizes, tensor=whole.parallel.tensor)
         check_batch(whole.train, whole.parallel)
-        check_optim(whole.optim, whole.parallel)
         check_checkpoint(whole.checkpoint, whole.parallel)
         _check_evaluate(whole.evaluate, whole.parallel)
         return whole
@@ -134,14 +140,6 @@ def _divides(tensor: int, size: int, field: str) -> None:
     if size % tensor:
         text = f"= {tensor} does not divide {field} = {size}; use {divisors(size) if size < 512 else 'a divisor'}"
         raise RecipeError("parallel.tensor", text)
-
-
-def check_optim(optim: Optim, parallel: Parallel) -> None:
-    """Whether the optimizer can take parameters as the layout leaves them: adafactor (torch 2.13) and lamb
-    (pytorch-optimizer 4.1) need whole ones. Raises `RecipeError`."""
-    if optim.name in ("adafactor", "lamb") and not parallel.whole_parameters:
-        text = f"= {optim.name!r} needs whole parameters; use adamw or sgd, or data alone in parallel"
-        raise RecipeError("optim.name", text)
 
 
 def check_checkpoint(checkpoint: CheckpointConfig, parallel: Parallel) -> None:

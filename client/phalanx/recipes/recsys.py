@@ -17,7 +17,7 @@ from phalanx.recipes.lm import Train, check_batch
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.parse import RecipeError, demand, demand_sizes
-from phalanx.recipes.precision import Precision
+from phalanx.recipes.precision import Precision, refuse_fp8
 
 COUNTS, TABLES = 13, 26  # of a line in Criteo's format: numbers, and words
 SWITCHES = {"data", "compress", "powersgd_rank", "bucket_bytes"}  # of `parallel` that mean something here
@@ -94,10 +94,8 @@ class RecsysConfig:
         if whole.data.format != "criteo":
             raise RecipeError("data.format", f"= {whole.data.format!r} is no click log; use criteo")
         _check_switches(whole.parallel)
+        refuse_fp8(whole.precision, "is for the blocks of transformers, and these layers are small")
         check_batch(whole.train, whole.parallel)
-        if world_size > 1 and whole.optim.name in ("adafactor", "lamb"):
-            text = f"= {whole.optim.name!r} needs whole parameters, and tables are sharded; use adamw or sgd"
-            raise RecipeError("optim.name", text)
         return whole
 
 

@@ -11,11 +11,11 @@ from typing import Literal
 from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.evaluate import Evaluate
-from phalanx.recipes.lm import Train, check_batch, check_checkpoint, check_optim
+from phalanx.recipes.lm import Train, check_batch, check_checkpoint
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel, divisors
 from phalanx.recipes.parse import RecipeError, demand, demand_sizes
-from phalanx.recipes.precision import Precision
+from phalanx.recipes.precision import Precision, check_fp8, refuse_fp8
 
 DIGITS_SIZE = 8  # pixels
 
@@ -147,8 +147,8 @@ class VisionConfig:
         if whole.data.format not in ("images", "tar", "digits"):
             raise RecipeError("data.format", f"= {whole.data.format!r} has no pictures; use images, tar or digits")
         _check_layout(whole)
+        _check_precision(whole)
         check_batch(whole.train, whole.parallel)
-        check_optim(whole.optim, whole.parallel)
         check_checkpoint(whole.checkpoint, whole.parallel)
         return whole
 
@@ -162,6 +162,14 @@ def _check_layout(config: VisionConfig) -> None:
         raise RecipeError("parallel.tensor", f"= {parallel.tensor}: convolutions are not cut; use 1, and shard or data")
     if model.kind == "vit":
         _check_vit(model.vit, config.picture, parallel.tensor)
+
+
+def _check_precision(config: VisionConfig) -> None:
+    if config.model.kind == "resnet":
+        refuse_fp8(config.precision, "is for linear layers, and a resnet's are convolutions")
+        return
+    sizes = {"model.vit.width": config.model.vit.width, "model.vit.hidden": config.model.vit.feed_width}
+    check_fp8(config.precision, sizes, tensor=config.parallel.tensor)
 
 
 def _check_vit(vit: Vit, picture: Picture, tensor: int) -> None:

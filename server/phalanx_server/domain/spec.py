@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from phalanx.recipes import catalog
 from phalanx.recipes.parse import RecipeError
+from phalanx.recipes.precision import check_gpu_types
 from phalanx.units import parse_size
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -225,7 +226,9 @@ class JobSpec(Part):
         resources = info.data.get("resources")
         if run.recipe is not None and resources is not None:
             try:
-                catalog.check(run.recipe, run.args, resources.world_sizes)
+                config = catalog.check(run.recipe, run.args, resources.world_sizes)
+                if resources.gpu_types or not resources.gpus_per_replica:
+                    check_gpu_types(config.precision, resources.gpu_types)
             except RecipeError as error:
                 raise ValueError(f"args: {error}") from None
         return run

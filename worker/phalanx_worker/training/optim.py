@@ -7,7 +7,9 @@ model.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,10 @@ from phalanx.recipes.optim import Optim
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from phalanx_worker.training.adafactor import Adafactor, summed
 
 
 def make_optimizer(optim: Optim, module: nn.Module) -> torch.optim.Optimizer:
@@ -32,7 +38,7 @@ def _adamw(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
 
 
 def _adafactor(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(groups, lr=optim.lr)
+    return Adafactor(groups, lr=optim.lr)
 
 
 def _sgd(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
@@ -43,7 +49,26 @@ def _sgd(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
 def _lamb(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
     from pytorch_optimizer import Lamb  # here, as it takes seconds to import
 
-    return Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    lamb = Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    lamb.step = _with_whole_norms(lamb.step)
+    return lamb
+
+
+class _WholeNorms(TorchFunctionMode):
+    """While active, norms are those of whole parameters at once, and not parts that are summed up when used: pytorch-
+    optimizer (4.1) changes them in place, which a part (torch 2.13) refuses."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tree_map_only(DTensor, summed, func(*args, **(kwargs or {})))
+
+
+def _with_whole_norms(step: Callable) -> Callable:
+    @wraps(step)
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        with _WholeNorms():
+            return step(*args, **kwargs)
+
+    return stepped
 
 
 _KINDS = {"adamw": _adamw, "adafactor": _adafactor, "sgd": _sgd, "lamb": _lamb}

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.parallel import context, pipeline, recompute, replicas, sharding, tensor
 from phalanx_worker.training.parallel.local import Outer
-from phalanx_worker.training.precision import use_autocast
+from phalanx_worker.training.precision import use_autocast, use_fp8
 from phalanx_worker.training.task import Task
 
 
@@ -96,13 +96,14 @@ class Layout:
 
 def lay_out(task: Task, world: World, precision: Precision, *, seed: int, accumulate: int = 1) -> Layout:
     """Build the model and apply the layout. First values depend on `seed` and each parameter's name alone, not on the
-    layout."""
+    layout. Raises RecipeError where the device cannot compute in the format."""
     parallel, mesh = world.parallel, world.mesh
     with torch.device("meta"):
         stages = pipeline.own_stages(parallel, world.rank_in("pipeline"))
         modules = {index: task.stage(index, parallel.stages) for index in stages}
     for module in modules.values():
         blocks = task.blocks(module)
+        use_fp8(blocks, precision, world.device)
         if parallel.tensor > 1:
             assert mesh is not None
             tensor.cut(module, mesh["tensor"], _plan(task, module))
