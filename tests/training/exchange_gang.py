@@ -7,6 +7,7 @@ Of each rank comes back how many bytes it put into each operation in each step (
 
 import copy
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -115,7 +116,7 @@ def run_case(args: dict[str, Any], directory: Path) -> dict[str, Any]:
         with Traffic() as traffic:
             trainer.watchers = [steps := Steps(traffic.sent)]
             train(trainer)
-        return {"sent": steps.each()}
+        return {"sent": steps.each(), "left_out": left_out_bytes()}
     trainer.watchers = [recorded := Recorded(config.train.steps - TRACED_STEPS + 1)]
     train(trainer)
     recorded.profiler.stop()
@@ -123,6 +124,15 @@ def run_case(args: dict[str, Any], directory: Path) -> dict[str, Any]:
     file = directory / f"{dist.get_rank()}.json"
     recorded.profiler.export_chrome_trace(str(file))
     return {**asdict(overlap(events := read(file))), "still_to_do": still_to_do(events)}
+
+
+def left_out_bytes() -> int:
+    """What PowerSGD keeps for the next step, of every training that is still there."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+
+    gc.collect()
+    states = [each for each in gc.get_objects() if type(each) is PowerSGDState]
+    return sum(tensor.nbytes for state in states for tensor in state.error_dict.values())
 
 
 def still_to_do(events: list[dict[str, Any]]) -> list[int]:

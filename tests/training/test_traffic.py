@@ -6,7 +6,9 @@ from statistics import median
 import pytest
 from exchange_gang import COUNTED, EXACT_STEPS, exchanged
 from phalanx.recipes import weights
+from phalanx.recipes.catalog import read
 from phalanx.recipes.lm import LmModel
+from phalanx.recipes.memory import estimate
 from training_gang import MODEL
 
 pytestmark = pytest.mark.slow
@@ -54,6 +56,12 @@ def test_powersgd_puts_in_two_thin_factors_of_each_matrix_that_is_larger_than_th
     steps = [step["allreduce_"] for step in sent["PowerSGD"]]
     assert steps[: EXACT_STEPS - 1] == [WHOLE + AGREED] * (EXACT_STEPS - 1)
     assert steps[EXACT_STEPS:] == [expected] * len(steps[EXACT_STEPS:])
+
+
+def test_what_powersgd_leaves_out_is_in_the_estimate_of_memory():
+    estimated = {name: estimate(read("lm", COUNTED[name]), 2, on_gpu=False) for name in ("DDP", "PowerSGD")}
+    (left_out, _) = (rank["left_out"] for rank in exchanged()["PowerSGD"])
+    assert estimated["PowerSGD"].total - estimated["DDP"].total == left_out == WHOLE
 
 
 def test_diloco_puts_parameters_in_when_replicas_meet_and_nothing_between(sent):
