@@ -29,6 +29,9 @@ COUNTED = {
     "bf16": case(precision={"compute": "bf16"}),
     "fp16 hook": case(parallel={"compress": "fp16"}),
     "PowerSGD": case(parallel={"compress": "powersgd"}, train={"steps": EXACT_STEPS + 4}),
+    "PowerSGD, small buckets": case(
+        parallel={"compress": "powersgd", "bucket_bytes": 20_000}, train={"steps": EXACT_STEPS + 4}
+    ),
     "DiLoCo": case(parallel={"local": {"every": 2}}),
     "FSDP2": case(parallel={"shard": 2}),
     "FSDP2, bf16": case(parallel={"shard": 2}, precision={"compute": "bf16"}),

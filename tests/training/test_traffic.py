@@ -47,13 +47,14 @@ def test_compressed_gradients_are_counted_as_they_are_sent(sent):
     assert usual(sent["fp16 hook"], "allreduce_") == WHOLE // 2 + AGREED
 
 
-def test_powersgd_puts_in_two_thin_factors_of_each_matrix_that_is_larger_than_they_are(sent):
+@pytest.mark.parametrize("name", ["PowerSGD", "PowerSGD, small buckets"])
+def test_powersgd_puts_in_two_thin_factors_of_each_matrix_that_is_larger_than_they_are(sent, name):
     rank, expected = 4, AGREED
     for shape in shapes():
         rows, columns = shape[0], prod(shape[1:])
         factors = (rows + columns) * min(rank, rows, columns)
         expected += FP32 * (factors if len(shape) > 1 and factors < rows * columns else rows * columns)
-    steps = [step["allreduce_"] for step in sent["PowerSGD"]]
+    steps = [step["allreduce_"] for step in sent[name]]
     assert steps[: EXACT_STEPS - 1] == [WHOLE + AGREED] * (EXACT_STEPS - 1)
     assert steps[EXACT_STEPS:] == [expected] * len(steps[EXACT_STEPS:])
 
