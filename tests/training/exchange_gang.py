@@ -58,7 +58,7 @@ def exchanged() -> dict[str, list[Any]]:
         input=json.dumps(list(cases.values())),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
     assert done.returncode == 0, done.stderr[-4000:]

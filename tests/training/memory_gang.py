@@ -48,7 +48,7 @@ def run_case(args: dict[str, Any], _: Path) -> dict[str, Any]:
     job.mark = lambda kind, **data: notes.append(data["message"]) if kind == "note" else None
     phalanx.report = lambda **values: reports.append(values) if "memory_peak_bytes" in values else None
     device = torch.device("cpu")
-    config = read("lm", args).placed(dist.get_world_size())
+    config: Any = read("lm", args).placed(dist.get_world_size())
     memory = MemoryReport(device, config)
     world = make_world(config.parallel, device)
     trainer = make(config, world, batches=Batches(config, rank=world.batch_rank, ways=config.parallel.batch_ways))

@@ -52,7 +52,12 @@ def test_on_a_cpu_waiting_within_an_operator_and_the_work_of_gloos_own_threads_i
 
 
 def test_a_trace_is_read_plain_or_compressed_and_told_in_a_line(tmp_path, capsys):
-    events = [event("gloo:all_reduce", 0, 2, tid=2), event("aten::mm", 0.5, 4), {"ph": "M", "name": "process_name"}]
+    events = [
+        event("gloo:all_reduce", 0, 2, tid=2),
+        event("aten::mm", 0.5, 4),
+        {"ph": "M", "name": "process_name"},
+        {"ph": "X"},
+    ]
     plain, compressed = tmp_path / "a.json", tmp_path / "a.json.gz"
     plain.write_text(json.dumps({"traceEvents": events}))
     compressed.write_bytes(gzip.compress(plain.read_bytes()))

@@ -22,6 +22,7 @@ from typing import Any
 Interval = tuple[float, float]  # begin and end, in microseconds as in the trace
 
 COLLECTIVES = ("c10d::", "_c10d_functional::")  # operators that hand a collective over, or wait for it
+FIELDS = {"name", "tid", "ts", "dur"}
 GZIP = b"\x1f\x8b"
 NO_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -53,7 +54,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes()
     try:
         told = json.loads(gzip.decompress(content) if content.startswith(GZIP) else content)
-        return [event for event in told["traceEvents"] if event.get("ph") == "X"]
+        return [event for event in told["traceEvents"] if event.get("ph") == "X" and event.keys() >= FIELDS]
     except (*NO_GZIP, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no trace in Chrome's format; give a file that `phalanx profile` wrote") from error
 
