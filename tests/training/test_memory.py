@@ -5,10 +5,14 @@ and 11 % for pipelines); where parameters are gathered or cast it also keeps som
 tensors of a rank agrees within `PEAK` (measured: 8 % below to 20 % above).
 """
 
+import json
 import time
 from dataclasses import replace
 
 import pytest
+import torch
+from memory_gang import ARGUMENTS, heard
+from phalanx import job
 from phalanx.recipes import memory as memory_module
 from phalanx.recipes import weights
 from phalanx.recipes.catalog import read
@@ -16,6 +20,9 @@ from phalanx.recipes.devices import find
 from phalanx.recipes.memory import estimate, in_flight, remedies, verdict, verdicts
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.vision import Picture, Resnet, Vit
+from phalanx_worker.training.main import main
+from phalanx_worker.training.metrics import memory as measured_memory
+from phalanx_worker.training.metrics.memory import MIB, Fullest, Peak
 from recipe_cases import ONE, TWO, TWO_SLOW, lm, recsys
 from recipe_gang import trained
 
@@ -190,3 +197,69 @@ def test_a_deep_model_costs_no_more_to_judge_than_a_flat_one(config, ranks):
     assert all(text.startswith("does not fit on") for text in said)
     assert estimated - started < 0.05
     assert time.process_time() - estimated < 0.3, "all remedies are estimated, once for all devices"
+
+
+def test_the_peak_of_a_rank_on_a_cpu_is_what_its_memory_rose_by_since():
+    earlier = torch.ones(64 * MIB)  # 256 MiB
+    del earlier
+    peak = Peak(torch.device("cpu"))
+    held = torch.ones(16 * MIB)
+    assert peak.bytes() == pytest.approx(held.nbytes, rel=0.1)
+    del held
+    assert peak.bytes() == pytest.approx(64 * MIB, rel=0.1)
+
+
+@pytest.mark.parametrize(("later_kb", "measured"), [(900, None), (1000, None), (1500, 1100 * 1024)])
+def test_a_peak_that_an_earlier_one_may_hide_is_not_told(tmp_path, monkeypatch, later_kb, measured):
+    monkeypatch.setattr(measured_memory, "PROCESS", tmp_path)
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmHWM:\t    1000 kB\nVmRSS:\t     400 kB\n")
+    peak = Peak(torch.device("cpu"))
+    status.write_text(f"VmHWM:\t{max(later_kb, 1000)} kB\nVmRSS:\t{later_kb} kB\n")
+    told = peak.bytes()
+    assert (told == measured) if measured else (told != told)
+
+
+def test_nothing_is_known_where_there_is_no_proc(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_memory, "PROCESS", tmp_path / "none")
+    told = Peak(torch.device("cpu")).bytes()
+    assert told != told
+
+
+def test_what_was_measured_is_said_beside_the_estimate():
+    on_gpu = Fullest(rank=3, peak_bytes=812 * MIB, on_gpu=True)
+    assert on_gpu.beside(790 * MIB) == ("A rank uses 812 MiB of GPU memory at most (rank 3); estimated 790 MiB (-3%).")
+    on_cpu = Fullest(rank=0, peak_bytes=218 * MIB, on_gpu=False)
+    assert on_cpu.beside(167 * MIB) == (
+        "A rank's resident memory rose by 218 MiB at most (rank 0) from before its model was built, "
+        "with libraries, mapped files and spare room; estimated 167 MiB of tensors."
+    )
+
+
+def test_a_recipe_says_once_how_much_memory_it_takes(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(job, "mark", lambda kind, **data: notes.append(data["message"]) if kind == "note" else None)
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefghijklmnopqrstuvwxyz " * 200)
+    args = {
+        "data": {"paths": [str(text)], "seq_len": 16, "cache": str(tmp_path / "cache")},
+        "model": {"layers": 2, "width": 32, "heads": 4},
+        "train": {"steps": 4, "global_batch": 4},
+        "device": "cpu",
+    }
+    assert main(["lm", json.dumps(args)]) == 0
+    (note,) = notes
+    assert "estimated" in note
+
+
+@pytest.mark.slow
+def test_two_ranks_tell_the_most_that_either_takes_and_it_is_near_the_estimate():
+    first, second = heard()
+    assert (second["notes"], second["reports"]) == ([], [])
+    (note,) = first["notes"]
+    early, last = first["reports"]
+    assert (early["step"], last["step"]) == (2, 4)
+    assert early["memory_estimated_bytes"] == estimated(["lm", ARGUMENTS], 2).total
+    assert f"(rank {early['memory_peak_rank']:.0f})" in note
+    assert 0.9 < early["memory_peak_bytes"] / early["memory_estimated_bytes"] < 1.7, "60 MiB are libraries and spare"
+    assert last["memory_peak_bytes"] >= early["memory_peak_bytes"]

@@ -33,7 +33,8 @@ LOGITS_ALIVE = 3  # the log-softmax, its gradient and that of the logits, as bac
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the rank that needs most. `copies` are parameters in another form, while they are computed with:
-    gathered from all shards, or cast by autocast; and the gradients of what is gathered."""
+    gathered from all shards, or cast by autocast; the gradients of what is gathered; and of all, what PowerSGD left
+    out."""
 
     parameters: int
     gradients: int
@@ -74,7 +75,7 @@ def _stage(config: LmConfig | VisionConfig, model: Model, rank: int, on_gpu: boo
         optimizer=_optimizer_bytes(config.optim, parts) * here + outer,
         activations=waiting,
         logits=logits,
-        copies=_copies(config, Model(blocks, first=ends)),
+        copies=_copies(config, Model(blocks, first=ends)) + _left_out(held, parallel),
     )
 
 
@@ -156,6 +157,12 @@ def _copies(config: LmConfig | VisionConfig, own: Model) -> int:
     return bytes_each * gathered + (FP32 * (every + outside) if piled_up else bytes_each * (largest + outside))
 
 
+def _left_out(gradients: int, parallel: Parallel) -> int:
+    """PowerSGD keeps what it has not sent of each gradient, for the next step (Vogels et al. 2019, arXiv:1905.13727,
+    section 3)."""
+    return gradients if parallel.compress == "powersgd" and parallel.sizes[1] > 1 else 0
+
+
 def _widths(precision: Precision, parallel: Parallel, on_gpu: bool) -> Widths:
     """Autocast leaves the residual stream in fp32; FSDP's mixed precision does not. What fp8 layers keep
     for backward is their bf16 input."""
@@ -224,17 +231,19 @@ def _residual_waiting(every: tuple[tuple[Kept, int], ...], parallel: Parallel) -
 def _recsys(config: RecsysConfig, world_size: int) -> Memory:
     """Layers are replicated, rows of tables shared out."""
     tables = weights.recsys_tables(config.model).part(tensor=1, shard=world_size)
-    parts = Alike((*weights.recsys_dense(config.model), tables))
+    layers = weights.recsys_dense(config.model)
+    parts = Alike((*layers, tables))
     samples = config.train.global_batch // (config.parallel.batch_ways * config.train.accumulate)
     widths = _widths(config.precision, config.parallel, on_gpu=True)
-    dense = weights.count(weight for weight in weights.recsys_dense(config.model) if len(weight.shape) > 1)
+    matrices = weights.count(weight for weight in layers if len(weight.shape) > 1)
+    cast = widths.product * matrices if widths.copies else 0
     return Memory(
         parameters=FP32 * parts.count,
         gradients=FP32 * parts.count,
         optimizer=_optimizer_bytes(config.optim, [parts]),
         activations=activations.recsys(config.model, samples=samples, widths=widths),
         logits=0,
-        copies=widths.product * dense if widths.copies else 0,
+        copies=cast + _left_out(FP32 * weights.count(layers), config.parallel),
     )
 
 

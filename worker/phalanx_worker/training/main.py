@@ -22,6 +22,7 @@ from phalanx.recipes.parse import RecipeError, parse
 from phalanx_worker.training.data.files import DataError
 from phalanx_worker.training.loop import Facts, train
 from phalanx_worker.training.mesh import make_world, own_device, process_group
+from phalanx_worker.training.metrics.memory import MemoryReport
 
 RECIPES = ("lm", "vision", "recsys")
 USAGE = f"usage: python -m phalanx_worker.training.main {{{','.join(RECIPES)}}} [JSON] [KEY=VALUE ...]"
@@ -44,7 +45,9 @@ def run(arguments: Sequence[str]) -> int:
     device = own_device(config.device)
     with process_group(device) as world_size:
         config = config.placed(world_size)
+        memory = MemoryReport(device, config)
         trainer = recipe.make(config, make_world(config.parallel, device))
+        trainer.watchers = [*trainer.watchers, memory]
         facts = train(trainer)  # raises unless the last step is saved, so that what is finished is there
         if facts is None or facts.step == config.train.steps:
             phalanx.finished()

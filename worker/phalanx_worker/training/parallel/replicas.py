@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+EVERYTHING = 1 << 40  # bytes of a bucket
 POWERSGD_FIRST_STEP = 10  # exact steps before: early gradients compress badly (torch asks for at least 2)
 
 
@@ -17,7 +18,7 @@ def replicate(module: nn.Module, group: dist.ProcessGroup, parallel: Parallel) -
     replica = DistributedDataParallel(
         module,
         process_group=group,
-        bucket_cap_mb=parallel.bucket_bytes / (1 << 20),  # pyright: ignore[reportArgumentType]  (fractions are fine)
+        bucket_cap_mb=_bucket_bytes(parallel, group) / (1 << 20),  # pyright: ignore[reportArgumentType]  (fractions are fine)
         gradient_as_bucket_view=True,
     )
     if parallel.compress == "powersgd":
@@ -25,6 +26,13 @@ def replicate(module: nn.Module, group: dist.ProcessGroup, parallel: Parallel) -
     elif parallel.compress != "none":
         replica.register_comm_hook(group, _HALF[parallel.compress])
     return replica
+
+
+def _bucket_bytes(parallel: Parallel, group: dist.ProcessGroup) -> int:
+    """PowerSGD starts its second and third exchange when the one before is done. Over gloo threads do that, each rank's
+    in their own order where there are several buckets, and one rank's bucket meets another's: so there is one."""
+    in_threads = parallel.compress == "powersgd" and dist.get_backend(group) == "gloo"
+    return EVERYTHING if in_threads else parallel.bucket_bytes
 
 
 _HALF = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}

@@ -1,0 +1,119 @@
+"""How much memory the ranks of a training take at most, measured and told beside what was estimated.
+
+Owns the measure. On a GPU it is what torch's allocator gave out, which is what the estimate is of. On a CPU, where
+nobody keeps count of tensors, it is how far the process's resident memory rose over what it was before the model was
+built: libraries that were loaded since, files that are mapped and memory that the allocator holds back are in it too.
+It costs nothing in a step: both are counted anyhow, by torch and by Linux, and read twice in a training.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import phalanx
+import torch
+import torch.distributed as dist
+from phalanx import job
+from phalanx.recipes.catalog import Config
+from phalanx.recipes.memory import estimate
+from torch import Tensor
+
+from phalanx_worker.training.loop import Facts
+
+UPDATES = 2  # from the second on, a backward finds the optimizer's state in memory
+MIB = 1 << 20
+PROCESS = Path("/proc/self")
+FORGET_PEAK = "5"  # of resident memory: proc_pid_clear_refs(5)
+
+
+class Peak:
+    """The most memory that this rank takes from now on; make it before the model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cpu":
+            with suppress(OSError):  # not allowed, or no Linux: then a peak of before may hide that of now
+                (PROCESS / "clear_refs").write_text(FORGET_PEAK)
+            self._before, self._peak_before = resident_bytes("VmRSS"), resident_bytes("VmHWM")
+
+    def bytes(self) -> float:
+        """NaN where it cannot be known."""
+        if self._device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self._device))
+        peak = resident_bytes("VmHWM")
+        return peak - self._before if peak > self._peak_before else float("nan")
+
+
+def resident_bytes(name: str) -> float:
+    """`VmRSS`, resident memory now, or `VmHWM`, the most so far (proc_pid_status(5)); NaN where that is not told."""
+    try:
+        lines = (PROCESS / "status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    found = (line.split()[1] for line in lines if line.startswith(f"{name}:"))  # in kB
+    return next((1024.0 * int(size) for size in found), float("nan"))
+
+
+@dataclass(frozen=True)
+class Fullest:
+    """The rank that takes most, and how much; `on_gpu` says of which memory."""
+
+    rank: int
+    peak_bytes: float
+    on_gpu: bool
+
+    def beside(self, estimated_bytes: int) -> str:
+        """A sentence that puts it beside the estimate."""
+        measured, estimated = (f"{size / MIB:,.4g} MiB" for size in (self.peak_bytes, estimated_bytes))
+        if self.on_gpu:
+            off = estimated_bytes / self.peak_bytes - 1
+            return (
+                f"A rank uses {measured} of GPU memory at most (rank {self.rank}); estimated {estimated} ({off:+.0%})."
+            )
+        return (
+            f"A rank's resident memory rose by {measured} at most (rank {self.rank}) from before its model was built, "
+            f"with libraries, mapped files and spare room; estimated {estimated} of tensors."
+        )
+
+
+def fullest(own_bytes: float, device: torch.device) -> Fullest | None:
+    """Of all ranks, each of which calls it at the same step; None where no rank knows."""
+    mine = torch.tensor([own_bytes], dtype=torch.float64, device=device)
+    everyones = mine.new_empty(dist.get_world_size())
+    dist.all_gather_single(everyones, mine)
+    known = [(size, rank) for rank, size in enumerate(everyones.tolist()) if size == size]  # no NaN
+    if not known:
+        return None
+    size, rank = max(known)
+    return Fullest(rank, size, on_gpu=device.type == "cuda")
+
+
+class MemoryReport:
+    """A watcher of the loop, made before the model: tells the job once how much it takes, as soon as optimizers have
+    their state; as metrics then, and again at the last step, when evaluations and checkpoints are in it."""
+
+    def __init__(self, device: torch.device, config: Config) -> None:
+        self._device, self._steps = device, config.train.steps
+        self._estimated = estimate(config, dist.get_world_size(), on_gpu=device.type == "cuda").total
+        self._peak = Peak(device)
+        self._updates = 0
+        self._is_told = False
+
+    def after_backward(self, step: int, loss: float, grad_norm: Tensor) -> bool:
+        return True
+
+    def after_step(self, facts: Facts) -> None:
+        self._updates += facts.updated
+        if facts.step == self._steps or (self._updates >= UPDATES and not self._is_told):
+            self._tell(facts.step)
+
+    def _tell(self, step: int) -> None:
+        found, is_first, self._is_told = fullest(self._peak.bytes(), self._device), not self._is_told, True
+        if found is None or dist.get_rank():
+            return
+        values = {"memory_peak_bytes": found.peak_bytes, "memory_peak_rank": found.rank}
+        phalanx.report(step=step, total_steps=self._steps, memory_estimated_bytes=self._estimated, **values)
+        if is_first:
+            job.mark("note", message=found.beside(self._estimated))
