@@ -33,7 +33,7 @@ from phalanx_server.domain.field_types import (
 from phalanx_server.domain.gang_spec import Elastic, Topology
 from phalanx_server.domain.health_spec import Health
 from phalanx_server.domain.job import priority_of
-from phalanx_server.domain.run_spec import Run
+from phalanx_server.domain.run_spec import Run, wrong_arguments
 from phalanx_server.domain.tenant import check_path
 
 REPLICAS_MAX = 10_000
@@ -227,7 +227,7 @@ class JobSpec(Part):
             try:
                 catalog.check(run.recipe, run.args, resources.world_sizes)
             except RecipeError as error:
-                raise ValueError(f"args: {error}") from None
+                raise wrong_arguments(error, within="args") from None
         return run
 
     @field_validator("deadline")
