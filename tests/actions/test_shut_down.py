@@ -11,7 +11,7 @@ from phalanx_server.store.schema import attempts, events, jobs
 
 async def test_what_runs_goes_back_into_the_queue_and_is_told_that_phalanx_was_stopped(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
-    job_id, attempt = await plane.run(preemption={"grace": 600})
+    _, attempt = await plane.run(preemption={"grace": 600})
     assert len(await shut_down(plane.engine, grace_most_s=15, now=plane.now)) == 1
     assert await shut_down(plane.engine, grace_most_s=15, now=plane.now) == [], "it is asked once"
     (row,) = await plane.rows(attempts)

@@ -154,6 +154,15 @@ def test_dry_run_says_what_would_happen(wired: FakeServer, run: Run, tmp_path: P
     assert result.stderr == "warning: w1\n" and wired.requests[0].url.params["dry_run"] == "true"
 
 
+def test_dry_run_of_what_can_never_start_does_not_say_that_it_waits(
+    wired: FakeServer, run: Run, tmp_path: Path
+) -> None:
+    hold = {"reason": "impossible", "message": "can never start: needs 16 h100, but the nodes have 8"}
+    wired.on("POST /v1/jobs", answer({"valid": True, "would": {"start": False, "hold": hold}, "warnings": []}))
+    said = run("submit", "--dry-run", job_file(tmp_path, "name: lm\n")).stdout
+    assert said == "valid, but it can never start: needs 16 h100, but the nodes have 8 [impossible]\n"
+
+
 @pytest.mark.parametrize("words", [[], ["--follow"]])
 def test_what_may_not_be_as_meant_is_said_at_submit(
     wired: FakeServer, run: Run, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
