@@ -207,7 +207,7 @@ def test_a_job_without_outputs_says_how_it_would_leave_some(wired: FakeServer, r
     asked = job(state)
     asked["spec"]["run"]["outputs"] = ["out/[ab]*"]
     wired.on(f"GET /v1/jobs/{JOB_ID}", answer(asked))
-    assert "working directory fit out/[ab]*." in run().stderr
+    assert "workdir what fits out/[ab]*." in run().stderr
     assert run("-o", "json").stdout.strip() == "[]"
 
 

@@ -60,10 +60,10 @@ def _none_left(job: Job) -> str:
     """What to say of a job without outputs: whether there may still be some, and how a job leaves any."""
     yet = "has left no outputs" if job.ended else f"is {job.state}: outputs are collected when its ranks have ended"
     patterns = (job.spec.get("run") or {}).get("outputs")
-    named = f"fit {', '.join(patterns)}" if patterns else "fit run.outputs of the job file, such as out/**"
+    named = f"fits {', '.join(patterns)}" if patterns else "fits run.outputs of the job file, such as out/**"
     return (
-        f"{job.name} {yet}. Kept is what ranks write into $PHALANX_OUTPUT_DIR, and what files of their working directory"
-        f" {named}. Checkpoints are not among them: phalanx show {job.id}"
+        f"{job.name} {yet}. Kept is what ranks write into $PHALANX_OUTPUT_DIR, and of their workdir what {named}."
+        f" Checkpoints are not among them: phalanx show {job.id}"
     )
 
 
