@@ -19,6 +19,7 @@ import uvicorn
 from phalanx.cli import plugins
 from phalanx.cli.app import app
 from phalanx.client import Client
+from phalanx_server import scaling_command
 from phalanx_server.actions.bootstrap import Bootstrapped, bootstrap
 from phalanx_server.main import create_app
 from phalanx_server.settings import Settings
@@ -168,6 +169,17 @@ def url(database: str, tokens: Bootstrapped, tmp_path: Path) -> Iterator[str]:
     thread.join(DEADLINE_S)
     listening.close()
     structlog.reset_defaults()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_how_far_it_is_is_said_on_stderr_alone(
+    fit: Fit, file: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(scaling_command, "LINE_EVERY_S", 0.0)
+    result = fit("--runs", file, "--resamples", "50", "--json", env={"FORCE_COLOR": "1"} if terminal else {})
+    assert json.loads(result.stdout)["interval"]["resamples"] == 50
+    assert "of 50 resamples of " in result.stderr
+    assert ("50 of 50 resamples of 25 runs fitted\n" in result.stderr) is not terminal, "a terminal's line goes away"
 
 
 def sweep_job(name: str, **env: object) -> dict[str, object]:
