@@ -365,6 +365,23 @@ def test_show_tells_of_a_waiting_job_how_its_last_attempt_ended_too(wired: FakeS
     assert "pauses until 12:00 [backoff]" in text and "could not start: no mount" in text
 
 
+@pytest.mark.parametrize(
+    ("parts", "share", "measured", "said"),
+    [
+        ({"start": 900.0, "productive": 2700.0}, 0.75, True, "goodput 75.0% of 1.00 GPU-hours in 2 attempts\n"),
+        ({"start": 900.0, "productive": 2700.0}, 0.75, False, "(at most: the job does not say itself"),
+        ({"start": 1.0, "rendezvous": 3599.0}, 0.0, True, "(no step was seen: it reported none, and no torch optim"),
+        ({}, None, True, "it was given no GPU time yet\n"),
+    ],
+)
+def test_goodput_says_what_it_is_of(
+    wired: FakeServer, run: Run, parts: dict[str, float], share: float | None, measured: bool, said: str
+) -> None:
+    found = {"job_id": JOB_ID, "attempts": 2, "goodput": share, "allocated_gpu_s": 3600.0, "parts_gpu_s": parts}
+    wired.on(f"GET /v1/jobs/{JOB_ID}/goodput", answer(found | {"measured": measured}))
+    assert said in run("goodput", JOB_ID).stdout
+
+
 def test_explain_is_the_server_s_sentence(wired: FakeServer, run: Run) -> None:
     wired.on(f"GET /v1/jobs/{JOB_ID}/explain", answer({"job_id": JOB_ID, "text": "It waits for 4 more GPUs."}))
     assert run("explain", JOB_ID).stdout == "It waits for 4 more GPUs.\n"
