@@ -236,7 +236,7 @@ EXITS = [
             "failed",
             "oom",
             "rank 5 ran out of memory",
-            "train has failed (oom) after 2 attempts: rank 5 ran out of memory (rank 5 ran on n1)."
+            "train has failed (oom) after 2 attempts: rank 5 ran out of memory (on n1)."
             " What that rank wrote: phalanx logs {job} --rank 5 --attempt 2",
         ),
         (

@@ -68,7 +68,9 @@ def _ended(job: Job) -> str:
     further = "" if job.state != JobState.FAILED else f" What happened to it: phalanx events {job.id}"
     if failed is not None and job.attempt is not None:
         rank, node = failed
-        said += f" (rank {rank} ran on {node})"
+        said += (
+            f" (on {node})" if job.message and job.message.startswith(f"rank {rank} ") else f" (rank {rank}, on {node})"
+        )
         further = f" What that rank wrote: {_logs(job.id, rank, job.attempt.number)}"
     return f"{job.name} {_DOING[JobState(job.state)]}{why}{tries}{said}.{further}"
 
