@@ -72,9 +72,12 @@ def test_the_group_says_what_it_has(fit: Fit) -> None:
 # ------------------------------------------------------------------ files
 
 
-def test_a_file_to_a_table_and_a_picture(fit: Fit, file: Path, tmp_path: Path) -> None:
+def test_a_file_to_a_table_and_a_picture(fit: Fit, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling_command, "LINE_EVERY_S", 0.0)
     asked = ("--parameters", "7e10", "--tokens", "1.4e12", "--gpu-hours", "1e5", "--gpu", "h100", "--mfu", "0.5")
-    said = fit("--runs", file, *asked, "--plot", tmp_path / "law.svg", "--resamples", "50").stdout
+    result = fit("--runs", file, *asked, "--plot", tmp_path / "law.svg", "--resamples", "50")
+    assert "50 of 50 resamples of 25 runs fitted\n" in result.stderr
+    said = result.stdout
     assert "alpha" in said and "90 % intervals" in said and "Planned run" in said
     assert "Best use of the budget" in said and "100,000" in said and "h100-80gb bf16 at 50 % MFU (given)" in said
     assert "lm-24" in said and "doubt:" in said
@@ -173,13 +176,16 @@ def url(database: str, tokens: Bootstrapped, tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_how_far_it_is_is_said_on_stderr_alone(
-    fit: Fit, file: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
 ) -> None:
     monkeypatch.setattr(scaling_command, "LINE_EVERY_S", 0.0)
-    result = fit("--runs", file, "--resamples", "50", "--json", env={"FORCE_COLOR": "1"} if terminal else {})
-    assert json.loads(result.stdout)["interval"]["resamples"] == 50
-    assert "of 50 resamples of " in result.stderr
-    assert ("50 of 50 resamples of 25 runs fitted\n" in result.stderr) is not terminal, "a terminal's line goes away"
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    with scaling_command._progress("jobs read", 2) as told:
+        told(1)
+        told(2)
+    said = capsys.readouterr()
+    assert said.out == "" and "2 of 2 jobs read" in said.err
+    assert (said.err == "1 of 2 jobs read\n2 of 2 jobs read\n") is not terminal, "a terminal's line goes away"
 
 
 def sweep_job(name: str, **env: object) -> dict[str, object]:
