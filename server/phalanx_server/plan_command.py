@@ -44,7 +44,10 @@ def plan(
     live: Annotated[bool, typer.Option("--live", help="Ask the server what it would do next.")] = False,
     job: Annotated[list[Path] | None, typer.Option(help="--live: with this job file submitted; repeatable.")] = None,
     quota: Annotated[
-        list[str] | None, typer.Option(metavar="TENANT:RESOURCE=N", help="--live: with this quota; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="TENANT:RESOURCE=N", help="--live: with this quota of a GPU type, cpu or memory_gib; repeatable."
+        ),
     ] = None,
     drain: Annotated[
         list[str] | None, typer.Option(metavar="NODE", help="--live: with this node drained; repeatable.")

@@ -3,7 +3,9 @@ out. Refuses to fit anything itself (`scaling`).
 """
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 MOST_RUNS = 1_000
 POINTS = 1_000
 LEVELS = (0.5, 0.999)
+LINE_EVERY_S = 10.0
 
 scaling = typer.Typer(help="Fit scaling laws to past runs.", invoke_without_command=True)
 
@@ -104,7 +107,8 @@ def _answer(
     usable: list[Run], left_out: list[LeftOut], question: Question, plot: Path | None, output_as: output.Format
 ) -> None:
     try:
-        found = study(usable, left_out, question)
+        with _progress(f"resamples of {len(usable)} runs fitted", question.resamples) as told:
+            found = study(usable, left_out, question, told)
     except ValueError as error:
         for one in left_out:
             typer.echo(f"left out: {one.name}: {one.reason}", err=True)
@@ -115,6 +119,23 @@ def _answer(
         table.show(found, output.console())
     else:
         output.data(document(found), output_as)
+
+
+@contextmanager
+def _progress(what: str, most: int) -> Iterator[Callable[[int], None]]:
+    """Says on stderr how many of `most` are done: all the time on a terminal, elsewhere a line in LINE_EVERY_S."""
+    console, said_at = output.console(stderr=True), time.monotonic()
+    with console.status(f"0 of {most} {what}") if console.is_terminal else nullcontext() as status:
+
+        def told(done: int) -> None:
+            nonlocal said_at
+            if status is not None:
+                status.update(f"{done} of {most} {what}")
+            elif time.monotonic() - said_at >= LINE_EVERY_S:
+                said_at = time.monotonic()
+                console.print(f"{done} of {most} {what}", soft_wrap=True, markup=False)
+
+        yield told
 
 
 def _write(path: Path, text: str) -> None:
@@ -158,7 +179,8 @@ def _of_service(
         jobs = {job.id: job for job in _chosen(client, words, names, wanted, tenant)}
         if len(jobs) > MOST_RUNS:
             raise CommandError(f"more than {MOST_RUNS} jobs fit: choose by --name or --label", exit_code=INVALID)
-        return sorted_out(_run(client, job, metrics, tail) for job in jobs.values())
+        with _progress("jobs read", len(jobs)) as told:
+            return sorted_out(_all_runs(client, list(jobs.values()), metrics, tail, told))
 
 
 def _chosen(
@@ -180,6 +202,14 @@ def _labels(given: list[str]) -> dict[str, str]:
     if wrong is not None:
         raise typer.BadParameter(f"--label {wrong!r}: expected KEY=VALUE")
     return dict(one.split("=", 1) for one in given)
+
+
+def _all_runs(
+    client: "Client", jobs: "list[Job]", metrics: Names, tail: float, told: Callable[[int], None]
+) -> Iterator[Run | LeftOut]:
+    for done, job in enumerate(jobs, 1):
+        yield _run(client, job, metrics, tail)
+        told(done)
 
 
 def _run(client: "Client", job: "Job", metrics: Names, tail: float) -> Run | LeftOut:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+STOP_TIMEOUT_S = 10.0
+COMMAND_GRACE_S = 5.0
 RESTART_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 PR_SET_PDEATHSIG = 1
 
@@ -58,7 +60,7 @@ class Child:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def stop(self, timeout_s: float) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """SIGTERM, then SIGKILL to the whole session after `timeout_s`."""
         if self.process is None:
             return
@@ -107,11 +109,21 @@ class Family:
                 child.restart_at = 0.0
                 child.start()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Stop all, last started first."""
         for child in reversed(self.children):
             child.stop(timeout_s)
         self.children.clear()
+
+
+def end(process: subprocess.Popen) -> None:
+    """SIGTERM, and SIGKILL if that did not help."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(COMMAND_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def wait_until(ready, *, timeout_s: float, what: str, poll_s: float = 0.05) -> None:

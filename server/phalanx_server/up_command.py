@@ -8,12 +8,11 @@ import asyncio
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.markup import escape
+from sqlalchemy.exc import SQLAlchemyError
 
 from phalanx_server.actions.bootstrap import CLUSTER, bootstrap
 from phalanx_server.actions.create_token import NewToken, create_token
@@ -30,34 +30,27 @@ from phalanx_server.domain.access import SYSTEM
 from phalanx_server.store.embedded import EmbeddedPostgres, PostgresFailed
 from phalanx_server.store.engine import create_engine
 from phalanx_server.store.migrate import upgrade
-from phalanx_server.supervise import Child, ChildFailed, Family, wait_until
-from phalanx_server.up_data import console, data_directory, exclusive, keep_secret, kept_secret, make_directories
+from phalanx_server.supervise import Child, ChildFailed, Family, end, wait_until
+from phalanx_server.up_data import (
+    console,
+    data_directory,
+    exclusive,
+    keep_secret,
+    kept_secret,
+    make_directories,
+    mount_warnings,
+)
+from phalanx_server.up_jobs import end_attempts, open_jobs, taken_up
+from phalanx_server.up_stop import Stopped, StopRequest, stopped_by_signals
 
 DEFAULT_DATA = Path("~/.phalanx").expanduser()
 DEFAULT_PORT = 8321
 START_TIMEOUT_S = 120.0
-COMMAND_GRACE_S = 5.0
 
 REPLACEMENTS = {  # the tokens that an `up` needs, should their files get lost
     "admin-token": NewToken(name="made by phalanx up", role="admin", user="admin"),
     "cluster-token": NewToken(name="made by phalanx up", role="cluster", cluster=CLUSTER),
 }
-
-
-class Stopped(Exception):
-    """A signal asked for the end, and the flow came to a point where it may end."""
-
-
-@dataclass
-class StopRequest:
-    """Whether a signal asked for the end. The handler only notes it: raised there, an exception could land in any
-    callback of the interpreter that swallows it."""
-
-    made: bool = False
-
-    def check(self) -> None:
-        if self.made:
-            raise Stopped
 
 
 @dataclass(frozen=True)
@@ -79,22 +72,6 @@ class Machine:
 
     def path(self, name: str) -> Path:
         return self.data / name
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[StopRequest]:
-    """Note SIGINT, SIGTERM and SIGHUP in the request that this yields."""
-    request = StopRequest()
-
-    def stop(_number: int, _frame: object) -> None:
-        request.made = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -141,8 +118,11 @@ class Up:
         self.stop_request = stop_request
         self.family = Family()
         self.postgres = EmbeddedPostgres(machine.path("postgres"))
+        self.scheduler: Child | None = None
+        self.database_url = ""
         self.admin_token = ""
         self.first_run = False
+        self.open_jobs: list[str] = []
         self.started_at = datetime.now(UTC)
 
     def child(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Child:
@@ -160,7 +140,7 @@ class Up:
         server = self.family.start(
             self.child("server", "--host", machine.host, "--port", str(machine.port), env=settings)
         )
-        self.family.start(self.child("scheduler", env=settings))
+        self.scheduler = self.family.start(self.child("scheduler", env=settings))
         self._wait(lambda: self._ready(server), "the server")
         self._wait(lambda: self._written(ray, ray_file), "Ray")
         self.family.start(self._agent())
@@ -192,9 +172,10 @@ class Up:
         )
 
     def _start_database(self) -> dict[str, str]:
-        url = self.postgres.start()
+        self.database_url = url = self.postgres.start()
         self.stop_request.check()
         created = asyncio.run(prepare_database(url))
+        self.open_jobs = asyncio.run(open_jobs(url))
         self.first_run = created is not None
         self.admin_token = self._token(url, "admin-token", created and created.admin_token)
         self._token(url, "cluster-token", created and created.cluster_token)
@@ -288,18 +269,19 @@ class Up:
 
     def stop(self) -> None:
         self.machine.path("url").unlink(missing_ok=True)
+        if self.scheduler is not None:
+            self._end_attempts(self.scheduler)
         self.family.stop()
         self.postgres.stop()
 
-
-def end(process: subprocess.Popen) -> None:
-    """SIGTERM, and SIGKILL if that did not help."""
-    if process.poll() is None:
-        process.terminate()
+    def _end_attempts(self, scheduler: Child) -> None:
+        """While server and agent can carry it out, and without the scheduler, which would start them again."""
+        signals = self.stop_request.signals
+        scheduler.stop()
         try:
-            process.wait(COMMAND_GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            asyncio.run(end_attempts(self.database_url, hurry=lambda: self.stop_request.signals > signals))
+        except (OSError, SQLAlchemyError) as error:  # without its database; the parts are to be stopped all the same
+            console.print(f"what ran could not be put back into the queue: {error}", soft_wrap=True, markup=False)
 
 
 def announce(up: Up) -> None:
@@ -318,6 +300,8 @@ def announce(up: Up) -> None:
         )
     sign_in = f"Sign in with: phalanx login --url {machine.url} --token-file {machine.path('admin-token')}"
     console.print(sign_in, soft_wrap=True)  # to be copied: no line break of ours
+    if up.open_jobs:
+        console.print(taken_up(up.open_jobs), soft_wrap=True, markup=False)
     if os.geteuid() == 0 and (warning := root_warning(up.nodes(), machine.path("logs") / "agent.log")):
         console.print(f"[bold red]{warning}[/]", soft_wrap=True)
 
@@ -329,17 +313,6 @@ def root_warning(nodes: list[dict[str, Any]], log: Path) -> str:
         return ""
     reach = "nothing holds them off each other or this machine"
     return f"Jobs of every tenant run as root on {names}: {reach} ({log} says why)"
-
-
-def mount_warnings(allowed: Iterable[str]) -> list[str]:
-    """What to say of directories that jobs may mount, as `--allow-mount` has them, where they cannot."""
-    said = []
-    for text in allowed:
-        path = Path(text.partition(":")[0])
-        if not path.is_dir():
-            what = "not a directory" if path.exists() else "not there"
-            said.append(f"--allow-mount: {path} is {what}: until it is, a job that mounts it does not start")
-    return said
 
 
 def bring_up(machine: Machine, command: list[str]) -> int:

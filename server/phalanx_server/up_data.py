@@ -1,10 +1,10 @@
 """The data directory of `phalanx up`: made, held, and the secrets in it.
 
-Owns who may read what in there, and the words for a directory that cannot be used.
+Owns who may read what in there, and the words for a directory that cannot be used, there or by jobs.
 """
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,3 +61,14 @@ def keep_secret(path: Path, text: str) -> str:
 def kept_secret(path: Path) -> str:
     """What an earlier start kept there; empty where nothing is left of it."""
     return path.read_text().strip() if path.exists() else ""
+
+
+def mount_warnings(allowed: Iterable[str]) -> list[str]:
+    """What to say of directories that jobs may mount, as `--allow-mount` has them, where they cannot."""
+    said = []
+    for text in allowed:
+        path = Path(text.partition(":")[0])
+        if not path.is_dir():
+            what = "not a directory" if path.exists() else "not there"
+            said.append(f"--allow-mount: {path} is {what}: until it is, a job that mounts it does not start")
+    return said

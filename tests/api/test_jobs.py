@@ -205,6 +205,71 @@ async def test_a_running_job_shows_attempt_placement_and_phases(
     assert nodes["n0"]["gpus_used"] == 4 and nodes["n0"]["jobs"] == [job] and nodes["n0"]["stats"] is None
 
 
+async def end(world: Any, job: str, *, state: str, outcome: str, message: str, exits: list[dict[str, Any]]) -> None:
+    """End the attempt that `run` has made, and put its job into a state."""
+    over = {"finished_at": datetime.now(UTC)} if state in ("failed", "cancelled") else {}
+    async with world.engine.begin() as conn:
+        ended = {
+            "state": "ended",
+            "outcome": outcome,
+            "message": message,
+            "exits": exits,
+            "number": 2,
+            "ended_at": datetime.now(UTC),
+        }
+        await conn.execute(update(attempts).where(attempts.c.job_id == ids.parse("job", job)).values(ended))
+        told = {"state": state, "reason": outcome, "message": message, "attempts": 2}
+        await conn.execute(update(jobs).where(jobs.c.id == ids.parse("job", job)).values(told | over))
+
+
+EXITS = [
+    {"rank": 0, "exit_code": None, "signal": 15, "ended_at": "2026-11-21T00:00:02Z"},
+    {"rank": 5, "exit_code": None, "signal": 9, "oom": True, "ended_at": "2026-11-21T00:00:01Z"},
+    {"rank": 6, "exit_code": 0, "signal": None, "ended_at": "2026-11-21T00:00:00Z"},
+]
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome", "message", "said"),
+    [
+        (
+            "failed",
+            "oom",
+            "rank 5 ran out of memory",
+            "train has failed (oom) after 2 attempts: rank 5 ran out of memory (on n1)."
+            " What that rank wrote: phalanx logs {job} --rank 5 --attempt 2",
+        ),
+        (
+            "failed",
+            "time_limit",
+            "reached its time limit",
+            "train has failed (time_limit) after 2 attempts: reached its time limit."
+            " What happened to it: phalanx events {job}",
+        ),
+        ("cancelled", "cancelled", "cancelled", "train was cancelled after 2 attempts."),
+    ],
+)
+async def test_a_job_that_has_ended_explains_how_and_where_to_read_more(
+    alice: httpx.AsyncClient, world: Any, job_file: Any, state: str, outcome: str, message: str, said: str
+) -> None:
+    (job,) = await submit(alice, job_file())
+    await run(world, job)
+    await end(world, job, state=state, outcome=outcome, message=message, exits=EXITS)
+    assert (await alice.get(f"/v1/jobs/{job}/explain")).json()["text"] == said.format(job=job)
+
+
+async def test_a_job_that_waits_to_be_tried_again_says_where_its_failed_rank_wrote(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    (job,) = await submit(alice, job_file())
+    await run(world, job)
+    async with world.engine.begin() as conn:
+        await conn.execute(update(jobs).where(jobs.c.id == ids.parse("job", job)).values(state="stopping"))
+    await end(world, job, state="queued", outcome="failed", message="rank 5 exited with code 1", exits=EXITS)
+    text = (await alice.get(f"/v1/jobs/{job}/explain")).json()["text"]
+    assert f"rank 5 exited with code 1. What its rank wrote: phalanx logs {job} --rank 5 --attempt 2." in text
+
+
 async def test_an_attempt_says_whom_it_gives_way_to_where_that_may_be_seen(
     alice: httpx.AsyncClient, admin: httpx.AsyncClient, world: Any, job_file: Any
 ) -> None:

@@ -69,6 +69,28 @@ async def test_a_new_job_a_quota_and_a_drained_node_at_once(
     assert (await alice.post("/v1/plan", json={"nodes": {"n0": "draining"}})).status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("resource", "said"),
+    [
+        ("h10", "there is no resource h10; did you mean h100? (known: "),
+        ("gpus", "there is no resource gpus (known: "),
+        ("memory", "there is no resource memory; did you mean memory_gib? (known: "),
+    ],
+)
+async def test_a_quota_of_what_no_node_has_is_refused_with_what_there_is(
+    admin: httpx.AsyncClient, resource: str, said: str
+) -> None:
+    refused = await admin.post("/v1/plan", json={"quotas": {"research": {resource: {"nominal": 3}}}})
+    (error,) = refused.json()["errors"]
+    assert refused.status_code == 422 and error["field"] == "quotas"
+    assert error["message"].startswith(said) and "cpu, h100, memory_gib" in error["message"]
+
+
+async def test_quotas_of_processors_and_memory_can_be_asked_for(admin: httpx.AsyncClient) -> None:
+    quotas = {"research": {"cpu": {"nominal": 3}, "memory_gib": {"nominal": 64}}}
+    assert (await admin.post("/v1/plan", json={"quotas": quotas})).status_code == 200
+
+
 async def test_a_given_snapshot(admin: httpx.AsyncClient) -> None:
     snapshot = {
         "now": 0,

@@ -276,12 +276,21 @@ async def test_a_dry_run_of_a_recipe_says_what_memory_each_rank_needs(alice: htt
     (on,) = memory["on"]
     assert (on["gpu_type"], on["fits"]) == ("h100", False)
     assert on["message"].startswith("does not fit on h100-80gb: needs ") and "parallel." in on["message"]
+    assert (await alice.post("/v1/jobs?dry_run=true", json=large)).json()["warnings"] == [], "it is said once"
     accepted = (await alice.post("/v1/jobs", json=large)).json()
     assert any("does not fit on h100-80gb" in warning for warning in accepted["warnings"])
     small = job_file(run={"recipe": "lm", "args": {"data": {"paths": ["/data/*.txt"]}}}, resources=gpus)
     tried = (await alice.post("/v1/jobs?dry_run=true", json=small)).json()
     assert tried["memory"]["on"][0]["fits"]
     assert (await alice.post("/v1/jobs?dry_run=true", json=job_file())).json()["memory"] is None
+
+
+async def test_a_dry_run_says_once_that_a_job_can_never_start(alice: httpx.AsyncClient, job_file: Any) -> None:
+    large = job_file(resources={"replicas": 1000, "gpus_per_replica": 1})
+    tried = (await alice.post("/v1/jobs?dry_run=true", json=large)).json()
+    assert tried["would"]["hold"]["reason"] == "impossible" and tried["warnings"] == []
+    accepted = (await alice.post("/v1/jobs", json=large)).json()
+    assert any("all nodes together hold at most" in warning for warning in accepted["warnings"])
 
 
 async def test_checks_that_only_recipes_make_are_said_to_do_nothing_for_a_command(

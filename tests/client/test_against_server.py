@@ -167,6 +167,18 @@ def test_wrong_fields_are_shown_with_their_place_and_the_nearest_name(run: Run, 
     assert "replicas" in result.stderr.partition("resources.replica:")[2]
 
 
+def test_all_wrong_arguments_of_a_recipe_are_shown_with_the_lines_of_their_fields(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "name: lm\nresources: {gpus: 1}\nrun:\n  recipe: lm\n  args:\n    data: {paths: [x]}\n    model:\n"
+        "      layerz: 4\n      width: wide\n    train: {steps: 0}\n"
+    )
+    said = run("submit", str(file), code=2).stderr.removeprefix("error: ").split(f"; {file}")
+    assert said[0] == f"{file}:8:7: run.args.model.layerz: is not a field; did you mean 'layers'?"
+    assert said[1].startswith(":9:7: run.args.model.width: 'wide' is not a whole number")
+    assert said[2].startswith(":10:13: run.args.train.steps: 0 is not positive")
+
+
 def test_an_unknown_tenant_is_a_mistake_in_the_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     file = tmp_path / "job.yaml"

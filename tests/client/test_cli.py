@@ -154,6 +154,15 @@ def test_dry_run_says_what_would_happen(wired: FakeServer, run: Run, tmp_path: P
     assert result.stderr == "warning: w1\n" and wired.requests[0].url.params["dry_run"] == "true"
 
 
+def test_dry_run_of_what_can_never_start_does_not_say_that_it_waits(
+    wired: FakeServer, run: Run, tmp_path: Path
+) -> None:
+    hold = {"reason": "impossible", "message": "can never start: needs 16 h100, but the nodes have 8"}
+    wired.on("POST /v1/jobs", answer({"valid": True, "would": {"start": False, "hold": hold}, "warnings": []}))
+    said = run("submit", "--dry-run", job_file(tmp_path, "name: lm\n")).stdout
+    assert said == "valid, but it can never start: needs 16 h100, but the nodes have 8 [impossible]\n"
+
+
 @pytest.mark.parametrize("words", [[], ["--follow"]])
 def test_what_may_not_be_as_meant_is_said_at_submit(
     wired: FakeServer, run: Run, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
@@ -354,6 +363,23 @@ def test_show_tells_of_a_waiting_job_how_its_last_attempt_ended_too(wired: FakeS
     wired.on(f"GET /v1/jobs/{JOB_ID}", answer(job(hold=hold, message="could not start: no mount")))
     text = run("show", JOB_ID).stdout
     assert "pauses until 12:00 [backoff]" in text and "could not start: no mount" in text
+
+
+@pytest.mark.parametrize(
+    ("parts", "share", "measured", "said"),
+    [
+        ({"start": 900.0, "productive": 2700.0}, 0.75, True, "goodput 75.0% of 1.00 GPU-hours in 2 attempts\n"),
+        ({"start": 900.0, "productive": 2700.0}, 0.75, False, "(at most: the job does not say itself"),
+        ({"start": 1.0, "rendezvous": 3599.0}, 0.0, True, "(no step was seen: it reported none, and no torch optim"),
+        ({}, None, True, "it was given no GPU time yet\n"),
+    ],
+)
+def test_goodput_says_what_it_is_of(
+    wired: FakeServer, run: Run, parts: dict[str, float], share: float | None, measured: bool, said: str
+) -> None:
+    found = {"job_id": JOB_ID, "attempts": 2, "goodput": share, "allocated_gpu_s": 3600.0, "parts_gpu_s": parts}
+    wired.on(f"GET /v1/jobs/{JOB_ID}/goodput", answer(found | {"measured": measured}))
+    assert said in run("goodput", JOB_ID).stdout
 
 
 def test_explain_is_the_server_s_sentence(wired: FakeServer, run: Run) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from fake_server import AT, JOB_ID, FakeServer, answer, problem
+from fake_server import AT, JOB_ID, FakeServer, answer, job, problem
 from phalanx import errors
 from phalanx.cli.app import app
 from phalanx.client import AsyncClient, Client
@@ -195,9 +195,20 @@ def test_outputs_are_listed(wired: FakeServer, run: Run) -> None:
     assert "model.pt" in run("-o", "yaml").stdout
 
 
-def test_a_job_without_outputs_says_so(wired: FakeServer, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [("failed", "lm has left no outputs. Kept is"), ("running", "lm is running: outputs are collected when its ranks")],
+)
+def test_a_job_without_outputs_says_how_it_would_leave_some(wired: FakeServer, run: Run, state: str, said: str) -> None:
     left(wired, {})
-    assert run().stderr.strip() == "the job has left no outputs" and run("-o", "json").stdout.strip() == "[]"
+    wired.on(f"GET /v1/jobs/{JOB_ID}", answer(job(state)))
+    told = run().stderr
+    assert told.startswith(said) and "$PHALANX_OUTPUT_DIR" in told and "run.outputs of the job file" in told
+    asked = job(state)
+    asked["spec"]["run"]["outputs"] = ["out/[ab]*"]
+    wired.on(f"GET /v1/jobs/{JOB_ID}", answer(asked))
+    assert "workdir what fits out/[ab]*." in run().stderr
+    assert run("-o", "json").stdout.strip() == "[]"
 
 
 def test_a_pattern_that_fits_nothing_is_not_found(wired: FakeServer, run: Run, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_it_asks_waits_and_fetches_every_trace(server: FakeServer, run: Run, tmp
     files = [tmp_path / "traces" / f"{PROFILE}-rank-{rank}.json.gz" for rank in (0, 8)]
     assert said.stdout.split() == [str(file) for file in files]
     assert [file.read_bytes() for file in files] == [TRACE] * 2
-    assert "recording 5 steps of rank 0, 8" in said.stderr and "https://ui.perfetto.dev" in said.stderr
+    assert "recording 5 steps of ranks 0,8" in said.stderr and "https://ui.perfetto.dev" in said.stderr
     asked = next(request for request in server.requests if request.method == "POST")
     assert json.loads(asked.content) == {"steps": 7, "ranks": [0, 8]} and "idempotency-key" in asked.headers
 

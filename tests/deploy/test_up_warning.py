@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phalanx_server.up_command import mount_warnings, root_warning
+from phalanx_server.up_command import root_warning
+from phalanx_server.up_data import mount_warnings
 
 LOG = Path("/data/logs/agent.log")
 

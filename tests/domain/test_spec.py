@@ -395,9 +395,15 @@ def test_a_recipe_stands_for_a_command():
         ({"recipe": "lm", "command": "true"}, "run", "say either command, or recipe with args"),
         ({}, "run", "say either command, or recipe with args"),
         ({"command": "true", "args": {"a": 1}}, "run.args", "none is named"),
-        ({"recipe": "lm", "args": {"modle": {}}}, "run.args", "modle is not a field; did you mean 'model'?"),
-        ({"recipe": "lm", "args": {"model": {"layers": "many"}}}, "run.args", "model.layers = 'many' is not a whole"),
-        ({"recipe": "lm", "args": {"data": DATA, "parallel": {"tensor": 3}}}, "run", "args: parallel has no room"),
+        ({"recipe": "lm", "args": {"data": DATA, "modle": {}}}, "run.args.modle", "is not a field; did you mean 'mod"),
+        (
+            {"recipe": "lm", "args": {"data": DATA, "model": {"layers": "many"}}},
+            "run.args.model.layers",
+            "'many' is not a whole number; write a whole number",
+        ),
+        ({"recipe": "lm", "args": {"data": DATA, "parallel": {"tensor": 3}}}, "run.args.parallel", "has no room"),
+        ({"recipe": "script", "args": {"lr": 1}, "command": "true"}, "run.args", "write them into command"),
+        ({"recipe": "script"}, "run.command", "is missing: the recipe script runs what it says"),
         ({"recipe": "lm", "args": {"x": "y" * 70_000}}, "run.args", "at most 65536"),
     ],
 )
@@ -409,11 +415,32 @@ def test_a_recipe_that_cannot_run_is_refused_with_the_field_and_the_fix(run, fie
     assert says in error.message
 
 
+def test_all_that_is_wrong_with_a_recipe_s_arguments_is_said_at_once_each_with_its_field():
+    wrong = recipe(model={"layerz": 4, "width": "wide"}, train={"steps": 0, "global_batch": 0}, optim={"lr": "fast"})
+    with pytest.raises(Invalid) as refused:
+        parse_job({**wrong, "nmae": "x"}, where="jobs[3]")
+    assert [error.field for error in refused.value.errors] == [
+        "jobs[3].run.args.model.layerz",
+        "jobs[3].run.args.model.width",
+        "jobs[3].run.args.train.steps",
+        "jobs[3].run.args.train.global_batch",
+        "jobs[3].run.args.optim.lr",
+        "jobs[3].nmae",
+    ]
+    assert refused.value.errors[2].message == "0 is not positive; use 1 or more"
+
+
+def test_the_recipe_script_is_the_command_alone():
+    plain = parse_job({**SMALL, "run": {"command": "python train.py"}})
+    assert parse_job({**SMALL, "run": {"recipe": "script", "command": "python train.py"}}) == plain
+    assert parse_job({**SMALL, "run": {"recipe": "script", "command": "python train.py", "args": {}}}) == plain
+
+
 def test_a_recipe_fits_every_size_of_an_elastic_gang():
     resources = {"gpus": 4, "elastic": {"min_replicas": 1, "max_replicas": 4}}
     with pytest.raises(Invalid) as refused:
         parse_job({**recipe(train={"global_batch": 32}), "resources": resources})
-    assert "train.global_batch = 32 is not a multiple of data" in refused.value.detail
+    assert "run.args.train.global_batch: 32 is not a multiple of data" in refused.value.detail
     assert "(with 3 ranks)" in refused.value.detail
     assert parse_job({**recipe(train={"global_batch": 24}), "resources": resources})
 

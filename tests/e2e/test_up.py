@@ -28,6 +28,7 @@ def test_it_continues_where_it_was_and_shows_the_token_once(machine):
     token = machine.environment["PHALANX_TOKEN"]
     code, output = machine.stop()
     assert (code, token in output) == (0, True)
+    assert "Stopping 1 job (kept): the next `phalanx up` on this data goes on" in output
     assert machine.left_over() == []
 
     machine.start().wait_up()
@@ -35,10 +36,13 @@ def test_it_continues_where_it_was_and_shows_the_token_once(machine):
         assert client.job(done.id).state == "succeeded"
         assert "kept" in client.logs(done.id)
         wait_running(client, running.id, attempts=2)
+        first = client.attempts(running.id)[0]
+        assert (first.outcome, first.message) == ("requeued", "Phalanx was stopped")
         client.cancel(running.id)
         assert client.wait(running.id, timeout_s=60).state == "cancelled"
     code, output = machine.stop()
-    assert (code, token in output) == (0, False)
+    assert (code, token in output, "Stopping" in output) == (0, False, False)
+    assert "Taken up again, as not ended before: 1 job (kept)" in output
     assert machine.left_over() == []
 
 

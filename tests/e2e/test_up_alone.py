@@ -11,7 +11,9 @@ from phalanx_server import up_command
 from phalanx_server.store.credentials import load_credential
 from phalanx_server.store.embedded import PostgresFailed
 from phalanx_server.store.tokens import given
-from phalanx_server.up_command import Machine, Stopped, StopRequest, Up
+from phalanx_server.supervise import Child
+from phalanx_server.up_command import Machine, Up
+from phalanx_server.up_stop import Stopped, StopRequest
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typer.testing import CliRunner
 
@@ -22,6 +24,14 @@ class RunningPostgres:
 
     def start(self) -> str:
         return self.url
+
+
+class StoppingPostgres:
+    def __init__(self, stopped: list[str]) -> None:
+        self._stopped = stopped
+
+    def stop(self) -> None:
+        self._stopped.append("postgres")
 
 
 def machine_at(data: Path) -> Machine:
@@ -113,3 +123,15 @@ def test_what_fails_after_a_ctrl_c_is_no_failure(
     monkeypatch.setattr(Up, "start", interrupted)
     monkeypatch.setattr(Up, "stop", lambda _: None)
     assert up_command.bring_up(machine_at(tmp_path), command) == code
+
+
+def test_a_stop_without_its_database_stops_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    up = Up(machine_at(tmp_path), StopRequest())
+    up.database_url = "postgresql+asyncpg://nobody@127.0.0.1:1/nothing"
+    stopped: list[str] = []
+    up.scheduler = Child("scheduler", [], {}, tmp_path / "log")
+    up.family.stop = lambda *_: stopped.append("family")  # type: ignore[method-assign]
+    up.postgres = StoppingPostgres(stopped)  # type: ignore[assignment]
+    up.stop()
+    assert stopped == ["family", "postgres"]
+    assert "what ran could not be put back into the queue" in capsys.readouterr().err

@@ -19,6 +19,7 @@ import uvicorn
 from phalanx.cli import plugins
 from phalanx.cli.app import app
 from phalanx.client import Client
+from phalanx_server import scaling_command
 from phalanx_server.actions.bootstrap import Bootstrapped, bootstrap
 from phalanx_server.main import create_app
 from phalanx_server.settings import Settings
@@ -71,9 +72,12 @@ def test_the_group_says_what_it_has(fit: Fit) -> None:
 # ------------------------------------------------------------------ files
 
 
-def test_a_file_to_a_table_and_a_picture(fit: Fit, file: Path, tmp_path: Path) -> None:
+def test_a_file_to_a_table_and_a_picture(fit: Fit, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling_command, "LINE_EVERY_S", 0.0)
     asked = ("--parameters", "7e10", "--tokens", "1.4e12", "--gpu-hours", "1e5", "--gpu", "h100", "--mfu", "0.5")
-    said = fit("--runs", file, *asked, "--plot", tmp_path / "law.svg", "--resamples", "50").stdout
+    result = fit("--runs", file, *asked, "--plot", tmp_path / "law.svg", "--resamples", "50")
+    assert "50 of 50 resamples of 25 runs fitted\n" in result.stderr
+    said = result.stdout
     assert "alpha" in said and "90 % intervals" in said and "Planned run" in said
     assert "Best use of the budget" in said and "100,000" in said and "h100-80gb bf16 at 50 % MFU (given)" in said
     assert "lm-24" in said and "doubt:" in said
@@ -168,6 +172,20 @@ def url(database: str, tokens: Bootstrapped, tmp_path: Path) -> Iterator[str]:
     thread.join(DEADLINE_S)
     listening.close()
     structlog.reset_defaults()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_how_far_it_is_is_said_on_stderr_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(scaling_command, "LINE_EVERY_S", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    with scaling_command._progress("jobs read", 2) as told:
+        told(1)
+        told(2)
+    said = capsys.readouterr()
+    assert said.out == "" and "2 of 2 jobs read" in said.err
+    assert (said.err == "1 of 2 jobs read\n2 of 2 jobs read\n") is not terminal, "a terminal's line goes away"
 
 
 def sweep_job(name: str, **env: object) -> dict[str, object]:

@@ -169,6 +169,20 @@ def test_schedules_warm_up_and_come_down(shape, factors):
     assert [round(schedule.factor(step, steps=10), 3) for step in steps] == factors
 
 
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(RecipeError) as caught:
+        lm({"modle": {}, "model": {"layers": "two", "widht": 8}, "train": {"steps": 0, "accumulate": -1}})
+    assert [error.field for error in caught.value.all] == [
+        "modle",
+        "model.layers",
+        "model.widht",
+        "train.steps",
+        "train.accumulate",
+    ]
+    assert str(caught.value).startswith("modle is not a field; did you mean 'model'?; model.layers = 'two' is not")
+    assert not any(error.others for error in caught.value.all)
+
+
 HUGE = 10**400
 
 

@@ -21,6 +21,7 @@ from phalanx.cli import (
     streams,
     submit,
     tenancy,
+    wait,
 )
 
 HELP = f"""Submit distributed training jobs to a GPU cluster, and see what becomes of them.
@@ -55,6 +56,6 @@ def root(
         typer.echo(ctx.get_help())
 
 
-OF_JOBS = (submit, observe, streams, outputs, profile, change)
+OF_JOBS = (submit, observe, streams, outputs, profile, wait, change)
 for module in (*OF_JOBS, environment, fleet, maintenance, tenancy, policy, account):
     module.register(app)

@@ -48,7 +48,7 @@ def asked(job: Job) -> str:
     replicas, gpus = resources.get("replicas") or 1, resources.get("gpus_per_replica") or 0
     kinds = f" of {' or '.join(resources['gpu_types'])}" if resources.get("gpu_types") else ""
     kinds += _elastic(resources.get("elastic")) + _topology(resources.get("topology"))
-    return f"{replicas} {'replica' if replicas == 1 else 'replicas'} × {gpus} GPUs{kinds}"
+    return f"{replicas} {'replica' if replicas == 1 else 'replicas'} × {gpus} {'GPU' if gpus == 1 else 'GPUs'}{kinds}"
 
 
 def _elastic(asked: Mapping[str, Any] | None) -> str:

@@ -179,7 +179,7 @@ def _print_job(job: Job) -> None:
 
 
 def explain(job: JobArgument, output_as: output.Output = output.Format.TABLE) -> None:
-    """Say why a job waits, what would unblock it, and when it is expected to start."""
+    """Say why a job waits, what would unblock it, and when it is expected to start; or how it ended."""
     with connected() as client:
         found = client.explain(job_id(client, job))
     if output_as is not output.Format.TABLE:
@@ -188,14 +188,21 @@ def explain(job: JobArgument, output_as: output.Output = output.Format.TABLE) ->
 
 
 def goodput(job: JobArgument, output_as: output.Output = output.Format.TABLE) -> None:
-    """Show how much of the GPU time that a job was given went into steps that count, and where the rest went."""
+    """Show how much of the GPU time that a job was given went into steps that count, and where the rest went.
+
+    Start, rendezvous and setup last until all ranks run, until their process group is up, and until the first step is
+    done. Data wait and checkpoint: standing still for them. Rolled back and redone: steps that did not count in the
+    end. Stopping: from the request to stop. Other: what none of these explains. A job that runs is counted until now.
+    """
     with connected() as client:
         found = client.goodput(job_id(client, job))
     if output_as is not output.Format.TABLE:
         return output.data(found.raw, output_as)
     if found.goodput is None:
-        return typer.echo("it was given nothing yet")
+        return typer.echo("it was given no GPU time yet")
     said = "" if found.measured else " (at most: the job does not say itself how long its steps take)"
+    if not any(found.parts_gpu_s.get(part) for part in ("productive", "redone", "rolled_back")):
+        said = " (no step was seen: it reported none, and no torch optimizer took one)"
     hours, attempts = found.allocated_gpu_s / 3600, "attempt" if found.attempts == 1 else "attempts"
     typer.echo(f"goodput {found.goodput:.1%} of {hours:.2f} GPU-hours in {found.attempts} {attempts}{said}")
     output.fields(

@@ -13,6 +13,7 @@ from phalanx.cli.output import Column
 from phalanx.cli.session import JobArgument, connected, job_id
 
 if TYPE_CHECKING:
+    from phalanx.models import Job
     from phalanx.outputs import Fetched
 
 COLUMNS = (
@@ -46,11 +47,24 @@ def outputs(
         if not fitting and (patterns or group is not None):
             raise CommandError(f"no output of {found} fits; `phalanx outputs {found}` lists all", exit_code=NOT_FOUND)
         if to is None:
-            return output.items(fitting, COLUMNS, output_as, empty="the job has left no outputs")
+            if not fitting and output_as is output.Format.TABLE:
+                return typer.echo(_none_left(client.job(found)), err=True)
+            return output.items(fitting, COLUMNS, output_as, empty="")
         if to.exists() and not to.is_dir():
             raise CommandError(f"{to} is not a directory", exit_code=INVALID)
         fetched = client.download_outputs(found, to, attempt=attempt, **wanted)
     _say(fetched, to, output_as, passed_over=len(fitting) - len(fetched))
+
+
+def _none_left(job: Job) -> str:
+    """What to say of a job without outputs: whether there may still be some, and how a job leaves any."""
+    yet = "has left no outputs" if job.ended else f"is {job.state}: outputs are collected when its ranks have ended"
+    patterns = (job.spec.get("run") or {}).get("outputs")
+    named = f"fits {', '.join(patterns)}" if patterns else "fits run.outputs of the job file, such as out/**"
+    return (
+        f"{job.name} {yet}. Kept is what ranks write into $PHALANX_OUTPUT_DIR, and of their workdir what {named}."
+        f" Checkpoints are not among them: phalanx show {job.id}"
+    )
 
 
 def _say(fetched: list[Fetched], to: Path, output_as: output.Format, *, passed_over: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phalanx.cli import output
+from phalanx.cli import describe, output
 from phalanx.cli.failures import INVALID, CommandError
 from phalanx.cli.session import JobArgument, connected, job_id
 
@@ -44,7 +44,7 @@ def profile(
         return output.data({**done.raw, "files": [str(file) for file in files]}, output_as)
     for file in files:
         typer.echo(file)
-    typer.echo("open it at https://ui.perfetto.dev", err=True)
+    typer.echo(f"open {'it' if len(files) == 1 else 'each'} at https://ui.perfetto.dev", err=True)
 
 
 class _Progress:
@@ -54,10 +54,11 @@ class _Progress:
         self._said = ""
 
     def __call__(self, profile: Profile) -> None:
-        ranks = ", ".join(str(rank.rank) for rank in profile.ranks)
+        ranks = describe.span("rank", [rank.rank for rank in profile.ranks])
+        steps = "1 step" if profile.steps == 1 else f"{profile.steps} steps"
         sentence = {
-            "requested": f"{profile.id}: waiting for the next step of rank {ranks}",
-            "recording": f"{profile.id}: recording {profile.steps} steps of rank {ranks}",
+            "requested": f"{profile.id}: waiting for the next step of {ranks}",
+            "recording": f"{profile.id}: recording {steps} of {ranks}",
         }.get(profile.state, "")
         if sentence and sentence != self._said:
             typer.echo(sentence, err=True)

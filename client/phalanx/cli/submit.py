@@ -180,6 +180,8 @@ def _print_dry_run(found: DryRun, output_as: output.Format) -> None:
         typer.echo("valid")
     elif would.start:
         typer.echo("valid; it would start now")
+    elif would.hold and would.hold.reason == "impossible":
+        typer.echo(f"valid, but it {would.hold.message or 'can never start'} [impossible]")
     elif would.hold:
         start = f"; expected to start {output.ago(would.hold.estimated_start)}" if would.hold.estimated_start else ""
         typer.echo(f"valid; it would wait: {would.hold.message or would.hold.reason} [{would.hold.reason}]{start}")

@@ -34,16 +34,32 @@ _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhd]))+")
 
 
 class RecipeError(PhalanxError, ValueError):
-    """A recipe's arguments cannot be used: which field (dotted), and what to do about it."""
+    """A recipe's arguments cannot be used: which field (dotted), and what to do about it. `others`: what else is wrong
+    with them, each error with none of its own."""
 
-    def __init__(self, field: str, problem: str):
-        super().__init__(f"{field} {problem}" if field else problem)
+    def __init__(self, field: str, problem: str, others: tuple[RecipeError, ...] = ()):
+        said = f"{field} {problem}" if field else problem
+        super().__init__("; ".join([said, *map(str, others)]))
         self.field = field
         self.problem = problem
+        self.others = others
+
+    @property
+    def all(self) -> tuple[RecipeError, ...]:
+        """This error and the others."""
+        return (RecipeError(self.field, self.problem), *self.others)
 
     def inside(self, section: str) -> RecipeError:
-        """The same error, as seen from outside `section`."""
-        return RecipeError(f"{section}.{self.field}" if self.field else section, self.problem)
+        """The same errors, as seen from outside `section`."""
+        field = f"{section}.{self.field}" if self.field else section
+        return RecipeError(field, self.problem, tuple(other.inside(section) for other in self.others))
+
+
+def _raise(errors: Sequence[RecipeError]) -> None:
+    """Raise these errors as one; nothing where there are none."""
+    found = [each for error in errors for each in error.all]
+    if found:
+        raise RecipeError(found[0].field, found[0].problem, tuple(found[1:]))
 
 
 def demand(holds: bool, field: str, value: object, problem: str) -> None:
@@ -53,18 +69,22 @@ def demand(holds: bool, field: str, value: object, problem: str) -> None:
 
 
 def demand_sizes(section: object, *, least: int, **most: int) -> None:
-    """Raise `RecipeError` unless each of these fields of the section lies from `least` to the most that is given: no
-    run needs more, and what follows from it stays cheap to work out. Texts and None are left alone."""
+    """Raise `RecipeError` of all of these fields of the section that do not lie from `least` to the most that is given:
+    no run needs more, and what follows from it stays cheap to work out. Texts and None are left alone."""
+    errors = []
     for name, largest in most.items():
         value = getattr(section, name)
-        if isinstance(value, int):
-            demand(value >= least, name, value, f"is {'not positive' if least else 'negative'}; use {least} or more")
-            demand(value <= largest, name, value, f"is too large; use {largest} or less")
+        if isinstance(value, int) and not least <= value <= largest:
+            below = f"is {'not positive' if least else 'negative'}; use {least} or more"
+            problem = below if value < least else f"is too large; use {largest} or less"
+            errors.append(RecipeError(name, f"= {_shown(value)} {problem}"))
+    _raise(errors)
 
 
 def parse(kind: type[Config], given: Mapping[str, Any], words: Sequence[str] = ()) -> Config:
     """The configuration of type `kind` (a frozen dataclass) that `given` describes; `words` (`model.layers=4`, values
-    as JSON or else plain text) go over it. What is not given keeps its default. Raises `RecipeError`."""
+    as JSON or else plain text) go over it. What is not given keeps its default. Raises `RecipeError`, of all that is
+    wrong with names, types and units; what sections demand of their values, they say of those that are right so far."""
     return _section(kind, _with_words(given, words))
 
 
@@ -105,21 +125,20 @@ def _section(kind: type[Config], given: Any) -> Config:
         raise RecipeError("", f"= {_shown(given)} is not a section; write keys and values, such as {_example(kind)}")
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
-    for name in given:
+    errors, values = [], {}
+    for name, value in given.items():
         if name not in fields:
-            raise RecipeError(str(name), f"is not a field; {_nearest(str(name), fields)}")
-    values = {name: _within(name, hints[name], value) for name, value in given.items()}
+            errors.append(RecipeError(str(name), f"is not a field; {_nearest(str(name), fields)}"))
+            continue
+        try:
+            values[name] = _value(hints[name], value)
+        except RecipeError as error:
+            errors.append(error.inside(name))
     for name, field in fields.items():
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise RecipeError(name, "is missing; it has no default")
+        if name not in given and field.default is field.default_factory is dataclasses.MISSING:
+            errors.append(RecipeError(name, "is missing; it has no default"))
+    _raise(errors)
     return kind(**values)
-
-
-def _within(name: str, hint: Any, given: Any) -> Any:
-    try:
-        return _value(hint, given)
-    except RecipeError as error:
-        raise error.inside(name) from None
 
 
 def _value(hint: Any, given: Any) -> Any:
@@ -152,7 +171,7 @@ def _one_of(hints: tuple[Any, ...], given: Any) -> Any:
             problem = problem or error
     assert problem is not None
     words = [repr(choice) for hint in hints if typing.get_origin(hint) is Literal for choice in typing.get_args(hint)]
-    raise RecipeError(problem.field, problem.problem + (f", or {' or '.join(words)}" if words else ""))
+    raise RecipeError(problem.field, problem.problem + (f", or {' or '.join(words)}" if words else ""), problem.others)
 
 
 def _choice(choices: tuple[Any, ...], given: Any) -> Any:

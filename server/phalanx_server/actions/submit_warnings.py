@@ -21,6 +21,9 @@ from phalanx_server.domain.spec import JobSpec, Resources
 
 log = structlog.get_logger("phalanx.submits")
 
+UNTIL_THERE_ARE_MORE = "it waits until there are more"
+"""How the warning ends that all nodes together are too few."""
+
 ESTIMATES_S = 0.25
 """So long the memory of recipes is worked out for jobs that are checked together, some milliseconds each."""
 
@@ -80,8 +83,8 @@ def _more_than_all(asked: Resources, hardware: Hardware) -> list[str]:
     one_type = ", and a gang lies on one GPU type" if most.of_several_types else ""
     return [
         f"it asks for {asked.replicas} × ({shape.describe(types or None)}), but all {nodes} together hold at most"
-        f" {most.replicas} of these{on_type} in one cluster{one_type}, empty and in any state: it waits until there are"
-        " more"
+        f" {most.replicas} of these{on_type} in one cluster{one_type}, empty and in any state:"
+        f" {UNTIL_THERE_ARE_MORE}"
     ]
 
 

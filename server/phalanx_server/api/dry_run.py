@@ -11,12 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.actions.check_jobs import Request, check_jobs
 from phalanx_server.actions.hardware import HardwareWatch
+from phalanx_server.actions.submit_warnings import UNTIL_THERE_ARE_MORE
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Services, now
 from phalanx_server.api.job_documents import Hold, too_late
 from phalanx_server.api.what_if import Outcome, hold_of, hypothetical
 from phalanx_server.domain.errors import PhalanxError
 from phalanx_server.domain.memory_estimate import estimate_of
+from phalanx_server.domain.reason import HoldReason
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Hold as PlannedHold
 from phalanx_server.store import ids
@@ -73,9 +75,17 @@ async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> Dr
     async with services.reads.connect() as conn:
         would = await _would(conn, outcome, job.id, principal)
         gpu_types = await gpu_types_of_nodes(conn)
+    memory = _memory(spec, gpu_types)
+    warnings = [each for each in checked.warnings[0] if not _is_said(each, would, memory)]
     late = too_late(would.hold.estimated_start if would.hold else None, spec.deadline)
-    return DryRun(
-        spec=spec.dump(), would=would, warnings=[*checked.warnings[0], *late], memory=_memory(spec, gpu_types)
+    return DryRun(spec=spec.dump(), would=would, warnings=[*warnings, *late], memory=memory)
+
+
+def _is_said(warning: str, would: Would, memory: Memory | None) -> bool:
+    """Whether the rest of the answer says it already: why it can never start, or what does not fit in memory."""
+    never = would.hold is not None and would.hold.reason == HoldReason.IMPOSSIBLE
+    return (never and warning.endswith(UNTIL_THERE_ARE_MORE)) or (
+        memory is not None and any(warning.endswith(each.message) for each in memory.on)
     )
 
 

@@ -90,7 +90,9 @@ class Attempt(BaseModel):
     rendezvous_at: datetime | None
     first_step_at: datetime | None
     stop_cause: str | None
-    stop_reason: str | None = Field(description="Why it was preempted, as in a plan: `within_tenant`, `reclaim`, …")
+    stop_reason: str | None = Field(
+        description="Why it was preempted, as in a plan: `within_tenant`, `reclaim`, …; or `shutdown`, of Phalanx."
+    )
     stop_for: str | None = Field(description="The job that it gave way to; null, too, where that is not to be seen.")
     next: NextPlace | None = Field(description="Where the job was to go on when it was resized or moved.")
     stop_requested_at: datetime | None

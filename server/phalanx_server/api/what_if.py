@@ -8,6 +8,7 @@ and what was learnt of run times and what tenants have used for longer.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import math
 import re
 import time
@@ -20,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.awaited_jobs import Unmet, awaited_by
 from phalanx_server.api.errors import Problem
+from phalanx_server.domain.resources import CPU, MEMORY
 from phalanx_server.domain.spec import JobSpec
 from phalanx_server.scheduling.plan import Hold, Plan, dump_plan
 from phalanx_server.scheduling.planner import schedule
@@ -68,18 +70,28 @@ class Edits:
     nodes: Mapping[str, NodeState]
 
     def made(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with the edits. ValueError where there is no such tenant or node."""
+        """The snapshot with the edits. ValueError where there is no such tenant, resource or node."""
         for noun, asked, known in (
             ("tenant", self.quotas, {tenant.name for tenant in snapshot.tenants}),
             ("node", self.nodes, {node.name for node in snapshot.nodes}),
         ):
             if unknown := sorted(asked.keys() - known):
                 raise ValueError(f"there is no {noun} {unknown[0]}")
+        self._check_resources(snapshot)
         tenants = (
             replace(tenant, quotas={**tenant.quotas, **self.quotas.get(tenant.name, {})}) for tenant in snapshot.tenants
         )
         nodes = (replace(node, state=self.nodes.get(node.name, node.state)) for node in snapshot.nodes)
         return replace(snapshot, tenants=tuple(tenants), nodes=tuple(nodes))
+
+    def _check_resources(self, snapshot: Snapshot) -> None:
+        """A quota of what no node has would change nothing: ValueError names what there is."""
+        known = {CPU, MEMORY, *(node.gpu_type for node in snapshot.nodes if node.gpus)}
+        known |= {resource for tenant in snapshot.tenants for resource in tenant.quotas}
+        for resource in sorted({name for quotas in self.quotas.values() for name in quotas} - known):
+            near = difflib.get_close_matches(resource, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"there is no resource {resource}{meant} (known: {', '.join(sorted(known))})")
 
 
 class WhatIf:

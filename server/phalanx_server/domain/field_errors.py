@@ -7,6 +7,7 @@ no database can store. Knows no particular document.
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -19,12 +20,28 @@ DEPTH_MAX = 32
 SHOWN_MAX_CHARS = 60
 
 
+class WrongFields(ValueError):
+    """What a validator raises that finds several fields wrong below its own, each named from there."""
+
+    def __init__(self, errors: Sequence[FieldError]) -> None:
+        super().__init__("; ".join(f"{error.field}: {error.message}" for error in errors))
+        self.errors = tuple(errors)
+
+
 def explain(error: ValidationError, model: type[BaseModel], *, where: str = "") -> Invalid:
     """The refusal that a validation error of `model` means; `where` is put before every field."""
     details = error.errors(include_url=False)
-    fields = [_field_error(detail, model, where) for detail in details[:ERRORS_MAX]]
+    fields = [field for detail in details for field in _field_errors(detail, model, where)][:ERRORS_MAX]
     unknown = any(detail["type"] == "extra_forbidden" for detail in details)
     return (UnknownField if unknown else Invalid).fields(fields)
+
+
+def _field_errors(detail: ErrorDetails, model: type[BaseModel], where: str) -> list[FieldError]:
+    raised = (detail.get("ctx") or {}).get("error")
+    if not isinstance(raised, WrongFields):
+        return [_field_error(detail, model, where)]
+    within = join(where, detail["loc"])
+    return [replace(error, field=join(within, (error.field,) if error.field else ())) for error in raised.errors]
 
 
 def _field_error(detail: ErrorDetails, model: type[BaseModel], where: str) -> FieldError:

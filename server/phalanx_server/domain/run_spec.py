@@ -15,8 +15,11 @@ from phalanx.recipes.parse import RecipeError
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from phalanx_server.domain.environment import clean_requirements
+from phalanx_server.domain.errors import FieldError
+from phalanx_server.domain.field_errors import WrongFields
 from phalanx_server.domain.field_types import Name, Part, Size, Switch, Text, Unsupported
 
+SCRIPT = "script"  # the recipe of those who bring their own command
 COMMAND_MAX_BYTES = 64 << 10
 ENV_MAX_BYTES = 64 << 10
 MOUNTS_MAX = 16
@@ -126,13 +129,23 @@ def program_of(run: Mapping[str, Any]) -> str:
     return shlex.join(["python", "-m", catalog.MODULE, recipe, json.dumps(run["args"])])
 
 
+def wrong_arguments(error: RecipeError, *, within: str = "") -> WrongFields:
+    """What is wrong with a recipe's arguments, each field named from `within` (the arguments, or what holds them)."""
+    return WrongFields(
+        [
+            FieldError(".".join(filter(None, (within, each.field))), each.problem.removeprefix("= "))
+            for each in error.all
+        ]
+    )
+
+
 class Run(Part):
     """What each rank runs: a command, or a recipe with its arguments.
 
     `workdir` is for the client, which uploads it and says its hash in `bundle`."""
 
     command: Annotated[str, Field(min_length=1)] | None = None
-    recipe: str | None = None
+    recipe: Annotated[str, Field(description="lm, vision, recsys; or script, which is the command.")] | None = None
     args: Annotated[dict[str, Any], Field(description="Of the recipe: docs/training.md.")] = Field(default_factory=dict)
     workdir: str | None = None
     bundle: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
@@ -142,6 +155,20 @@ class Run(Part):
     outputs: Annotated[tuple[str, ...], Field(max_length=OUTPUTS_MAX)] = ()
     shm: Annotated[Size, Field(gt=0)] | None = None
     secrets: Unsupported = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _script_is_a_command(cls, given: object) -> object:
+        """`{recipe: script, command: …}` is the same as the command alone."""
+        if not isinstance(given, dict) or given.get("recipe") != SCRIPT:
+            return given
+        if given.get("args"):
+            said = f"the recipe {SCRIPT} has none: write them into command, as in python train.py --lr 3e-4"
+            raise WrongFields([FieldError("args", said)])
+        if given.get("command") is None:
+            said = f"is missing: the recipe {SCRIPT} runs what it says, such as python train.py"
+            raise WrongFields([FieldError("command", said)])
+        return {key: value for key, value in given.items() if key not in ("recipe", "args")}
 
     @field_validator("command")
     @classmethod
@@ -159,7 +186,8 @@ class Run(Part):
     @classmethod
     def _is_known(cls, recipe: str | None) -> str | None:
         if recipe is not None and recipe not in catalog.CONFIGS:
-            raise ValueError(f"is none of {', '.join(catalog.CONFIGS)}; for a program of your own say command")
+            names = ", ".join([*catalog.CONFIGS, SCRIPT])
+            raise ValueError(f"is none of {names}; {SCRIPT} is a program of your own, which command says")
         return recipe
 
     @field_validator("args")
@@ -174,7 +202,7 @@ class Run(Part):
             try:
                 catalog.read(recipe, args)
             except RecipeError as error:
-                raise ValueError(str(error)) from None
+                raise wrong_arguments(error) from None
         return args
 
     @model_validator(mode="after")

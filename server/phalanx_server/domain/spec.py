@@ -34,7 +34,7 @@ from phalanx_server.domain.field_types import (
 from phalanx_server.domain.gang_spec import Elastic, Topology
 from phalanx_server.domain.health_spec import Health
 from phalanx_server.domain.job import priority_of
-from phalanx_server.domain.run_spec import Run
+from phalanx_server.domain.run_spec import Run, wrong_arguments
 from phalanx_server.domain.tenant import check_path
 
 REPLICAS_MAX = 10_000
@@ -230,7 +230,7 @@ class JobSpec(Part):
                 if resources.gpu_types or not resources.gpus_per_replica:
                     check_gpu_types(config.precision, resources.gpu_types)
             except RecipeError as error:
-                raise ValueError(f"args: {error}") from None
+                raise wrong_arguments(error, within="args") from None
         return run
 
     @field_validator("deadline")

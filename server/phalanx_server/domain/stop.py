@@ -21,6 +21,9 @@ class StopReason(StrEnum):
     MAINTENANCE = "maintenance"
 
 
+SHUTDOWN = "shutdown"
+"""The reason of an attempt that was put back into the queue because Phalanx itself was stopped."""
+
 _CLAIMS: Mapping[str, str] = {
     StopReason.WITHIN_TENANT: "which goes before it within the tenant",
     StopReason.RECLAIM: "whose tenant takes its own quota back",
@@ -33,6 +36,7 @@ GAVE_WAY: Mapping[str, str] = {
     StopReason.RECLAIM_WHILE_BORROWING: "gave way to a tenant that may borrow before it",
     StopReason.FAIR_SHARE: "gave way to a tenant that has less than its fair share",
     StopReason.MAINTENANCE: "its node goes into maintenance",
+    SHUTDOWN: "Phalanx was stopped",
 }
 """What is said of an attempt that has ended for a reason."""
 

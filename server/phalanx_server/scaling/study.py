@@ -2,7 +2,7 @@
 plain data; it refuses to print.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,9 +47,14 @@ class Study:
     warnings: list[str] = field(default_factory=list)
 
 
-def study(runs: Sequence[Run], left_out: Sequence[LeftOut], asked: Question) -> Study:
-    """Fit, bootstrap, answer. CannotTell where the runs do not determine the law; ValueError for an unknown GPU or a
-    budget of GPU-hours without a pace."""
+def study(
+    runs: Sequence[Run],
+    left_out: Sequence[LeftOut],
+    asked: Question,
+    told: Callable[[int], object] = lambda _: None,
+) -> Study:
+    """Fit, bootstrap, answer. `told` is told how many resamples are fitted, after each. CannotTell where the runs do
+    not determine the law; ValueError for an unknown GPU or a budget of GPU-hours without a pace."""
     runs = list(runs)
     sample = sample_of(runs)
     refuse_too_little(sample)
@@ -57,7 +62,7 @@ def study(runs: Sequence[Run], left_out: Sequence[LeftOut], asked: Question) -> 
     budget = _budget(asked, pace)
     found = fit(sample)
     ensemble = bootstrap(
-        sample, found, level=asked.level, resamples=asked.resamples, seed=asked.seed, usable=determined
+        sample, found, level=asked.level, resamples=asked.resamples, seed=asked.seed, usable=determined, told=told
     )
     k = flops_per_parameter_token(runs)
     planned = best = None

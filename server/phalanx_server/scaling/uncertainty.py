@@ -68,14 +68,19 @@ def bootstrap(
     resamples: int,
     seed: int,
     usable: Callable[[Sample], bool],
+    told: Callable[[int], object] = lambda _: None,
 ) -> Ensemble:
-    """Fits to `resamples` draws of runs; the same for the same seed. `usable` says whether a draw determines a law."""
+    """Fits to `resamples` draws of runs; the same for the same seed. `usable` says whether a draw determines a law;
+    `told` is told how many draws are fitted, after each."""
     random = np.random.default_rng(seed)
     draws = [_draw(sample, random, usable) for _ in range(resamples)]
-    laws = tuple(found.law if draw is None else _refit(draw, found.law) for draw in draws)
+    laws = []
+    for draw in draws:
+        laws.append(found.law if draw is None else _refit(draw, found.law))
+        told(len(laws))
     spread = np.sqrt(len(sample) / max(1, len(sample) - FREE_NUMBERS))  # a fit is closer to its runs than to others
     residuals = random.choice(found.residuals, size=resamples) * spread
-    return Ensemble(laws, residuals, level, undetermined=draws.count(None))
+    return Ensemble(tuple(laws), residuals, level, undetermined=draws.count(None))
 
 
 def _draw(sample: Sample, random: np.random.Generator, usable: Callable[[Sample], bool]) -> Sample | None:

@@ -42,6 +42,7 @@ _LOCK_BY_ID = text(_LOCK.format(condition="a.id = ANY(CAST(:ids AS uuid[]))"))
 _LOCK_LIVE_OF_JOBS = text(
     _LOCK.format(condition="a.job_id = ANY(CAST(:ids AS uuid[])) AND a.state IN ('starting', 'running', 'stopping')")
 )
+_LOCK_LIVE = text(_LOCK.format(condition="a.state IN ('starting', 'running', 'stopping')"))
 _LOCK_LIVE_ON_NODES = text(
     _LOCK.format(
         condition="""
@@ -59,6 +60,11 @@ async def lock_attempts(conn: AsyncConnection, ids: Iterable[UUID]) -> list[Row[
 async def lock_live_attempts(conn: AsyncConnection, job_ids: Iterable[UUID]) -> list[Row[Any]]:
     """The live attempts of these jobs, with their jobs, both locked."""
     return list(await conn.execute(_LOCK_LIVE_OF_JOBS, {"ids": list(job_ids)}))
+
+
+async def lock_all_live_attempts(conn: AsyncConnection) -> list[Row[Any]]:
+    """Every live attempt, with its job, both locked."""
+    return list(await conn.execute(_LOCK_LIVE))
 
 
 async def lock_attempts_on(conn: AsyncConnection, node_ids: Iterable[UUID]) -> list[Row[Any]]:

@@ -1,4 +1,4 @@
-"""How many jobs there are, for monitoring.
+"""How many jobs there are, and which are open, for monitoring.
 
 Counts only what partial indexes hold (jobs that are not over), so that a scrape costs the same with a million old ones.
 """
@@ -19,6 +19,12 @@ async def count_jobs(conn: AsyncConnection) -> dict[str, int]:
     queued = select(func.count()).where(jobs.c.state == "queued")
     counts = {row.state: row.number for row in await conn.execute(live)}
     return {"queued": (await conn.execute(queued)).scalar_one(), **{state: counts.get(state, 0) for state in _LIVE}}
+
+
+async def names_of_open_jobs(conn: AsyncConnection) -> list[str]:
+    """The names of all jobs that are not over, oldest first."""
+    open_jobs = select(jobs.c.name).where(jobs.c.state.in_(("queued", *_LIVE))).order_by(jobs.c.id)
+    return list((await conn.execute(open_jobs)).scalars())
 
 
 async def count_queue(conn: AsyncConnection) -> dict[str, int]:

@@ -1,0 +1,40 @@
+"""When all of Phalanx is stopped, what runs is put back into the queue, and says why."""
+
+from __future__ import annotations
+
+import pytest
+from control_plane import ControlPlane
+from phalanx_server import up_jobs
+from phalanx_server.actions.shut_down import shut_down
+from phalanx_server.store.schema import attempts, events, jobs
+
+
+async def test_what_runs_goes_back_into_the_queue_and_is_told_that_phalanx_was_stopped(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    _, attempt = await plane.run(preemption={"grace": 600})
+    assert len(await shut_down(plane.engine, grace_most_s=15, now=plane.now)) == 1
+    assert await shut_down(plane.engine, grace_most_s=15, now=plane.now) == [], "it is asked once"
+    (row,) = await plane.rows(attempts)
+    assert (row.state, row.stop_cause, row.stop_reason, row.grace_s) == ("stopping", "requeue", "shutdown", 15)
+    await plane.report(plane.ended(attempt, 143))
+    (job,) = await plane.rows(jobs)
+    assert (job.state, job.reason, job.message, job.failures) == ("queued", "requeued", "Phalanx was stopped", 0)
+    told = [row.message for row in await plane.rows(events, events.c.id)]
+    assert told[-3:] == [
+        "Phalanx is being stopped; its ranks are being ended.",
+        "Attempt 1 is over: Phalanx was stopped.",
+        "Phalanx was stopped. It is queued again.",
+    ]
+
+
+async def test_what_runs_is_waited_for_until_somebody_is_in_a_hurry(
+    plane: ControlPlane, database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await up_jobs.end_attempts(database, hurry=lambda: False)
+    assert capsys.readouterr().err == "", "nothing runs"
+    await plane.add_nodes(1)
+    await plane.run()
+    asked: list[bool] = []
+    await up_jobs.end_attempts(database, hurry=lambda: asked.append(True) or len(asked) > 2)
+    assert capsys.readouterr().err.startswith("Stopping 1 job (")
+    assert await up_jobs.open_jobs(database) == [(await plane.rows(jobs))[0].name]
