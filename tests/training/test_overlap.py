@@ -90,17 +90,24 @@ def test_what_is_no_trace_is_refused_with_what_to_give(content, tmp_path, capsys
     assert main([str(tmp_path / "none")]) == 2
 
 
+def hidden_share(case):
+    """Of the communication of both ranks."""
+    ranks = exchanged()[case]
+    return sum(rank["hidden_s"] for rank in ranks) / sum(rank["communication_s"] for rank in ranks)
+
+
 @pytest.mark.slow
 def test_all_buckets_but_the_last_are_exchanged_while_backward_still_computes():
     for rank in exchanged()["a bucket for each layer"]:
         still_to_do = rank["still_to_do"]
         assert len(still_to_do) >= 4 * TRACED_STEPS
         assert sum(left > 0 for left in still_to_do) >= len(still_to_do) - 2 * TRACED_STEPS  # operators come in pairs
-        assert rank["hidden_s"] > 0.1 * rank["communication_s"]
+    assert hidden_share("a bucket for each layer") > 0.1
 
 
 @pytest.mark.slow
 def test_one_bucket_for_everything_is_exchanged_when_backward_has_ended():
     for rank in exchanged()["one bucket"]:
         assert rank["still_to_do"] == [0] * len(rank["still_to_do"])
-        assert rank["hidden_s"] < 0.02 * rank["communication_s"]
+    few, none = hidden_share("a bucket for each layer"), hidden_share("one bucket")
+    assert none < few / 2, "a busy machine may note the end of an exchange late, when computing goes on"
