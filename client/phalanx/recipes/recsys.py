@@ -6,18 +6,14 @@ Owns the model's sizes and which layouts it has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Literal
 
-from phalanx.recipes.checkpoint import CheckpointConfig
-from phalanx.recipes.data import DataConfig
-from phalanx.recipes.evaluate import Evaluate
-from phalanx.recipes.lm import Train, check_batch
+from phalanx.recipes.config import RecipeConfig
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.parse import RecipeError, demand, demand_sizes
-from phalanx.recipes.precision import Precision, refuse_fp8
+from phalanx.recipes.precision import refuse_fp8
 
 COUNTS, TABLES = 13, 26  # of a line in Criteo's format: numbers, and words
 SWITCHES = {"data", "compress", "powersgd_rank", "bucket_bytes"}  # of `parallel` that mean something here
@@ -73,30 +69,18 @@ class RecsysModel:
 
 
 @dataclass(frozen=True)
-class RecsysConfig:
+class RecsysConfig(RecipeConfig):
     """What `run: {recipe: recsys, args: …}` holds. The layers are replicated and the rows of all tables shared out
-    evenly, over all ranks. `device` auto is a GPU where every rank of the node has one."""
+    evenly, over all ranks."""
 
-    data: DataConfig
     model: RecsysModel = field(default_factory=RecsysModel)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    train: Train = field(default_factory=Train)
-    parallel: Parallel = field(default_factory=Parallel)
-    precision: Precision = field(default_factory=Precision)
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-3, weight_decay=0.0))
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    def placed(self, world_size: int) -> RecsysConfig:
-        """The same for a gang of `world_size` ranks: `parallel.data` filled in and everything checked against it.
-        Raises `RecipeError`, whose text says which field to change to what."""
-        whole = replace(self, parallel=self.parallel.filled(world_size))
-        if whole.data.format != "criteo":
-            raise RecipeError("data.format", f"= {whole.data.format!r} is no click log; use criteo")
-        _check_switches(whole.parallel)
-        refuse_fp8(whole.precision, "is for the blocks of transformers, and these layers are small")
-        check_batch(whole.train, whole.parallel)
-        return whole
+    def check_model(self) -> None:
+        if self.data.format != "criteo":
+            raise RecipeError("data.format", f"= {self.data.format!r} is no click log; use criteo")
+        _check_switches(self.parallel)
+        refuse_fp8(self.precision, "is for the blocks of transformers, and these layers are small")
 
 
 def _check_switches(parallel: Parallel) -> None:

@@ -5,17 +5,13 @@ Owns the models' sizes, how pictures are changed on the way in, and what these d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
-from phalanx.recipes.checkpoint import CheckpointConfig
-from phalanx.recipes.data import DataConfig
-from phalanx.recipes.evaluate import Evaluate
-from phalanx.recipes.lm import Train, check_batch, check_checkpoint
-from phalanx.recipes.optim import Optim
-from phalanx.recipes.parallel import Parallel, divisors
+from phalanx.recipes.config import RecipeConfig
+from phalanx.recipes.parallel import divisors
 from phalanx.recipes.parse import RecipeError, demand, demand_sizes
-from phalanx.recipes.precision import Precision, check_fp8, refuse_fp8
+from phalanx.recipes.precision import check_fp8, refuse_fp8
 
 DIGITS_SIZE = 8  # pixels
 
@@ -120,19 +116,11 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """What `run: {recipe: vision, args: …}` holds. `device` auto is a GPU where every rank of the node has one."""
+class VisionConfig(RecipeConfig):
+    """What `run: {recipe: vision, args: …}` holds."""
 
-    data: DataConfig
     model: VisionModel = field(default_factory=VisionModel)
     augment: Augment = field(default_factory=Augment)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    train: Train = field(default_factory=Train)
-    parallel: Parallel = field(default_factory=Parallel)
-    precision: Precision = field(default_factory=Precision)
-    optim: Optim = field(default_factory=Optim)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @property
     def picture(self) -> Picture:
@@ -140,17 +128,11 @@ class VisionConfig:
         digits = self.data.format == "digits"
         return Picture(channels=1, size=DIGITS_SIZE) if digits else Picture(channels=3, size=self.data.image_size)
 
-    def placed(self, world_size: int) -> VisionConfig:
-        """The same for a gang of `world_size` ranks: `parallel.data` filled in and everything checked against it.
-        Raises `RecipeError`, whose text says which field to change to what."""
-        whole = replace(self, parallel=self.parallel.filled(world_size))
-        if whole.data.format not in ("images", "tar", "digits"):
-            raise RecipeError("data.format", f"= {whole.data.format!r} has no pictures; use images, tar or digits")
-        _check_layout(whole)
-        _check_precision(whole)
-        check_batch(whole.train, whole.parallel)
-        check_checkpoint(whole.checkpoint, whole.parallel)
-        return whole
+    def check_model(self) -> None:
+        if self.data.format not in ("images", "tar", "digits"):
+            raise RecipeError("data.format", f"= {self.data.format!r} has no pictures; use images, tar or digits")
+        _check_layout(self)
+        _check_precision(self)
 
 
 def _check_layout(config: VisionConfig) -> None:

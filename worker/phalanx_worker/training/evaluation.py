@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 import phalanx
 import torch
+from phalanx.recipes.config import Train
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.evaluate import Evaluate
-from phalanx.recipes.lm import Train
 from torch import Tensor
 
 from phalanx_worker.training.data.opening import open_source

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import phalanx
 import torch
 import torch.distributed as dist
-from phalanx.recipes.lm import Train
+from phalanx.recipes.config import Train
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.precision import Precision
 from torch import Tensor

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import phalanx
 import torch
 import torch.distributed as dist
+from phalanx.recipes.config import Train
 from phalanx.recipes.health import VARIABLE, Health
-from phalanx.recipes.lm import Train
 from phalanx.recipes.parse import parse
 
 from phalanx_worker.training.health.recompute import Again, Pulse
