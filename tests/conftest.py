@@ -14,6 +14,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, settings
 from phalanx_server.store.embedded import EmbeddedPostgres
 from phalanx_server.store.engine import create_engine, driver_dsn
 from phalanx_server.store.migrate import upgrade
@@ -31,6 +32,16 @@ TEST_SETTINGS = {
 MEMORY_DISK = Path("/dev/shm")
 MEMORY_DISK_BYTES = 4 << 30
 _numbers = itertools.count(1)
+
+# The same examples in each run, so that a change is judged by itself; with PHALANX_FUZZ=1 others each time. How fast a
+# busy machine draws or tries them is no property of the code.
+settings.register_profile(
+    "phalanx",
+    deadline=None,
+    derandomize=not os.environ.get("PHALANX_FUZZ"),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("phalanx")
 
 
 def has_room(path: Path) -> bool:

@@ -14,7 +14,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(VALUES), st.sampled_from([None, 1]), st.booleans())
 def test_a_list_is_its_parts(values: list, indent: int | None, ascii_only: bool) -> None:
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
@@ -22,7 +22,7 @@ def test_a_list_is_its_parts(values: list, indent: int | None, ascii_only: bool)
     assert [json.dumps(json.loads(part)) for part in parts] == [json.dumps(value) for value in values]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), VALUES))
 def test_an_object_is_its_members(values: dict) -> None:
     members = members_of(json.dumps(values).encode())

@@ -99,14 +99,14 @@ def gpu_seconds(job):
     return job["predicted_s"] * job["replicas"] * job["gpus_per_replica"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(jobs_that_come)
 def test_a_job_is_overtaken_only_by_those_that_come_within_a_time_for_its_size(coming):
     order = served(coming, SHORTEST)
     assert all(came(by) < came(job) + AGING * gpu_seconds(job) for job, by in overtaken(order))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(jobs_that_come)
 def test_first_come_first_served_overtakes_nobody(coming):
     assert overtaken(served(coming, {"order": "fifo"})) == []

@@ -288,7 +288,7 @@ def domains_used(on, replicas):
     return [len({domain_of(n, level) for n in used}) for level in (*LEVELS, "node")]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(clusters(), topologies(), st.integers(1, 2), st.integers(1, 4), st.data())
 def test_a_place_is_found_whenever_there_is_one_keeps_to_its_topology_and_takes_the_fewest_domains(
     on, topology, gpus, slices, data
@@ -316,7 +316,7 @@ def test_a_place_is_found_whenever_there_is_one_keeps_to_its_topology_and_takes_
     assert numbers[:decided] == min(domains_used(on, w) for w in in_order)[:decided]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(clusters(), topologies(), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_nodes_in_another_order_give_the_same_place(on, topology, slices, dice):
     replicas = slices * (topology.slice.replicas if topology.slice else 1)

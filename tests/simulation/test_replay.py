@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from phalanx_server.scheduling.snapshot import Policy, spread
 from phalanx_server.scheduling.speedup import progress
@@ -131,7 +131,7 @@ policies = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(traces, policies, st.booleans(), st.booleans(), st.sampled_from([0.0, 5.0]))
 def test_no_gpu_is_used_twice_and_all_work_is_done(jobs, policy, clairvoyant, elastic, min_runtime_s):
     trace = [

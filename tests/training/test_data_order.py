@@ -100,7 +100,7 @@ def test_the_global_order_is_the_same_on_any_number_of_ranks(dp_size):
     seed=st.integers(0, 100),
     attempts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.booleans()), min_size=1, max_size=5),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_no_sample_is_lost_or_seen_twice_whatever_the_stops_and_world_sizes(size, batch, seed, attempts):
     """Each attempt runs some steps on a world size that divides the batch and ends; the last save it made counts."""
     divisors = [n for n in range(1, batch + 1) if batch % n == 0]
