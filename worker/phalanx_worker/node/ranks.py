@@ -77,6 +77,7 @@ class Group:
         self._events = events
         self._stopping = False
         self._killed = False  # by whoever wants nothing more of it
+        self._heard_all = False
         self._stop_at = math.inf  # in the loop's time: when the grace of a stop is over
         self._collecting: asyncio.Timeout | None = None
         self._collecting_since = math.inf
@@ -302,6 +303,13 @@ class Group:
                 return None
             return channel.parse(data) if data else None
 
+    def _hear(self, rank: int) -> None:
+        """What this rank said before it failed; and all others, the first time: it may have failed for their sake."""
+        others = [] if self._heard_all else [each for each in self._records.values() if each.rank != rank]
+        self._heard_all = True
+        for record in (self._records[rank], *others):
+            record.reports.drain()
+
     def _take_exit(self, rank: int, status: int, at: float, *, straggler: bool) -> None:
         code = os.waitstatus_to_exitcode(status)
         record = self._records[rank]
@@ -310,8 +318,7 @@ class Group:
         record.straggler = straggler
         if code != 0:
             self.look_for_oom(lambda: rank)
-            for each in self._records.values():  # it may have failed for what another has said already
-                each.reports.drain()
+            self._hear(rank)
             self.blame.take_verdict(rank)
         record.exit = RankExit(
             rank=rank,

@@ -31,7 +31,8 @@ MARK_KINDS = frozenset({*MARKS_OF_TRAINING, "dropped", "note", "health", "profil
 _POINTS_PER_S = 100  # of one rank; what comes faster is merged
 _BUCKET_S = 0.1
 _READS_AT_ONCE = 256
-_BURSTS_AT_END = 16  # more than the socket holds
+_BURSTS_AT_ONCE = 2  # more than the socket holds
+_BURSTS_AT_END = 16  # for whoever still writes
 _REST_S = 0.1  # between bursts; the socket holds some 270 messages meanwhile
 _MARKS_PER_MINUTE = 600
 _DROPPED_EVERY_S = 10.0
@@ -76,9 +77,9 @@ class ReportSocket:
             return False
         return True
 
-    def drain(self) -> None:
+    def drain(self, bursts: int = _BURSTS_AT_ONCE) -> None:
         """Take what is in the socket now, also while its reading rests."""
-        for _ in range(_BURSTS_AT_END):
+        for _ in range(bursts):
             if self._closed or self._ended or not self._take():
                 break
 
@@ -86,7 +87,7 @@ class ReportSocket:
         """Take what is still in the socket, then close it."""
         if self._closed:
             return
-        self.drain()
+        self.drain(_BURSTS_AT_END)
         self._closed = True
         self._loop.remove_reader(self._connection)
         self._connection.close()
