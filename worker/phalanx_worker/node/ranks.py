@@ -320,18 +320,7 @@ class Group:
             self.look_for_oom(lambda: rank)
             self._hear(rank)
             self.blame.take_verdict(rank)
-        record.exit = RankExit(
-            rank=rank,
-            exit_code=code if code >= 0 else None,
-            signal=-code if code < 0 else None,
-            ended_at=at,
-            oom=self.blame.is_oom and code != 0,
-            fault=self.blame.fault if code != 0 else "",
-            final=self.blame.is_final and code != 0,
-            tail=record.tail,
-            reason=self.blame.reason(rank) if code != 0 else "",
-            before_stop=not self._stopping,
-        )
+        record.end(code, at, self.blame, before_stop=not self._stopping)
         if code != 0 and self.first_failed_rank is None and not self._stopping:
             self.first_failed_rank = self.blame.culprit(rank)
             self.state = "failing"
@@ -346,7 +335,7 @@ class Group:
             log.exception("the last output of %s is lost", self.order.attempt_id)
         finally:
             for record in self._records.values():
-                record.exit = record.exit or self._unseen(record.rank, finished=record.finished)
+                record.exit = record.exit or record.unseen(self.blame)
             self.state = "ended"
             self.ended.set()
             self._events.changed()
@@ -385,14 +374,9 @@ class Group:
         """Do its ranks run, and shall they?"""
         return self.state == "running" and not self._stopping
 
-    def _unseen(self, rank: int, *, finished: bool) -> RankExit:
-        """Its guardian died, so nobody saw how it ended."""
-        return RankExit(rank=rank, oom=self.blame.is_oom, finished=finished, reason=self.blame.reason(rank))
-
     def _settle_exit(self, record: RankRecord) -> None:
         """The exit as it is reported: with the whole tail of stderr, and what was dropped of its logs."""
-        known = record.exit or self._unseen(record.rank, finished=record.finished)
-        record.exit = replace(known, tail=record.tail, finished=record.finished)
+        record.exit = replace(record.exit or record.unseen(self.blame), tail=record.tail, finished=record.finished)
         if record.budget.dropped_bytes:
             data = {"what": "logs", "count": 1, "bytes": record.budget.dropped_bytes}
             self._events.put(Mark(*self.key, rank=record.rank, kind="dropped", at=time.time(), data=data))
