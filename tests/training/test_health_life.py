@@ -13,9 +13,11 @@ from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
 from phalanx.recipes.evaluate import Evaluate
 from phalanx.recipes.parallel import Parallel
+from phalanx.recipes.vision import VisionConfig
 from phalanx_worker.training import checkpoint_reader, checkpoint_store, checkpoint_writer, loop
 from phalanx_worker.training.checkpoint import Checkpointer
-from phalanx_worker.training.evaluation import HeldOut, separate
+from phalanx_worker.training.data.held_out import separate
+from phalanx_worker.training.evaluation import HeldOut
 from phalanx_worker.training.health.life import GAP_S, LONGEST_WAIT_S, Life, life
 from phalanx_worker.training.loop import Facts
 from phalanx_worker.training.mesh import make_world, process_group
@@ -87,12 +89,12 @@ def test_a_save_and_the_wait_for_the_last_one_are_between_signs_of_life(marks):
 
 
 def test_every_batch_of_an_evaluation_is_a_sign_of_life(marks):
-    config = DataConfig(format="digits")
-    _, kept_back = separate(config, Evaluate(share=0.1))
+    config = VisionConfig(data=DataConfig(format="digits"), evaluate=Evaluate(share=0.1, batch=64))
+    _, kept_back = separate(config.data, config.evaluate)
     assert kept_back is not None
     with process_group(torch.device("cpu")):
         world = make_world(Parallel(data=1), torch.device("cpu"))
-        batches = sum(1 for _ in HeldOut(kept_back, config, world, batch=64))
+        batches = sum(1 for _ in HeldOut(kept_back, config, world))
     assert marks == ["alive"] * batches == ["alive"] * 3
 
 

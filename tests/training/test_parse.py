@@ -136,6 +136,11 @@ def test_data_fills_what_the_other_sizes_leave():
             "use one",
         ),
         (
+            {"evaluate": {"share": 0.1, "every": 30}, "parallel": {"local": {"every": 20}}},
+            4,
+            "evaluate.every = 30 is not a multiple of parallel.local.every = 20, when replicas are equal; use one",
+        ),
+        (
             {"evaluate": {"share": 0.1}, "parallel": {"pipeline": 2}},
             2,
             "evaluate.share asks for held-out data, which a pipeline is not tried on; leave it out",

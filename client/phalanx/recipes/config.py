@@ -53,6 +53,7 @@ class RecipeConfig:
         whole.check_model()
         check_batch(whole.train, whole.parallel)
         check_checkpoint(whole.checkpoint, whole.parallel)
+        check_evaluate(whole.evaluate, whole.parallel)
         return whole
 
     def check_model(self) -> None:
@@ -66,6 +67,14 @@ def check_checkpoint(checkpoint: CheckpointConfig, parallel: Parallel) -> None:
     if every and checkpoint.every_steps % every:
         text = f"= {checkpoint.every_steps} is not a multiple of parallel.local.every = {every}"
         raise RecipeError("checkpoint.every_steps", f"{text}, when replicas are equal; use one")
+
+
+def check_evaluate(evaluate: Evaluate, parallel: Parallel) -> None:
+    """Whose replicas train alone tries the one model that they are right after they met. Raises `RecipeError`."""
+    every = parallel.local.every
+    if every and evaluate.wanted and evaluate.every % every:
+        text = f"= {evaluate.every} is not a multiple of parallel.local.every = {every}"
+        raise RecipeError("evaluate.every", f"{text}, when replicas are equal; use one")
 
 
 def check_batch(train: Train, parallel: Parallel) -> None:

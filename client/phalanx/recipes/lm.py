@@ -82,7 +82,7 @@ class LmConfig(RecipeConfig):
 
 
 def _check_evaluate(evaluate: Evaluate, parallel: Parallel) -> None:
-    if parallel.pipeline > 1 and (evaluate.share or evaluate.paths):
+    if parallel.pipeline > 1 and evaluate.wanted:
         field = "evaluate.paths" if evaluate.paths else "evaluate.share"
         raise RecipeError(field, "asks for held-out data, which a pipeline is not tried on; leave it out")
 

@@ -89,6 +89,12 @@ class Watcher(Protocol):
     def after_step(self, facts: Facts) -> None: ...
 
 
+class Evaluator(Protocol):
+    """Tries the model on other data when it is time; every rank is called at the same steps, which are kept by then."""
+
+    def after_step(self, facts: Facts) -> None: ...
+
+
 @dataclass
 class Trainer:
     """A model in its layout together with all that a step needs and a checkpoint keeps."""
@@ -99,6 +105,7 @@ class Trainer:
     optim: Optim
     precision: Precision
     watchers: Sequence[Watcher] = ()
+    evaluation: Evaluator | None = None
     checkpointer: Checkpointer | None = None
     checkpoint_every: int = 0  # steps; 0: at the end and when asked to stop
     per_step: Mapping[str, int] = field(default_factory=dict)  # what a step consumes, to report: {"tokens": 65536}
@@ -142,8 +149,11 @@ def train(trainer: Trainer) -> Facts | None:
             before = monitor.after_step(facts, keeps=keeps)
             if before is not None:
                 step, stop = _go_back(trainer, before), False  # who is to stop takes a step that counts before
-            elif keeps:
+                continue
+            if keeps:
                 _keep(trainer, facts)
+            if trainer.evaluation is not None and not stop:
+                trainer.evaluation.after_step(facts)
     _finish(trainer)
     return facts
 

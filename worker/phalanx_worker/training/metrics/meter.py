@@ -81,7 +81,9 @@ class Meter:
             self._step.whole_s = now - self._began
             self._window.append(self._step)
         self._began, self._step = now, None
-        return self._compare() if len(self._window) >= self._due else None
+        spread = self._compare() if len(self._window) >= self._due else None
+        self.waits.took()  # for what came between steps, an evaluation or this comparison, no step has waited
+        return spread
 
     def after_step(self, facts: StepTimes) -> None:
         """Its update is done, or was refused."""
@@ -104,7 +106,6 @@ class Meter:
         own = replace(_mean([step.times() for step in self._window]), **_gpu(self._device))
         self.spread = gather(own, steps=len(self._window), device=self._device)
         self._window = []
-        self.waits.took()  # the comparison's own wait belongs to no step
         wanted = WINDOW_S / max(self.spread.step_time_s, 1e-6)
         self._due = max(1, min(self._longest, round(wanted)))
         return self.spread

@@ -17,10 +17,11 @@ from phalanx.recipes.parse import RecipeError
 from torch import Tensor, nn
 
 from phalanx_worker.training.checkpoint import open_checkpointer
+from phalanx_worker.training.data.held_out import separate
 from phalanx_worker.training.data.opening import vocab_size
 from phalanx_worker.training.data.source import Source
 from phalanx_worker.training.data.stream import open_stream
-from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
+from phalanx_worker.training.evaluation import Evaluation, HeldOut
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import count_work
@@ -57,19 +58,19 @@ def make(
     task = lm_task(config.model)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
     global_batch = torch.empty(config.train.global_batch, config.data.seq_len + 1, dtype=torch.int64, device="meta")
-    watchers = []
+    evaluation = None
     if batches is None:
         _check_vocabulary(config)
         source, kept_back = separate(config.data, config.evaluate)
         batches = _stream(config, world, source)
-        watchers = [_evaluation(config, world, kept_back, layout)] if kept_back else []
+        evaluation = _evaluation(config, world, kept_back, layout) if kept_back else None
     return Trainer(
         layout=layout,
         batches=batches,
         train=config.train,
         optim=config.optim,
         precision=config.precision,
-        watchers=watchers,
+        evaluation=evaluation,
         checkpointer=checkpointer or open_checkpointer(config.checkpoint),
         checkpoint_every=config.checkpoint.every_steps,
         per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
@@ -97,8 +98,7 @@ def _stream(config: LmConfig, world: World, source: Source) -> Iterator[Batch]:
 
 
 def _evaluation(config: LmConfig, world: World, source: Source, layout: Layout) -> Evaluation:
-    batch = config.evaluate.batch or config.train.global_batch
-    held_out = HeldOut(source, config.data, world, batch=batch)
+    held_out = HeldOut(source, config, world)
     return Evaluation(partial(held_out_loss, layout, held_out), config.evaluate, config.train)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from phalanx_worker.training import precision
 from phalanx_worker.training.checkpoint import open_checkpointer
+from phalanx_worker.training.data.held_out import separate
 from phalanx_worker.training.data.source import Source
 from phalanx_worker.training.data.stream import Stream, open_stream
-from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
+from phalanx_worker.training.evaluation import Evaluation, HeldOut
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import Work
@@ -38,18 +39,18 @@ def make(
     """The trainer of this rank, on the data and with the checkpoints that `config` (placed) names, or with those given
     (`batches`: its parts of the global batches; then there is no evaluation). Raises RecipeError."""
     layout = _lay_out(config, world)
-    watchers = []
+    evaluation = None
     if batches is None:
         source, kept_back = separate(config.data, config.evaluate)
         batches = _stream(config, world, source)
-        watchers = [_evaluation(config, world, kept_back, layout)] if kept_back else []
+        evaluation = _evaluation(config, world, kept_back, layout) if kept_back else None
     return Trainer(
         layout=layout,
         batches=batches,
         train=config.train,
         optim=config.optim,
         precision=config.precision,
-        watchers=watchers,
+        evaluation=evaluation,
         checkpointer=checkpointer or open_checkpointer(config.checkpoint),
         checkpoint_every=config.checkpoint.every_steps,
         per_step={"samples": config.train.global_batch},
@@ -88,8 +89,7 @@ def _stream(config: RecsysConfig, world: World, source: Source) -> Stream:
 
 
 def _evaluation(config: RecsysConfig, world: World, source: Source, layout: TablesLayout) -> Evaluation:
-    batch = config.evaluate.batch or config.train.global_batch
-    held_out = HeldOut(source, config.data, world, batch=batch)
+    held_out = HeldOut(source, config, world)
     return Evaluation(partial(examine, layout, held_out), config.evaluate, config.train)
 
 

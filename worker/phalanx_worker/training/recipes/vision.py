@@ -24,9 +24,10 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.augment import Augmented, Plain
+from phalanx_worker.training.data.held_out import separate
 from phalanx_worker.training.data.source import Source
 from phalanx_worker.training.data.stream import Stream, open_stream
-from phalanx_worker.training.evaluation import Evaluation, HeldOut, separate
+from phalanx_worker.training.evaluation import Evaluation, HeldOut
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import count_work
@@ -62,18 +63,18 @@ def make(
     (`batches`: its parts of the global batches; then there is no evaluation). Raises RecipeError."""
     task = vision_task(config.model, config.picture)
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
-    watchers = []
+    evaluation = None
     if batches is None:
         source, kept_back = separate(config.data, config.evaluate)
         batches = _stream(config, world, source)
-        watchers = [_evaluation(config, world, kept_back, layout)] if kept_back else []
+        evaluation = _evaluation(config, world, kept_back, layout) if kept_back else None
     return Trainer(
         layout=layout,
         batches=batches,
         train=config.train,
         optim=config.optim,
         precision=config.precision,
-        watchers=watchers,
+        evaluation=evaluation,
         checkpointer=checkpointer or open_checkpointer(config.checkpoint),
         checkpoint_every=config.checkpoint.every_steps,
         per_step={"samples": config.train.global_batch},
@@ -103,8 +104,7 @@ def _stream(config: VisionConfig, world: World, source: Source) -> Stream:
 
 
 def _evaluation(config: VisionConfig, world: World, source: Source, layout: Layout) -> Evaluation:
-    batch = config.evaluate.batch or config.train.global_batch
-    held_out = HeldOut(source, config.data, world, batch=batch, transform=Plain(config.picture.size))
+    held_out = HeldOut(source, config, world, transform=Plain(config.picture.size))
     return Evaluation(partial(top_1, layout.modules[0], held_out, world.device), config.evaluate, config.train)
 
 
