@@ -55,6 +55,7 @@ def test_one_rank_holds_what_was_estimated(name):
     assert_exact(ONE[name], trained(ONE, ranks=1)[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE)
 def test_the_peak_of_all_tensors_is_near_the_estimate(name):
     (measured,) = trained(ONE, ranks=1)[name]

@@ -219,8 +219,8 @@ def test_fp8_is_refused_at_submit_where_no_gpu_of_the_job_can_have_it(gpu_types,
         return
     with pytest.raises(Invalid) as error:
         parse_job(job)
-    assert [problem.message for problem in error.value.errors] == [
-        f"args: precision.compute = 'fp8' {said}; use bf16, or precision.emulate = true to try it, slowly"
+    assert [(problem.field, problem.message) for problem in error.value.errors] == [
+        ("run.args.precision.compute", f"'fp8' {said}; use bf16, or precision.emulate = true to try it, slowly")
     ]
 
 
