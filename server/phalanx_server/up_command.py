@@ -119,6 +119,7 @@ class Up:
         self.family = Family()
         self.postgres = EmbeddedPostgres(machine.path("postgres"))
         self.scheduler: Child | None = None
+        self.agent: Child | None = None
         self.database_url = ""
         self.admin_token = ""
         self.first_run = False
@@ -143,7 +144,7 @@ class Up:
         self.scheduler = self.family.start(self.child("scheduler", env=settings))
         self._wait(lambda: self._ready(server), "the server")
         self._wait(lambda: self._written(ray, ray_file), "Ray")
-        self.family.start(self._agent())
+        self.agent = self.family.start(self._agent())
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         def look() -> bool:
@@ -269,7 +270,7 @@ class Up:
 
     def stop(self) -> None:
         self.machine.path("url").unlink(missing_ok=True)
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.agent is not None:  # without an agent no rank runs
             self._end_attempts(self.scheduler)
         self.family.stop()
         self.postgres.stop()
