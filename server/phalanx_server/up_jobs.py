@@ -19,7 +19,8 @@ from phalanx_server.up_data import console
 
 GRACE_MOST_S = 15.0
 """Whoever stops all of Phalanx waits for it: so less than a job may ask for."""
-REPORT_S = 3.0
+REPORT_S = 10.0
+"""What a node may take after the grace: for the last output (2 s), output files (5 s), and to report it."""
 POLL_S = 0.1
 POLLS = round((GRACE_MOST_S + REPORT_S) / POLL_S)
 NAMED_MOST = 5
@@ -58,10 +59,11 @@ async def end_attempts(url: str, *, hurry: Callable[[], bool]) -> None:
 
 
 def stopped(names: Sequence[str]) -> str:
-    """What to say of the jobs that run at the stop."""
+    """What to say of the jobs that have ranks at the stop."""
     return (
-        f"Stopping {_some(names)}: the next `phalanx up` on this data goes on from the last checkpoints. Ranks have"
-        f" {GRACE_MOST_S:.0f} s to save and end; another Ctrl-C does not wait for them"
+        f"Stopping {_some(names)}: the next `phalanx up` on this data goes on from the last checkpoints, except for"
+        f" those that were ending already. Ranks have {GRACE_MOST_S:.0f} s to save and end; another Ctrl-C does not wait for"
+        " them"
     )
 
 
