@@ -59,4 +59,14 @@ async def test_what_runs_is_waited_for_until_somebody_is_in_a_hurry(
     asked: list[bool] = []
     await up_jobs.end_attempts(database, hurry=lambda: asked.append(True) or len(asked) > 2)
     assert capsys.readouterr().err.startswith("Stopping 1 job (")
-    assert await up_jobs.open_jobs(database) == [(await plane.rows(jobs))[0].name]
+
+
+async def test_the_next_start_names_what_ran_and_not_what_only_waits(plane: ControlPlane, database: str) -> None:
+    await plane.submit(name="waits", gpus=99)
+    await plane.add_nodes(up_jobs.NAMED_MOST + 2)
+    assert await up_jobs.taken_up(database) == ""
+    ran = [await plane.run(name=f"ran-{number}") for number in range(up_jobs.NAMED_MOST + 2)]
+    await shut_down(plane.engine, grace_most_s=15, now=plane.now)
+    await plane.report(plane.ended(ran[0][1], 143))
+    said = "Taken up again, as not ended before: 7 jobs (ran-0, ran-1, ran-2, ran-3, ran-4, …); `phalanx jobs` shows"
+    assert (await up_jobs.taken_up(database)).startswith(said)
