@@ -25,6 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from phalanx.units import duration_text
+
 
 class PhalanxError(Exception):
     """Anything that this package raises on purpose. Its text is one sentence for a person."""
@@ -51,7 +53,11 @@ class ConnectionFailed(PhalanxError):
 
 
 class WaitTimeout(PhalanxError):
-    pass
+    """`still` names what was waited for, and says what it still does."""
+
+    def __init__(self, still: str, waited_s: float) -> None:
+        self.still = still
+        super().__init__(f"{still} after {duration_text(waited_s)}")
 
 
 class JobFileError(PhalanxError):

@@ -11,7 +11,6 @@ from typing import Protocol, TypeVar
 from phalanx.calls import Call, Now, Pause, Steps
 from phalanx.errors import ConnectionFailed, Unavailable, WaitTimeout
 from phalanx.retry import OUTAGE_TOLERANCE_S
-from phalanx.units import duration_text
 
 FIRST_POLL_S, LAST_POLL_S = 0.1, 2.0
 
@@ -48,6 +47,6 @@ def until_ended(
                 raise
             said = "out of reach, with its server,"
         if timeout_s is not None and (yield Now()) - began_s >= timeout_s:
-            raise WaitTimeout(f"{name} is still {said} after {duration_text(timeout_s)}")
+            raise WaitTimeout(f"{name} is still {said}", timeout_s)
         yield Pause(pause_s)
         pause_s = min(LAST_POLL_S, pause_s * 1.5)

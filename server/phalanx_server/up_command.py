@@ -40,7 +40,7 @@ from phalanx_server.up_data import (
     make_directories,
     mount_warnings,
 )
-from phalanx_server.up_jobs import end_attempts, open_jobs, taken_up
+from phalanx_server.up_jobs import end_attempts, taken_up
 from phalanx_server.up_stop import Stopped, StopRequest, stopped_by_signals
 
 DEFAULT_DATA = Path("~/.phalanx").expanduser()
@@ -119,10 +119,11 @@ class Up:
         self.family = Family()
         self.postgres = EmbeddedPostgres(machine.path("postgres"))
         self.scheduler: Child | None = None
+        self.agent: Child | None = None
         self.database_url = ""
         self.admin_token = ""
         self.first_run = False
-        self.open_jobs: list[str] = []
+        self.taken_up = ""
         self.started_at = datetime.now(UTC)
 
     def child(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Child:
@@ -143,7 +144,7 @@ class Up:
         self.scheduler = self.family.start(self.child("scheduler", env=settings))
         self._wait(lambda: self._ready(server), "the server")
         self._wait(lambda: self._written(ray, ray_file), "Ray")
-        self.family.start(self._agent())
+        self.agent = self.family.start(self._agent())
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         def look() -> bool:
@@ -175,7 +176,7 @@ class Up:
         self.database_url = url = self.postgres.start()
         self.stop_request.check()
         created = asyncio.run(prepare_database(url))
-        self.open_jobs = asyncio.run(open_jobs(url))
+        self.taken_up = asyncio.run(taken_up(url))
         self.first_run = created is not None
         self.admin_token = self._token(url, "admin-token", created and created.admin_token)
         self._token(url, "cluster-token", created and created.cluster_token)
@@ -269,7 +270,7 @@ class Up:
 
     def stop(self) -> None:
         self.machine.path("url").unlink(missing_ok=True)
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.agent is not None:  # without an agent no rank runs
             self._end_attempts(self.scheduler)
         self.family.stop()
         self.postgres.stop()
@@ -300,8 +301,8 @@ def announce(up: Up) -> None:
         )
     sign_in = f"Sign in with: phalanx login --url {machine.url} --token-file {machine.path('admin-token')}"
     console.print(sign_in, soft_wrap=True)  # to be copied: no line break of ours
-    if up.open_jobs:
-        console.print(taken_up(up.open_jobs), soft_wrap=True, markup=False)
+    if up.taken_up:
+        console.print(up.taken_up, soft_wrap=True, markup=False)
     if os.geteuid() == 0 and (warning := root_warning(up.nodes(), machine.path("logs") / "agent.log")):
         console.print(f"[bold red]{warning}[/]", soft_wrap=True)
 

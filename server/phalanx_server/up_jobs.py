@@ -14,12 +14,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from phalanx_server.actions.shut_down import shut_down
 from phalanx_server.store.engine import create_engine
-from phalanx_server.store.job_counts import count_jobs, names_of_open_jobs
+from phalanx_server.store.job_counts import count_jobs, open_jobs_that_ran
 from phalanx_server.up_data import console
 
 GRACE_MOST_S = 15.0
 """Whoever stops all of Phalanx waits for it: so less than a job may ask for."""
-REPORT_S = 3.0
+REPORT_S = 10.0
+"""What a node may take after the grace: for the last output (2 s), output files (5 s), and to report it."""
 POLL_S = 0.1
 POLLS = round((GRACE_MOST_S + REPORT_S) / POLL_S)
 NAMED_MOST = 5
@@ -34,15 +35,11 @@ async def _database(url: str) -> AsyncIterator[AsyncEngine]:
         await engine.dispose()
 
 
-async def open_jobs(url: str) -> list[str]:
-    """The names of the jobs that have not ended."""
+async def taken_up(url: str) -> str:
+    """What to say at the start of the jobs that have run and not ended; "" where there is none."""
     async with _database(url) as engine, engine.connect() as conn:
-        return await names_of_open_jobs(conn)
-
-
-def taken_up(names: Sequence[str]) -> str:
-    """What to say of them at the start."""
-    return f"Taken up again, as not ended before: {_some(names)}; `phalanx jobs` shows them"
+        names, number = await open_jobs_that_ran(conn, most=NAMED_MOST)
+    return f"Taken up again, as not ended before: {_some(names, number)}; `phalanx jobs` shows them" if names else ""
 
 
 async def end_attempts(url: str, *, hurry: Callable[[], bool]) -> None:
@@ -58,10 +55,11 @@ async def end_attempts(url: str, *, hurry: Callable[[], bool]) -> None:
 
 
 def stopped(names: Sequence[str]) -> str:
-    """What to say of the jobs that run at the stop."""
+    """What to say of the jobs that have ranks at the stop."""
     return (
-        f"Stopping {_some(names)}: the next `phalanx up` on this data goes on from the last checkpoints. Ranks have"
-        f" {GRACE_MOST_S:.0f} s to save and end; another Ctrl-C does not wait for them"
+        f"Stopping {_some(names, len(names))}: the next `phalanx up` on this data goes on from the last checkpoints,"
+        f" except for those that were ending already. Ranks have {GRACE_MOST_S:.0f} s to save and end; another Ctrl-C"
+        " does not wait for them"
     )
 
 
@@ -71,6 +69,6 @@ async def _running(engine: AsyncEngine) -> bool:
     return sum(counts.values()) > counts["queued"]
 
 
-def _some(names: Sequence[str]) -> str:
-    more = ", …" if len(names) > NAMED_MOST else ""
-    return f"{len(names)} job{'' if len(names) == 1 else 's'} ({', '.join(names[:NAMED_MOST])}{more})"
+def _some(names: Sequence[str], number: int) -> str:
+    more = ", …" if number > NAMED_MOST else ""
+    return f"{number} job{'' if number == 1 else 's'} ({', '.join(names[:NAMED_MOST])}{more})"

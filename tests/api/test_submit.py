@@ -93,7 +93,9 @@ async def test_what_all_nodes_together_could_not_hold_is_accepted_with_a_warning
     many = (await alice.post("/v1/jobs/batch", json={"jobs": [job_file(), document]})).json()["items"]
     tried = (await alice.post("/v1/jobs?dry_run=true", json=document)).json()
     assert one["state"] == "queued" and many[0]["warnings"] == []
-    for said in (one["warnings"], many[1]["warnings"], tried["warnings"]):
+    assert tried["warnings"] == []
+    assert warning is None or tried["would"]["hold"]["reason"] == "impossible", "that says it already"
+    for said in (one["warnings"], many[1]["warnings"]):
         assert len(said) == (warning is not None), said
         assert not said or (warning or "") in said[0], said
 
@@ -291,6 +293,25 @@ async def test_a_dry_run_says_once_that_a_job_can_never_start(alice: httpx.Async
     assert tried["would"]["hold"]["reason"] == "impossible" and tried["warnings"] == []
     accepted = (await alice.post("/v1/jobs", json=large)).json()
     assert any("all nodes together hold at most" in warning for warning in accepted["warnings"])
+
+
+async def test_a_dry_run_of_a_job_that_can_never_start_still_warns_of_other_things(
+    alice: httpx.AsyncClient, job_file: Any
+) -> None:
+    large = job_file(resources={"replicas": 1000, "gpus_per_replica": 1}, health={"nan": "stop"})
+    warnings = (await alice.post("/v1/jobs?dry_run=true", json=large)).json()["warnings"]
+    assert warnings == ["health.nan is looked for in recipes only: nobody looks for it in a command"]
+
+
+async def test_a_dry_run_warns_of_the_memory_that_it_does_not_show(
+    alice: httpx.AsyncClient, job_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "estimate_of", lambda *_: 1 / 0)
+    model = {"layers": 32, "width": 4096, "heads": 32, "vocabulary": 32_000}
+    args = {"model": model, "data": {"paths": ["/data/*.txt"], "seq_len": 2048}, "train": {"global_batch": 4}}
+    large = job_file(run={"recipe": "lm", "args": args}, resources={"gpus": 4, "gpu_types": ["h100"]})
+    tried = (await alice.post("/v1/jobs?dry_run=true", json=large)).json()
+    assert tried["memory"] is None and "does not fit on h100-80gb" in tried["warnings"][0]
 
 
 async def test_checks_that_only_recipes_make_are_said_to_do_nothing_for_a_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -50,6 +51,20 @@ def test_an_array_is_done_when_all_its_jobs_are(wired: FakeServer) -> None:
 def test_the_end_of_the_time_is_said(wired: FakeServer) -> None:
     wired.on(f"GET /v1/jobs/{JOB_ID}", answer(job("running")))
     assert wait(JOB_ID, "--timeout", "0s", code=1).stderr == f"error: job {JOB_ID} is still running after 0 s\n"
+
+
+@pytest.mark.parametrize("state", ["running", None])
+def test_of_several_the_time_is_said_that_was_given_and_what_has_ended_is_not_lost(
+    wired: FakeServer, monkeypatch: pytest.MonkeyPatch, state: str | None
+) -> None:
+    monkeypatch.setattr("phalanx.cli.wait.time", SimpleNamespace(monotonic=wired.clock))
+    wired.on(f"GET /v1/jobs/{JOB_ID}", answer(job("running")), answer(job("running")), answer(job("succeeded")))
+    other = answer(job(state)) if state else httpx.ConnectError("refused")
+    wired.on(f"GET /v1/jobs/{OTHER_ID}", other)
+    result = wait(JOB_ID, OTHER_ID, "--timeout", "1s", "-o", "json", code=1)
+    said = "running" if state else "out of reach, with its server,"
+    assert result.stderr == f"error: job {OTHER_ID} is still {said} after 1 s\n"
+    assert [one["id"] for one in json.loads(result.stdout)] == [JOB_ID]
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_so(wired: FakeServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ class RunningPostgres:
         return self.url
 
 
-class StoppingPostgres:
-    def __init__(self, stopped: list[str]) -> None:
+class StoppingPostgres(RunningPostgres):
+    def __init__(self, stopped: list[str], url: str = "") -> None:
+        super().__init__(url)
         self._stopped = stopped
 
     def stop(self) -> None:
@@ -125,11 +127,36 @@ def test_what_fails_after_a_ctrl_c_is_no_failure(
     assert up_command.bring_up(machine_at(tmp_path), command) == code
 
 
+@pytest.mark.parametrize("agent_starts", [False, True])
+def test_ranks_are_ended_by_a_stop_only_once_there_is_an_agent_that_can_end_them(
+    tmp_path: Path, database: str, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, agent_starts: bool
+) -> None:
+    def wait(_: object, what: str) -> None:
+        if not agent_starts and what == "Ray":
+            raise Stopped
+
+    async def end_attempts(_: str, **__: object) -> None:
+        stopped.append("attempts")
+
+    up = Up(machine_at(tmp_path), StopRequest())
+    stopped: list[str] = []
+    up.postgres = StoppingPostgres(stopped, database)  # type: ignore[assignment]
+    up.family.start = lambda child: child  # type: ignore[method-assign]
+    up.family.stop = lambda *_: stopped.append("family")  # type: ignore[method-assign]
+    monkeypatch.setattr(up, "_wait", wait)
+    monkeypatch.setattr(up_command, "end_attempts", end_attempts)
+    with nullcontext() if agent_starts else pytest.raises(Stopped):
+        up.start()
+    up.stop()
+    assert stopped == [*(["attempts"] if agent_starts else []), "family", "postgres"]
+
+
 def test_a_stop_without_its_database_stops_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     up = Up(machine_at(tmp_path), StopRequest())
     up.database_url = "postgresql+asyncpg://nobody@127.0.0.1:1/nothing"
     stopped: list[str] = []
     up.scheduler = Child("scheduler", [], {}, tmp_path / "log")
+    up.agent = Child("agent", [], {}, tmp_path / "log")
     up.family.stop = lambda *_: stopped.append("family")  # type: ignore[method-assign]
     up.postgres = StoppingPostgres(stopped)  # type: ignore[assignment]
     up.stop()

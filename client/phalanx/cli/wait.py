@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +12,7 @@ import typer
 from phalanx.cli import describe, options, output
 from phalanx.cli.failures import DONE, FAILED, INTERRUPTED
 from phalanx.cli.session import connected, is_array, job_or_array_id
+from phalanx.errors import WaitTimeout
 from phalanx.models import ArrayStatus, Job
 
 if TYPE_CHECKING:
@@ -32,31 +35,36 @@ def wait(
     The exit code is 0 if all have succeeded, and 1 if one has not or --timeout is over first. Ctrl-C stops waiting and
     leaves the jobs running.
     """
-    timeout_s = None if timeout is None else options.span("--timeout", timeout).total_seconds()
+    timeout_s = math.inf if timeout is None else options.span("--timeout", timeout).total_seconds()
+    ended: list[Ended] = []
     with connected() as client:
         ids = [job_or_array_id(client, word) for word in jobs]
         try:
-            ended = _wait(client, ids, timeout_s, output_as)
+            for one in _each(client, ids, timeout_s):
+                ended.append(one)
+                if output_as is output.Format.TABLE:
+                    typer.echo(_line(one))
         except KeyboardInterrupt:
             said = "stopped waiting; what has not ended goes on. See it with: phalanx show"
             typer.echo(f"{said} {ids[0] if len(ids) == 1 else 'JOB'}", err=True)
             raise typer.Exit(INTERRUPTED) from None
-    if output_as is not output.Format.TABLE:
-        output.data([one.raw for one in ended], output_as)
+        finally:  # what has ended is said, whatever became of the rest
+            if output_as is not output.Format.TABLE:
+                output.data([one.raw for one in ended], output_as)
     raise typer.Exit(DONE if all(_succeeded(one) for one in ended) else FAILED)
 
 
-def _wait(client: Client, ids: list[str], timeout_s: float | None, output_as: output.Format) -> list[Ended]:
-    """In the order they were given: each line stands as soon as its job, and those before it, have ended."""
-    until = None if timeout_s is None else time.monotonic() + timeout_s
-    ended: list[Ended] = []
+def _each(client: Client, ids: list[str], timeout_s: float) -> Iterator[Ended]:
+    """In the order they were given: each as soon as it, and those before it, have ended. WaitTimeout after `timeout_s`
+    seconds for all of them."""
+    until = time.monotonic() + timeout_s
     for id_ in ids:
-        left_s = None if until is None else max(0.0, until - time.monotonic())
         wait = client.wait_array if is_array(id_) else client.wait
-        ended.append(wait(id_, timeout_s=left_s))
-        if output_as is output.Format.TABLE:
-            typer.echo(_line(ended[-1]))
-    return ended
+        left_s = max(0.0, until - time.monotonic())
+        try:
+            yield wait(id_, timeout_s=left_s)
+        except WaitTimeout as late:
+            raise WaitTimeout(late.still, timeout_s) from None
 
 
 def _line(found: Ended) -> str:

@@ -6,7 +6,7 @@ not looked at: a job that has to wait is accepted, and told why it waits.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from uuid import UUID
 
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from phalanx_server.actions.awaited_jobs import Unmet, after_errors, awaited_by, unmet_of
 from phalanx_server.actions.hardware import Hardware, HardwareWatch
 from phalanx_server.actions.named_environments import Registered, environment_errors, filled_in, load_registered
-from phalanx_server.actions.submit_warnings import memory_warnings, warnings_of
+from phalanx_server.actions.submit_warnings import Warnings, memory_warnings, warnings_of
 from phalanx_server.domain.access import Actor
 from phalanx_server.domain.array import ARRAY_MAX_JOBS
 from phalanx_server.domain.errors import FieldError, Impossible, Invalid, PhalanxError
@@ -51,7 +51,7 @@ class Checked:
     the ids of tenants by path."""
 
     specs: Sequence[JobSpec]
-    warnings: Sequence[Sequence[str]]
+    warnings: Sequence[Warnings]
     tenants: Mapping[str, UUID]
     unmet: Sequence[Unmet]
 
@@ -123,7 +123,7 @@ async def _hardware(conn: AsyncConnection, requests: Sequence[Request], watch: H
     """Refusals and warnings rest on a fresh look only."""
     recent = watch.recent()
     specs = (spec for request in requests for spec in request.specs)
-    if recent is None or any(_too_large(spec.resources, recent) or warnings_of(spec, recent) for spec in specs):
+    if recent is None or any(_too_large(spec.resources, recent) or warnings_of(spec, recent).all for spec in specs):
         return await watch.look(conn)
     return recent
 
@@ -131,7 +131,10 @@ async def _hardware(conn: AsyncConnection, requests: Sequence[Request], watch: H
 def _accepted(request: Request, facts: Facts, memory: Sequence[Sequence[str]]) -> Checked:
     return Checked(
         [filled_in(spec, request.tenant_of(spec), facts.registered) for spec in request.specs],
-        [[*warnings_of(spec, facts.hardware), *said] for spec, said in zip(request.specs, memory, strict=True)],
+        [
+            replace(warnings_of(spec, facts.hardware), memory=said)
+            for spec, said in zip(request.specs, memory, strict=True)
+        ],
         facts.tenants,
         [unmet_of(spec, facts.awaited) for spec in request.specs],
     )

@@ -21,8 +21,8 @@ MESSAGE = "Phalanx is being stopped; its ranks are being ended."
 
 @rerun_on_deadlock
 async def shut_down(engine: AsyncEngine, *, grace_most_s: float, now: datetime) -> list[str]:
-    """The names of the jobs whose attempts were asked to end, each with the grace of its job, `grace_most_s` at most.
-    One that stops for another reason already goes on doing so."""
+    """The names of the jobs whose attempts are to end: each has the grace of its job, `grace_most_s` at most, but for
+    those that were ending for another reason already, which go on doing so."""
     async with engine.begin() as conn:
         changes = [AttemptChange(row, now) for row in await lock_all_live_attempts(conn)]
         for change in changes:
@@ -30,4 +30,4 @@ async def shut_down(engine: AsyncEngine, *, grace_most_s: float, now: datetime) 
             order = StopOrder(columns={"stop_reason": SHUTDOWN})
             change.stop(StopCause.REQUEUE, grace_s=grace_s, message=MESSAGE, order=order)
         await write(conn, changes, now=now)
-    return [change.row.job_name for change in changes if change.attempt]
+    return [change.row.job_name for change in changes]

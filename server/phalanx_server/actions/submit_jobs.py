@@ -260,7 +260,7 @@ def _build(pending: _Pending, checked: Checked, now: datetime) -> None:
         path = request.tenant_of(spec)
         array = _array_of(spec)
         submitted_at = max(now, submission.received_at)
-        job = _new_job(spec.for_tenant(path), path, submission, submitted_at, warnings, array)
+        job = _new_job(spec.for_tenant(path), path, submission, submitted_at, warnings.all, array)
         pending.jobs.append(job)
         row = _row_of(job, spec, checked.tenants[path], submission.traceparent)
         pending.rows.append(replace(row, after=unmet, array=array))

@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -21,17 +22,29 @@ from phalanx_server.domain.spec import JobSpec, Resources
 
 log = structlog.get_logger("phalanx.submits")
 
-UNTIL_THERE_ARE_MORE = "it waits until there are more"
-"""How the warning ends that all nodes together are too few."""
-
 ESTIMATES_S = 0.25
 """So long the memory of recipes is worked out for jobs that are checked together, some milliseconds each."""
 
 
-def warnings_of(spec: JobSpec, hardware: Hardware) -> list[str]:
-    """What follows from the hardware, or from the job alone. In sentences without an end, like errors."""
-    of_nodes = _found(lambda: [*_more_than_all(spec.resources, hardware), *_unshared_checkpoints(spec, hardware)])
-    return [*of_nodes, *_checks_of_recipes(spec)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warnings:
+    """What to say of one job, by what it is about: an answer that says a part of it elsewhere leaves that out. In
+    sentences without an end, like errors."""
+
+    never: Sequence[str] = ()  # why it cannot start on the nodes that there are
+    memory: Sequence[str] = ()  # that its recipe needs
+    others: Sequence[str] = ()
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.never, *self.others, *self.memory]
+
+
+def warnings_of(spec: JobSpec, hardware: Hardware) -> Warnings:
+    """What follows from the hardware, or from the job alone: all but `memory`."""
+    never = _found(lambda: _more_than_all(spec.resources, hardware))
+    unshared = _found(lambda: _unshared_checkpoints(spec, hardware))
+    return Warnings(never=never, others=[*unshared, *_checks_of_recipes(spec)])
 
 
 async def memory_warnings(specs: Sequence[JobSpec], most_s: float = ESTIMATES_S) -> list[list[str]]:
@@ -84,7 +97,7 @@ def _more_than_all(asked: Resources, hardware: Hardware) -> list[str]:
     return [
         f"it asks for {asked.replicas} × ({shape.describe(types or None)}), but all {nodes} together hold at most"
         f" {most.replicas} of these{on_type} in one cluster{one_type}, empty and in any state:"
-        f" {UNTIL_THERE_ARE_MORE}"
+        " it waits until there are more"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.actions.check_jobs import Request, check_jobs
 from phalanx_server.actions.hardware import HardwareWatch
-from phalanx_server.actions.submit_warnings import UNTIL_THERE_ARE_MORE
+from phalanx_server.actions.submit_warnings import Warnings
 from phalanx_server.api.auth import Principal
 from phalanx_server.api.deps import Services, now
 from phalanx_server.api.job_documents import Hold, too_late
@@ -76,17 +77,18 @@ async def dry_run(services: Services, principal: Principal, spec: JobSpec) -> Dr
         would = await _would(conn, outcome, job.id, principal)
         gpu_types = await gpu_types_of_nodes(conn)
     memory = _memory(spec, gpu_types)
-    warnings = [each for each in checked.warnings[0] if not _is_said(each, would, memory)]
     late = too_late(would.hold.estimated_start if would.hold else None, spec.deadline)
-    return DryRun(spec=spec.dump(), would=would, warnings=[*warnings, *late], memory=memory)
+    warnings = [*_unsaid(checked.warnings[0], would, memory), *late]
+    return DryRun(spec=spec.dump(), would=would, warnings=warnings, memory=memory)
 
 
-def _is_said(warning: str, would: Would, memory: Memory | None) -> bool:
-    """Whether the rest of the answer says it already: why it can never start, or what does not fit in memory."""
-    never = would.hold is not None and would.hold.reason == HoldReason.IMPOSSIBLE
-    return (never and warning.endswith(UNTIL_THERE_ARE_MORE)) or (
-        memory is not None and any(warning.endswith(each.message) for each in memory.on)
-    )
+def _unsaid(warnings: Warnings, would: Would, memory: Memory | None) -> list[str]:
+    """What the rest of the answer does not say already: why it can never start, and what does not fit in memory."""
+    if would.hold is not None and would.hold.reason == HoldReason.IMPOSSIBLE:
+        warnings = replace(warnings, never=())
+    if memory is not None:
+        warnings = replace(warnings, memory=())
+    return warnings.all
 
 
 def _memory(spec: JobSpec, gpu_types: list[str]) -> Memory | None:

@@ -1,11 +1,11 @@
-"""How many jobs there are, and which are open, for monitoring.
+"""How many jobs there are that are not over: for monitoring, and for what `phalanx up` says of them.
 
-Counts only what partial indexes hold (jobs that are not over), so that a scrape costs the same with a million old ones.
+Looks only at what partial indexes hold, so that it costs the same with a million old ones.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from phalanx_server.store.schema import holds, jobs
@@ -21,10 +21,15 @@ async def count_jobs(conn: AsyncConnection) -> dict[str, int]:
     return {"queued": (await conn.execute(queued)).scalar_one(), **{state: counts.get(state, 0) for state in _LIVE}}
 
 
-async def names_of_open_jobs(conn: AsyncConnection) -> list[str]:
-    """The names of all jobs that are not over, oldest first."""
-    open_jobs = select(jobs.c.name).where(jobs.c.state.in_(("queued", *_LIVE))).order_by(jobs.c.id)
-    return list((await conn.execute(open_jobs)).scalars())
+async def open_jobs_that_ran(conn: AsyncConnection, *, most: int) -> tuple[list[str], int]:
+    """Of the jobs that are not over and have been started at least once: the names of the `most` oldest, and how many
+    there are."""
+    live = select(jobs.c.id, jobs.c.name).where(jobs.c.state.in_(_LIVE))
+    tried = select(jobs.c.id, jobs.c.name).where(jobs.c.state == "queued", jobs.c.attempts > 0)
+    ran = union_all(live, tried).subquery()
+    query = select(ran.c.name, func.count().over().label("number")).order_by(ran.c.id).limit(most)
+    rows = (await conn.execute(query)).all()
+    return [row.name for row in rows], rows[0].number if rows else 0
 
 
 async def count_queue(conn: AsyncConnection) -> dict[str, int]:
