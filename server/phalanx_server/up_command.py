@@ -317,28 +317,31 @@ def root_warning(nodes: list[dict[str, Any]], log: Path) -> str:
 
 
 def bring_up(machine: Machine, command: list[str]) -> int:
-    make_directories(machine.data)
-    reserved = reserved_port(machine.host, machine.port)
-    with exclusive(machine.data), reserved as port, stopped_by_signals() as stop_request:
-        up = Up(replace(machine, port=port), stop_request)
-        try:
-            with console.status("Starting PostgreSQL, the server, the scheduler and Ray"):
-                up.start()
-            with console.status("Importing torch on every node"):
-                up.wait_warm()
-            announce(up)
-            if command:
-                return up.run(command)
-            up.stay()
-            return 0
-        except (Stopped, ChildFailed, PostgresFailed, TimeoutError) as error:
-            if stop_request.made:  # what fails then, fails for that
-                return 130 if command else 0
-            console.print(f"[red]phalanx up:[/] {escape(str(error))}")  # it may quote a log, with any brackets
-            return 1
-        finally:
-            with console.status("Stopping"):
-                up.stop()
+    with stopped_by_signals() as stop_request:
+        make_directories(machine.data)
+        with exclusive(machine.data), reserved_port(machine.host, machine.port) as port:
+            return _stay_up(Up(replace(machine, port=port), stop_request), command)
+
+
+def _stay_up(up: Up, command: list[str]) -> int:
+    try:
+        with console.status("Starting PostgreSQL, the server, the scheduler and Ray"):
+            up.start()
+        with console.status("Importing torch on every node"):
+            up.wait_warm()
+        announce(up)
+        if command:
+            return up.run(command)
+        up.stay()
+        return 0
+    except (Stopped, ChildFailed, PostgresFailed, TimeoutError) as error:
+        if up.stop_request.made:  # what fails then, fails for that
+            return 130 if command else 0
+        console.print(f"[red]phalanx up:[/] {escape(str(error))}")  # it may quote a log, with any brackets
+        return 1
+    finally:
+        with console.status("Stopping"):
+            up.stop()
 
 
 # What Ray takes for labels.
