@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train the recipe that the arguments describe. Raises RecipeError."""
     recipe, config = read(arguments)
     device = own_device(config.device)
-    with process_group(device) as world_size:
+    with process_group(device, offload=config.parallel.offload) as world_size:
         config = config.placed(world_size)
         memory = MemoryReport(device, config)
         trainer = recipe.make(config, make_world(config.parallel, device))
