@@ -49,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
         trainer = recipe.make(config, make_world(config.parallel, device))
         trainer.watchers = [*trainer.watchers, memory]
         facts = train(trainer)  # raises unless the last step is saved, so that what is finished is there
+        if facts:
+            memory.tell(facts.step)
         if facts is None or facts.step == config.train.steps:
             phalanx.finished()
         if int(os.environ.get("RANK", "0")) == 0:
