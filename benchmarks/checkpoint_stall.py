@@ -182,9 +182,9 @@ def show(config: LmConfig, blocks: list[Block]) -> None:
     size = (
         f"{4 * config.model.parameters / MIB:.0f} MiB of parameters, {max(b.bytes for b in blocks) / MIB:.0f} MiB saved"
     )
-    title = f"cost of a checkpoint every {steps} steps of {step_s * 1e3:.0f} ms: {size} (s)"
+    load = f"load average {os.getloadavg()[0]:.1f}"
+    title = f"cost of a checkpoint every {steps} steps of {step_s * 1e3:.0f} ms: {size} (s); {load}"
     measure.show(title, ["", "n", "stall", "slower", "written", "cost", "cpu", f"budget < {BUDGET:.0%}"], rows)
-    print(f"  load average {', '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} cores\n")
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from phalanx.recipes.health import VARIABLE
-from phalanx_worker.training.loop import train
-from phalanx_worker.training.main import read
-from phalanx_worker.training.mesh import make_world, own_device, process_group
+from phalanx_worker.training.loop import Trainer
+from phalanx_worker.training.main import run
 from stamps import Stamps
 
 EXPONENT_BIT = 1 << 29
@@ -37,10 +37,10 @@ class Flip:
             self.parameter.view(torch.int32).view(-1)[0] ^= EXPONENT_BIT
 
 
-def watchers(options: argparse.Namespace, parameter: torch.Tensor, ranks: int) -> Sequence[Any]:
+def watchers(options: argparse.Namespace, trainer: Trainer) -> Sequence[Any]:
     """The stamps first: a corrupted step has been taken."""
-    first, last = os.environ.get("PHALANX_ATTEMPT") == "1", int(os.environ["RANK"]) == ranks - 1
-    flips = [Flip(parameter, options.flip)] if options.flip and first and last else []
+    first, last = os.environ.get("PHALANX_ATTEMPT") == "1", int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"])
+    flips = [Flip(next(trainer.layout.parameters()), options.flip)] if options.flip and first and last else []
     return [Stamps(options.stamps), *flips]
 
 
@@ -53,14 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.health:
         os.environ[VARIABLE] = options.health
-    recipe, config = read(options.recipe)
-    device = own_device(config.device)
-    with process_group(device) as ranks:
-        placed = config.placed(ranks)
-        trainer = recipe.make(placed, make_world(placed.parallel, device))
-        trainer.watchers = watchers(options, next(trainer.layout.parameters()), ranks)
-        train(trainer)
-        del trainer  # before its process groups
+    run(options.recipe, watchers=partial(watchers, options))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def run_case(args: dict[str, Any], _: Path) -> dict[str, Any]:
     trainer = make(config, world, batches=Batches(config, rank=world.batch_rank, ways=config.parallel.batch_ways))
     trainer.watchers = [memory]
     train(trainer)
+    memory.tell(config.train.steps)
     return {"notes": notes, "reports": reports}
 
 

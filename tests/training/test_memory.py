@@ -9,6 +9,7 @@ import json
 import time
 from dataclasses import replace
 
+import phalanx
 import pytest
 import torch
 from memory_gang import ARGUMENTS, heard
@@ -20,6 +21,7 @@ from phalanx.recipes.devices import find
 from phalanx.recipes.memory import estimate, in_flight, remedies, verdict, verdicts
 from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.vision import Picture, Resnet, Vit
+from phalanx_worker.training.checkpoint import Checkpointer
 from phalanx_worker.training.main import main
 from phalanx_worker.training.metrics import memory as measured_memory
 from phalanx_worker.training.metrics.memory import MIB, Fullest, Peak
@@ -237,9 +239,9 @@ def test_what_was_measured_is_said_beside_the_estimate():
     )
 
 
-def test_a_recipe_says_once_how_much_memory_it_takes(tmp_path, monkeypatch):
-    notes = []
-    monkeypatch.setattr(job, "mark", lambda kind, **data: notes.append(data["message"]) if kind == "note" else None)
+@pytest.fixture
+def arguments(tmp_path):
+    """Of a small training of four steps."""
     text = tmp_path / "text.txt"
     text.write_text("abcdefghijklmnopqrstuvwxyz " * 200)
     args = {
@@ -248,9 +250,33 @@ def test_a_recipe_says_once_how_much_memory_it_takes(tmp_path, monkeypatch):
         "train": {"steps": 4, "global_batch": 4},
         "device": "cpu",
     }
-    assert main(["lm", json.dumps(args)]) == 0
+    return ["lm", json.dumps(args)]
+
+
+def test_a_recipe_says_once_how_much_memory_it_takes(arguments, monkeypatch):
+    notes = []
+    monkeypatch.setattr(job, "mark", lambda kind, **data: notes.append(data["message"]) if kind == "note" else None)
+    assert main(arguments) == 0
     (note,) = notes
     assert "estimated" in note
+
+
+def test_the_last_checkpoint_is_in_what_is_told_at_the_end(arguments, tmp_path, monkeypatch):
+    told = []
+    finish = Checkpointer.finish
+
+    def reported(**values):
+        if "memory_peak_bytes" in values:
+            told.append(values["step"])
+
+    def finished(checkpointer):
+        finish(checkpointer)
+        told.append("checkpoint")
+
+    monkeypatch.setattr(phalanx, "report", reported)
+    monkeypatch.setattr(Checkpointer, "finish", finished)
+    assert main([*arguments, f"checkpoint.url={tmp_path}/checkpoints"]) == 0
+    assert told == [2, "checkpoint", 4]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import phalanx
@@ -20,7 +20,7 @@ import torch
 from phalanx.recipes.parse import RecipeError, parse
 
 from phalanx_worker.training.data.files import DataError
-from phalanx_worker.training.loop import Facts, train
+from phalanx_worker.training.loop import Facts, Trainer, Watcher, train
 from phalanx_worker.training.mesh import make_world, own_device, process_group
 from phalanx_worker.training.metrics.memory import MemoryReport
 
@@ -39,16 +39,19 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Train the recipe that the arguments describe. Raises RecipeError."""
+def run(arguments: Sequence[str], *, watchers: Callable[[Trainer], Sequence[Watcher]] = lambda _: ()) -> int:
+    """Train the recipe that the arguments describe; `watchers` gives those that look on after the recipe's own. Raises
+    RecipeError."""
     recipe, config = read(arguments)
     device = own_device(config.device)
-    with process_group(device) as world_size:
+    with process_group(device, offload=config.parallel.offload) as world_size:
         config = config.placed(world_size)
         memory = MemoryReport(device, config)
         trainer = recipe.make(config, make_world(config.parallel, device))
-        trainer.watchers = [*trainer.watchers, memory]
+        trainer.watchers = [*trainer.watchers, memory, *watchers(trainer)]
         facts = train(trainer)  # raises unless the last step is saved, so that what is finished is there
+        if facts:
+            memory.tell(facts.step)
         if facts is None or facts.step == config.train.steps:
             phalanx.finished()
         if int(os.environ.get("RANK", "0")) == 0:

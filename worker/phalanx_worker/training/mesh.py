@@ -96,16 +96,26 @@ def own_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[int]:
-    """The default process group of torchrun's environment (a gang of one without it) while inside; gives its size."""
+def process_group(device: torch.device, *, offload: bool = False) -> Iterator[int]:
+    """The default process group of torchrun's environment (a gang of one without it) while inside; gives its size.
+    `offload`: parameters and gradients lie in host memory (`parallel.offload`)."""
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_index(device))
+        dist.init_process_group(_backends(device, offload=offload), device_id=_index(device))
     else:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+def _backends(device: torch.device, *, offload: bool) -> str:
+    """What exchanges tensors, of this group and of those the mesh makes from it. NCCL takes tensors on GPUs alone, and
+    with `offload` the gradient's norm and the optimizer's sums are on the CPU, while parameters are gathered on GPUs.
+    Both then wait 30 minutes, torch's default for anything but NCCL by itself (10)."""
+    if device.type == "cpu":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if offload else "nccl"
 
 
 def _index(device: torch.device) -> torch.device | None:

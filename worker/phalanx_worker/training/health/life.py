@@ -2,8 +2,8 @@
 
 Owns when it is given: as work goes on, at most so often. In a restore or save a thread looks on. As long as this rank
 is at the storage itself, only bytes that come through are life, so that a storage that hangs is found; while it waits
-for the other ranks, whose nodes look after them, waiting is, as long as their collectives do. What is made of the sign
-is the node's: its watch for hangs goes by the last step or sign.
+for the other ranks, whose nodes look after them, waiting is, for the 30 minutes that their collectives wait too. What
+is made of the sign is the node's: its watch for hangs goes by the last step or sign.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Computes a suspicious step again, to tell a bad batch from a bad machine: the same parameters, batch and random
 numbers have to give the same again.
 
-Owns the comparison, bitwise for a rank's own loss. The gradient's norm is compared bitwise on a CPU; kernels of GPUs
-add up in any order, so there it may differ by a thousandth.
+Owns the comparison, bitwise for a rank's own loss. The gradient's norm is compared bitwise where a CPU computes;
+kernels of GPUs add up in any order, so there it may differ by a thousandth.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ class Dice:
     without any."""
 
     def __init__(self, device: torch.device, modules: Iterable[nn.Module]) -> None:
-        self._device = device
+        self.device = device
+        """That computes; with `parallel.offload` gradients lie elsewhere."""
         self._thrown = any("dropout" in type(part).__name__.lower() for module in modules for part in module.modules())
         self.keep()
 
     def keep(self) -> None:
         if self._thrown:
             self._cpu = torch.get_rng_state()
-            self._gpu = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+            self._gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
 
     def restore(self) -> None:
         if self._thrown:
             torch.set_rng_state(self._cpu)
             if self._gpu is not None:
-                torch.cuda.set_rng_state(self._gpu, self._device)
+                torch.cuda.set_rng_state(self._gpu, self.device)
 
 
 def recompute(pulse: Pulse, again: Again, dice: Dice) -> tuple[Pulse, list[int], bool]:
@@ -63,7 +64,7 @@ def recompute(pulse: Pulse, again: Again, dice: Dice) -> tuple[Pulse, list[int],
     dice.restore()
     second = again()
     loss_differs = not _same(pulse.own_loss, second.own_loss)
-    norm_differs = not _close(float(pulse.norm), float(second.norm), exact=pulse.norm.device.type == "cpu")
+    norm_differs = not _close(float(pulse.norm), float(second.norm), exact=dice.device.type == "cpu")
     mine = torch.tensor([loss_differs, norm_differs], dtype=torch.int32, device=pulse.norm.device)
     everyones = mine.new_empty(dist.get_world_size() * 2)
     dist.all_gather_single(everyones, mine)

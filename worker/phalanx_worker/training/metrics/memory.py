@@ -92,7 +92,7 @@ def fullest(own_bytes: float, device: torch.device) -> Fullest | None:
 
 class MemoryReport:
     """A watcher of the loop, made before the model: tells the job once how much it takes, as soon as optimizers have
-    their state; as metrics then, and again at the last step, when evaluations and checkpoints are in it."""
+    their state; as metrics then, and again by `tell`, which is for after the last checkpoint."""
 
     def __init__(self, device: torch.device, config: Config) -> None:
         self._device, self._steps = device, config.train.steps
@@ -106,10 +106,11 @@ class MemoryReport:
 
     def after_step(self, facts: Facts) -> None:
         self._updates += facts.updated
-        if facts.step == self._steps or (self._updates >= UPDATES and not self._is_told):
-            self._tell(facts.step)
+        if self._updates >= UPDATES and not self._is_told:
+            self.tell(facts.step)
 
-    def _tell(self, step: int) -> None:
+    def tell(self, step: int) -> None:
+        """What has been taken until now. Every rank calls it at the same step."""
         found, is_first, self._is_told = fullest(self._peak.bytes(), self._device), not self._is_told, True
         if found is None or dist.get_rank():
             return
