@@ -18,6 +18,7 @@ depends_on = None
 UP = """
 CREATE TABLE IF NOT EXISTS attempt_steps (
     attempt_id    uuid PRIMARY KEY REFERENCES attempts ON DELETE CASCADE,
+    of_training   boolean NOT NULL,
     first_step    bigint NOT NULL,
     first_step_at timestamptz NOT NULL,
     last_step     bigint NOT NULL,
@@ -32,8 +33,9 @@ _POINT = """
     ORDER BY m.at {order} LIMIT 1
 """
 FILL = f"""
-INSERT INTO attempt_steps (attempt_id, first_step, first_step_at, last_step, last_step_at, totals)
-SELECT a.id, first.step, first.at, last.step, last.at, coalesce(totals.said, '{{}}')
+INSERT INTO attempt_steps (attempt_id, of_training, first_step, first_step_at, last_step, last_step_at, totals)
+SELECT a.id, steps_of.name IN ('loss', 'productive_s'), first.step, first.at, last.step, last.at,
+       coalesce(totals.said, '{{}}')
 FROM attempts a LEFT JOIN progress p ON p.job_id = a.job_id
 CROSS JOIN LATERAL (
     SELECT coalesce((SELECT name FROM jsonb_object_keys(p."values") AS name

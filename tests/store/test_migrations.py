@@ -321,7 +321,7 @@ async def test_what_attempts_said_of_their_steps_is_read_from_their_metrics(old,
     async with old.connect() as conn:
         (row,) = await conn.execute(select(attempt_steps))
     minutes = timedelta(minutes=3)
-    assert row == (trained["id"], 3, at, 6, at + minutes, {"productive_s": 8.0})
+    assert row == (trained["id"], True, 3, at, 6, at + minutes, {"productive_s": 8.0})
 
 
 @pytest.fixture
