@@ -49,6 +49,14 @@ CROSS JOIN LATERAL (
 WHERE a.id = ANY(:batch)
 ON CONFLICT DO NOTHING
 """
+# Not those that were done before this was cut off, nor those whose metrics are forgotten: partitions are named by day.
+TO_FILL = """
+NOT EXISTS (SELECT FROM attempt_steps s WHERE s.attempt_id = attempts.id)
+AND coalesce(ended_at, 'infinity') > least(
+    (SELECT min(at) FROM metrics_rest),
+    (SELECT min(to_date(right(relname, 8), 'YYYYMMDD')) FROM pg_inherits JOIN pg_class ON oid = inhrelid
+     WHERE inhparent = to_regclass('metrics') AND relname <> 'metrics_rest')) - interval '1 day'
+"""
 DOWN = """
 DROP TABLE attempt_steps;
 """
@@ -56,7 +64,7 @@ DROP TABLE attempt_steps;
 
 def upgrade() -> None:
     run_script(op.get_bind(), UP)
-    fill_in_batches(op.get_context(), "attempts", "id", FILL)
+    fill_in_batches(op.get_context(), "attempts", "id", FILL, where=TO_FILL)
 
 
 def downgrade() -> None:

@@ -297,31 +297,71 @@ async def test_what_waiting_jobs_were_first_told_is_filled_in_batch_by_batch(old
         assert (await conn.execute(select(holds.c.first_start))).scalars().all() == [at] * 5
 
 
+async def _add_attempts(conn, *ended_at):
+    """A job with attempts that ended then; its id and theirs."""
+    job, cluster = await _submit(conn), new_id()
+    await conn.execute(insert(clusters).values(id=cluster, name="a"))
+    given = {"job_id": job, "cluster_id": cluster, "gpu_type": "h100", "replicas": 1, "state": "ended"}
+    rows = [
+        given
+        | {"id": new_id(), "number": number, "epoch": number, "outcome": "failed", "created_at": at, "ended_at": at}
+        for number, at in enumerate(ended_at, 1)
+    ]
+    await conn.execute(insert(attempts), rows)
+    return job, [row["id"] for row in rows]
+
+
 async def test_what_attempts_said_of_their_steps_is_read_from_their_metrics(old, empty_database):
     await migrate.upgrade(empty_database, "0014")
-    at, cluster = datetime.now(UTC) - timedelta(minutes=9), new_id()
+    at = datetime.now(UTC) - timedelta(minutes=9)
     async with old.begin() as conn:
-        job = await _submit(conn)
-        await conn.execute(insert(clusters).values(id=cluster, name="a"))
-        trained, silent = ({"id": new_id(), "number": number, "epoch": number} for number in (1, 2))
-        given = {"job_id": job, "cluster_id": cluster, "gpu_type": "h100", "replicas": 1, "created_at": at}
-        given |= {"state": "ended", "outcome": "failed", "ended_at": at}
-        await conn.execute(insert(attempts), [given | trained, given | silent])
+        job, (trained, _) = await _add_attempts(conn, at, at)
         said = [(0, "loss", 3, 5.0), (1, "loss", 4, 4.0), (2, "productive_s", 4, 8.0), (3, "loss", 6, 3.0)]
-        of_rank = {"job_id": job, "attempt_id": trained["id"], "rank": 0}
+        of_rank = {"job_id": job, "attempt_id": trained, "rank": 0}
         rows = [
             of_rank | {"name": name, "step": step, "value": value, "at": at + timedelta(minutes=minute)}
             for minute, name, step, value in said
         ]
         await conn.execute(insert(metrics), [*rows, {**rows[0], "rank": 1, "step": 1}])
-        await conn.execute(
-            insert(progress).values(job_id=job, attempt_id=trained["id"], values={"loss": 3, "acc": 1}, at=at)
-        )
+        await conn.execute(insert(progress).values(job_id=job, attempt_id=trained, values={"loss": 3, "acc": 1}, at=at))
     await migrate.upgrade(empty_database)
     async with old.connect() as conn:
         (row,) = await conn.execute(select(attempt_steps))
     minutes = timedelta(minutes=3)
-    assert row == (trained["id"], True, 3, at, 6, at + minutes, {"productive_s": 8.0})
+    assert row == (trained, True, 3, at, 6, at + minutes, {"productive_s": 8.0})
+
+
+_FAILS_ONCE = """
+CREATE SEQUENCE read_of_attempts;
+CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF nextval('read_of_attempts') = 2 THEN RAISE 'cut off'; END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER fail_once BEFORE INSERT ON attempt_steps FOR EACH ROW EXECUTE FUNCTION fail_once();
+"""
+
+
+async def test_what_was_read_of_attempts_before_an_upgrade_was_cut_off_is_not_read_again(
+    old, empty_database, monkeypatch
+):
+    monkeypatch.setattr(migrate, "BATCH_ROWS", 1)
+    await migrate.upgrade(empty_database, "0014")
+    at, revision = datetime.now(UTC), ScriptDirectory.from_config(migrate.config_for()).get_revision("0015")
+    async with old.begin() as conn:
+        job, (*recent, _) = await _add_attempts(conn, at, at, at, at - timedelta(days=99))
+        points = [{"attempt_id": attempt, "rank": 0, "name": "loss", "step": 1, "value": 1.0} for attempt in recent]
+        await conn.execute(insert(metrics), [point | {"job_id": job, "at": at} for point in points])
+        for script in (revision.module.UP, _FAILS_ONCE):
+            await conn.run_sync(migrate.run_script, script)
+        to_fill = text(f"SELECT id FROM attempts WHERE {revision.module.TO_FILL}")
+        assert set((await conn.scalars(to_fill)).all()) == {*recent}
+    with pytest.raises(Exception, match="cut off"):
+        await migrate.upgrade(empty_database)
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        assert set((await conn.scalars(select(attempt_steps.c.attempt_id))).all()) == set(recent)
+        assert await conn.scalar(text("SELECT last_value FROM read_of_attempts")) == 1 + 1 + 2
 
 
 @pytest.fixture

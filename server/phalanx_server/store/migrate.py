@@ -109,11 +109,12 @@ def build_indexes(context: MigrationContext, indexes: Mapping[str, str]) -> None
         connection.exec_driver_sql("RESET lock_timeout")
 
 
-def fill_in_batches(context: MigrationContext, table: str, key: str, *statements: str) -> None:
+def fill_in_batches(context: MigrationContext, table: str, key: str, *statements: str, where: str = "true") -> None:
     """Run the statements for the rows of a table, a batch of its keys (`:batch`, uuids) at a time, each in a
     transaction of its own, so that servers wait for one batch at most. For revisions, and last in them: what stands
-    before it is kept if the rest fails, and all of the revision is then run again."""
-    keys = text(f"SELECT {key} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT {BATCH_ROWS}")
+    before it and the batches that are done are kept if the rest fails, and all of the revision is then run again;
+    `where` leaves out the rows of `table` that it need not do again."""
+    keys = text(f"SELECT {key} FROM {table} WHERE {key} > :after AND {where} ORDER BY {key} LIMIT {BATCH_ROWS}")
     with context.autocommit_block():
         connection = context.connection
         assert connection is not None
@@ -125,9 +126,10 @@ def fill_in_batches(context: MigrationContext, table: str, key: str, *statements
 
 
 async def _patiently(url: str, operate: Callable[[Config], None]) -> None:
-    """Run it, and again for PATIENCE_S if somebody was in the way."""
-    give_up_at = time.monotonic() + PATIENCE_S
+    """Run it, and again for PATIENCE_S if somebody was in the way; what it did before it met them does not count."""
+    tried_s = 0.0
     while True:
+        began_at = time.monotonic()
         try:
             return await _run(url, operate)
         except Exception as error:
@@ -135,7 +137,8 @@ async def _patiently(url: str, operate: Callable[[Config], None]) -> None:
             if why is None:
                 raise
             blocked = f"the migration {why}; {await _who_holds_locks(url)}"
-            if time.monotonic() >= give_up_at:
+            tried_s += min(time.monotonic() - began_at, LOCK_TIMEOUT_S) + PAUSE_S
+            if tried_s >= PATIENCE_S:
                 raise MigrationBlocked(f"{blocked}, and run it again: nothing is half done") from error
         log.warning("a migration is tried again", why=blocked, in_s=PAUSE_S)
         await asyncio.sleep(PAUSE_S)
