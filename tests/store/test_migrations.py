@@ -21,7 +21,7 @@ from phalanx_server.store.schema import (
     progress,
     tenants,
 )
-from sqlalchemy import func, insert, inspect, select, text
+from sqlalchemy import func, insert, inspect, make_url, select, text
 
 IGNORED = ("alembic_version",)
 
@@ -391,6 +391,36 @@ async def test_a_migration_gives_up_on_a_lock_in_time_and_says_who_has_it(
     await migrate.upgrade(empty_database)
     async with old.connect() as conn:
         assert await conn.run_sync(_differences) == []
+
+
+async def test_who_is_blamed_is_who_is_waited_for_not_who_has_any_lock_for_longer(old, empty_database, impatient):
+    async with old.begin() as innocent:
+        await innocent.execute(text("LOCK TABLE tenants IN SHARE UPDATE EXCLUSIVE MODE"))
+        async with old.begin() as conn:
+            pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+            await conn.execute(text("LOCK TABLE holds IN ACCESS SHARE MODE"))
+            with pytest.raises(migrate.MigrationBlocked, match=rf"pid {pid}, .* has locked holds"):
+                await migrate.upgrade(empty_database)
+
+
+async def test_who_is_in_the_way_is_named_to_a_role_that_may_not_see_what_others_do(old, empty_database, impatient):
+    async with old.begin() as conn:
+        await conn.execute(text("CREATE ROLE migrator LOGIN"))
+        for table in (await conn.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))).all():
+            await conn.execute(text(f"ALTER TABLE {table} OWNER TO migrator"))
+        await conn.execute(text("GRANT ALL ON SCHEMA public TO migrator"))
+    try:
+        async with old.begin() as conn:
+            pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+            await conn.execute(text("LOCK TABLE holds IN ACCESS SHARE MODE"))
+            said = rf"pid {pid}\) has locked holds, for how long and with what only pg_read_all_stats may see: .*{pid}"
+            with pytest.raises(migrate.MigrationBlocked, match=said):
+                await migrate.upgrade(make_url(empty_database).set(username="migrator").render_as_string(False))
+    finally:
+        async with old.begin() as conn:
+            await conn.execute(text("REASSIGN OWNED BY migrator TO CURRENT_USER"))
+            await conn.execute(text("DROP OWNED BY migrator"))
+            await conn.execute(text("DROP ROLE migrator"))
 
 
 async def test_a_migration_that_met_a_lock_is_tried_again_by_itself(old, empty_database, impatient, monkeypatch):

@@ -10,15 +10,16 @@ LOCK_TIMEOUT_S: the revision is undone, and tried again after a pause in which t
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
@@ -129,14 +130,14 @@ async def _patiently(url: str, operate: Callable[[Config], None]) -> None:
     """Run it, and again for PATIENCE_S if somebody was in the way; what it did before it met them does not count."""
     tried_s = 0.0
     while True:
-        began_at = time.monotonic()
+        began_at, blockers = time.monotonic(), list[Row[Any]]()
         try:
-            return await _run(url, operate)
+            return await _run(url, operate, blockers)
         except Exception as error:
             why = _IN_THE_WAY.get(_sqlstate(error))
             if why is None:
                 raise
-            blocked = f"the migration {why}; {await _who_holds_locks(url)}"
+            blocked = f"the migration {why}; {_who(blockers)}"
             tried_s += min(time.monotonic() - began_at, LOCK_TIMEOUT_S) + PAUSE_S
             if tried_s >= PATIENCE_S:
                 raise MigrationBlocked(f"{blocked}, and run it again: nothing is half done") from error
@@ -149,43 +150,61 @@ def _sqlstate(error: Exception) -> str:
     return getattr(getattr(error, "orig", error), "sqlstate", None) or ""
 
 
-_LOCKS = text(
+# Of other roles' sessions a role without pg_read_all_stats sees who they are, and neither state nor query.
+_BLOCKERS = text(
     """
-    SELECT a.pid, a.usename, a.application_name, a.state, a.query, c.relname AS relation,
-           extract(epoch FROM clock_timestamp() - a.xact_start) AS open_s
-    FROM pg_stat_activity a JOIN pg_locks l USING (pid) JOIN pg_class c ON c.oid = l.relation
-    WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND l.granted
-      AND c.relkind IN ('r', 'p') AND c.relnamespace = 'public'::regnamespace
-      AND a.xact_start < clock_timestamp() - make_interval(secs => :since_s)
-    ORDER BY a.xact_start, c.relname LIMIT 1
+    SELECT blocker.pid, a.usename, a.application_name, a.backend_type, a.state, a.query,
+           extract(epoch FROM clock_timestamp() - a.xact_start) AS open_s,
+           (SELECT c.relname FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
+            WHERE l.pid = :pid AND NOT l.granted LIMIT 1) AS relation
+    FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid) LEFT JOIN pg_stat_activity a USING (pid)
+    ORDER BY a.xact_start LIMIT 1
     """
 )
 
 
-async def _who_holds_locks(url: str) -> str:
-    """The oldest transaction that has had a table all the while, and what can be done about it."""
-    engine = _engine(url)
-    try:
-        async with engine.connect() as conn:
-            row = (await conn.execute(_LOCKS, {"since_s": LOCK_TIMEOUT_S})).one_or_none()
-    finally:
-        await engine.dispose()
-    if row is None:
-        return "who had it is gone: try it"
-    who = f"{row.application_name or 'a client'} ({row.usename}, pid {row.pid}, {row.state})"
-    what = " ".join(row.query.split())[:100]
-    return (
-        f"{who} has locked {row.relation} for {row.open_s:.0f} s, last with `{what}`: wait for its end, or end it with"
-        f" SELECT pg_terminate_backend({row.pid})"
+async def _watch(engine: AsyncEngine, pid: int, blockers: list[Row[Any]]) -> None:
+    """Note again and again which session that one waits for: once it gives up, nobody can tell. It keeps no transaction
+    open, for which an index would wait."""
+    async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
+        while True:
+            blockers += await conn.execute(_BLOCKERS, {"pid": pid})
+            del blockers[:-1]
+            await asyncio.sleep(LOCK_TIMEOUT_S / 10)
+
+
+def _who(blockers: Sequence[Row[Any]]) -> str:
+    """Who was in the way last, and what can be done about it."""
+    if not blockers:
+        return "who was in the way is gone: try it"
+    (row,) = blockers
+    if row.pid == 0:
+        return f"a prepared transaction has locked {row.relation}: end it (pg_prepared_xacts has it)"
+    state = "" if row.state is None else f", {row.state}"
+    who = f"{row.application_name or row.backend_type or 'a client'} ({row.usename}, pid {row.pid}{state})"
+    what = "has a transaction open" if row.relation is None else f"has locked {row.relation}"
+    last = (
+        ", for how long and with what only pg_read_all_stats may see"
+        if row.open_s is None
+        else f" for {row.open_s:.0f} s, last with `{' '.join(row.query.split())[:100]}`"
     )
+    return f"{who} {what}{last}: wait for its end, or end it with SELECT pg_terminate_backend({row.pid})"
 
 
-async def _run(url: str, operate: Callable[[Config], None]) -> None:
+async def _run(url: str, operate: Callable[[Config], None], blockers: list[Row[Any]]) -> None:
+    """Run it; the last that it waited for is in `blockers`."""
     engine = _engine(url)
     try:
         async with engine.connect() as conn:
             await _lock(conn)
-            await conn.run_sync(lambda sync: operate(config_for(sync)))
+            pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+            await conn.commit()
+            watching = asyncio.create_task(_watch(engine, pid, blockers))
+            try:
+                await conn.run_sync(lambda sync: operate(config_for(sync)))
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
     finally:
         await engine.dispose()
 
