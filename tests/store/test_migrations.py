@@ -368,6 +368,7 @@ async def test_what_was_read_of_attempts_before_an_upgrade_was_cut_off_is_not_re
 def impatient(monkeypatch):
     """One try, which waits for a lock only a moment."""
     monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(migrate, "BUILD_TIMEOUT_S", 0.5)
     monkeypatch.setattr(migrate, "PAUSE_S", 0.0)
     monkeypatch.setattr(migrate, "PATIENCE_S", 0.0)
 
@@ -381,7 +382,7 @@ async def test_a_migration_gives_up_on_a_lock_in_time_and_says_who_has_it(
         pid = await conn.scalar(text("SELECT pg_backend_pid()"))
         await conn.execute(text(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE"))
         said = rf"phalanx \(.*, pid {pid}, idle in transaction\) has locked {table} for .* `LOCK TABLE {table} IN .*"
-        advice = rf"pg_terminate_backend\({pid}\), and run it again: nothing is half done"
+        advice = rf"pg_terminate_backend\({pid}\), and run it again: what is done is kept"
         with pytest.raises(migrate.MigrationBlocked, match=f"{said}{advice}"):
             await migrate.upgrade(empty_database)
         assert await migrate.current(empty_database) == reached
@@ -391,6 +392,19 @@ async def test_a_migration_gives_up_on_a_lock_in_time_and_says_who_has_it(
     await migrate.upgrade(empty_database)
     async with old.connect() as conn:
         assert await conn.run_sync(_differences) == []
+
+
+async def test_who_keeps_an_index_from_being_built_is_named_and_it_is_built_anew(old, empty_database, impatient):
+    """A transaction that has written to the table, though it has no lock that others wait for."""
+    async with old.begin() as conn:
+        pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+        await _submit(conn)
+        said = rf"pid {pid}, idle in transaction\) has a transaction open for .*what is done is kept"
+        with pytest.raises(migrate.MigrationBlocked, match=said):
+            await migrate.upgrade(empty_database)
+    assert False in (await _built(old)).values()
+    await migrate.upgrade(empty_database)
+    assert await _built(old) == dict.fromkeys(BUILT, True)
 
 
 async def test_who_is_blamed_is_who_is_waited_for_not_who_has_any_lock_for_longer(old, empty_database, impatient):
@@ -421,6 +435,27 @@ async def test_who_is_in_the_way_is_named_to_a_role_that_may_not_see_what_others
             await conn.execute(text("REASSIGN OWNED BY migrator TO CURRENT_USER"))
             await conn.execute(text("DROP OWNED BY migrator"))
             await conn.execute(text("DROP ROLE migrator"))
+
+
+async def test_what_a_migration_did_before_it_met_a_lock_does_not_count_against_its_patience(
+    old, empty_database, impatient, monkeypatch
+):
+    monkeypatch.setattr(migrate, "PATIENCE_S", 0.6)  # more than one wait, less than this try
+    run, tries = migrate._run, []
+
+    async def long_at_work(*given):
+        tries.append(1)
+        if len(tries) == 1:
+            await asyncio.sleep(0.7)
+        else:
+            await holder.rollback()
+        await run(*given)
+
+    monkeypatch.setattr(migrate, "_run", long_at_work)
+    async with old.connect() as holder:
+        await holder.execute(text("LOCK TABLE holds IN ACCESS SHARE MODE"))
+        await migrate.upgrade(empty_database)
+    assert len(tries) == 2
 
 
 async def test_a_migration_that_met_a_lock_is_tried_again_by_itself(old, empty_database, impatient, monkeypatch):

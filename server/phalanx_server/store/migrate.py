@@ -5,7 +5,9 @@ index on a table that servers write to. What an upgrade that was cut off has not
 from many processes at once: one migrates, the others wait and find nothing to do.
 
 A statement that waits for the lock of a table keeps all waiting that come after it, so none waits longer than
-LOCK_TIMEOUT_S: the revision is undone, and tried again after a pause in which the others go on.
+LOCK_TIMEOUT_S, or BUILD_TIMEOUT_S where an index is built, for which nobody waits: then what the transaction did is
+undone, and the revision is tried again after a pause in which the others go on. What was committed is kept, as indexes
+and batches of rows are: revisions do it so that they may be run again.
 """
 
 import asyncio
@@ -31,6 +33,7 @@ log = structlog.get_logger("phalanx.migrate")
 
 HEAD = "0015"
 LOCK_TIMEOUT_S = 2.0  # longer than PostgreSQL takes to find a deadlock (1 s)
+BUILD_TIMEOUT_S = 60.0  # a build waits for every transaction that was open before it
 PAUSE_S = 5.0  # between tries: most of the time others go on
 PATIENCE_S = 300.0  # for all tries; the chart ends the migration's Job after twice as long
 BATCH_ROWS = 1000
@@ -40,7 +43,7 @@ _IN_THE_WAY = {"55P03": "waited too long for a lock", "40P01": "was in a deadloc
 
 
 class MigrationBlocked(TimeoutError):
-    """Others kept a lock on a table for so long that the migration gave up; what was begun of it is undone."""
+    """Others were in the way for so long that the migration gave up; what is done is kept, and it may be run again."""
 
 
 def migrations_dir() -> Path:
@@ -96,11 +99,12 @@ _IS_VALID = text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass
 def build_indexes(context: MigrationContext, indexes: Mapping[str, str]) -> None:
     """Build indexes, each on what its name maps to, on tables that servers write to meanwhile: nobody who writes waits
     for it. For revisions, and first in them: it cannot be in their transaction, and what stands before it is kept if
-    the rest fails. An index that is there stays; what a build that was cut off left of one goes."""
+    the rest fails. An index that is there stays; what a build that was cut off left of one goes. A build waits for
+    every transaction that was open before it, for BUILD_TIMEOUT_S at most."""
     with context.autocommit_block():
         connection = context.connection
         assert connection is not None
-        connection.exec_driver_sql("SET lock_timeout = 0")  # it may wait: nobody waits for it
+        connection.exec_driver_sql(f"SET lock_timeout = '{BUILD_TIMEOUT_S}s'")
         for name, on in indexes.items():
             valid = connection.scalar(_IS_VALID, {"name": name})
             if valid is False:
@@ -138,9 +142,9 @@ async def _patiently(url: str, operate: Callable[[Config], None]) -> None:
             if why is None:
                 raise
             blocked = f"the migration {why}; {_who(blockers)}"
-            tried_s += min(time.monotonic() - began_at, LOCK_TIMEOUT_S) + PAUSE_S
+            tried_s += min(time.monotonic() - began_at, BUILD_TIMEOUT_S) + PAUSE_S
             if tried_s >= PATIENCE_S:
-                raise MigrationBlocked(f"{blocked}, and run it again: nothing is half done") from error
+                raise MigrationBlocked(f"{blocked}, and run it again: what is done is kept") from error
         log.warning("a migration is tried again", why=blocked, in_s=PAUSE_S)
         await asyncio.sleep(PAUSE_S)
 
@@ -158,6 +162,7 @@ _BLOCKERS = text(
            (SELECT c.relname FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
             WHERE l.pid = :pid AND NOT l.granted LIMIT 1) AS relation
     FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid) LEFT JOIN pg_stat_activity a USING (pid)
+    WHERE blocker.pid <> pg_backend_pid()
     ORDER BY a.xact_start LIMIT 1
     """
 )
