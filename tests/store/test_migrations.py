@@ -367,8 +367,8 @@ async def test_what_was_read_of_attempts_before_an_upgrade_was_cut_off_is_not_re
 @pytest.fixture
 def impatient(monkeypatch):
     """One try, which waits for a lock only a moment."""
-    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(migrate, "BUILD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(migrate, "BUILD_TIMEOUT_S", 1.0)
     monkeypatch.setattr(migrate, "PAUSE_S", 0.0)
     monkeypatch.setattr(migrate, "PATIENCE_S", 0.0)
 
@@ -440,13 +440,13 @@ async def test_who_is_in_the_way_is_named_to_a_role_that_may_not_see_what_others
 async def test_what_a_migration_did_before_it_met_a_lock_does_not_count_against_its_patience(
     old, empty_database, impatient, monkeypatch
 ):
-    monkeypatch.setattr(migrate, "PATIENCE_S", 0.6)  # more than one wait, less than this try
+    monkeypatch.setattr(migrate, "PATIENCE_S", 1.2)  # more than one wait, less than this try
     run, tries = migrate._run, []
 
     async def long_at_work(*given):
         tries.append(1)
         if len(tries) == 1:
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(1.0)
         else:
             await holder.rollback()
         await run(*given)
