@@ -18,6 +18,7 @@ depends_on = None
 UP = """
 CREATE TABLE IF NOT EXISTS attempt_steps (
     attempt_id    uuid PRIMARY KEY REFERENCES attempts ON DELETE CASCADE,
+    of_training   boolean NOT NULL,
     first_step    bigint NOT NULL,
     first_step_at timestamptz NOT NULL,
     last_step     bigint NOT NULL,
@@ -32,8 +33,9 @@ _POINT = """
     ORDER BY m.at {order} LIMIT 1
 """
 FILL = f"""
-INSERT INTO attempt_steps (attempt_id, first_step, first_step_at, last_step, last_step_at, totals)
-SELECT a.id, first.step, first.at, last.step, last.at, coalesce(totals.said, '{{}}')
+INSERT INTO attempt_steps (attempt_id, of_training, first_step, first_step_at, last_step, last_step_at, totals)
+SELECT a.id, steps_of.name IN ('loss', 'productive_s'), first.step, first.at, last.step, last.at,
+       coalesce(totals.said, '{{}}')
 FROM attempts a LEFT JOIN progress p ON p.job_id = a.job_id
 CROSS JOIN LATERAL (
     SELECT coalesce((SELECT name FROM jsonb_object_keys(p."values") AS name
@@ -47,6 +49,14 @@ CROSS JOIN LATERAL (
 WHERE a.id = ANY(:batch)
 ON CONFLICT DO NOTHING
 """
+# Not those that were done before this was cut off, nor those whose metrics are forgotten: partitions are named by day.
+TO_FILL = """
+NOT EXISTS (SELECT FROM attempt_steps s WHERE s.attempt_id = attempts.id)
+AND coalesce(ended_at, 'infinity') > least(
+    (SELECT min(at) FROM metrics_rest),
+    (SELECT min(to_date(right(relname, 8), 'YYYYMMDD')) FROM pg_inherits JOIN pg_class ON oid = inhrelid
+     WHERE inhparent = to_regclass('metrics') AND relname <> 'metrics_rest')) - interval '1 day'
+"""
 DOWN = """
 DROP TABLE attempt_steps;
 """
@@ -54,7 +64,7 @@ DROP TABLE attempt_steps;
 
 def upgrade() -> None:
     run_script(op.get_bind(), UP)
-    fill_in_batches(op.get_context(), "attempts", "id", FILL)
+    fill_in_batches(op.get_context(), "attempts", "id", FILL, where=TO_FILL)
 
 
 def downgrade() -> None:

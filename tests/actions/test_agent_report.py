@@ -13,6 +13,7 @@ from phalanx_server.domain.attempt import StopCause
 from phalanx_server.domain.errors import Superseded
 from phalanx_server.domain.messages import RankExit
 from phalanx_server.store.attempts import lock_live_attempts
+from phalanx_server.store.event_views import load_named_rank
 from phalanx_server.store.ids import new_id
 from phalanx_server.store.schema import clusters, outbox
 
@@ -60,6 +61,14 @@ async def test_one_report_may_tell_a_whole_life(plane: ControlPlane) -> None:
     attempt = await plane.attempt(job_id)
     await plane.report(plane.fact(attempt, "gang_ready"), plane.fact(attempt, "started"), plane.ended(attempt, 0))
     assert await plane.state(job_id) == "succeeded"
+
+
+async def test_the_rank_that_an_end_tells_of_is_kept_with_it(plane: ControlPlane) -> None:
+    await plane.add_nodes(2)
+    job_id, attempt = await plane.run(replicas=2, gpus=4, retries={"max": 1, "backoff": 30})
+    await plane.report(plane.ended(attempt, *[0] * 4, 1, 1, 0, 0, first_failed_rank=5))
+    async with plane.engine.connect() as conn:
+        assert await load_named_rank(conn, job_id, attempt.id) == 5
 
 
 async def test_a_failure_is_retried_after_a_pause_and_avoids_the_node(plane: ControlPlane) -> None:

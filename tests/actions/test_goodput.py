@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from control_plane import ControlPlane
 from phalanx_server.domain.goodput import AttemptTime, goodput_of
 from phalanx_server.loops.retain import Keep, Retain
@@ -88,3 +89,26 @@ async def test_steps_that_are_reported_without_a_value_count(plane: ControlPlane
     await plane.node_report("node-0", metrics=[plane.metric(attempt, 1), plane.metric(attempt, 3)])
     (found,) = await times(plane, job)
     assert (found.first_step, found.last_step, found.productive_s) == (1, 3, None)
+
+
+@pytest.mark.parametrize("epoch_is_first", [True, False])
+async def test_steps_of_another_axis_than_the_trainings_count_only_without_it(
+    plane: ControlPlane, epoch_is_first: bool
+) -> None:
+    """In one report as in several, whichever comes first."""
+    await plane.add_nodes(1)
+    job, attempt = await plane.run()
+    for epoch in (1, 2):
+        start = plane.later(10)
+        trained = [plane.metric(attempt, 100 * epoch, loss=1.0)]
+        plane.later(10)
+        passed = [plane.metric(attempt, epoch, accuracy=0.5)]
+        if epoch == 1 and epoch_is_first:
+            await plane.node_report("node-0", metrics=passed)
+            (found,) = await times(plane, job)
+            assert (found.first_step, found.last_step) == (1, 1)
+            passed = []
+        await plane.node_report("node-0", metrics=trained + passed)
+    await plane.node_report("node-0", metrics=[plane.metric(attempt, 3, accuracy=0.5)])
+    (found,) = await times(plane, job)
+    assert (found.first_step, found.last_step, found.last_step_at) == (100, 200, start)

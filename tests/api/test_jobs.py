@@ -205,8 +205,10 @@ async def test_a_running_job_shows_attempt_placement_and_phases(
     assert nodes["n0"]["gpus_used"] == 4 and nodes["n0"]["jobs"] == [job] and nodes["n0"]["stats"] is None
 
 
-async def end(world: Any, job: str, *, state: str, outcome: str, message: str, exits: list[dict[str, Any]]) -> None:
-    """End the attempt that `run` has made, and put its job into a state."""
+async def end(
+    world: Any, job: str, *, state: str, outcome: str, message: str, exits: list[dict[str, Any]], named: int | None
+) -> None:
+    """End the attempt that `run` has made, with a message that tells of rank `named`; put its job into a state."""
     over = {"finished_at": datetime.now(UTC)} if state in ("failed", "cancelled") else {}
     async with world.engine.begin() as conn:
         ended = {
@@ -217,7 +219,11 @@ async def end(world: Any, job: str, *, state: str, outcome: str, message: str, e
             "number": 2,
             "ended_at": datetime.now(UTC),
         }
-        await conn.execute(update(attempts).where(attempts.c.job_id == ids.parse("job", job)).values(ended))
+        over_now = update(attempts).where(attempts.c.job_id == ids.parse("job", job)).values(ended)
+        attempt_id = await conn.scalar(over_now.returning(attempts.c.id))
+        event = {"kind": "attempt_ended", "at": datetime.now(UTC), "message": message, "data": {"named_rank": named}}
+        of_it = {"job_id": ids.parse("job", job), "attempt_id": attempt_id}
+        await conn.execute(insert(events).values(event | of_it))
         told = {"state": state, "reason": outcome, "message": message, "attempts": 2}
         await conn.execute(update(jobs).where(jobs.c.id == ids.parse("job", job)).values(told | over))
 
@@ -230,12 +236,13 @@ EXITS = [
 
 
 @pytest.mark.parametrize(
-    ("state", "outcome", "message", "said"),
+    ("state", "outcome", "message", "named", "said"),
     [
         (
             "failed",
             "oom",
             "rank 5 ran out of memory",
+            5,
             "train has failed (oom) after 2 attempts: rank 5 ran out of memory (on n1)."
             " What that rank wrote: phalanx logs {job} --rank 5 --attempt 2",
         ),
@@ -243,31 +250,62 @@ EXITS = [
             "failed",
             "time_limit",
             "reached its time limit",
+            None,
             "train has failed (time_limit) after 2 attempts: reached its time limit."
             " What happened to it: phalanx events {job}",
         ),
-        ("cancelled", "cancelled", "cancelled", "train was cancelled after 2 attempts."),
+        (
+            "failed",
+            "unhealthy",
+            "rank 0 stopped itself: the loss is NaN",
+            0,
+            "train has failed (unhealthy) after 2 attempts: rank 0 stopped itself: the loss is NaN (on n0)."
+            " What that rank wrote: phalanx logs {job} --rank 0 --attempt 2",
+        ),
+        (
+            "failed",
+            "hung",
+            "the job took no step for 90 s",
+            None,
+            "train has failed (hung) after 2 attempts: the job took no step for 90 s."
+            " What happened to it: phalanx events {job}",
+        ),
+        ("cancelled", "cancelled", "cancelled", None, "train was cancelled after 2 attempts."),
     ],
 )
 async def test_a_job_that_has_ended_explains_how_and_where_to_read_more(
-    alice: httpx.AsyncClient, world: Any, job_file: Any, state: str, outcome: str, message: str, said: str
+    alice: httpx.AsyncClient,
+    world: Any,
+    job_file: Any,
+    state: str,
+    outcome: str,
+    message: str,
+    named: int | None,
+    said: str,
 ) -> None:
     (job,) = await submit(alice, job_file())
     await run(world, job)
-    await end(world, job, state=state, outcome=outcome, message=message, exits=EXITS)
+    await end(world, job, state=state, outcome=outcome, message=message, exits=EXITS, named=named)
     assert (await alice.get(f"/v1/jobs/{job}/explain")).json()["text"] == said.format(job=job)
 
 
-async def test_a_job_that_waits_to_be_tried_again_says_where_its_failed_rank_wrote(
-    alice: httpx.AsyncClient, world: Any, job_file: Any
+@pytest.mark.parametrize(
+    ("outcome", "message", "named", "more"),
+    [
+        ("failed", "rank 5 exited with code 1", 5, "What its rank wrote: phalanx logs {job} --rank 5 --attempt 2."),
+        ("hung", "the job took no step for 90 s", None, "What happened to it: phalanx events {job}."),
+    ],
+)
+async def test_a_job_that_waits_to_be_tried_again_says_where_to_read_of_its_failure(
+    alice: httpx.AsyncClient, world: Any, job_file: Any, outcome: str, message: str, named: int | None, more: str
 ) -> None:
     (job,) = await submit(alice, job_file())
     await run(world, job)
     async with world.engine.begin() as conn:
         await conn.execute(update(jobs).where(jobs.c.id == ids.parse("job", job)).values(state="stopping"))
-    await end(world, job, state="queued", outcome="failed", message="rank 5 exited with code 1", exits=EXITS)
+    await end(world, job, state="queued", outcome=outcome, message=message, exits=EXITS, named=named)
     text = (await alice.get(f"/v1/jobs/{job}/explain")).json()["text"]
-    assert f"rank 5 exited with code 1. What its rank wrote: phalanx logs {job} --rank 5 --attempt 2." in text
+    assert f"Its last attempt is over: {message}. {more.format(job=job)}" in text
 
 
 async def test_an_attempt_says_whom_it_gives_way_to_where_that_may_be_seen(

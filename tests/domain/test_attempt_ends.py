@@ -215,3 +215,17 @@ def test_of_a_hang_only_a_rank_that_is_known_to_be_behind_is_to_blame() -> None:
 def test_who_was_stopped_because_of_another_rank_is_not_why_an_attempt_ended() -> None:
     end = decide_end(EndFacts(exits=[KILLED, SICK], first_failed_rank=0, max_retries=0))
     assert end.message == "rank 1 stopped itself: the loss of step 12 is NaN"
+    assert end.named_rank == 1, "what it wrote tells more"
+
+
+def test_a_message_that_tells_of_no_rank_alone_names_none() -> None:
+    hung = [replace(HUNG, rank=0), HUNG]
+    assert decide_end(EndFacts(exits=hung)).named_rank is None
+    assert decide_end(EndFacts(exits=hung, first_failed_rank=1)).named_rank == 1
+    final = decide_end(EndFacts(exits=[replace(each, final=True) for each in hung]))
+    assert (final.message, final.named_rank) == ("the job took no step for 90 s, 30 times the median", None)
+    assert decide_end(EndFacts(cause=StopCause.TIME_LIMIT, exits=[CRASH])).named_rank is None
+
+
+def test_a_rank_that_stops_the_job_for_good_is_named() -> None:
+    assert decide_end(EndFacts(exits=[KILLED, GIVEN_UP], first_failed_rank=1)).named_rank == 1

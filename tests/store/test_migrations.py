@@ -21,7 +21,7 @@ from phalanx_server.store.schema import (
     progress,
     tenants,
 )
-from sqlalchemy import func, insert, inspect, select, text
+from sqlalchemy import func, insert, inspect, make_url, select, text
 
 IGNORED = ("alembic_version",)
 
@@ -297,37 +297,78 @@ async def test_what_waiting_jobs_were_first_told_is_filled_in_batch_by_batch(old
         assert (await conn.execute(select(holds.c.first_start))).scalars().all() == [at] * 5
 
 
+async def _add_attempts(conn, *ended_at):
+    """A job with attempts that ended then; its id and theirs."""
+    job, cluster = await _submit(conn), new_id()
+    await conn.execute(insert(clusters).values(id=cluster, name="a"))
+    given = {"job_id": job, "cluster_id": cluster, "gpu_type": "h100", "replicas": 1, "state": "ended"}
+    rows = [
+        given
+        | {"id": new_id(), "number": number, "epoch": number, "outcome": "failed", "created_at": at, "ended_at": at}
+        for number, at in enumerate(ended_at, 1)
+    ]
+    await conn.execute(insert(attempts), rows)
+    return job, [row["id"] for row in rows]
+
+
 async def test_what_attempts_said_of_their_steps_is_read_from_their_metrics(old, empty_database):
     await migrate.upgrade(empty_database, "0014")
-    at, cluster = datetime.now(UTC) - timedelta(minutes=9), new_id()
+    at = datetime.now(UTC) - timedelta(minutes=9)
     async with old.begin() as conn:
-        job = await _submit(conn)
-        await conn.execute(insert(clusters).values(id=cluster, name="a"))
-        trained, silent = ({"id": new_id(), "number": number, "epoch": number} for number in (1, 2))
-        given = {"job_id": job, "cluster_id": cluster, "gpu_type": "h100", "replicas": 1, "created_at": at}
-        given |= {"state": "ended", "outcome": "failed", "ended_at": at}
-        await conn.execute(insert(attempts), [given | trained, given | silent])
+        job, (trained, _) = await _add_attempts(conn, at, at)
         said = [(0, "loss", 3, 5.0), (1, "loss", 4, 4.0), (2, "productive_s", 4, 8.0), (3, "loss", 6, 3.0)]
-        of_rank = {"job_id": job, "attempt_id": trained["id"], "rank": 0}
+        of_rank = {"job_id": job, "attempt_id": trained, "rank": 0}
         rows = [
             of_rank | {"name": name, "step": step, "value": value, "at": at + timedelta(minutes=minute)}
             for minute, name, step, value in said
         ]
         await conn.execute(insert(metrics), [*rows, {**rows[0], "rank": 1, "step": 1}])
-        await conn.execute(
-            insert(progress).values(job_id=job, attempt_id=trained["id"], values={"loss": 3, "acc": 1}, at=at)
-        )
+        await conn.execute(insert(progress).values(job_id=job, attempt_id=trained, values={"loss": 3, "acc": 1}, at=at))
     await migrate.upgrade(empty_database)
     async with old.connect() as conn:
         (row,) = await conn.execute(select(attempt_steps))
     minutes = timedelta(minutes=3)
-    assert row == (trained["id"], 3, at, 6, at + minutes, {"productive_s": 8.0})
+    assert row == (trained, True, 3, at, 6, at + minutes, {"productive_s": 8.0})
+
+
+_FAILS_ONCE = """
+CREATE SEQUENCE read_of_attempts;
+CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF nextval('read_of_attempts') = 2 THEN RAISE 'cut off'; END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER fail_once BEFORE INSERT ON attempt_steps FOR EACH ROW EXECUTE FUNCTION fail_once();
+"""
+
+
+async def test_what_was_read_of_attempts_before_an_upgrade_was_cut_off_is_not_read_again(
+    old, empty_database, monkeypatch
+):
+    monkeypatch.setattr(migrate, "BATCH_ROWS", 1)
+    await migrate.upgrade(empty_database, "0014")
+    at, revision = datetime.now(UTC), ScriptDirectory.from_config(migrate.config_for()).get_revision("0015")
+    async with old.begin() as conn:
+        job, (*recent, _) = await _add_attempts(conn, at, at, at, at - timedelta(days=99))
+        points = [{"attempt_id": attempt, "rank": 0, "name": "loss", "step": 1, "value": 1.0} for attempt in recent]
+        await conn.execute(insert(metrics), [point | {"job_id": job, "at": at} for point in points])
+        for script in (revision.module.UP, _FAILS_ONCE):
+            await conn.run_sync(migrate.run_script, script)
+        to_fill = text(f"SELECT id FROM attempts WHERE {revision.module.TO_FILL}")
+        assert set((await conn.scalars(to_fill)).all()) == {*recent}
+    with pytest.raises(Exception, match="cut off"):
+        await migrate.upgrade(empty_database)
+    await migrate.upgrade(empty_database)
+    async with old.connect() as conn:
+        assert set((await conn.scalars(select(attempt_steps.c.attempt_id))).all()) == set(recent)
+        assert await conn.scalar(text("SELECT last_value FROM read_of_attempts")) == 1 + 1 + 2
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     """One try, which waits for a lock only a moment."""
-    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(migrate, "BUILD_TIMEOUT_S", 1.0)
     monkeypatch.setattr(migrate, "PAUSE_S", 0.0)
     monkeypatch.setattr(migrate, "PATIENCE_S", 0.0)
 
@@ -341,7 +382,7 @@ async def test_a_migration_gives_up_on_a_lock_in_time_and_says_who_has_it(
         pid = await conn.scalar(text("SELECT pg_backend_pid()"))
         await conn.execute(text(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE"))
         said = rf"phalanx \(.*, pid {pid}, idle in transaction\) has locked {table} for .* `LOCK TABLE {table} IN .*"
-        advice = rf"pg_terminate_backend\({pid}\), and run it again: nothing is half done"
+        advice = rf"pg_terminate_backend\({pid}\), and run it again: what is done is kept"
         with pytest.raises(migrate.MigrationBlocked, match=f"{said}{advice}"):
             await migrate.upgrade(empty_database)
         assert await migrate.current(empty_database) == reached
@@ -351,6 +392,70 @@ async def test_a_migration_gives_up_on_a_lock_in_time_and_says_who_has_it(
     await migrate.upgrade(empty_database)
     async with old.connect() as conn:
         assert await conn.run_sync(_differences) == []
+
+
+async def test_who_keeps_an_index_from_being_built_is_named_and_it_is_built_anew(old, empty_database, impatient):
+    """A transaction that has written to the table, though it has no lock that others wait for."""
+    async with old.begin() as conn:
+        pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+        await _submit(conn)
+        said = rf"pid {pid}, idle in transaction\) has a transaction open for .*what is done is kept"
+        with pytest.raises(migrate.MigrationBlocked, match=said):
+            await migrate.upgrade(empty_database)
+    assert False in (await _built(old)).values()
+    await migrate.upgrade(empty_database)
+    assert await _built(old) == dict.fromkeys(BUILT, True)
+
+
+async def test_who_is_blamed_is_who_is_waited_for_not_who_has_any_lock_for_longer(old, empty_database, impatient):
+    async with old.begin() as innocent:
+        await innocent.execute(text("LOCK TABLE tenants IN SHARE UPDATE EXCLUSIVE MODE"))
+        async with old.begin() as conn:
+            pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+            await conn.execute(text("LOCK TABLE holds IN ACCESS SHARE MODE"))
+            with pytest.raises(migrate.MigrationBlocked, match=rf"pid {pid}, .* has locked holds"):
+                await migrate.upgrade(empty_database)
+
+
+async def test_who_is_in_the_way_is_named_to_a_role_that_may_not_see_what_others_do(old, empty_database, impatient):
+    async with old.begin() as conn:
+        await conn.execute(text("CREATE ROLE migrator LOGIN"))
+        for table in (await conn.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))).all():
+            await conn.execute(text(f"ALTER TABLE {table} OWNER TO migrator"))
+        await conn.execute(text("GRANT ALL ON SCHEMA public TO migrator"))
+    try:
+        async with old.begin() as conn:
+            pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+            await conn.execute(text("LOCK TABLE holds IN ACCESS SHARE MODE"))
+            said = rf"pid {pid}\) has locked holds, for how long and with what only pg_read_all_stats may see: .*{pid}"
+            with pytest.raises(migrate.MigrationBlocked, match=said):
+                await migrate.upgrade(make_url(empty_database).set(username="migrator").render_as_string(False))
+    finally:
+        async with old.begin() as conn:
+            await conn.execute(text("REASSIGN OWNED BY migrator TO CURRENT_USER"))
+            await conn.execute(text("DROP OWNED BY migrator"))
+            await conn.execute(text("DROP ROLE migrator"))
+
+
+async def test_what_a_migration_did_before_it_met_a_lock_does_not_count_against_its_patience(
+    old, empty_database, impatient, monkeypatch
+):
+    monkeypatch.setattr(migrate, "PATIENCE_S", 1.2)  # more than one wait, less than this try
+    run, tries = migrate._run, []
+
+    async def long_at_work(*given):
+        tries.append(1)
+        if len(tries) == 1:
+            await asyncio.sleep(1.0)
+        else:
+            await holder.rollback()
+        await run(*given)
+
+    monkeypatch.setattr(migrate, "_run", long_at_work)
+    async with old.connect() as holder:
+        await holder.execute(text("LOCK TABLE holds IN ACCESS SHARE MODE"))
+        await migrate.upgrade(empty_database)
+    assert len(tries) == 2
 
 
 async def test_a_migration_that_met_a_lock_is_tried_again_by_itself(old, empty_database, impatient, monkeypatch):

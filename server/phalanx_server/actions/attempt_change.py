@@ -156,7 +156,8 @@ class AttemptChange:
         self.attempt |= {"outcome": outcome.value, "message": end.message, "ended_at": at, "exits": list(exits)}
         kind = EventKind.ATTEMPT_LOST if self.state is AttemptState.LOST else EventKind.ATTEMPT_ENDED
         message = f"Attempt {self.row.number} is over: {end.message}."
-        self._event(kind, message, at, outcome=outcome.value, failed_rank=end.failed_rank)
+        ranks = {"failed_rank": end.failed_rank, "named_rank": end.named_rank}
+        self._event(kind, message, at, outcome=outcome.value, **ranks)
 
     def _leave(self, end: End, *, backoff_until: datetime | None, avoid: UUID | None) -> None:
         self.job |= {"reason": end.reason.value, "message": end.message}

@@ -6,11 +6,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from phalanx_server.api.deps import Looking, Serving, visible_job
+from phalanx_server.api.deps import Looking, Services, Serving, visible_job
 from phalanx_server.api.job_documents import Attempt, Hold, Job
 from phalanx_server.api.jobs import read_job
-from phalanx_server.domain.attempt import Outcome
+from phalanx_server.domain.attempt import BY_A_RANK
 from phalanx_server.domain.job import TERMINAL, JobState
+from phalanx_server.store import ids
+from phalanx_server.store.event_views import load_named_rank
 
 router = APIRouter(tags=["jobs"])
 
@@ -30,9 +32,16 @@ async def explain_job(job_id: str, services: Serving, principal: Looking) -> Job
     it ended."""
     job = await read_job(services, await visible_job(services, principal, job_id))
     ahead = job.position - 1 if job.position else None
-    return JobExplanation(
-        job_id=job.id, state=job.state, hold=job.hold, position=job.position, ahead=ahead, text=sentences(job)
-    )
+    text = sentences(job, await _named_rank(services, job))
+    return JobExplanation(job_id=job.id, state=job.state, hold=job.hold, position=job.position, ahead=ahead, text=text)
+
+
+async def _named_rank(services: Services, job: Job) -> int | None:
+    """The rank that the message of its last attempt tells of, as was decided at its end; None if of none."""
+    if job.attempt is None or job.attempt.outcome not in BY_A_RANK:
+        return None
+    async with services.reads.connect() as conn:
+        return await load_named_rank(conn, ids.parse("job", job.id), ids.parse("attempt", job.attempt.id))
 
 
 _DOING = {
@@ -45,33 +54,26 @@ _DOING = {
 }
 
 
-def sentences(job: Job) -> str:
-    """The answer for people."""
+def sentences(job: Job, named_rank: int | None) -> str:
+    """The answer for people; `named_rank` is the rank that the message of its last attempt tells of."""
     if job.state == JobState.QUEUED:
-        return _waiting(job)
+        return _waiting(job, named_rank)
     if JobState(job.state) in TERMINAL:
-        return _ended(job)
+        return _ended(job, named_rank)
     where = ", ".join(placement.node for placement in job.attempt.placements) if job.attempt else ""
     place = f" on {where}" if where else ""
     said = f": {job.message}" if job.message and job.message != job.state else ""
     return f"{job.name} {_DOING[JobState(job.state)]}{place}{said}."
 
 
-_FAILED = frozenset({Outcome.FAILED, Outcome.OOM, Outcome.HUNG, Outcome.UNHEALTHY})
-
-
-def _ended(job: Job) -> str:
+def _ended(job: Job, named_rank: int | None) -> str:
     why = f" ({job.reason})" if job.reason and job.reason != job.state else ""
     tries = f" after {job.attempts} attempts" if job.attempts > 1 else ""
-    failed = _first_failure(job.attempt)
     said = f": {job.message}" if job.message and job.message != job.state else ""
     further = "" if job.state != JobState.FAILED else f" What happened to it: phalanx events {job.id}"
-    if failed is not None and job.attempt is not None:
-        rank, node = failed
-        said += (
-            f" (on {node})" if job.message and job.message.startswith(f"rank {rank} ") else f" (rank {rank}, on {node})"
-        )
-        further = f" What that rank wrote: {_logs(job.id, rank, job.attempt.number)}"
+    if named_rank is not None and job.attempt is not None:
+        said += f" (on {_node_of(job.attempt, named_rank)})"
+        further = f" What that rank wrote: {_logs(job.id, named_rank, job.attempt.number)}"
     return f"{job.name} {_DOING[JobState(job.state)]}{why}{tries}{said}.{further}"
 
 
@@ -79,15 +81,8 @@ def _logs(job_id: str, rank: int, attempt: int) -> str:
     return f"phalanx logs {job_id} --rank {rank} --attempt {attempt}"
 
 
-def _first_failure(attempt: Attempt | None) -> tuple[int, str] | None:
-    """Of an attempt that failed the rank that did not end well before any other, and its node."""
-    if attempt is None or attempt.outcome not in _FAILED:
-        return None
-    bad = [each for each in attempt.exits if each.get("exit_code") != 0]
-    if not bad:
-        return None
-    rank: int = min(bad, key=lambda each: (str(each.get("ended_at") or "~"), each["rank"]))["rank"]  # "~" is after all
-    return rank, next((p.node for p in attempt.placements if 0 <= rank - p.first_rank < p.ranks), "a node that is gone")
+def _node_of(attempt: Attempt, rank: int) -> str:
+    return next((p.node for p in attempt.placements if 0 <= rank - p.first_rank < p.ranks), "a node that is gone")
 
 
 SHOWN = "%Y-%m-%dT%H:%M:%SZ"
@@ -98,15 +93,18 @@ def _between(hold: Hold) -> str:
     return f", in four cases of five from {low:{SHOWN}} to {high:{SHOWN}}" if low and high and low < high else ""
 
 
-def _last_words(job: Job) -> str:
-    """Where to read what the rank wrote that failed in the last attempt of a job that waits to be tried again."""
-    failed = _first_failure(job.attempt)
-    return f" What its rank wrote: {_logs(job.id, failed[0], job.attempt.number)}." if failed and job.attempt else ""
+def _last_words(job: Job, named_rank: int | None) -> str:
+    """Where to read more of how the last attempt failed, of a job that waits to be tried again."""
+    if job.attempt is None or job.attempt.outcome not in BY_A_RANK:
+        return ""
+    if named_rank is None:
+        return f" What happened to it: phalanx events {job.id}."
+    return f" What its rank wrote: {_logs(job.id, named_rank, job.attempt.number)}."
 
 
-def _waiting(job: Job) -> str:
+def _waiting(job: Job, named_rank: int | None) -> str:
     place = f" It is number {job.position} in the queue." if job.position else ""
-    place += f" Its last attempt is over: {job.message}.{_last_words(job)}" if job.message else ""
+    place += f" Its last attempt is over: {job.message}.{_last_words(job, named_rank)}" if job.message else ""
     if job.hold is None:
         return f"{job.name} waits for the scheduler to look at it.{place}"
     hold = job.hold

@@ -134,8 +134,9 @@ class EndFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """The decision. `failed_rank` says whose node to avoid next time; `backoff_s` when to try again. `out_of_time`: the
-    job would have been tried again, but nothing is left of its time limit."""
+    """The decision. `failed_rank` says whose node to avoid next time, `named_rank` of whom the message tells: another,
+    where a rank stops itself for what another did. `backoff_s`: when to try again. `out_of_time`: the job would have
+    been tried again, but nothing is left of its time limit."""
 
     outcome: Outcome
     job_state: JobState
@@ -144,6 +145,7 @@ class End:
     backoff_s: float = 0.0
     avoid_node: bool = False
     failed_rank: int | None = None
+    named_rank: int | None = None
     out_of_time: bool = False
 
     @property
@@ -174,6 +176,9 @@ _GIVES_WAY = {
 
 
 OUT_OF_TIME = "nothing is left of its time limit"
+
+BY_A_RANK = frozenset({Outcome.FAILED, Outcome.OOM, Outcome.HUNG, Outcome.UNHEALTHY})
+"""Outcomes that came from a rank, which is known or not."""
 
 GOES_ON = frozenset({Outcome.RESIZED, Outcome.MIGRATED})
 """Attempts after which the job goes on at a place that is kept for it."""
@@ -227,6 +232,8 @@ _JOB_STATES = {
 def decide_end(facts: EndFacts) -> End:
     """What an attempt's end means for it and for its job. A job is not tried again without time to run."""
     end = _by_table(facts)
+    if end.outcome in BY_A_RANK and (named := _named(facts)) is not None:
+        end = replace(end, named_rank=named.rank)
     if end.job_state is not JobState.QUEUED or facts.time_left_s is None or facts.time_left_s > 0:
         return end
     message = f"{end.message}, and {OUT_OF_TIME}"
@@ -327,12 +334,19 @@ def _message(facts: EndFacts, outcome: Outcome) -> str:
         return facts.gave_way
     if outcome in _SENTENCES:
         return _SENTENCES[outcome]
-    if outcome is Outcome.HUNG and facts.first_failed_rank is None:
-        return f"the job {next(each.reason for each in facts.exits if each.fault)}"
+    named = _named(facts)
+    faulty = next((each for each in facts.exits if each.fault), None)
+    return f"the job {faulty.reason}" if named is None and faulty is not None else _describe(named)
+
+
+def _named(facts: EndFacts) -> RankEnd | None:
+    """The end that tells most of why the attempt failed; None where that is of no rank: in a hang all may only wait."""
     rank = _blamed(facts)
     blamed = next((each for each in facts.exits if each.rank == rank), None)
     faulty = next((each for each in facts.exits if each.fault), None)
-    return _describe(blamed if faulty is None or (blamed is not None and blamed.fault) else faulty)
+    if faulty is not None and faulty.fault == "hang" and facts.first_failed_rank is None:
+        return None
+    return blamed if faulty is None or (blamed is not None and blamed.fault) else faulty
 
 
 def _describe(end: RankEnd | None) -> str:

@@ -28,3 +28,17 @@ _EVENTS = text(
 async def list_events(conn: AsyncConnection, job_id: UUID, *, after: int, limit: int) -> list[Row[Any]]:
     """Events of a job with ids above `after`, oldest first."""
     return list(await conn.execute(_EVENTS, {"job_id": job_id, "after": after, "limit": limit}))
+
+
+_NAMED_RANK = text(
+    """
+    SELECT CAST(e.data ->> 'named_rank' AS integer) FROM events e
+    WHERE e.job_id = :job_id AND e.attempt_id = :attempt_id AND e.kind = 'attempt_ended'
+    ORDER BY e.id DESC LIMIT 1
+    """
+)
+
+
+async def load_named_rank(conn: AsyncConnection, job_id: UUID, attempt_id: UUID) -> int | None:
+    """The rank that the message of an attempt's end tells of; None if of none, or if that event is forgotten."""
+    return await conn.scalar(_NAMED_RANK, {"job_id": job_id, "attempt_id": attempt_id})

@@ -26,19 +26,24 @@ TOTALS = {
 }
 """The metric that each total of `AttemptTime` comes from."""
 
+_OF_TRAINING = frozenset({"loss", "productive_s"})
+"""Metrics whose steps are those of the training: a script may report others, as by epoch."""
+
 # Reports of a node may come out of their order, after it was without the server.
+_IS_FIRST = "(EXCLUDED.of_training, old.first_step_at) > (old.of_training, EXCLUDED.first_step_at)"
+_IS_LAST = "(EXCLUDED.of_training, EXCLUDED.last_step_at) >= (old.of_training, old.last_step_at)"
 _NOTE_STEPS = text(
-    """
-    INSERT INTO attempt_steps AS old (attempt_id, first_step, first_step_at, last_step, last_step_at, totals)
-    VALUES (:attempt_id, :first_step, to_timestamp(:first_at_s), :last_step, to_timestamp(:last_at_s),
+    f"""
+    INSERT INTO attempt_steps AS old
+        (attempt_id, of_training, first_step, first_step_at, last_step, last_step_at, totals)
+    VALUES (:attempt_id, :of_training, :first_step, to_timestamp(:first_at_s), :last_step, to_timestamp(:last_at_s),
             CAST(:totals AS jsonb))
     ON CONFLICT (attempt_id) DO UPDATE SET
-        first_step = CASE WHEN EXCLUDED.first_step_at < old.first_step_at
-                          THEN EXCLUDED.first_step ELSE old.first_step END,
-        first_step_at = LEAST(old.first_step_at, EXCLUDED.first_step_at),
-        last_step = CASE WHEN EXCLUDED.last_step_at >= old.last_step_at
-                         THEN EXCLUDED.last_step ELSE old.last_step END,
-        last_step_at = GREATEST(old.last_step_at, EXCLUDED.last_step_at),
+        of_training = old.of_training OR EXCLUDED.of_training,
+        first_step = CASE WHEN {_IS_FIRST} THEN EXCLUDED.first_step ELSE old.first_step END,
+        first_step_at = CASE WHEN {_IS_FIRST} THEN EXCLUDED.first_step_at ELSE old.first_step_at END,
+        last_step = CASE WHEN {_IS_LAST} THEN EXCLUDED.last_step ELSE old.last_step END,
+        last_step_at = CASE WHEN {_IS_LAST} THEN EXCLUDED.last_step_at ELSE old.last_step_at END,
         totals = CASE WHEN EXCLUDED.last_step_at >= old.last_step_at
                       THEN old.totals || EXCLUDED.totals ELSE EXCLUDED.totals || old.totals END
     """
@@ -59,13 +64,15 @@ async def note_steps(
     conn: AsyncConnection, *, attempt_id: UUID, steps: Sequence[tuple[int, float]], points: Sequence[Point]
 ) -> None:
     """Add what rank 0 of an attempt reported: each step with its time (seconds since the epoch), at least one, and its
-    points."""
-    first = min(steps, key=lambda told: told[1])
-    last = max(steps, key=lambda told: (told[1], told[0]))
+    points. The steps of the training go before all others."""
+    trained = [(p.step, p.at_s) for p in points if p.name in _OF_TRAINING and p.step is not None]
+    first = min(trained or steps, key=lambda told: told[1])
+    last = max(trained or steps, key=lambda told: (told[1], told[0]))
     told = [point for point in points if point.name in TOTALS.values() and point.step is not None]
     totals = {point.name: point.value for point in sorted(told, key=lambda point: point.at_s)}
     values = {"first_step": first[0], "first_at_s": first[1], "last_step": last[0], "last_at_s": last[1]}
-    await conn.execute(_NOTE_STEPS, {"attempt_id": attempt_id, "totals": dump_json(totals), **values})
+    values |= {"attempt_id": attempt_id, "of_training": bool(trained), "totals": dump_json(totals)}
+    await conn.execute(_NOTE_STEPS, values)
 
 
 async def load_attempt_times(conn: AsyncConnection, job_id: UUID) -> list[AttemptTime]:

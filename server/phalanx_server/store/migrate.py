@@ -5,20 +5,23 @@ index on a table that servers write to. What an upgrade that was cut off has not
 from many processes at once: one migrates, the others wait and find nothing to do.
 
 A statement that waits for the lock of a table keeps all waiting that come after it, so none waits longer than
-LOCK_TIMEOUT_S: the revision is undone, and tried again after a pause in which the others go on.
+LOCK_TIMEOUT_S, or BUILD_TIMEOUT_S where an index is built, for which nobody waits: then what the transaction did is
+undone, and the revision is tried again after a pause in which the others go on. What was committed is kept, as indexes
+and batches of rows are: revisions do it so that they may be run again.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
@@ -30,6 +33,7 @@ log = structlog.get_logger("phalanx.migrate")
 
 HEAD = "0015"
 LOCK_TIMEOUT_S = 2.0  # longer than PostgreSQL takes to find a deadlock (1 s)
+BUILD_TIMEOUT_S = 60.0  # a build waits for every transaction that was open before it
 PAUSE_S = 5.0  # between tries: most of the time others go on
 PATIENCE_S = 300.0  # for all tries; the chart ends the migration's Job after twice as long
 BATCH_ROWS = 1000
@@ -39,7 +43,7 @@ _IN_THE_WAY = {"55P03": "waited too long for a lock", "40P01": "was in a deadloc
 
 
 class MigrationBlocked(TimeoutError):
-    """Others kept a lock on a table for so long that the migration gave up; what was begun of it is undone."""
+    """Others were in the way for so long that the migration gave up; what is done is kept, and it may be run again."""
 
 
 def migrations_dir() -> Path:
@@ -95,11 +99,12 @@ _IS_VALID = text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass
 def build_indexes(context: MigrationContext, indexes: Mapping[str, str]) -> None:
     """Build indexes, each on what its name maps to, on tables that servers write to meanwhile: nobody who writes waits
     for it. For revisions, and first in them: it cannot be in their transaction, and what stands before it is kept if
-    the rest fails. An index that is there stays; what a build that was cut off left of one goes."""
+    the rest fails. An index that is there stays; what a build that was cut off left of one goes. A build waits for
+    every transaction that was open before it, for BUILD_TIMEOUT_S at most."""
     with context.autocommit_block():
         connection = context.connection
         assert connection is not None
-        connection.exec_driver_sql("SET lock_timeout = 0")  # it may wait: nobody waits for it
+        connection.exec_driver_sql(f"SET lock_timeout = '{BUILD_TIMEOUT_S}s'")
         for name, on in indexes.items():
             valid = connection.scalar(_IS_VALID, {"name": name})
             if valid is False:
@@ -109,11 +114,12 @@ def build_indexes(context: MigrationContext, indexes: Mapping[str, str]) -> None
         connection.exec_driver_sql("RESET lock_timeout")
 
 
-def fill_in_batches(context: MigrationContext, table: str, key: str, *statements: str) -> None:
+def fill_in_batches(context: MigrationContext, table: str, key: str, *statements: str, where: str = "true") -> None:
     """Run the statements for the rows of a table, a batch of its keys (`:batch`, uuids) at a time, each in a
     transaction of its own, so that servers wait for one batch at most. For revisions, and last in them: what stands
-    before it is kept if the rest fails, and all of the revision is then run again."""
-    keys = text(f"SELECT {key} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT {BATCH_ROWS}")
+    before it and the batches that are done are kept if the rest fails, and all of the revision is then run again;
+    `where` leaves out the rows of `table` that it need not do again."""
+    keys = text(f"SELECT {key} FROM {table} WHERE {key} > :after AND {where} ORDER BY {key} LIMIT {BATCH_ROWS}")
     with context.autocommit_block():
         connection = context.connection
         assert connection is not None
@@ -125,18 +131,20 @@ def fill_in_batches(context: MigrationContext, table: str, key: str, *statements
 
 
 async def _patiently(url: str, operate: Callable[[Config], None]) -> None:
-    """Run it, and again for PATIENCE_S if somebody was in the way."""
-    give_up_at = time.monotonic() + PATIENCE_S
+    """Run it, and again for PATIENCE_S if somebody was in the way; what it did before it met them does not count."""
+    tried_s = 0.0
     while True:
+        began_at, blockers = time.monotonic(), list[Row[Any]]()
         try:
-            return await _run(url, operate)
+            return await _run(url, operate, blockers)
         except Exception as error:
             why = _IN_THE_WAY.get(_sqlstate(error))
             if why is None:
                 raise
-            blocked = f"the migration {why}; {await _who_holds_locks(url)}"
-            if time.monotonic() >= give_up_at:
-                raise MigrationBlocked(f"{blocked}, and run it again: nothing is half done") from error
+            blocked = f"the migration {why}; {_who(blockers)}"
+            tried_s += min(time.monotonic() - began_at, BUILD_TIMEOUT_S) + PAUSE_S
+            if tried_s >= PATIENCE_S:
+                raise MigrationBlocked(f"{blocked}, and run it again: what is done is kept") from error
         log.warning("a migration is tried again", why=blocked, in_s=PAUSE_S)
         await asyncio.sleep(PAUSE_S)
 
@@ -146,43 +154,62 @@ def _sqlstate(error: Exception) -> str:
     return getattr(getattr(error, "orig", error), "sqlstate", None) or ""
 
 
-_LOCKS = text(
+# Of other roles' sessions a role without pg_read_all_stats sees who they are, and neither state nor query.
+_BLOCKERS = text(
     """
-    SELECT a.pid, a.usename, a.application_name, a.state, a.query, c.relname AS relation,
-           extract(epoch FROM clock_timestamp() - a.xact_start) AS open_s
-    FROM pg_stat_activity a JOIN pg_locks l USING (pid) JOIN pg_class c ON c.oid = l.relation
-    WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND l.granted
-      AND c.relkind IN ('r', 'p') AND c.relnamespace = 'public'::regnamespace
-      AND a.xact_start < clock_timestamp() - make_interval(secs => :since_s)
-    ORDER BY a.xact_start, c.relname LIMIT 1
+    SELECT blocker.pid, a.usename, a.application_name, a.backend_type, a.state, a.query,
+           extract(epoch FROM clock_timestamp() - a.xact_start) AS open_s,
+           (SELECT c.relname FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
+            WHERE l.pid = :pid AND NOT l.granted LIMIT 1) AS relation
+    FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid) LEFT JOIN pg_stat_activity a USING (pid)
+    WHERE blocker.pid <> pg_backend_pid()
+    ORDER BY a.xact_start LIMIT 1
     """
 )
 
 
-async def _who_holds_locks(url: str) -> str:
-    """The oldest transaction that has had a table all the while, and what can be done about it."""
-    engine = _engine(url)
-    try:
-        async with engine.connect() as conn:
-            row = (await conn.execute(_LOCKS, {"since_s": LOCK_TIMEOUT_S})).one_or_none()
-    finally:
-        await engine.dispose()
-    if row is None:
-        return "who had it is gone: try it"
-    who = f"{row.application_name or 'a client'} ({row.usename}, pid {row.pid}, {row.state})"
-    what = " ".join(row.query.split())[:100]
-    return (
-        f"{who} has locked {row.relation} for {row.open_s:.0f} s, last with `{what}`: wait for its end, or end it with"
-        f" SELECT pg_terminate_backend({row.pid})"
+async def _watch(engine: AsyncEngine, pid: int, blockers: list[Row[Any]]) -> None:
+    """Note again and again which session that one waits for: once it gives up, nobody can tell. It keeps no transaction
+    open, for which an index would wait."""
+    async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
+        while True:
+            blockers += await conn.execute(_BLOCKERS, {"pid": pid})
+            del blockers[:-1]
+            await asyncio.sleep(LOCK_TIMEOUT_S / 10)
+
+
+def _who(blockers: Sequence[Row[Any]]) -> str:
+    """Who was in the way last, and what can be done about it."""
+    if not blockers:
+        return "who was in the way is gone: try it"
+    (row,) = blockers
+    if row.pid == 0:
+        return f"a prepared transaction has locked {row.relation}: end it (pg_prepared_xacts has it)"
+    state = "" if row.state is None else f", {row.state}"
+    who = f"{row.application_name or row.backend_type or 'a client'} ({row.usename}, pid {row.pid}{state})"
+    what = "has a transaction open" if row.relation is None else f"has locked {row.relation}"
+    last = (
+        ", for how long and with what only pg_read_all_stats may see"
+        if row.open_s is None
+        else f" for {row.open_s:.0f} s, last with `{' '.join(row.query.split())[:100]}`"
     )
+    return f"{who} {what}{last}: wait for its end, or end it with SELECT pg_terminate_backend({row.pid})"
 
 
-async def _run(url: str, operate: Callable[[Config], None]) -> None:
+async def _run(url: str, operate: Callable[[Config], None], blockers: list[Row[Any]]) -> None:
+    """Run it; the last that it waited for is in `blockers`."""
     engine = _engine(url)
     try:
         async with engine.connect() as conn:
             await _lock(conn)
-            await conn.run_sync(lambda sync: operate(config_for(sync)))
+            pid = await conn.scalar(text("SELECT pg_backend_pid()"))
+            await conn.commit()
+            watching = asyncio.create_task(_watch(engine, pid, blockers))
+            try:
+                await conn.run_sync(lambda sync: operate(config_for(sync)))
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
     finally:
         await engine.dispose()
 

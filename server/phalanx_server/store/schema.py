@@ -389,6 +389,7 @@ attempt_steps = Table(
     "attempt_steps",
     metadata,
     Column("attempt_id", Uuid, ForeignKey("attempts.id", ondelete="CASCADE"), primary_key=True),
+    Column("of_training", Boolean, nullable=False),
     Column("first_step", BigInteger, nullable=False),
     Column("first_step_at", Time, nullable=False),
     Column("last_step", BigInteger, nullable=False),
