@@ -34,8 +34,8 @@ class Shape:
         return f"w{self.width}-s{self.steps}"
 
 
-GRID = [Shape(width, steps) for width in (16, 32, 64, 96) for steps in (64, 256, 1024)]
-LARGER = [Shape(96, 2560), Shape(160, 1536)]
+GRID = [Shape(width, steps) for width in (16, 32, 64, 96) for steps in (64, 256, 768)]
+LARGER = [Shape(96, 1536), Shape(128, 1024)]
 QUICK = [Shape(width, steps) for width in (8, 16, 32) for steps in (16, 64, 256)]
 QUICK_LARGER = [Shape(64, 256)]
 
@@ -50,7 +50,7 @@ def job(shape: Shape, label: str) -> dict:
         "checkpoint": {"every_steps": 0},
     }
     run = {"recipe": "lm", "args": args}
-    return {"name": shape.name, "resources": {"gpus": 1}, "labels": {"sweep": label}, "run": run}
+    return {"name": shape.name, "resources": {"gpus": 1, "cpus_per_gpu": 1}, "labels": {"sweep": label}, "run": run}
 
 
 def train(client: phalanx.Client, shapes: list[Shape], label: str) -> None:
