@@ -17,7 +17,8 @@ from phalanx import job
 
 log = logging.getLogger("phalanx.training.health")
 
-END_WAIT_S = 5.0  # for the node, to end the ranks that have said nothing themselves
+END_WAIT_S = 5.0  # at most, for the node to end the ranks that have said nothing themselves
+LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,15 @@ def end(finding: Finding, action: str) -> NoReturn:
     if int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0:
         _mark(finding, action)
     elif "PHALANX_JOB_ID" in os.environ:
-        time.sleep(END_WAIT_S)
+        _wait_for_the_end()
     raise Unhealthy(f"{finding.message}: {action}")
+
+
+def _wait_for_the_end() -> None:
+    """Of this rank, which its node asks to stop as soon as the first has ended."""
+    until = time.monotonic() + END_WAIT_S
+    while time.monotonic() < until and not job.should_stop():
+        time.sleep(LOOK_S)
 
 
 def _mark(finding: Finding, action: str) -> None:
