@@ -12,6 +12,7 @@ FOUND = Finding("corruption", 20, "the parameters of rank 1 differ", blamed=1)
 def marks(monkeypatch):
     marks = []
     monkeypatch.setenv("PHALANX_JOB_ID", "job_1")
+    monkeypatch.setattr(telling.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(job, "mark", lambda kind, **data: marks.append((kind, data["action"], data["blamed"])))
     monkeypatch.setattr(telling.time, "sleep", lambda _: marks.append("waits"))
     return marks
