@@ -308,6 +308,20 @@ async def test_a_job_that_waits_to_be_tried_again_says_where_to_read_of_its_fail
     assert f"Its last attempt is over: {message}. {more.format(job=job)}" in text
 
 
+async def test_no_rank_is_named_for_an_end_that_came_after_its_own(
+    alice: httpx.AsyncClient, world: Any, job_file: Any
+) -> None:
+    (job,) = await submit(alice, job_file())
+    await run(world, job)
+    message = "rank 5 exited with code 1"
+    await end(world, job, state="cancelled", outcome="failed", message=message, exits=EXITS, named=5)
+    async with world.engine.begin() as conn:
+        told = {"reason": "cancelled", "message": "cancelled by alice before it started"}
+        await conn.execute(update(jobs).where(jobs.c.id == ids.parse("job", job)).values(told))
+    text = (await alice.get(f"/v1/jobs/{job}/explain")).json()["text"]
+    assert text.endswith("was cancelled after 2 attempts: cancelled by alice before it started.")
+
+
 async def test_an_attempt_says_whom_it_gives_way_to_where_that_may_be_seen(
     alice: httpx.AsyncClient, admin: httpx.AsyncClient, world: Any, job_file: Any
 ) -> None:

@@ -106,6 +106,23 @@ def test_who_is_asked_to_stop_saves_at_once_and_tries_nothing_more(monkeypatch, 
     assert kept == [10, last], "step 10 before it was tried"
 
 
+def test_who_is_interrupted_in_the_last_evaluation_is_not_finished_and_makes_up_for_it(monkeypatch, texts, tmp_path):
+    args = {
+        "data": texts(300),
+        "model": {"layers": 1, "width": 16, "heads": 2},
+        "train": {"steps": 10, "global_batch": 4},
+        "evaluate": {"share": 0.3},
+        "checkpoint": {"url": str(tmp_path / "kept")},
+        "device": "cpu",
+    }
+    finished = []
+    monkeypatch.setattr("phalanx.finished", lambda: finished.append(True))
+    for stop_at, tried, said in ((12, [], []), (100, [10], [True])):
+        job = Job(monkeypatch, stop_at)
+        assert main(["lm", json.dumps(args)]) == 0
+        assert (job.tried, finished) == (tried, said)
+
+
 def test_what_an_evaluation_waits_for_is_no_part_of_a_step():
     with process_group(torch.device("cpu")):
         meter = Meter(torch.device("cpu"), longest_window=1)

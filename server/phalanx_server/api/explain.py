@@ -71,7 +71,7 @@ def _ended(job: Job, named_rank: int | None) -> str:
     tries = f" after {job.attempts} attempts" if job.attempts > 1 else ""
     said = f": {job.message}" if job.message and job.message != job.state else ""
     further = "" if job.state != JobState.FAILED else f" What happened to it: phalanx events {job.id}"
-    if named_rank is not None and job.attempt is not None:
+    if named_rank is not None and job.attempt is not None and job.message == job.attempt.message:
         said += f" (on {_node_of(job.attempt, named_rank)})"
         further = f" What that rank wrote: {_logs(job.id, named_rank, job.attempt.number)}"
     return f"{job.name} {_DOING[JobState(job.state)]}{why}{tries}{said}.{further}"

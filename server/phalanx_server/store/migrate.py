@@ -100,7 +100,7 @@ def build_indexes(context: MigrationContext, indexes: Mapping[str, str]) -> None
     """Build indexes, each on what its name maps to, on tables that servers write to meanwhile: nobody who writes waits
     for it. For revisions, and first in them: it cannot be in their transaction, and what stands before it is kept if
     the rest fails. An index that is there stays; what a build that was cut off left of one goes. A build waits for
-    every transaction that was open before it, for BUILD_TIMEOUT_S at most."""
+    every transaction that was open before it, for each of them BUILD_TIMEOUT_S at most."""
     with context.autocommit_block():
         connection = context.connection
         assert connection is not None
@@ -162,7 +162,7 @@ _BLOCKERS = text(
            (SELECT c.relname FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
             WHERE l.pid = :pid AND NOT l.granted LIMIT 1) AS relation
     FROM unnest(pg_blocking_pids(:pid)) AS blocker (pid) LEFT JOIN pg_stat_activity a USING (pid)
-    WHERE blocker.pid <> pg_backend_pid()
+    WHERE blocker.pid <> pg_backend_pid() AND (blocker.pid = 0 OR a.pid IS NOT NULL)
     ORDER BY a.xact_start LIMIT 1
     """
 )
@@ -186,7 +186,8 @@ def _who(blockers: Sequence[Row[Any]]) -> str:
     if row.pid == 0:
         return f"a prepared transaction has locked {row.relation}: end it (pg_prepared_xacts has it)"
     state = "" if row.state is None else f", {row.state}"
-    who = f"{row.application_name or row.backend_type or 'a client'} ({row.usename}, pid {row.pid}{state})"
+    user = "" if row.usename is None else f"{row.usename}, "  # an autovacuum is nobody's
+    who = f"{row.application_name or row.backend_type or 'a client'} ({user}pid {row.pid}{state})"
     what = "has a transaction open" if row.relation is None else f"has locked {row.relation}"
     last = (
         ", for how long and with what only pg_read_all_stats may see"

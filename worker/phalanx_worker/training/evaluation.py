@@ -19,7 +19,6 @@ from torch import Tensor
 from phalanx_worker.training.data.source import Arranged, Order, Source, Transform
 from phalanx_worker.training.data.stream import Share, Stream
 from phalanx_worker.training.health.life import life
-from phalanx_worker.training.loop import Facts
 from phalanx_worker.training.mesh import World
 
 
@@ -68,13 +67,15 @@ class Evaluation:
     def __init__(self, examine: Examiner, evaluate: Evaluate, train: Train) -> None:
         self._examine, self._evaluate, self._train = examine, evaluate, train
         self.last: Mapping[str, float] = {}
+        self.interrupted = False
 
-    def after_step(self, facts: Facts) -> None:
-        if facts.step % self._evaluate.every and facts.step != self._train.steps:
+    def after_step(self, step: int) -> None:
+        if step % self._evaluate.every and step < self._train.steps:
             return
         try:
-            self.last = self._examine()
+            self.last, self.interrupted = self._examine(), False
         except Interrupted:
+            self.interrupted = True
             return
         if dist.get_rank() == 0:
-            phalanx.report(step=facts.step, total_steps=self._train.steps, **self.last)
+            phalanx.report(step=step, total_steps=self._train.steps, **self.last)

@@ -90,9 +90,12 @@ class Watcher(Protocol):
 
 
 class Evaluator(Protocol):
-    """Tries the model on other data when it is time; every rank is called at the same steps, which are kept by then."""
+    """Tries the model on other data when it is time; every rank is called at the same steps, which are kept by then.
+    `interrupted`: the last time it gave way to a request to stop."""
 
-    def after_step(self, facts: Facts) -> None: ...
+    interrupted: bool
+
+    def after_step(self, step: int) -> None: ...
 
 
 @dataclass
@@ -139,6 +142,8 @@ def train(trainer: Trainer) -> Facts | None:
     """Train from the last checkpoint, or from the start, to the last step. Gives the last step's facts, or None where
     nothing was left to do. Raises CheckpointError where the state at the end could not be saved."""
     step, facts, stop = _resume(trainer), None, False
+    if step >= trainer.train.steps:
+        _evaluate(trainer, step)  # what ended it may have been the last evaluation
     with trainer.monitor as monitor:
         while step < trainer.train.steps and not stop:
             step += 1
@@ -152,8 +157,7 @@ def train(trainer: Trainer) -> Facts | None:
                 continue
             if keeps:
                 _keep(trainer, facts)
-            if trainer.evaluation is not None and not stop:
-                trainer.evaluation.after_step(facts)
+            _evaluate(trainer, step)
     _finish(trainer)
     return facts
 
@@ -250,6 +254,11 @@ def _keep(trainer: Trainer, facts: Facts) -> None:
         with life.around():
             trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
         trainer.monitor.after_keep(facts.step, time.perf_counter() - began)
+
+
+def _evaluate(trainer: Trainer, step: int) -> None:
+    if trainer.evaluation is not None:
+        trainer.evaluation.after_step(step)
 
 
 def _finish(trainer: Trainer) -> None:

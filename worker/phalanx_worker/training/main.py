@@ -52,7 +52,8 @@ def run(arguments: Sequence[str], *, watchers: Callable[[Trainer], Sequence[Watc
         facts = train(trainer)  # raises unless the last step is saved, so that what is finished is there
         if facts:
             memory.tell(facts.step)
-        if facts is None or facts.step == config.train.steps:
+        over = facts is None or facts.step == config.train.steps
+        if over and not (trainer.evaluation and trainer.evaluation.interrupted):
             phalanx.finished()
         if int(os.environ.get("RANK", "0")) == 0:
             print(_summary(facts), flush=True)

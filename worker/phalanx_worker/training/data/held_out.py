@@ -49,7 +49,7 @@ class Part:
     """So many samples of a source, the first of which is `at(0)` there."""
 
     def __init__(self, source: Source, length: int, at: Callable[[int], int]) -> None:
-        self.fingerprint = f"{source.fingerprint} part of {length}"
+        self.fingerprint = f"{source.fingerprint} spread part of {length}"
         self._source, self._length, self._at = source, length, at
 
     def __len__(self) -> int:
