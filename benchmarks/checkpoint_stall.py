@@ -23,7 +23,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ import measure
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from one_batch import one_batch
 from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.lm import LmConfig
 from phalanx.recipes.parse import parse
@@ -111,13 +112,6 @@ class Turns:
             self.stepped_at = now
 
 
-def batches(config: LmConfig, rank: int, ways: int) -> Iterator[dict[str, torch.Tensor]]:
-    shape = (config.train.global_batch // ways, config.data.seq_len + 1)
-    tokens = torch.randint(config.model.vocabulary, shape, generator=torch.Generator().manual_seed(rank))
-    while True:
-        yield {"tokens": tokens}
-
-
 def config_of(args: argparse.Namespace) -> LmConfig:
     given = {
         "model": {"layers": 6, "width": args.width, "heads": 8},
@@ -135,8 +129,7 @@ def rank_main(rank: int, args: argparse.Namespace, directory: str) -> None:
     config = config_of(args)
     world = make_world(config.parallel, torch.device("cpu"))
     turns = Turns(directory)
-    data = batches(config, world.batch_rank, config.parallel.batch_ways)
-    trainer = make(config, world, batches=data, checkpointer=turns)
+    trainer = make(config, world, batches=one_batch(config, world), checkpointer=turns)
     trainer.watchers = [turns]
     train(trainer)
     if rank == 0:

@@ -23,7 +23,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ import measure
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from one_batch import one_batch
 from phalanx.recipes.health import VARIABLE
 from phalanx.recipes.lm import LmConfig
 from phalanx.recipes.parse import parse
@@ -163,7 +163,7 @@ def prepare(name: str, sections: dict[str, Any], args: argparse.Namespace) -> Me
     config = parse(LmConfig, {**given, **{part: {**given.get(part, {}), **sections[part]} for part in sections}})
     config = config.placed(args.ranks)
     world = make_world(config.parallel, torch.device("cpu"))
-    trainer = make(config, world, batches=batches(config, world.batch_rank), checkpointer=Kept())
+    trainer = make(config, world, batches=one_batch(config, world), checkpointer=Kept())
     if name == ACCUMULATED_ALOUD:
         for replica in trainer.layout._runs.values():
             replica.no_sync = nullcontext
@@ -180,13 +180,6 @@ def base(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": {"every_steps": 0},
         "device": "cpu",
     }
-
-
-def batches(config: LmConfig, rank: int) -> Iterator[dict[str, torch.Tensor]]:
-    shape = (config.train.global_batch // config.parallel.batch_ways, config.data.seq_len + 1)
-    tokens = torch.randint(config.model.vocabulary, shape, generator=torch.Generator().manual_seed(rank))
-    while True:
-        yield {"tokens": tokens}
 
 
 def rank_main(rank: int, args: argparse.Namespace, directory: str) -> None:

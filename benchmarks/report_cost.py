@@ -21,6 +21,7 @@ import measure
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from one_batch import one_batch
 from phalanx.recipes.lm import LmConfig
 from phalanx.recipes.parse import parse
 from phalanx_worker.training.loop import train
@@ -80,13 +81,6 @@ class Turns:
         return getattr(self.now, name)
 
 
-def batches(config: LmConfig, rank: int, ways: int):
-    shape = (config.train.global_batch // ways, config.data.seq_len + 1)
-    tokens = torch.randint(config.model.vocabulary, shape, generator=torch.Generator().manual_seed(rank))
-    while True:
-        yield {"tokens": tokens}
-
-
 def config_of(args: argparse.Namespace) -> LmConfig:
     given = {
         "model": {"layers": 2, "width": args.width, "heads": 4},
@@ -103,7 +97,7 @@ def rank_main(rank: int, args: argparse.Namespace, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=args.ranks)
     config = config_of(args)
     world = make_world(config.parallel, torch.device("cpu"))
-    trainer = make(config, world, batches=batches(config, world.batch_rank, config.parallel.batch_ways))
+    trainer = make(config, world, batches=one_batch(config, world))
     # one monitor over all its blocks: its start is no cost of a step
     monitor = trainer.monitor
     assert isinstance(monitor, Monitor)

@@ -6,6 +6,7 @@ recipe's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -34,7 +35,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class RecipeConfig:
+class RecipeConfig(ABC):
     """What `args` of any recipe hold. `device` auto is a GPU where every rank of the node has one."""
 
     data: DataConfig
@@ -56,9 +57,9 @@ class RecipeConfig:
         check_evaluate(whole.evaluate, whole.parallel)
         return whole
 
+    @abstractmethod
     def check_model(self) -> None:
         """Whether the recipe has this layout, and its model these sizes under it. Raises `RecipeError`."""
-        raise NotImplementedError
 
 
 def check_checkpoint(checkpoint: CheckpointConfig, parallel: Parallel) -> None:

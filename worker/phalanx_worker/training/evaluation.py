@@ -12,12 +12,12 @@ from typing import Protocol
 import phalanx
 import torch
 import torch.distributed as dist
-from phalanx.recipes.config import RecipeConfig, Train
-from phalanx.recipes.evaluate import Evaluate
+from phalanx.recipes.config import RecipeConfig
 from torch import Tensor
 
+from phalanx_worker.training.data.held_out import separate
 from phalanx_worker.training.data.source import Arranged, Order, Source, Transform
-from phalanx_worker.training.data.stream import Share, Stream
+from phalanx_worker.training.data.stream import Share, Stream, open_stream
 from phalanx_worker.training.health.life import life
 from phalanx_worker.training.mesh import World
 
@@ -55,6 +55,25 @@ class HeldOut:
             raise Interrupted
 
 
+def open_samples(
+    config: RecipeConfig, world: World, *, transform: Transform | None = None, plain: Transform | None = None
+) -> tuple[Stream, HeldOut | None]:
+    """This rank's stream to train on, and the samples to try the model on (None: no evaluation is wanted). `transform`
+    takes the place of the usual preparation of the format for the first, `plain` for the second. Raises DataError."""
+    source, kept_back = separate(config.data, config.evaluate)
+    stream = open_stream(
+        config.data,
+        dp_rank=world.batch_rank,
+        dp_size=world.parallel.batch_ways,
+        batch=config.train.global_batch,
+        seed=config.train.seed,
+        device=world.device,
+        transform=transform,
+        source=source,
+    )
+    return stream, HeldOut(kept_back, config, world, transform=plain) if kept_back else None
+
+
 class Examiner(Protocol):
     """What a recipe makes of the held-out samples; every rank calls it at the same step."""
 
@@ -64,8 +83,8 @@ class Examiner(Protocol):
 class Evaluation:
     """Examines the model when it is time and reports what came out, unless it is interrupted."""
 
-    def __init__(self, examine: Examiner, evaluate: Evaluate, train: Train) -> None:
-        self._examine, self._evaluate, self._train = examine, evaluate, train
+    def __init__(self, examine: Examiner, config: RecipeConfig) -> None:
+        self._examine, self._evaluate, self._train = examine, config.evaluate, config.train
         self.last: Mapping[str, float] = {}
         self.interrupted = False
 

@@ -17,11 +17,8 @@ from phalanx.recipes.parse import RecipeError
 from torch import Tensor, nn
 
 from phalanx_worker.training.checkpoint import open_checkpointer
-from phalanx_worker.training.data.held_out import separate
 from phalanx_worker.training.data.opening import vocab_size
-from phalanx_worker.training.data.source import Source
-from phalanx_worker.training.data.stream import open_stream
-from phalanx_worker.training.evaluation import Evaluation, HeldOut
+from phalanx_worker.training.evaluation import Evaluation, HeldOut, open_samples
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import count_work
@@ -61,9 +58,8 @@ def make(
     evaluation = None
     if batches is None:
         _check_vocabulary(config)
-        source, kept_back = separate(config.data, config.evaluate)
-        batches = _stream(config, world, source)
-        evaluation = _evaluation(config, world, kept_back, layout) if kept_back else None
+        batches, held_out = open_samples(config, world)
+        evaluation = Evaluation(partial(held_out_loss, layout, held_out), config) if held_out else None
     return Trainer(
         layout=layout,
         batches=batches,
@@ -83,23 +79,6 @@ def _check_vocabulary(config: LmConfig) -> None:
     if symbols and symbols > config.model.vocabulary:
         text = f"= {config.model.vocabulary} is less than the data's {symbols} symbols; use {symbols} or more"
         raise RecipeError("model.vocabulary", text)
-
-
-def _stream(config: LmConfig, world: World, source: Source) -> Iterator[Batch]:
-    return open_stream(
-        config.data,
-        dp_rank=world.batch_rank,
-        dp_size=config.parallel.batch_ways,
-        batch=config.train.global_batch,
-        seed=config.train.seed,
-        device=world.device,
-        source=source,
-    )
-
-
-def _evaluation(config: LmConfig, world: World, source: Source, layout: Layout) -> Evaluation:
-    held_out = HeldOut(source, config, world)
-    return Evaluation(partial(held_out_loss, layout, held_out), config.evaluate, config.train)
 
 
 @torch.no_grad()

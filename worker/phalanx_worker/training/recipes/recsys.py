@@ -16,10 +16,7 @@ from torch import Tensor
 
 from phalanx_worker.training import precision
 from phalanx_worker.training.checkpoint import open_checkpointer
-from phalanx_worker.training.data.held_out import separate
-from phalanx_worker.training.data.source import Source
-from phalanx_worker.training.data.stream import Stream, open_stream
-from phalanx_worker.training.evaluation import Evaluation, HeldOut
+from phalanx_worker.training.evaluation import Evaluation, HeldOut, open_samples
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import Work
@@ -41,9 +38,8 @@ def make(
     layout = _lay_out(config, world)
     evaluation = None
     if batches is None:
-        source, kept_back = separate(config.data, config.evaluate)
-        batches = _stream(config, world, source)
-        evaluation = _evaluation(config, world, kept_back, layout) if kept_back else None
+        batches, held_out = open_samples(config, world)
+        evaluation = Evaluation(partial(examine, layout, held_out), config) if held_out else None
     return Trainer(
         layout=layout,
         batches=batches,
@@ -74,23 +70,6 @@ def _lay_out(config: RecsysConfig, world: World) -> TablesLayout:
     start_dense(dense, torch.Generator(world.device).manual_seed(config.train.seed))
     precision.use_autocast(dense, config.precision, world.device)
     return TablesLayout(tables, dense, world, loss=_loss, accumulate=config.train.accumulate)
-
-
-def _stream(config: RecsysConfig, world: World, source: Source) -> Stream:
-    return open_stream(
-        config.data,
-        dp_rank=world.batch_rank,
-        dp_size=config.parallel.batch_ways,
-        batch=config.train.global_batch,
-        seed=config.train.seed,
-        device=world.device,
-        source=source,
-    )
-
-
-def _evaluation(config: RecsysConfig, world: World, source: Source, layout: TablesLayout) -> Evaluation:
-    held_out = HeldOut(source, config, world)
-    return Evaluation(partial(examine, layout, held_out), config.evaluate, config.train)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -24,15 +24,12 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from phalanx_worker.training.checkpoint import open_checkpointer
 from phalanx_worker.training.data.augment import Augmented, Plain
-from phalanx_worker.training.data.held_out import separate
-from phalanx_worker.training.data.source import Source
-from phalanx_worker.training.data.stream import Stream, open_stream
-from phalanx_worker.training.evaluation import Evaluation, HeldOut
+from phalanx_worker.training.evaluation import Evaluation, HeldOut, open_samples
 from phalanx_worker.training.loop import Batch, Checkpointer, Trainer
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.metrics.work import count_work
 from phalanx_worker.training.models import resnet, vit
-from phalanx_worker.training.parallel.layout import Layout, lay_out
+from phalanx_worker.training.parallel.layout import lay_out
 from phalanx_worker.training.parallel.tensor import SEQUENCE
 from phalanx_worker.training.task import Task
 
@@ -65,9 +62,9 @@ def make(
     layout = lay_out(task, world, config.precision, seed=config.train.seed, accumulate=config.train.accumulate)
     evaluation = None
     if batches is None:
-        source, kept_back = separate(config.data, config.evaluate)
-        batches = _stream(config, world, source)
-        evaluation = _evaluation(config, world, kept_back, layout) if kept_back else None
+        size = config.picture.size
+        batches, held_out = open_samples(config, world, transform=Augmented(config.augment, size), plain=Plain(size))
+        evaluation = Evaluation(partial(top_1, layout.modules[0], held_out, world.device), config) if held_out else None
     return Trainer(
         layout=layout,
         batches=batches,
@@ -88,24 +85,6 @@ def _global_batch(config: VisionConfig) -> Batch:
     with torch.device("meta"):
         image = torch.empty(count, picture.channels, picture.size, picture.size)
         return {"image": image, "label": torch.empty(count, dtype=torch.int64)}
-
-
-def _stream(config: VisionConfig, world: World, source: Source) -> Stream:
-    return open_stream(
-        config.data,
-        dp_rank=world.batch_rank,
-        dp_size=config.parallel.batch_ways,
-        batch=config.train.global_batch,
-        seed=config.train.seed,
-        device=world.device,
-        transform=Augmented(config.augment, config.picture.size),
-        source=source,
-    )
-
-
-def _evaluation(config: VisionConfig, world: World, source: Source, layout: Layout) -> Evaluation:
-    held_out = HeldOut(source, config, world, transform=Plain(config.picture.size))
-    return Evaluation(partial(top_1, layout.modules[0], held_out, world.device), config.evaluate, config.train)
 
 
 @torch.no_grad()
