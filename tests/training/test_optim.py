@@ -3,11 +3,17 @@
 import pytest
 import torch
 from layout_cases import PIPELINE
+from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.optim import Optim
 from phalanx.recipes.parse import RecipeError, parse
 from phalanx_worker.training.adafactor import Adafactor
+from phalanx_worker.training.checkpoint import Checkpointer
+from phalanx_worker.training.mesh import process_group
 from phalanx_worker.training.optim import clip, divide, global_norm, make_optimizer, set_rate
+from phalanx_worker.training.state import OptimizerState
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from training_gang import case
 
 NAMES = ("adamw", "adafactor", "sgd", "lamb")
@@ -126,6 +132,19 @@ def assert_same(curve, one):
     assert curve.get("error") is None
     assert curve["loss"] == pytest.approx(one["loss"], rel=2e-6)
     assert curve["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_optimizer_keeps_of_shards_is_copied_and_saved_while_training_goes_on(name, tmp_path):
+    with process_group(torch.device("cpu")):
+        net = fully_shard(model(), mesh=init_device_mesh("cpu", (1,)))
+        optimizer = make_optimizer(Optim(name=name, lr=0.01), net)
+        backward(net)
+        optimizer.step()
+        checkpointer = Checkpointer(CheckpointConfig(), str(tmp_path), register=lambda *_, **__: None)
+        checkpointer.save(1, {"optimizer": OptimizerState([net], [optimizer])})
+        checkpointer.finish()
+    assert (checkpointer.failures, checkpointer.last and checkpointer.last.step) == (0, 1)
 
 
 @pytest.mark.slow

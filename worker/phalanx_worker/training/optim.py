@@ -50,8 +50,13 @@ def _lamb(optim: Optim, groups: list[dict]) -> torch.optim.Optimizer:
     from pytorch_optimizer import Lamb  # here, as it takes seconds to import
 
     lamb = Lamb(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    lamb.step = _with_whole_norms(lamb.step)
+    lamb.step = _with_whole_norms(lamb)
     return lamb
+
+
+LAMBS_RECORDS = ("weight_norm", "adam_norm", "trust_ratio")
+"""What the library's LAMB notes of its last step and never reads. On shards these are slices of one tensor, which torch
+(2.13) cannot copy for a checkpoint that is written while training goes on."""
 
 
 class _WholeNorms(TorchFunctionMode):
@@ -62,11 +67,18 @@ class _WholeNorms(TorchFunctionMode):
         return tree_map_only(DTensor, summed, func(*args, **(kwargs or {})))
 
 
-def _with_whole_norms(step: Callable) -> Callable:
+def _with_whole_norms(lamb: torch.optim.Optimizer) -> Callable:
+    """Its step, which leaves no record of itself."""
+    step = lamb.step
+
     @wraps(step)
     def stepped(*args: Any, **kwargs: Any) -> Any:
         with _WholeNorms():
-            return step(*args, **kwargs)
+            loss = step(*args, **kwargs)
+        for state in lamb.state.values():
+            for name in LAMBS_RECORDS:
+                state.pop(name, None)
+        return loss
 
     return stepped
 
