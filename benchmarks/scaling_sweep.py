@@ -74,7 +74,7 @@ def ended(client: phalanx.Client, label: str) -> list[dict]:
     """Parameters, tokens and final loss of the runs of a label."""
     runs = []
     for each in client.jobs(labels={"sweep": label}):
-        last = {series.name: series.points[-1].value for series in client.metrics(each.id)}
+        last = {series.name: series.points[-1].max for series in client.metrics(each.id)}
         runs.append({"name": each.name, **{n: last[n] for n in ("parameters", "tokens_total", "held_out_loss")}})
     return runs
 
