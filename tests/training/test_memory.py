@@ -212,13 +212,28 @@ def test_the_peak_of_a_rank_on_a_cpu_is_what_its_memory_rose_by_since():
     assert peak.bytes() == pytest.approx(64 * MIB, rel=0.1)
 
 
+def process_of(folder, peak_kb, resident_kb):
+    """As /proc/self tells it."""
+    (folder / "status").write_text(f"Name:\tpython\nVmHWM:\t{peak_kb:8} kB\nVmRSS:\t{resident_kb:8} kB\n")
+
+
+@pytest.mark.parametrize(("peak_kb", "measured"), [(400, 0), (390, 0), (1000, 600 * 1024)])
+def test_a_rank_that_needs_no_more_than_its_process_held_takes_nothing(tmp_path, monkeypatch, peak_kb, measured):
+    monkeypatch.setattr(measured_memory, "PROCESS", tmp_path)
+    process_of(tmp_path, 1000, 400)
+    peak = Peak(torch.device("cpu"))
+    assert (tmp_path / "clear_refs").read_text() == "5", "so that the peak is one since now"
+    process_of(tmp_path, peak_kb, 400)
+    assert peak.bytes() == measured
+
+
 @pytest.mark.parametrize(("later_kb", "measured"), [(900, None), (1000, None), (1500, 1100 * 1024)])
 def test_a_peak_that_an_earlier_one_may_hide_is_not_told(tmp_path, monkeypatch, later_kb, measured):
     monkeypatch.setattr(measured_memory, "PROCESS", tmp_path)
-    status = tmp_path / "status"
-    status.write_text("Name:\tpython\nVmHWM:\t    1000 kB\nVmRSS:\t     400 kB\n")
+    (tmp_path / "clear_refs").mkdir()  # nothing to write to
+    process_of(tmp_path, 1000, 400)
     peak = Peak(torch.device("cpu"))
-    status.write_text(f"VmHWM:\t{max(later_kb, 1000)} kB\nVmRSS:\t{later_kb} kB\n")
+    process_of(tmp_path, max(later_kb, 1000), later_kb)
     told = peak.bytes()
     assert (told == measured) if measured else (told != told)
 
@@ -261,12 +276,23 @@ def test_a_recipe_says_once_how_much_memory_it_takes(arguments, monkeypatch):
     assert "estimated" in note
 
 
+def test_a_recipe_whose_memory_cannot_be_measured_says_so_and_what_was_estimated(arguments, tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(measured_memory, "PROCESS", tmp_path / "none")
+    monkeypatch.setattr(job, "mark", lambda kind, **data: told.update({kind: data["message"]}))
+    monkeypatch.setattr(phalanx, "report", lambda **values: told.update(values))
+    assert main(arguments) == 0
+    assert told["note"].startswith("What a rank takes cannot be measured here; estimated ")
+    assert told["memory_estimated_bytes"] > 0
+    assert "memory_peak_bytes" not in told
+
+
 def test_the_last_checkpoint_is_in_what_is_told_at_the_end(arguments, tmp_path, monkeypatch):
     told = []
     finish = Checkpointer.finish
 
     def reported(**values):
-        if "memory_peak_bytes" in values:
+        if "memory_estimated_bytes" in values:
             told.append(values["step"])
 
     def finished(checkpointer):

@@ -8,7 +8,6 @@ It costs nothing in a step: both are counted anyhow, by torch and by Linux, and 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +31,20 @@ class Peak:
     """The most memory that this rank takes from now on; make it before the model."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._hidden_below = device, 0.0
         if device.type == "cpu":
-            with suppress(OSError):  # not allowed, or no Linux: then a peak of before may hide that of now
+            try:
                 (PROCESS / "clear_refs").write_text(FORGET_PEAK)
-            self._before, self._peak_before = resident_bytes("VmRSS"), resident_bytes("VmHWM")
+            except OSError:  # not allowed, or no Linux: the peak of before hides those of now that are no higher
+                self._hidden_below = resident_bytes("VmHWM")
+            self._before = resident_bytes("VmRSS")
 
     def bytes(self) -> float:
-        """NaN where it cannot be known."""
+        """NaN where it cannot be known; 0 where what the process held already was enough."""
         if self._device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self._device))
         peak = resident_bytes("VmHWM")
-        return peak - self._before if peak > self._peak_before else float("nan")
+        return max(peak - self._before, 0.0) if peak > self._hidden_below else float("nan")
 
 
 def resident_bytes(name: str) -> float:
@@ -79,7 +80,7 @@ class Fullest:
 
 
 def fullest(own_bytes: float, device: torch.device) -> Fullest | None:
-    """Of all ranks, each of which calls it at the same step; None where no rank knows."""
+    """Of all ranks, each of which calls it at the same step; None where none knows."""
     mine = torch.tensor([own_bytes], dtype=torch.float64, device=device)
     everyones = mine.new_empty(dist.get_world_size())
     dist.all_gather_single(everyones, mine)
@@ -88,6 +89,10 @@ def fullest(own_bytes: float, device: torch.device) -> Fullest | None:
         return None
     size, rank = max(known)
     return Fullest(rank, size, on_gpu=device.type == "cuda")
+
+
+def unmeasured(estimated_bytes: int) -> str:
+    return f"What a rank takes cannot be measured here; estimated {estimated_bytes / MIB:,.4g} MiB of tensors."
 
 
 class MemoryReport:
@@ -112,9 +117,9 @@ class MemoryReport:
     def tell(self, step: int) -> None:
         """What has been taken until now. Every rank calls it at the same step."""
         found, is_first, self._is_told = fullest(self._peak.bytes(), self._device), not self._is_told, True
-        if found is None or dist.get_rank():
+        if dist.get_rank():
             return
-        values = {"memory_peak_bytes": found.peak_bytes, "memory_peak_rank": found.rank}
+        values = {"memory_peak_bytes": found.peak_bytes, "memory_peak_rank": found.rank} if found else {}
         phalanx.report(step=step, total_steps=self._steps, memory_estimated_bytes=self._estimated, **values)
         if is_first:
-            job.mark("note", message=found.beside(self._estimated))
+            job.mark("note", message=found.beside(self._estimated) if found else unmeasured(self._estimated))
