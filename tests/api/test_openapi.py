@@ -27,7 +27,6 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-EXAMPLES = 6
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -104,27 +103,28 @@ def app_document(settings: Settings) -> dict[str, Any]:
     return app.openapi()
 
 
+@pytest.mark.parametrize("examples", [2, pytest.param(10, marks=pytest.mark.slow)])
 async def test_requests_made_from_the_document_never_break_the_server(
-    served: tuple[Served, dict[str, str]], world: Any
+    served: tuple[Served, dict[str, str]], world: Any, examples: int
 ) -> None:
     """Valid and invalid requests of every operation, the same ones in every run."""
     server, existing = served
-    await asyncio.to_thread(_try_everything, server.url, existing, world.tokens)
+    await asyncio.to_thread(_try_everything, server.url, existing, world.tokens, examples)
 
 
-def _try_everything(url: str, existing: dict[str, str], tokens: dict[str, str]) -> None:
+def _try_everything(url: str, existing: dict[str, str], tokens: dict[str, str], examples: int) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for result in schema.get_all_operations():
         operation = result.ok()
         token = tokens[{"agent link": "agent", "node link": "n0"}.get(operation.tags[0], "admin")]
         for mode in GenerationMode:
-            _try(operation.as_strategy(generation_mode=mode), mode, existing, token)
+            _try(operation.as_strategy(generation_mode=mode), mode, existing, token, examples)
 
 
-def _try(strategy: Any, mode: GenerationMode, existing: dict[str, str], token: str) -> None:
+def _try(strategy: Any, mode: GenerationMode, existing: dict[str, str], token: str, examples: int) -> None:
     @given(case=strategy)
     @hypothesis_settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,

@@ -33,6 +33,8 @@ from phalanx_server.store.outputs import OutputFiles
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+pytestmark = pytest.mark.slow
+
 BIG_ROWS = 5_000
 JOBS, QUEUED, LIVE, NODES = 20_000, 6_000, 600, 200
 SECONDS_AGO = "now() - make_interval(secs => :jobs - n)"

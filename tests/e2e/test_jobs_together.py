@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from small_jobs import PATIENCE_S, SmallJobs, wait_for
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

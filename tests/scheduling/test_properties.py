@@ -39,7 +39,7 @@ TYPES = ("a", "b")
 NODES = tuple(f"n{i}" for i in range(6))
 LEAVES = ("x1", "x2", "y", "solo")
 IDS = tuple(f"j{i:02}" for i in range(24))
-QUICK = settings(max_examples=80)
+QUICK = settings(max_examples=40)
 
 
 def optional(strategy):

@@ -48,6 +48,7 @@ async def history(plane: ControlPlane, seed: int) -> list[tuple[object, ...]]:
     ]
 
 
+@pytest.mark.slow
 async def test_a_seed_reproduces_its_world(plane: ControlPlane, other_plane: ControlPlane) -> None:
     assert await history(plane, 4) == await history(other_plane, 4)
 

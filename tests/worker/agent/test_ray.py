@@ -206,6 +206,7 @@ def test_a_stop_ends_the_gang(site: Site) -> None:
     site.all_gpus_are_free()
 
 
+@pytest.mark.slow
 def test_an_environment_is_built_on_every_node_or_fails_the_start_for_good(site: Site, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import os, sys, numpy; sys.exit(sys.prefix != os.environ['VIRTUAL_ENV'])")
@@ -255,6 +256,7 @@ def test_what_the_server_no_longer_wants_is_removed_by_the_next_agent(site: Site
     site.all_gpus_are_free()
 
 
+@pytest.mark.slow
 def test_a_dead_runner_ends_its_ranks_and_is_replaced(site: Site) -> None:
     _runner(_started(site, "att_runner")[2].pid).kill()
     ended = site.server.fact("att_runner", "ended", 30)
@@ -263,6 +265,7 @@ def test_a_dead_runner_ends_its_ranks_and_is_replaced(site: Site) -> None:
     site.all_gpus_are_free()
 
 
+@pytest.mark.slow
 def test_a_hung_runner_is_killed_and_replaced(site: Site) -> None:
     starts = _started(site, "att_hung")
     site.kill_agent()
@@ -286,6 +289,7 @@ def test_an_agent_that_another_has_replaced_ends(site: Site) -> None:
     site.all_gpus_are_free()
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_reported_and_comes_back(site: Site) -> None:
     site.sleeping("att_lost")
     raylet = _raylet(site.ray_dir, "node-1")
@@ -309,6 +313,7 @@ def test_a_killed_gcs_comes_back_without_a_rank_noticing(site: Site) -> None:
     _ends_when_told(site, "att_gcs", starts)
 
 
+@pytest.mark.slow
 def test_the_heads_killed_raylet_is_replaced_and_an_agent_joins_again(site: Site) -> None:
     """An agent that had joined through it ends with it; whoever runs agents starts them again."""
     starts = _started(site, "att_head")

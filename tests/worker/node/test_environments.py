@@ -89,6 +89,7 @@ def told(bench: Any, attempt: Any) -> list[str]:
     return [mark["data"]["message"] for mark in bench.server.marks(attempt.id, "environment")]
 
 
+@pytest.mark.slow
 async def test_two_attempts_at_once_build_it_once_and_start_warm_in_it(workbench: Any, packages: Path) -> None:
     environment = Environment(lines(packages, "phx-tiny==1.0"), name="tiny")
     script = workbench.script(PRINT_TINY)
@@ -135,6 +136,7 @@ async def test_ranks_outlive_the_warm_process_of_their_environment(workbench: An
     assert (await attempt.exits())[0]["exit_code"] == 0
 
 
+@pytest.mark.slow
 async def test_what_is_prepared_stays_until_its_ranks_start_or_it_is_given_up(workbench: Any, packages: Path) -> None:
     """Other nodes of the gang may still build for long."""
     runner, environment = workbench.runners[0], Environment(lines(packages, "phx-tiny==1.0"))
