@@ -175,8 +175,7 @@ def show(config: LmConfig, blocks: list[Block]) -> None:
     size = (
         f"{4 * config.model.parameters / MIB:.0f} MiB of parameters, {max(b.bytes for b in blocks) / MIB:.0f} MiB saved"
     )
-    load = f"load average {os.getloadavg()[0]:.1f}"
-    title = f"cost of a checkpoint every {steps} steps of {step_s * 1e3:.0f} ms: {size} (s); {load}"
+    title = f"cost of a checkpoint every {steps} steps of {step_s * 1e3:.0f} ms: {size} (s)"
     measure.show(title, ["", "n", "stall", "slower", "written", "cost", "cpu", f"budget < {BUDGET:.0%}"], rows)
 
 

@@ -221,8 +221,7 @@ def show(every: dict[str, Measured], args: argparse.Namespace, *, gradients: int
             ]
         )
     link = f"{args.link_mbit} Mbit/s for all" if args.link_mbit else "memory"
-    load = os.getloadavg()[0]
-    title = f"{args.ranks} ranks, {gradients / MIB:.1f} MiB of gradients, link: {link}; load average {load:.1f}"
+    title = f"{args.ranks} ranks, {gradients / MIB:.1f} MiB of gradients, link: {link}"
     columns = [
         "per step",
         "put in, MiB",

@@ -5,7 +5,6 @@ how much Phalanx is better than it in this same run (above 1: better).
 """
 
 import argparse
-import os
 import statistics
 from dataclasses import dataclass, field
 
@@ -74,7 +73,7 @@ class Report:
         measure.show(f"{self.title} ({self.unit})", columns, [self._row(line) for line in self.lines])
         for remark in self.remarks:
             print(f"  {remark}")
-        print(f"  load average {', '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} cores\n")
+        print()
 
     def _row(self, line: Line) -> list[str]:
         spread = f"{number(min(line.values))}–{number(max(line.values))}"

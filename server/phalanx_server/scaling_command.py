@@ -52,7 +52,10 @@ def fit(
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="All jobs with this label; repeated: with all.")
     ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Only jobs of this tenant and those below it.")] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="All jobs of this tenant and those below it, or of them those of --name, --label."),
+    ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Runs of a file (CSV or JSON: name, parameters, tokens, loss) instead.")
     ] = None,
@@ -70,7 +73,7 @@ def fit(
     mfu: Annotated[
         float | None, typer.Option(min=0.001, max=1, help="Share of its peak; else measured by runs on it, or 0.4.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, fp16, fp8 or fp32: which peak.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp8, tf32 or fp32: which peak.")] = "bf16",
     interval: Annotated[float, typer.Option(min=LEVELS[0], max=LEVELS[1], help="How often intervals hold.")] = 0.9,
     resamples: Annotated[int, typer.Option(min=50, max=10_000, help="Of the bootstrap over runs.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
@@ -95,6 +98,8 @@ def fit(
     chosen = bool(jobs or name or label or tenant)
     if chosen == (runs is not None):
         raise typer.BadParameter("give jobs (by id, --name, --label or --tenant), or --runs FILE")
+    if tenant and jobs and not (name or label):
+        raise typer.BadParameter("--tenant chooses among jobs by --name or --label, or all: leave out JOB or --tenant")
     if runs is not None:
         usable, left_out = _of_file(runs)
     else:
@@ -192,7 +197,7 @@ def _chosen(
             yield from client.jobs(array=id_)
         else:
             yield client.job(id_)
-    if names or labels or (tenant and not words):
+    if names or labels or tenant:
         for name in names or [None]:
             yield from islice(client.jobs(name=name, labels=labels, tenant=tenant), MOST_RUNS + 1)
 

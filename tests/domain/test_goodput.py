@@ -96,6 +96,22 @@ TABLE: dict[str, tuple[tuple[AttemptTime, ...], dict[str, float]]] = {
         ),
         {"start": 4, "rendezvous": 2, "setup": 4, "productive": 50, "redone": 100},
     ),
+    "an attempt that took no step hides nothing of what is taken again": (
+        (
+            attempt(first_step=1, last_step=100),
+            attempt(200, started=202, rendezvous=203, step=None, end=210),
+            attempt(300, started=302, rendezvous=303, step=305, end=355, first_step=51, last_step=100),
+        ),
+        {"start": 6, "rendezvous": 3, "setup": 11, "productive": 100, "redone": 50},
+    ),
+    "a later attempt may go back further than the next": (
+        (
+            attempt(first_step=1, last_step=100),
+            attempt(200, started=202, rendezvous=203, step=205, end=225, first_step=81, last_step=100),
+            attempt(300, started=302, rendezvous=303, step=305, end=385, first_step=21, last_step=100),
+        ),
+        {"start": 6, "rendezvous": 3, "setup": 6, "productive": 100, "redone": 100},
+    ),
     "clocks of ranks that run ahead make no more time than there was": (
         (attempt(productive_s=500, data_wait_s=20),),
         {"start": 2, "rendezvous": 1, "setup": 2, "productive": 80, "data_wait": 20},

@@ -27,6 +27,9 @@ class CheckpointConfig:
     """How many of the best are kept beside the last ones."""
 
     best_metric: str = "loss"
+    """The training loss at that step, or what an evaluation right after it found: for `lm` `held_out_loss` or
+    `perplexity`, for `vision` `accuracy`, for `recsys` `held_out_loss`, `normalized_entropy` or `auc`."""
+
     best: Literal["lowest", "highest"] = "lowest"
     asynchronous: bool = True
     """Training goes on while a copy of the state is written."""

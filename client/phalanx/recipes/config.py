@@ -7,8 +7,9 @@ recipe's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from phalanx.recipes.checkpoint import CheckpointConfig
 from phalanx.recipes.data import DataConfig
@@ -34,9 +35,15 @@ class Train:
         demand_sizes(self, least=1, steps=1 << 40, global_batch=1 << 30, accumulate=1 << 20, report_every=1 << 40)
 
 
+Better = Literal["lowest", "highest"]
+
+
 @dataclass(frozen=True)
 class RecipeConfig(ABC):
-    """What `args` of any recipe hold. `device` auto is a GPU where every rank of the node has one."""
+    """What `args` of any recipe hold. `device` auto is a GPU where every rank of the node has one. `FOUND` is what an
+    evaluation finds, and which is better."""
+
+    FOUND: ClassVar[Mapping[str, Better]]
 
     data: DataConfig
     train: Train = field(default_factory=Train)
@@ -55,6 +62,7 @@ class RecipeConfig(ABC):
         check_batch(whole.train, whole.parallel)
         check_checkpoint(whole.checkpoint, whole.parallel)
         check_evaluate(whole.evaluate, whole.parallel)
+        check_best(whole.checkpoint, whole.evaluate, self.FOUND)
         return whole
 
     @abstractmethod
@@ -76,6 +84,27 @@ def check_evaluate(evaluate: Evaluate, parallel: Parallel) -> None:
     if every and evaluate.wanted and evaluate.every % every:
         text = f"= {evaluate.every} is not a multiple of parallel.local.every = {every}"
         raise RecipeError("evaluate.every", f"{text}, when replicas are equal; use one")
+
+
+def check_best(checkpoint: CheckpointConfig, evaluate: Evaluate, found: Mapping[str, Better]) -> None:
+    """Whether each checkpoint will have the metric by which the best are kept. Raises `RecipeError`."""
+    name = checkpoint.best_metric
+    better = {"loss": "lowest", **found}.get(name)
+    if better is None:
+        text = f"= {name!r} is nothing that this recipe measures; use one of {', '.join(('loss', *found))}"
+        raise RecipeError("checkpoint.best_metric", text)
+    if not checkpoint.keep_best:
+        return
+    if checkpoint.best != better:
+        raise RecipeError("checkpoint.best", f"= {checkpoint.best}, but the {better} {name} is the best; use {better}")
+    if name == "loss":
+        return
+    if not evaluate.wanted:
+        text = f"= {name!r} comes of an evaluation; set evaluate.share or evaluate.paths, or use loss"
+        raise RecipeError("checkpoint.best_metric", text)
+    if not checkpoint.every_steps or evaluate.every % checkpoint.every_steps:
+        text = f"= {evaluate.every} is not a multiple of checkpoint.every_steps = {checkpoint.every_steps}"
+        raise RecipeError("evaluate.every", f"{text}: what is evaluated has to be kept, for checkpoint.keep_best")
 
 
 def check_batch(train: Train, parallel: Parallel) -> None:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from types import MappingProxyType
 
-PRECISIONS = ("bf16", "fp16", "fp8", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp8", "fp32", "tf32")
 TERA = 1e12
 GIB = 1 << 30
 
@@ -46,6 +46,13 @@ class Device:
     fp32_flops: float
     memory_bytes: int
     source: str
+
+    @property
+    def tf32_flops(self) -> float | None:
+        """NVIDIA's tensor cores take TF32 at half the rate of bf16, from Ampere on
+        (https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf).
+        ROCm's libraries compute fp32 as such unless they are told otherwise."""
+        return self.bf16_flops / 2 if self.bf16_flops and not self.name.startswith("mi") else None
 
     def peak_flops(self, precision: str = "bf16") -> float:
         """Dense peak in FLOP/s. ValueError where the device has none for it, or nobody knows such a precision."""

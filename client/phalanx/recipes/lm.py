@@ -6,6 +6,7 @@ Owns the model's sizes and what they demand of a layout.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from phalanx.recipes.config import RecipeConfig
 from phalanx.recipes.evaluate import Evaluate
@@ -71,6 +72,8 @@ class LmModel:
 @dataclass(frozen=True)
 class LmConfig(RecipeConfig):
     """What `run: {recipe: lm, args: …}` holds. Nothing is held out unless `evaluate` says so."""
+
+    FOUND = MappingProxyType({"held_out_loss": "lowest", "perplexity": "lowest"})
 
     model: LmModel = field(default_factory=LmModel)
     evaluate: Evaluate = field(default_factory=lambda: Evaluate(share=0.0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from types import MappingProxyType
 
 from phalanx.recipes.config import RecipeConfig
 from phalanx.recipes.optim import Optim
@@ -72,6 +73,8 @@ class RecsysModel:
 class RecsysConfig(RecipeConfig):
     """What `run: {recipe: recsys, args: …}` holds. The layers are replicated and the rows of all tables shared out
     evenly, over all ranks."""
+
+    FOUND = MappingProxyType({"held_out_loss": "lowest", "normalized_entropy": "lowest", "auc": "highest"})
 
     model: RecsysModel = field(default_factory=RecsysModel)
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-3, weight_decay=0.0))

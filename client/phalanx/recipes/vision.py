@@ -6,6 +6,7 @@ Owns the models' sizes, how pictures are changed on the way in, and what these d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from phalanx.recipes.config import RecipeConfig
@@ -118,6 +119,8 @@ class Augment:
 @dataclass(frozen=True)
 class VisionConfig(RecipeConfig):
     """What `run: {recipe: vision, args: …}` holds."""
+
+    FOUND = MappingProxyType({"accuracy": "highest"})
 
     model: VisionModel = field(default_factory=VisionModel)
     augment: Augment = field(default_factory=Augment)

@@ -7,7 +7,7 @@ productivity goodput" (2024). Time in the queue is no part of it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 
 PARTS = (
     "productive",
@@ -23,7 +23,7 @@ PARTS = (
 )
 """In which an attempt's time falls: steps that count; from its GPUs being taken until all ranks run; until their
 process group is up; until the first step is done; waiting for data; standing still for a checkpoint; steps that the
-training itself took back; steps after the checkpoint that the next attempt began from; from the request to stop to the
+training itself took back; steps after the checkpoint that a later attempt began from; from the request to stop to the
 end; and what none of these explains, such as communication outside of steps, evaluation, or work after the last
 step."""
 
@@ -70,15 +70,18 @@ class Goodput:
 def goodput_of(attempts: Sequence[AttemptTime], now: datetime) -> Goodput:
     """Of a job's attempts in their order; one that has not ended is counted until now."""
     total: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for attempt, following in zip_longest(attempts, attempts[1:]):
-        for part, seconds in _split(attempt, following, now).items():
+    again_from: int | None = None  # the earliest step that any later attempt began with
+    for attempt in reversed(attempts):
+        for part, seconds in _split(attempt, again_from, now).items():
             total[part] += attempt.weight * seconds
+        if attempt.first_step is not None:
+            again_from = attempt.first_step if again_from is None else min(again_from, attempt.first_step)
     trained = [attempt for attempt in attempts if attempt.first_step_at is not None]
     return Goodput(total, all(attempt.productive_s is not None for attempt in trained))
 
 
-def _split(attempt: AttemptTime, following: AttemptTime | None, now: datetime) -> dict[str, float]:
-    """The attempt's seconds by part; they add up to its whole time."""
+def _split(attempt: AttemptTime, again_from: int | None, now: datetime) -> dict[str, float]:
+    """The attempt's seconds by part; they add up to its whole time. Steps from `again_from` on were taken again."""
     end = max(attempt.ended_at or now, attempt.created_at)
     moments = [attempt.created_at]
     for moment in (attempt.started_at, attempt.rendezvous_at or attempt.first_step_at, attempt.first_step_at):
@@ -88,10 +91,10 @@ def _split(attempt: AttemptTime, following: AttemptTime | None, now: datetime) -
     parts = {"start": start, "rendezvous": rendezvous, "setup": setup, "stopping": (end - stop).total_seconds()}
     stepped = min(max(attempt.last_step_at or stop, moments[-1]), stop)
     said_s = (stepped - moments[-1]).total_seconds()
-    return parts | _trained(attempt, following, (stop - moments[-1]).total_seconds(), said_s)
+    return parts | _trained(attempt, again_from, (stop - moments[-1]).total_seconds(), said_s)
 
 
-def _trained(attempt: AttemptTime, following: AttemptTime | None, left_s: float, said_s: float) -> dict[str, float]:
+def _trained(attempt: AttemptTime, again_from: int | None, left_s: float, said_s: float) -> dict[str, float]:
     """Of the time from the first step on, `left_s` seconds, `said_s` of them until the last step that it reported. What
     ranks count by their own clocks is cut to fit."""
     parts: dict[str, float] = {}
@@ -104,15 +107,15 @@ def _trained(attempt: AttemptTime, following: AttemptTime | None, left_s: float,
     for part, seconds in known.items():
         parts[part] = min(max(seconds, 0.0), left_s)
         left_s -= parts[part]
-    parts["redone"] = parts["productive"] * _redone_share(attempt, following)
+    parts["redone"] = parts["productive"] * _redone_share(attempt, again_from)
     parts["productive"] -= parts["redone"]
     return parts | {"other": left_s}
 
 
-def _redone_share(attempt: AttemptTime, following: AttemptTime | None) -> float:
-    """The share of the attempt's steps that the next one takes again."""
-    if following is None or following.first_step is None or attempt.first_step is None or attempt.last_step is None:
+def _redone_share(attempt: AttemptTime, again_from: int | None) -> float:
+    """The share of the attempt's steps that a later one took again."""
+    if again_from is None or attempt.first_step is None or attempt.last_step is None:
         return 0.0
     steps = attempt.last_step - attempt.first_step + 1
-    again = attempt.last_step - following.first_step + 1
+    again = attempt.last_step - again_from + 1
     return min(max(again / steps, 0.0), 1.0) if steps > 0 else 0.0

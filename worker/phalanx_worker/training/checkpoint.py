@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -87,6 +88,9 @@ class Checkpointer:
         self._pending: tuple[int, AsyncSaveResponse] | None = None
         self._newest: int | None = None  # the step that was saved or restored last
         self._given: tuple[int, State, dict[str, float]] | None = None  # to save last
+        self._rating = threading.Lock()  # whether a rating or the manifest comes first
+        self._rated: tuple[int, Mapping[str, float]] | None = None  # the last rating
+        self._written: int | None = None  # the step of the last manifest
         self._failure: str | None = None  # why that save failed, if it did
 
     def save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None, wait: bool = True) -> float:
@@ -115,6 +119,17 @@ class Checkpointer:
         self._await_copy()
         return self._held(began)
 
+    def rate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add what was found later of the state that was saved or restored last to the metrics by which the best are
+        kept. Never raises: at worst a checkpoint is not among them."""
+        if self._rank or step != self._newest:
+            return
+        with self._rating:
+            self._rated = (step, metrics)
+            is_written = self._written == step
+        if is_written:
+            self._store.rate(step, metrics)
+
     def restore(self, state: State, *, before: int | None = None) -> int | None:
         """Load the newest complete and undamaged checkpoint (older than step `before`, to go back) into the state; its
         step, or None where nothing has been saved.
@@ -136,6 +151,7 @@ class Checkpointer:
                 "settings of model and optimizer, or save to another checkpoint.url"
             ) from error
         self._newest = entry.step
+        self._written = entry.step if entry.url == self._store.url_of(entry.step) else None
         self._given = self._failure = None
         log.info("resumed from %s, step %d", entry.url, entry.step)
         return entry.step
@@ -203,8 +219,12 @@ class Checkpointer:
 
     def _complete(self, step: int, metrics: dict[str, float], began: float, sums: Sums) -> None:
         """On rank 0, in the thread that saves: every file is there."""
-        manifest = Manifest(step=step, files=sums, metrics=metrics)
-        self._store.complete(manifest)
+        with self._rating:
+            if self._rated is not None and self._rated[0] == step:
+                metrics = {**metrics, **self._rated[1]}
+            manifest = Manifest(step=step, files=sums, metrics=metrics)
+            self._store.complete(manifest)
+            self._written = step
         url = self._store.url_of(step)
         self.last = Saved(step=step, url=url, bytes=manifest.bytes, took_s=time.perf_counter() - began)
         self._register(url, **{**metrics, "step": step, "bytes": manifest.bytes})

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any, Literal, TypeVar
 
 from fsspec.core import url_to_fs
@@ -149,6 +149,15 @@ class Store:
         self._system.mv(partial, f"{path}/{MANIFEST}")
         for directory in (path, self._root):
             _sync_directory(directory)
+
+    def rate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to those of a complete checkpoint. Never raises: they only say which ones are the best."""
+        try:
+            manifest = self.entry(self.url_of(step)).manifest
+            if manifest is not None:
+                self.complete(replace(manifest, metrics={**manifest.metrics, **metrics}))
+        except Exception as error:
+            log.warning("how good the checkpoint of step %d is could not be noted: %s", step, error)
 
     def set_aside(self, url: str) -> None:
         """Let a complete checkpoint no longer count; its files stay until something is pruned."""

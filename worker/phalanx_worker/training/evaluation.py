@@ -88,13 +88,14 @@ class Evaluation:
         self.last: Mapping[str, float] = {}
         self.interrupted = False
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> Mapping[str, float]:
         if step % self._evaluate.every and step < self._train.steps:
-            return
+            return {}
         try:
             self.last, self.interrupted = self._examine(), False
         except Interrupted:
             self.interrupted = True
-            return
+            return {}
         if dist.get_rank() == 0:
             phalanx.report(step=step, total_steps=self._train.steps, **self.last)
+        return self.last

@@ -40,6 +40,10 @@ class Checkpointer(Protocol):
 
     def restore(self, state: Mapping[str, Stateful], /, *, before: int | None = None) -> int | None: ...
 
+    def rate(self, step: int, metrics: Mapping[str, float], /) -> None:
+        """What an evaluation found of the state that was saved or restored last, at this step."""
+        ...
+
     def finish(self) -> None:
         """The last save is complete, else this raises."""
         ...
@@ -79,6 +83,8 @@ class Observer(Protocol):
 
     def returned(self, step: int | None) -> None: ...
 
+    def finished(self, step: int, waited_s: float) -> None: ...
+
 
 class Watcher(Protocol):
     """Looks on. `after_backward` may refuse the update (skip this batch): it sees what all ranks see (`grad_norm` is a
@@ -95,7 +101,9 @@ class Evaluator(Protocol):
 
     interrupted: bool
 
-    def after_step(self, step: int) -> None: ...
+    def after_step(self, step: int) -> Mapping[str, float]:
+        """What it found; nothing where it is not time, or it gave way."""
+        ...
 
 
 @dataclass
@@ -158,7 +166,9 @@ def train(trainer: Trainer) -> Facts | None:
             if keeps:
                 _keep(trainer, facts)
             _evaluate(trainer, step)
-    _finish(trainer)
+        waited_s = _finish(trainer)
+        if facts:
+            monitor.finished(step, waited_s)
     return facts
 
 
@@ -257,15 +267,19 @@ def _keep(trainer: Trainer, facts: Facts) -> None:
 
 
 def _evaluate(trainer: Trainer, step: int) -> None:
-    if trainer.evaluation is not None:
-        trainer.evaluation.after_step(step)
+    found = trainer.evaluation.after_step(step) if trainer.evaluation else {}
+    if found and trainer.checkpointer:
+        with life.around():
+            trainer.checkpointer.rate(step, found)
 
 
-def _finish(trainer: Trainer) -> None:
-    """Wait for what is still being written."""
+def _finish(trainer: Trainer) -> float:
+    """Wait for what is still being written; how long it took."""
+    began = time.perf_counter()
     if trainer.checkpointer:
         with life.around():
             trainer.checkpointer.finish()
+    return time.perf_counter() - began
 
 
 def _is_due(step: int, every: int) -> bool:

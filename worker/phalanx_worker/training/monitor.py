@@ -107,6 +107,12 @@ class Monitor:
     def after_keep(self, step: int, stall_s: float) -> None:
         self.meter.after_keep(step, stall_s)
 
+    def finished(self, step: int, waited_s: float) -> None:
+        """The last step's checkpoint is complete, which took so long after all else."""
+        self.meter.after_keep(step, waited_s)
+        if self._is_first:
+            phalanx.report(step=step, total_steps=self._train.steps, **self._totals(step))
+
     def returned(self, step: int | None) -> None:
         """Training was rolled back to this step; None: there was no checkpoint. Raises Unhealthy then."""
         self.watch.returned(step)
@@ -115,7 +121,8 @@ class Monitor:
 
     def _is_wanted(self, step: int) -> bool:
         now = time.perf_counter()
-        if step % self._train.report_every or now < self._reported_at + REPORT_GAP_S:
+        is_first = not self._reported_at  # by it the end of the setup is known
+        if not is_first and (step % self._train.report_every or now < self._reported_at + REPORT_GAP_S):
             return False
         self._reported_at = now
         return True
@@ -130,6 +137,7 @@ class Monitor:
             "data_wait_s": facts.data_wait_s,
             "compute_s": split.compute_s,
             "comm_s": split.comm_s,
+            **self._between(),
             **{f"{what}_per_s": amount / facts.step_time_s for what, amount in self._per_step.items()},
         }
         if in_full:
@@ -138,6 +146,10 @@ class Monitor:
         if self._work is not None:
             values |= self._mfu(facts.step_time_s)
         phalanx.report(step=facts.step, total_steps=self._train.steps, **values)
+
+    def _between(self) -> dict[str, float]:
+        """Of the step before: what comes after this one is not known yet."""
+        return dict(zip(("checkpoint_s", "other_s"), self.meter.between or (), strict=False))
 
     def _comparison(self) -> dict[str, float]:
         """Of the ranks; and, the first time, the size of the model."""

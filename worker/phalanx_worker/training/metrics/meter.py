@@ -44,6 +44,11 @@ class _Step:
     checkpoint_s: float = 0.0
     whole_s: float = 0.0
 
+    @property
+    def other_s(self) -> float:
+        """Between the step and the next one, without checkpoints: evaluations, and what looks on."""
+        return max(0.0, self.whole_s - self.step_s - self.checkpoint_s)
+
     def times(self) -> Times:
         comm_s = self.comm_s()
         return Times(
@@ -52,14 +57,15 @@ class _Step:
             comm_s=comm_s,
             data_wait_s=self.data_wait_s,
             checkpoint_s=self.checkpoint_s,
-            other_s=max(0.0, self.whole_s - self.step_s - self.checkpoint_s),
+            other_s=self.other_s,
         )
 
 
 class Meter:
     """Call `before_step`, `after_step` and, where a checkpoint was made, `after_keep`, in this order in every step.
 
-    `spread` is the split of all ranks' steps over the last window; None before there is one. Steps are split when that
+    `spread` is the split of all ranks' steps over the last window; None before there is one. `between` is how long a
+    checkpoint and other things took between the step before and this one; None in the first. Steps are split when that
     is asked for, not each by itself: it would cost more than all the rest.
     """
 
@@ -67,6 +73,7 @@ class Meter:
         self.waits = Waits(device)
         self.totals = Totals()
         self.spread: Spread | None = None
+        self.between: tuple[float, float] | None = None
         self._device = device
         self._longest = longest_window
         self._began = 0.0
@@ -80,6 +87,7 @@ class Meter:
         if self._step is not None:
             self._step.whole_s = now - self._began
             self._window.append(self._step)
+            self.between = (self._step.checkpoint_s, self._step.other_s)
         self._began, self._step = now, None
         spread = self._compare() if len(self._window) >= self._due else None
         self.waits.took()  # for what came between steps, an evaluation or this comparison, no step has waited
@@ -88,9 +96,9 @@ class Meter:
     def after_step(self, facts: StepTimes) -> None:
         """Its update is done, or was refused."""
         self._step = _Step(facts.step_time_s, facts.data_wait_s, self.waits.took())
-        self.totals.step(
-            work_s=facts.step_time_s - facts.data_wait_s, data_wait_s=facts.data_wait_s, counts=facts.updated
-        )
+        if self.between is not None:
+            work_s = facts.step_time_s - facts.data_wait_s
+            self.totals.step(work_s=work_s, data_wait_s=facts.data_wait_s, counts=facts.updated)
 
     def split(self) -> Times:
         """Of the step that `after_step` was told of last, as far as it has come."""

@@ -34,7 +34,7 @@ class Times:
 
 
 _NAMES = tuple(field.name for field in fields(Times))
-_PARTS = ("step_time_s", "compute_s", "comm_s", "data_wait_s", "checkpoint_s", "other_s", "gpu_memory_bytes")
+_UNITS = ("_s", "_bytes")
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,18 @@ class Spread:
         return [times.own_work_s for times in self.ranks]
 
     def metrics(self) -> dict[str, float]:
-        """`compute_min_s`, `compute_median_s`, `compute_max_s` and so on, and `slowest_rank`: the one with the most
-        work of its own."""
+        """`compute_min_s`, `compute_median_s`, `compute_max_s`, `compute_max_rank` and so on, and `slowest_rank`: the
+        one with the most work of its own."""
         told: dict[str, float] = {}
-        for name in _PARTS:
+        for name in _NAMES:
             values = [getattr(times, name) for times in self.ranks]
             if any(values):
-                stem, _, unit = name.rpartition("_")
-                told[f"{stem}_min_{unit}"] = min(values)
-                told[f"{stem}_median_{unit}"] = median(values)
-                told[f"{stem}_max_{unit}"] = max(values)
+                unit = next((unit for unit in _UNITS if name.endswith(unit)), "")
+                stem = name.removesuffix(unit)
+                told[f"{stem}_min{unit}"] = min(values)
+                told[f"{stem}_median{unit}"] = median(values)
+                told[f"{stem}_max{unit}"] = max(values)
+                told[f"{stem}_max_rank"] = _place_of_largest(values)
         told["own_work_max_s"] = max(self.work_s)
         told["slowest_rank"] = _place_of_largest(self.work_s)
         return told

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Totals:
-    """Running sums since this process began to train, in seconds. `productive_s` is time in steps that still count,
+    """Running sums in seconds, after the first step of this process, which is part of its setup. `productive_s` is time
+    in steps that still count,
     without their wait for data; `lost_s` that of steps that were skipped or rolled back."""
 
     productive_s: float = 0.0

@@ -49,8 +49,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type == "cpu":
         return _measured(device)
     known = devices.of_product(torch.cuda.get_device_name(device))
+    if known is None:
+        return None
+    if precision == "fp32" and known.tf32_flops and torch.get_float32_matmul_precision() != "highest":
+        precision = "tf32"  # is what fp32 matrices are then multiplied in
     try:
-        return known.peak_flops(precision) if known else None
+        return known.peak_flops(precision)
     except ValueError:  # a format without hardware of its own
         return None
 
