@@ -11,6 +11,7 @@ from typing import Any
 import phalanx
 import pytest
 
+pytestmark = pytest.mark.slow
 PATIENCE_S = 60.0
 SCRIPT = """
 import os, time, phalanx

@@ -4,6 +4,7 @@ happened to it. On a real Ray cluster of two nodes."""
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ import pytest
 from disturbed import PATIENCE_S, Cluster
 
 pytestmark = pytest.mark.slow
-STEPS = 60
+STEPS, EVERY = 60, 10  # the cluster's jobs keep each tenth step, and are disturbed later
 TOLERANCE = 2e-4  # of the final loss: sums over another number of ranks differ in their last bits
 
 
@@ -45,13 +46,18 @@ class Bench(Cluster):
         done = self.client.wait(job, timeout_s=PATIENCE_S)
         assert done.state == "succeeded", (done.message, self.client.logs(job, rank=0))
         assert done.progress is not None and done.progress.step == STEPS
-        (series,) = list(self.client.metrics(job, names=["loss"]))
+        (series,) = self.client.metrics(job, names=["loss"])
         last = series.points[-1]
         assert last.step == STEPS and last.mean is not None
         return float(last.mean)
 
     def ends_as_undisturbed(self, job: str) -> None:
+        """After it has gone on from a checkpoint: a training that began anew would end at the same loss."""
         assert self.loss(job) == pytest.approx(self.undisturbed, rel=TOLERANCE)
+        for attempt in self.client.attempts(job)[1:]:
+            said = self.client.logs(job, rank=0, attempt=attempt.number)
+            (step,) = re.findall(r"^resumed from \S+, step (\d+)$", said, re.MULTILINE)
+            assert int(step) >= EVERY, said
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 One start serves many cases. A case is the arguments of the `lm` recipe (`args`), the job file's `health`, every how
 many steps a checkpoint is kept (`keeps_every`; in memory or `to_files`), and `faults`: batches whose loss or gradient
-goes wrong, a flipped bit, a slow rank, a request to stop. What comes back is what each rank said, and what became of
-the training.
+goes wrong, a flipped bit, a slow rank or loader, somebody who looks on for long, a request to stop. What comes back is
+what each rank said, and what became of the training.
 """
 
 import copy
@@ -67,6 +67,7 @@ class Batches:
     def __init__(self, config: Any, rank: int, ways: int) -> None:
         part = config.train.global_batch // ways
         self.config, self.number, self.own = config, 0, slice(rank * part, (rank + 1) * part)
+        self.before: Any = None
 
     def __iter__(self) -> "Batches":
         return self
@@ -75,6 +76,8 @@ class Batches:
         import torch  # here, so that importing this module in the tests stays cheap
 
         self.number += 1
+        if self.before:
+            self.before()
         generator = torch.Generator().manual_seed(self.number)
         first = torch.randint(64, (self.config.train.global_batch, 1), generator=generator)
         return {"tokens": ((first + torch.arange(self.config.data.seq_len + 1)) % 64)[self.own]}
@@ -118,6 +121,10 @@ class Faults:
             return None
         return fault if self.trainer.batches.number in fault["batches"] else None
 
+    def before_batch(self) -> None:
+        if fault := self.hits("loader"):
+            time.sleep(fault["seconds"])
+
     def loss(self, value: Any) -> Any:
         if self.hits("slow"):
             time.sleep(self.wanted["slow"]["seconds"])
@@ -141,6 +148,8 @@ class Faults:
 
     def after_step(self, facts: Any) -> None:
         self.facts.append(facts)
+        if fault := self.hits("beside"):
+            time.sleep(fault["seconds"])
         if fault := self.hits("flip"):
             flip(list(self.trainer.layout.parameters())[fault.get("parameter", 3)], bit=fault["bit"])
 
@@ -182,6 +191,7 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     trainer = make(config, world, batches=stream, checkpointer=kept if given["keeps_every"] is not None else None)
     trainer.checkpoint_every = given["keeps_every"] or 0
     faults = Faults(trainer, given["faults"], dist.get_rank())
+    stream.before = faults.before_batch
     trainer.watchers = [faults]
     try:
         last = train(trainer)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 
 import fsspec
@@ -170,6 +171,48 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert steps_at(tmp_path / "highest") == [60]  # the highest is the last
     Job(tmp_path / "unrated", keep_last=1, keep_best=5).save(10, 20)
     assert steps_at(tmp_path / "unrated") == [20]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_evaluation_after_the_save_decides_which_one_is_the_best(url, asynchronous):
+    job = Job(url, asynchronous=asynchronous, keep_last=1, keep_best=1, best_metric="accuracy", best="highest")
+    for step, accuracy in ((10, 0.2), (20, 0.9), (30, 0.5), (40, 0.7)):
+        job.checkpointer.save(step, {"numbers": Numbers(step)}, metrics={"loss": 1.0})
+        job.checkpointer.rate(step, {"accuracy": accuracy})
+    job.checkpointer.finish()
+    kept = checkpoint_store.Store(str(url)).entries()
+    assert [(entry.step, entry.manifest.metrics) for entry in kept] == [
+        (40, {"loss": 1.0, "accuracy": 0.7}),
+        (20, {"loss": 1.0, "accuracy": 0.9}),
+    ]
+    assert Job(url).restore() == 40
+
+
+def test_an_evaluation_that_is_over_before_the_checkpoint_is_complete_is_noted_with_it(tmp_path, monkeypatch):
+    rated, clear = threading.Event(), checkpoint_store.Store.clear
+    monkeypatch.setattr(checkpoint_store.Store, "clear", lambda store, step: rated.wait(20) and clear(store, step))
+    job = Job(tmp_path)
+    job.checkpointer.save(10, {"numbers": Numbers(10)}, metrics={"loss": 1.0})
+    job.checkpointer.rate(10, {"accuracy": 0.5})
+    rated.set()
+    job.checkpointer.finish()
+    (entry,) = checkpoint_store.Store(str(tmp_path)).entries()
+    assert entry.manifest.metrics == {"loss": 1.0, "accuracy": 0.5}
+    assert job.registered[0][1]["accuracy"] == 0.5
+
+
+def test_an_evaluation_that_is_made_up_for_after_a_resume_is_noted_too(tmp_path, caplog, storage):
+    Job(tmp_path).save(10, losses={10: 1.0})
+    job = Job(tmp_path)
+    assert job.restore() == 10
+    job.checkpointer.rate(9, {"accuracy": 0.1})  # of some other state
+    storage.fail(".manifest.json", "wb")
+    job.checkpointer.rate(10, {"accuracy": 0.3})
+    assert "could not be noted" in caplog.text
+    storage.heal()
+    job.checkpointer.rate(10, {"accuracy": 0.5})
+    (entry,) = checkpoint_store.Store(str(tmp_path)).entries()
+    assert entry.manifest.metrics == {"loss": 1.0, "accuracy": 0.5}
 
 
 @pytest.mark.parametrize("damage", ["flip a bit", "cut short", "remove", "no metadata"])

@@ -6,15 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from phalanx.recipes.catalog import read
 from phalanx.recipes.evaluate import Evaluate
-from phalanx.recipes.parse import parse
+from phalanx.recipes.lm import LmConfig
+from phalanx.recipes.parse import RecipeError, parse
 from phalanx.recipes.vision import VisionConfig
+from phalanx_worker.training.checkpoint_store import Store
 from phalanx_worker.training.data.files import DataError
 from phalanx_worker.training.data.held_out import Split, separate
 from phalanx_worker.training.evaluation import HeldOut
 from phalanx_worker.training.main import main
 from phalanx_worker.training.mesh import make_world, process_group
 from phalanx_worker.training.metrics.meter import Meter
+from phalanx_worker.training.recipes import vision
 
 
 class Facts:
@@ -121,6 +125,64 @@ def test_who_is_interrupted_in_the_last_evaluation_is_not_finished_and_makes_up_
         job = Job(monkeypatch, stop_at)
         assert main(["lm", json.dumps(args)]) == 0
         assert (job.tried, finished) == (tried, said)
+        assert all(LmConfig.FOUND.keys() <= values.keys() for values in job.reports if "perplexity" in values)
+
+
+def test_the_best_of_a_recipe_is_the_one_that_did_best_on_what_it_was_not_trained_on(monkeypatch, tmp_path):
+    accuracies = iter((0.2, 0.9, 0.5))
+    monkeypatch.setattr(vision, "top_1", lambda *_: {"accuracy": next(accuracies)})
+    best = {"keep_last": 1, "keep_best": 1, "best_metric": "accuracy", "best": "highest"}
+    args = {
+        "data": {"format": "digits"},
+        "model": {"vit": {"patch": 2, "layers": 1, "width": 16, "heads": 2}},
+        "train": {"steps": 6, "global_batch": 4},
+        "evaluate": {"every": 2},
+        "checkpoint": {"every_steps": 2, "url": str(tmp_path), **best},
+        "device": "cpu",
+    }
+    assert main(["vision", json.dumps(args)]) == 0
+    kept = {entry.step: entry.manifest.metrics["accuracy"] for entry in Store(str(tmp_path)).entries()}
+    assert kept == {6: 0.5, 4: 0.9}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "said"),
+    [
+        (
+            "vision",
+            {"checkpoint": {"best_metric": "acuracy"}},
+            "checkpoint.best_metric = 'acuracy' is nothing that this recipe measures; use one of loss, accuracy",
+        ),
+        (
+            "vision",
+            {"checkpoint": {"keep_best": 1, "best_metric": "accuracy"}},
+            "checkpoint.best = lowest, but the highest accuracy is the best; use highest",
+        ),
+        (
+            "lm",
+            {"checkpoint": {"keep_best": 1, "best_metric": "perplexity"}},
+            "checkpoint.best_metric = 'perplexity' comes of an evaluation; set evaluate.share or evaluate.paths, "
+            "or use loss",
+        ),
+        (
+            "lm",
+            {"checkpoint": {"keep_best": 1, "best_metric": "perplexity"}, "evaluate": {"share": 0.1, "every": 250}},
+            "evaluate.every = 250 is not a multiple of checkpoint.every_steps = 100: what is evaluated has to be kept, "
+            "for checkpoint.keep_best",
+        ),
+        (
+            "lm",
+            {"checkpoint": {"keep_best": 1, "best": "highest"}},
+            "checkpoint.best = highest, but the lowest loss is the best; use lowest",
+        ),
+    ],
+)
+def test_what_the_best_are_kept_by_has_to_be_measured_of_each(recipe, given, said):
+    of_recipe = {"vision": {"data": {"format": "digits"}, "model": {"vit": {"patch": 2}}}}
+    sections = of_recipe.get(recipe, {"data": {"paths": ["unread"]}})
+    with pytest.raises(RecipeError) as error:
+        read(recipe, sections | given).placed(1)
+    assert str(error.value) == said
 
 
 def test_what_an_evaluation_waits_for_is_no_part_of_a_step():

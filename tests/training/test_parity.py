@@ -12,6 +12,8 @@ from training_gang import case
 LOSS = 2e-6
 NORM = 2e-5
 
+DEEP = {"layers": 8}
+
 FOUR = {
     "DDP": case(parallel={"data": 4}),
     "FSDP2": case(parallel={"shard": 4}),
@@ -20,6 +22,7 @@ FOUR = {
     "tensor": case(parallel={"tensor": 4}),
     "pipeline, GPipe": case(parallel={"pipeline": 4, "schedule": "gpipe", "microbatches": 4}),
     "pipeline, 1F1B": case(parallel={"pipeline": 4, "microbatches": 4}),
+    "pipeline, interleaved": case(model=DEEP, parallel={**INTERLEAVED, "pipeline": 4}),
     "data × tensor": case(parallel={"data": 2, "tensor": 2}),
     "shard × tensor": case(parallel={"shard": 2, "tensor": 2}),
     "data × pipeline": case(parallel={"data": 2, **PIPELINE}),
@@ -34,11 +37,11 @@ FOUR = {
     "pipeline × context": case(parallel={**PIPELINE, "context": 2}),
 }
 
-DEEP = {"layers": 8}
-ONE_DEEP = {"one rank": case(model=DEEP)}
+LARGE = {"layers": 16, "kv_heads": 8}
 
 EIGHT = {
     "DDP": case(model=DEEP, parallel={"data": 8}),
+    "DDP, accumulated": case(model=DEEP, parallel={"data": 8}, train={"accumulate": 2}),
     "FSDP2": case(model=DEEP, parallel={"shard": 8}),
     "hybrid sharding": case(model=DEEP, parallel={"data": 2, "shard": 4}),
     "pipeline, 1F1B": case(model=DEEP, parallel={"pipeline": 8, "microbatches": 8}),
@@ -46,7 +49,12 @@ EIGHT = {
     "data × pipeline, interleaved": case(
         model=DEEP, parallel={"data": 2, "pipeline": 4, "microbatches": 4, "schedule": "interleaved"}
     ),
+    "pipeline, interleaved": case(model=LARGE, parallel={**INTERLEAVED, "pipeline": 8, "microbatches": 8}),
+    "tensor": case(model=LARGE, parallel={"tensor": 8}),
+    "context": case(model=LARGE, parallel={"context": 8}),
     "data × tensor": case(model=DEEP, parallel={"data": 2, "tensor": 4}),
+    "data × pipeline": case(model=DEEP, parallel={"data": 2, "pipeline": 4, "microbatches": 4}),
+    "shard × pipeline": case(model=DEEP, parallel={"shard": 2, "pipeline": 4, "microbatches": 4}),
     "shard × tensor": case(model=DEEP, parallel={"shard": 4, "tensor": 2}),
     "tensor × pipeline": case(model=DEEP, parallel={"tensor": 2, "pipeline": 4, "microbatches": 4}),
     "data × shard × tensor": case(model=DEEP, parallel={"data": 2, "shard": 2, "tensor": 2}),
@@ -57,6 +65,11 @@ EIGHT = {
     "data × shard × context": case(model=DEEP, parallel={"data": 2, "shard": 2, "context": 2}),
     "tensor × pipeline × context": case(model=DEEP, parallel={"tensor": 2, "context": 2, **PIPELINE}),
 }
+
+
+def one_rank(computed, given):
+    """The curve of the same model on one rank."""
+    return computed({"one rank": case(model=given["model"])}, ranks=1)["one rank"]
 
 
 def assert_same(curve, one):
@@ -79,13 +92,13 @@ def test_two_ranks_train_as_one_does(computed, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FOUR)
 def test_four_ranks_train_as_one_does(computed, layout):
-    assert_same(computed(FOUR, ranks=4)[layout], computed(ONE, ranks=1)["one rank"])
+    assert_same(computed(FOUR, ranks=4)[layout], one_rank(computed, FOUR[layout]))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("layout", EIGHT)
 def test_eight_ranks_train_as_one_does(computed, layout):
-    assert_same(computed(EIGHT, ranks=8)[layout], computed(ONE_DEEP, ranks=1)["one rank"])
+    assert_same(computed(EIGHT, ranks=8)[layout], one_rank(computed, EIGHT[layout]))
 
 
 def test_what_is_held_out_is_tried_in_every_layout_but_a_pipeline(computed):

@@ -87,6 +87,7 @@ def test_a_model_learns_most_of_what_the_generator_put_in(tmp_path):
         trainer = make(config, make_world(config.parallel, torch.device("cpu")))
         train(trainer)
         found = trainer.evaluation.last
+        assert found.keys() == config.FOUND.keys()
     assert log.best_loss == pytest.approx(0.447, abs=2e-3) and log.base_loss == pytest.approx(0.635, abs=2e-3)
     assert found["held_out_loss"] < log.best_loss + 0.25 * (log.base_loss - log.best_loss)
     assert found["normalized_entropy"] < 0.8 and found["auc"] > 0.8

@@ -72,6 +72,7 @@ def test_the_digits_are_learned_to_ninety_percent_of_what_was_kept_back(model, c
         trainer = make(config.placed(1), make_world(config.placed(1).parallel, torch.device("cpu")))
         train(trainer)
         assert trainer.evaluation.last["accuracy"] > 0.9
+        assert trainer.evaluation.last.keys() == config.FOUND.keys()
 
 
 def write_pictures(root, *, size=(20, 14), each=8):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ USAGE = f"usage: python -m phalanx_worker.training.main {{{','.join(RECIPES)}}} 
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 after the last step or when asked to stop, and what was to be saved then is; 2 for arguments
     that cannot be used. Raises CheckpointError where the state cannot be restored or, at the end, saved."""
+    logging.basicConfig(format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("phalanx").setLevel(logging.INFO)  # what all ranks do is said once
     try:
         return run(arguments)
     except (RecipeError, DataError) as error:

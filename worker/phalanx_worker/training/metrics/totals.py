@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 @dataclass
 class Totals:
     """Running sums in seconds, after the first step of this process, which is part of its setup. `productive_s` is time
-    in steps that still count,
-    without their wait for data; `lost_s` that of steps that were skipped or rolled back."""
+    in steps that still count, without their wait for data; `lost_s` that of steps that were skipped or rolled back."""
 
     productive_s: float = 0.0
     lost_s: float = 0.0
