@@ -23,12 +23,14 @@ FP32 = 4
 class Widths:
     """Bytes of a number: `stream` in the residual stream, `product` in and out of matrix products. Where autocast makes
     the one of the other, each product has a copy of its own (`copies`). GPUs have a kernel for RMSNorm that keeps its
-    input alone (`fused_norms`); elsewhere it keeps that and an intermediate result, both in fp32."""
+    input alone (`fused_norms`); elsewhere it keeps that and an intermediate result, both in fp32. They have one for
+    attention from the end of a sequence to all of it, too, which elsewhere takes a mask (`masks`)."""
 
     stream: int
     product: int
     copies: bool
     fused_norms: bool
+    masks: bool
 
     @property
     def rms_norm(self) -> int:
@@ -91,11 +93,12 @@ def lm(model: LmModel, part: Sequences, widths: Widths) -> Kept:
     attention = model.width * widths.inputs(3) + (3 * product + 2 * keys + FP32 * model.heads) / tensor
     swiglu = model.width * widths.inputs(2) + 4 * feed / tensor
     turn = FP32 * size * part.length  # of all sequences
-    mask = 0 if part.length == part.whole else widths.product * part.length * part.whole
+    chunk = part.length / 2  # of a context rank's two, which see the whole and a chunk between them
+    masked = 0 if part.length == part.whole or not widths.masks else chunk * (part.whole + chunk)
     costly = (2 * product + 2 * widths.product * model.key_heads * size + FP32 * model.heads + 2 * feed) / tensor
     return Kept(
         block_input=round(tokens * stream / tensor),
-        block=round(tokens * (2 * norm + attention + swiglu)) + turn + mask,
+        block=round(tokens * (2 * norm + attention + swiglu)) + turn + round(widths.product * masked),
         costly=round(tokens * (costly + 2 * product)),
         first=INT64 * tokens,
         last=round(tokens * (norm + product + INT64)),

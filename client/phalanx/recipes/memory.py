@@ -167,9 +167,9 @@ def _widths(precision: Precision, parallel: Parallel, on_gpu: bool) -> Widths:
     """Autocast leaves the residual stream in fp32; FSDP's mixed precision does not. What fp8 layers keep
     for backward is their bf16 input."""
     if precision.compute == "fp32":
-        return Widths(stream=FP32, product=FP32, copies=False, fused_norms=on_gpu)
+        return Widths(stream=FP32, product=FP32, copies=False, fused_norms=on_gpu, masks=not on_gpu)
     stream = 2 if parallel.fully_sharded else FP32
-    return Widths(stream=stream, product=2, copies=not parallel.fully_sharded, fused_norms=on_gpu)
+    return Widths(stream=stream, product=2, copies=not parallel.fully_sharded, fused_norms=on_gpu, masks=not on_gpu)
 
 
 def _activations(

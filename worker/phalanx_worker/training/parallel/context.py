@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.nn.attention.bias import causal_lower_right
 
 from phalanx_worker.training.models.transformer import Attention, WholeSequence
 
@@ -32,12 +33,29 @@ class PartOfSequence(WholeSequence):
         return _places(self._group.rank(), self._group.size(), length, device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ranks, length = self._group.size(), query.shape[2]
-        everywhere = torch.cat([_places(rank, ranks, length, query.device) for rank in range(ranks)])
-        seen = everywhere[None, :] <= self.positions(length, query.device)[:, None]
-        key, value = (all_gather_tensor_autograd(part.contiguous(), 2, self._group) for part in (key, value))
-        grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=grouped)
+        key, value = self._whole(key), self._whole(value)
+        return torch.cat([_end_of(chunk, key, value) for chunk in self._chunks(query)], dim=2)
+
+    def _chunks(self, query: Tensor) -> list[tuple[Tensor, int]]:
+        """Each with where it ends in the sequence."""
+        ranks, rank = self._group.size(), self._group.rank()
+        front, mirror = query.chunk(2, dim=2)
+        return [(front, (rank + 1) * front.shape[2]), (mirror, (2 * ranks - rank) * mirror.shape[2])]
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """Everyone's part of (batch, heads, length, size), in the order of the sequence."""
+        gathered = all_gather_tensor_autograd(part.contiguous(), 2, self._group)
+        chunks = gathered.chunk(2 * self._group.size(), dim=2)
+        return torch.cat((*chunks[::2], *chunks[:0:-2]), dim=2)
+
+
+def _end_of(chunk: tuple[Tensor, int], key: Tensor, value: Tensor) -> Tensor:
+    """What a chunk of queries makes of all that is not behind it. GPUs have kernels for that, which need no mask."""
+    query, end = chunk
+    causal = causal_lower_right(query.shape[2], end)
+    key, value = key[:, :, :end], value[:, :, :end]
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=causal, enable_gqa=grouped)
 
 
 def use_parts(modules: Iterable[nn.Module], part: PartOfSequence) -> None:
