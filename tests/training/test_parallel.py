@@ -41,6 +41,14 @@ SLOW = {
     "fp16, resumed": case(stop_at=4, precision={"compute": "fp16"}, then={}),
     "fp16": case(precision={"compute": "fp16"}),
 }
+SPREAD = {"shard": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": PIPELINE}
+SPREAD_LOCAL = {
+    f"{layout}{', resumed' if resumed else ''}": case(
+        optim=SGD, parallel={"local": {"every": 2}, **sizes}, **({"stop_at": 4, "then": {}} if resumed else {})
+    )
+    for layout, sizes in SPREAD.items()
+    for resumed in (False, True)
+}
 
 
 @pytest.fixture
@@ -119,6 +127,15 @@ def test_replicas_that_train_alone_all_go_on_from_the_optimizer_of_one_of_them(s
     assert resumed["loss"] != whole["loss"], "the other replica has lost its own moments"
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=3e-3)  # measured: 8e-4
     assert resumed["held_out"] == pytest.approx(whole["held_out"], rel=3e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SPREAD)
+def test_replicas_that_are_spread_over_ranks_meet_as_whole_ones_do_and_go_on_from_there(computed, slow, layout):
+    """With an outer momentum, of which each rank keeps that of its part."""
+    four = computed(SPREAD_LOCAL, ranks=4)
+    assert four[layout]["loss"] == pytest.approx(slow["DiLoCo"]["loss"], rel=2e-6)
+    assert four[f"{layout}, resumed"]["loss"] == four[layout]["loss"]
 
 
 @pytest.mark.slow
