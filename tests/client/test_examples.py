@@ -1,8 +1,10 @@
-"""The examples, as far as they can be tried without a Phalanx: what the demo makes of its job, where ranks compute."""
+"""The examples, as far as they can be tried without a Phalanx: what the demo makes of its job, where ranks compute, and
+that every job that is shown is one that the server takes."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +14,12 @@ import phalanx
 import pytest
 import torch
 from fake_server import AT, JOB_ID, FakeServer, answer, job
+from phalanx import jobfile
 from phalanx.cli import session
+from phalanx_server.domain.spec import parse_job
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TRAINING = (EXAMPLES.parent / "docs" / "training.md").read_text()
 
 
 def load(path: str) -> ModuleType:
@@ -90,3 +95,46 @@ def test_a_rank_has_a_gpu_where_every_rank_of_its_node_has(
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert str(load(path).own_device()) == device
     assert chosen == ([device] if gpus > 1 else [])
+
+
+# ------------------------------------------------------------------ what the server takes
+
+
+def techniques() -> dict[str, str]:
+    """ "The line" of each technique, from the table in the documentation of training."""
+    _, table = TRAINING.split("| technique | when | the line |\n|---|---|---|\n")
+    rows = [row.strip("| ").split(" | ") for row in table.split("\n\n")[0].splitlines()]
+    return {name: cell.split("`")[1] for name, _, cell in rows}
+
+
+TECHNIQUES = techniques()
+GPUS = {"hybrid sharding": 32}  # else 8
+
+
+def taken(directory: Path, text: str) -> None:
+    """The job file is read as a user's is, and taken as the server does; raises what it says otherwise."""
+    path = directory / "job.yaml"
+    path.write_text(text)
+    parse_job(jobfile.read(path).document)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/job.yaml")), ids=lambda path: path.parent.name)
+def test_the_job_of_an_example_is_taken(path: Path) -> None:
+    parse_job(jobfile.read(path).document)
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(run:.*?)```", TRAINING, re.DOTALL))
+def test_a_recipe_in_the_documentation_is_taken(tmp_path: Path, block: str) -> None:
+    taken(tmp_path, f"name: shown\nresources: {{gpus: 8}}\n{block}")
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_line_of_a_technique_is_all_that_it_needs(tmp_path: Path, technique: str) -> None:
+    args = f"data: {{paths: [unread]}}, {TECHNIQUES[technique]}"
+    run = f"run: {{recipe: lm, args: {{{args}}}}}"
+    taken(tmp_path, f"name: shown\nresources: {{gpus: {GPUS.get(technique, 8)}}}\n{run}")
+
+
+def test_infrequent_sync_goes_with_the_evaluations_that_are_usual(tmp_path: Path) -> None:
+    args = f"data: {{format: images, paths: [unread]}}, {TECHNIQUES['infrequent sync (local SGD, DiLoCo)']}"
+    taken(tmp_path, f"name: shown\nresources: {{gpus: 8}}\nrun: {{recipe: vision, args: {{{args}}}}}")

@@ -205,6 +205,7 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
         "steps": [facts.step for facts in faults.facts],
         "ended": ended,
         "last": last and last.step,
+        "loss_scale": trainer.scale.scale,
         "same_parameters": compare(list(trainer.layout.named_parameters()), world.group("replicas")) is None,
     }
 

@@ -71,6 +71,12 @@ CASES = {
         faults={"gradient": {"batches": [24]}, "stop": {"batch": 24}},
         keeps_every=5,
     ),
+    "overflow_alone": case(
+        health=BLAMELESS,
+        faults={"gradient": {"batches": [1, 6], "ranks": [1]}},
+        precision={"compute": "fp16", "loss_scale": 1024},
+        parallel={"local": {"every": 4}},
+    ),
     "slow": case(
         health={"straggler": {"action": "warn", "window": 8, "factor": 2.0}},
         faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},
@@ -109,6 +115,16 @@ def test_a_gradient_that_stays_nan_is_skipped_on_every_rank_and_told_once(seen):
     for rank in outcome:
         assert [step for step, updated in zip(rank["steps"], rank["updated"], strict=True) if not updated] == [5, 6]
     assert math.isfinite(outcome[0]["losses"][-1])
+
+
+def test_gradients_that_overflow_in_one_replica_that_trains_alone_are_skipped_by_all(seen):
+    """What is counted of updates, as that it is time to tell of memory, and the scale stay the same on all ranks."""
+    outcome = seen["overflow_alone"]
+    assert told(outcome) == []
+    for rank in outcome:
+        assert [step for step, updated in zip(rank["steps"], rank["updated"], strict=True) if not updated] == [1, 6]
+        assert rank["loss_scale"] == 256
+        assert rank["same_parameters"]
 
 
 def test_a_loss_that_is_nan_on_one_rank_names_it(seen):

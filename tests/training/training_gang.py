@@ -93,52 +93,17 @@ class Curve:
         self.facts.append(facts)
 
 
-class Kept:
-    """A checkpointer as small as can be: torch's Distributed Checkpoint in one directory, saved when told and read back
-    when there is something."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def save(self, step: int, state: dict[str, Any], *, metrics: dict[str, float]) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save({**state, "step": Step(step)}, checkpoint_id=self.directory)
-
-    def restore(self, state: dict[str, Any]) -> int | None:
-        import torch.distributed.checkpoint as dcp
-
-        if not (self.directory / ".metadata").exists():
-            return None
-        step = Step(0)
-        dcp.load({**state, "step": step}, checkpoint_id=self.directory)
-        return step.step
-
-    def finish(self) -> None:
-        pass
-
-
-class Step:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-
-
 def run_case(args: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Train by `args`; where they hold `then`, go on to the end from a checkpoint with those sections instead."""
-    first = run_part(args, directory)
     if "then" not in args:
-        return first
-    second = run_part({**args, "stop_at": None, **args["then"]}, directory)
+        return run_part(args)
+    kept = {**args, "checkpoint": {**args["checkpoint"], "url": str(directory)}}
+    first = run_part(kept)
+    second = run_part({**kept, "stop_at": None, **args["then"]})
     return {**second, "loss": first["loss"] + second["loss"], "grad_norm": first["grad_norm"] + second["grad_norm"]}
 
 
-def run_part(args: dict[str, Any], directory: Path) -> dict[str, Any]:
+def run_part(args: dict[str, Any]) -> dict[str, Any]:
     import phalanx
     import torch.distributed as dist
     from phalanx.recipes.lm import LmConfig
@@ -156,7 +121,7 @@ def run_part(args: dict[str, Any], directory: Path) -> dict[str, Any]:
     except RecipeError as error:
         return {"error": str(error), "loss": [], "own_bytes": 0}
     stream = Batches(config, rank=world.batch_rank, ways=config.parallel.batch_ways)
-    trainer = make(config, world, batches=stream, checkpointer=Kept(directory) if "then" in args else None)
+    trainer = make(config, world, batches=stream)
     curve = Curve()
     trainer.watchers = [curve]
     phalanx.should_stop = lambda: len(curve.facts) + 1 == stop_at  # asked while step `stop_at` goes on

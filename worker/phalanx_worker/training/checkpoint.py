@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from phalanx.recipes.checkpoint import CheckpointConfig
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
@@ -53,10 +54,13 @@ class Saved:
     took_s: float
 
 
-def open_checkpointer(config: CheckpointConfig) -> Checkpointer | None:
+def open_checkpointer(config: CheckpointConfig, *, replicas_differ: bool = False) -> Checkpointer | None:
     """A checkpointer for `config.url`, else for the job's own directory; None where there is neither."""
     url = config.url or os.environ.get("PHALANX_CHECKPOINT_DIR")
-    return Checkpointer(config, url, resume_from=os.environ.get("PHALANX_RESUME_FROM")) if url else None
+    if not url:
+        return None
+    resume_from = os.environ.get("PHALANX_RESUME_FROM")
+    return Checkpointer(config, url, resume_from=resume_from, replicas_differ=replicas_differ)
 
 
 class Checkpointer:
@@ -65,6 +69,9 @@ class Checkpointer:
     A save that fails is logged and counted in `failures`, and training goes on; `last` is then still the one before.
     Only the last one must not fail: see `finish`.
     `stall_s` is how long the training thread was held by saves, in all.
+
+    What several ranks hold is written by one of them, each as much as the others. `replicas_differ`: they do not hold
+    the same (moments, where replicas train alone), so the first writes all of it, for no mixture is anyone's state.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Checkpointer:
         url: str,
         *,
         resume_from: str | None = None,
+        replicas_differ: bool = False,
         register: Callable[..., None] = phalanx.checkpoint,
     ):
         self.last: Saved | None = None
@@ -81,6 +89,7 @@ class Checkpointer:
         self._config = config
         self._store = Store(url)
         self._resume_from = resume_from
+        self._replicas_differ = replicas_differ
         self._register = register
         self._group = _own_group()
         self._rank = dist.get_rank(self._group) if self._group else 0
@@ -191,6 +200,7 @@ class Checkpointer:
         saving = async_save(
             cast(dict[str, Any], dict(state)),
             storage_writer=writer,
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=self._replicas_differ),
             process_group=self._group,
             async_stager=self._stager,
         )

@@ -52,8 +52,8 @@ class Checkpointer(Protocol):
 @dataclass(frozen=True)
 class Facts:
     """What is known of a step, on every rank. `loss` is the global batch's mean and `grad_norm` the global norm before
-    clipping; `updated` is False where fp16 gradients overflowed or the monitor or a watcher refused,
-    and the step was skipped."""
+    clipping (of replicas that train alone, each its own); `updated` is False where fp16 gradients overflowed or the
+    monitor or a watcher refused, and the step was skipped."""
 
     step: int
     loss: float
@@ -87,8 +87,9 @@ class Observer(Protocol):
 
 
 class Watcher(Protocol):
-    """Looks on. `after_backward` may refuse the update (skip this batch): it sees what all ranks see (`grad_norm` is a
-    scalar on the device, so that only who reads it waits for it), and all have to answer alike."""
+    """Looks on. `after_backward` may refuse the update (skip this batch): it sees what all ranks see (but for
+    `grad_norm` where replicas train alone; it is a scalar on the device, so that only who reads it waits for it), and
+    all have to answer alike."""
 
     def after_backward(self, step: int, loss: float, grad_norm: Tensor) -> bool: ...
 
@@ -186,7 +187,7 @@ def _step(trainer: Trainer, step: int) -> tuple[Facts, bool]:
     compute = partial(_compute, trainer, step, batch)
     pulse, wanted = monitor.after_backward(compute(), compute)
     answers = [watcher.after_backward(step, pulse.loss, pulse.norm) for watcher in trainer.watchers]  # all are asked
-    updated = _update(trainer, norm=pulse.norm, scale=trainer.scale.scale, wanted=wanted and all(answers))
+    updated = _update(trainer, pulse, scale=trainer.scale.scale, wanted=wanted and all(answers))
     if layout.outer:
         layout.outer.after(step)
     took = time.perf_counter() - began
@@ -199,20 +200,20 @@ def _compute(trainer: Trainer, step: int, batch: Batch) -> Pulse:
     _drop_gradients(trainer)
     own_loss = layout.run(batch, loss_scale=scale)
     norm = global_norm(layout.parameters(), layout.world.group("pipeline")) / scale
+    loss, stops, bad_losses, bad = _agree(own_loss, norm, phalanx.should_stop())
     may_overflow = scale > 1  # the loss scale sees to it
-    loss, stops, bad = _agree(own_loss, norm, phalanx.should_stop(), may_overflow=may_overflow)
-    return Pulse(step, loss, own_loss, norm, bad_ranks=bad, stop=stops > 0)
+    return Pulse(step, loss, own_loss, norm, bad_losses if may_overflow else bad, finite=not bad, stop=stops > 0)
 
 
-def _update(trainer: Trainer, *, norm: Tensor, scale: float, wanted: bool) -> bool:
+def _update(trainer: Trainer, pulse: Pulse, *, scale: float, wanted: bool) -> bool:
     """Clip and update, unless the gradients overflowed or it is not wanted; gradients are gone afterwards."""
-    ok = trainer.scale.accept(norm) and wanted
+    ok = trainer.scale.accept(finite=pulse.finite) and wanted
     if ok:
         parameters = list(trainer.layout.parameters())
         if scale != 1.0:
             divide(parameters, scale)
         if trainer.optim.clip:
-            clip(parameters, norm=norm, limit=trainer.optim.clip)
+            clip(parameters, norm=pulse.norm, limit=trainer.optim.clip)
         for optimizer in trainer.optimizers:
             optimizer.step()
     _drop_gradients(trainer)
@@ -224,16 +225,18 @@ def _drop_gradients(trainer: Trainer) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _agree(own_loss: Tensor | None, norm: Tensor, stop: bool, *, may_overflow: bool) -> tuple[float, int, int]:
-    """The mean over those ranks that have a loss, how many ranks want to stop (all leave at the same step), and how
-    many have a loss or a gradient that is not finite."""
-    mine = torch.tensor([0.0, own_loss is not None, stop, 0.0], device=norm.device)
+def _agree(own_loss: Tensor | None, norm: Tensor, stop: bool) -> tuple[float, int, int, int]:
+    """The mean over those ranks that have a loss, how many ranks want to stop (all leave at the same step), how many
+    have a loss that is not finite, and how many a loss or a gradient."""
+    mine = torch.tensor([0.0, own_loss is not None, stop, 0.0, 0.0], device=norm.device)
     if own_loss is not None:
         mine[0] = own_loss
-    mine[3] = ~(mine[0] if may_overflow else mine[0] + norm).isfinite()
+    mine[3] = ~mine[0].isfinite()
+    mine[4] = ~(mine[0] + norm).isfinite()
     dist.all_reduce(mine)
-    total, count, stops, bad = mine.tolist()
-    return total / count, int(stops), int(bad)
+    total, count, *counts = mine.tolist()
+    stops, bad_losses, bad = map(int, counts)
+    return total / count, stops, bad_losses, bad
 
 
 def _resume(trainer: Trainer) -> int:

@@ -12,7 +12,7 @@ import torch
 from phalanx.recipes import devices
 from phalanx.recipes.parse import RecipeError
 from phalanx.recipes.precision import OTHERWISE, Precision
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8's: of all but its layers
@@ -63,8 +63,8 @@ class LossScale:
     divided by it after; a step whose gradients overflowed is skipped and halves the scale, `interval` good ones in a
     row double it (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2). Fixed at 1 in other formats.
 
-    `torch.amp.GradScaler` decides per optimizer and rank; a gang needs one decision, and has it for nothing: the global
-    gradient norm is finite on all ranks or on none.
+    `torch.amp.GradScaler` decides per optimizer and rank; a gang needs one decision, also where replicas train alone
+    and only one of them overflows.
     """
 
     def __init__(self, precision: Precision) -> None:
@@ -73,11 +73,10 @@ class LossScale:
         self._interval = precision.loss_scale_interval
         self._good = 0
 
-    def accept(self, norm: Tensor) -> bool:
-        """Whether to take a step whose gradients have this global norm; adapts the scale."""
+    def accept(self, *, finite: bool) -> bool:
+        """Whether to take a step whose loss and gradients are `finite` on all ranks, or not; adapts the scale."""
         if not self.active:
             return True
-        finite = bool(norm.isfinite())
         self._good = self._good + 1 if finite else 0
         if not finite:
             self.scale /= 2

@@ -20,15 +20,17 @@ GPU_TOLERANCE = 1e-3  # of the norm, relative
 
 @dataclass(frozen=True)
 class Pulse:
-    """What a step has come to before its update. `loss` (mean of the global batch) and `bad_ranks` (how many have a
-    loss or gradient that is not finite) are the same on every rank; `own_loss` is this rank's part, None where it has
-    none; `norm` is the gradient's, a scalar on the device; `stop`: whether any rank was asked to stop."""
+    """What a step has come to before its update. `loss` (mean of the global batch), `bad_ranks` (how many have a loss
+    or gradient that is not finite, which a loss scale does not explain), `finite` (loss and gradient are, on all ranks)
+    and `stop` (any rank was asked to) are the same on every rank; `own_loss` is this rank's part, None where it has
+    none; `norm` is the gradient's, a scalar on the device."""
 
     step: int
     loss: float
     own_loss: Tensor | None
     norm: Tensor
     bad_ranks: int = 0
+    finite: bool = True
     stop: bool = False
 
 

@@ -60,6 +60,7 @@ def make(
         _check_vocabulary(config)
         batches, held_out = open_samples(config, world)
         evaluation = Evaluation(partial(held_out_loss, layout, held_out), config) if held_out else None
+    differ = layout.outer is not None  # replicas that train alone
     return Trainer(
         layout=layout,
         batches=batches,
@@ -67,7 +68,7 @@ def make(
         optim=config.optim,
         precision=config.precision,
         evaluation=evaluation,
-        checkpointer=checkpointer or open_checkpointer(config.checkpoint),
+        checkpointer=checkpointer or open_checkpointer(config.checkpoint, replicas_differ=differ),
         checkpoint_every=config.checkpoint.every_steps,
         per_step={"tokens": config.train.global_batch * config.data.seq_len, "samples": config.train.global_batch},
         work=partial(count_work, task, {"tokens": global_batch}),

@@ -65,6 +65,7 @@ def make(
         size = config.picture.size
         batches, held_out = open_samples(config, world, transform=Augmented(config.augment, size), plain=Plain(size))
         evaluation = Evaluation(partial(top_1, layout.modules[0], held_out, world.device), config) if held_out else None
+    differ = layout.outer is not None  # replicas that train alone
     return Trainer(
         layout=layout,
         batches=batches,
@@ -72,7 +73,7 @@ def make(
         optim=config.optim,
         precision=config.precision,
         evaluation=evaluation,
-        checkpointer=checkpointer or open_checkpointer(config.checkpoint),
+        checkpointer=checkpointer or open_checkpointer(config.checkpoint, replicas_differ=differ),
         checkpoint_every=config.checkpoint.every_steps,
         per_step={"samples": config.train.global_batch},
         work=partial(count_work, task, _global_batch(config)),
