@@ -100,7 +100,9 @@ class Kept:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def save(self, step: int, state: dict[str, Any], *, metrics: dict[str, float]) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], *, metrics: dict[str, float], keep_before: int | None = None
+    ) -> None:
         import torch.distributed.checkpoint as dcp
 
         dcp.save({**state, "step": Step(step)}, checkpoint_id=self.directory)
