@@ -77,7 +77,7 @@ class Turns:
         self.saving: dict[str, tuple[float, Block]] = {}
         self.stepped_at = self.cpu_from_s = 0.0
 
-    def save(self, step: int, state: Any, *, metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, state: Any, *, metrics: Mapping[str, float], keep_before: int | None = None) -> None:
         kind = KINDS[len(self.blocks)] if len(self.blocks) < WARM_UP_BLOCKS else self._next()
         block, began, self.cpu_from_s = Block(kind), time.perf_counter(), time.process_time()
         self.blocks.append(block)

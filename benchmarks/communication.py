@@ -78,7 +78,7 @@ class Kept:
     def __init__(self) -> None:
         self.step = 0
 
-    def save(self, step: int, state: Any, /, *, metrics: Any) -> None:
+    def save(self, step: int, state: Any, /, *, metrics: Any, keep_before: int | None = None) -> None:
         self.step = step
 
     def restore(self, state: Any, /, *, before: int | None = None) -> int:

@@ -1,8 +1,9 @@
 """Trains small models on a gang of real processes with faults put in: `python fault_gang.py RANKS < cases.json`.
 
 One start serves many cases. A case is the arguments of the `lm` recipe (`args`), the job file's `health`, every how
-many steps a checkpoint is kept (`keeps_every`; in memory or `to_files`), and `faults`: batches whose loss or gradient
-goes wrong, a flipped bit, a slow rank or loader, somebody who looks on for long, a request to stop. What comes back is
+many steps a checkpoint is kept (`keeps_every`; in memory, where none is ever removed, or `to_files`), and `faults`:
+batches whose loss or gradient goes wrong, a flipped bit, a slow rank or loader, somebody who looks on for long, a
+request to stop, after which another attempt goes on where it `resumes`, with the data after that. What comes back is
 what each rank said, and what became of the training.
 """
 
@@ -33,6 +34,7 @@ def case(
     faults: dict[str, Any] | None = None,
     keeps_every: int | None = 0,
     to_files: bool = False,
+    resumes: bool = False,
     **sections: Any,
 ) -> dict[str, Any]:
     """`ARGS` with some fields of some sections replaced, and what is put in."""
@@ -43,6 +45,7 @@ def case(
         "faults": faults or {},
         "keeps_every": keeps_every,
         "to_files": to_files,
+        "resumes": resumes,
     }
 
 
@@ -89,7 +92,9 @@ class Memory:
     def __init__(self) -> None:
         self.states: dict[int, Any] = {}
 
-    def save(self, step: int, state: dict[str, Any], *, metrics: dict[str, float]) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], *, metrics: dict[str, float], keep_before: int | None = None
+    ) -> None:
         self.states[step] = copy.deepcopy({name: part.state_dict() for name, part in state.items()})
 
     def restore(self, state: dict[str, Any], *, before: int | None = None) -> int | None:
@@ -165,7 +170,6 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     import phalanx
     import torch.distributed as dist
     from phalanx import job
-    from phalanx.recipes.checkpoint import CheckpointConfig
     from phalanx.recipes.lm import LmConfig
     from phalanx.recipes.parse import parse
     from phalanx_worker.training import monitor
@@ -176,7 +180,7 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     from phalanx_worker.training.mesh import make_world, own_device
     from phalanx_worker.training.recipes.lm import make
 
-    marks, reports, ended, last = [], [], None, None
+    marks, reports, seen, ended, last = [], [], [], None, None
     monitor.REPORT_GAP_S = 0.0
     job.mark = lambda kind, **data: marks.append(data) if kind == "health" else None
     phalanx.report = lambda **values: reports.append(values)
@@ -187,22 +191,25 @@ def run_case(given: dict[str, Any], directory: Path) -> dict[str, Any]:
     config = parse(LmConfig, given["args"]).placed(dist.get_world_size())
     world = make_world(config.parallel, own_device(config.device))
     stream = Batches(config, world.batch_rank, config.parallel.batch_ways)
-    kept = Checkpointer(CheckpointConfig(), str(directory)) if given["to_files"] else Memory()
-    trainer = make(config, world, batches=stream, checkpointer=kept if given["keeps_every"] is not None else None)
-    trainer.checkpoint_every = given["keeps_every"] or 0
-    faults = Faults(trainer, given["faults"], dist.get_rank())
-    stream.before = faults.before_batch
-    trainer.watchers = [faults]
-    try:
-        last = train(trainer)
-    except Unhealthy as end:
-        ended = str(end.code)
+    for _ in range(1 + given["resumes"]):
+        kept = Checkpointer(config.checkpoint, str(directory)) if given["to_files"] else Memory()
+        trainer = make(config, world, batches=stream, checkpointer=kept if given["keeps_every"] is not None else None)
+        trainer.checkpoint_every = given["keeps_every"] or 0
+        faults = Faults(trainer, given["faults"], dist.get_rank())
+        stream.before = faults.before_batch
+        trainer.watchers = [faults]
+        try:
+            last = train(trainer)
+        except Unhealthy as end:
+            ended = str(end.code)
+        seen += faults.facts
+        phalanx.should_stop = lambda: False
     return {
         "marks": marks,
         "reports": [{name: float(value) for name, value in values.items()} for values in reports],
-        "losses": [facts.loss for facts in faults.facts],
-        "updated": [facts.updated for facts in faults.facts],
-        "steps": [facts.step for facts in faults.facts],
+        "losses": [facts.loss for facts in seen],
+        "updated": [facts.updated for facts in seen],
+        "steps": [facts.step for facts in seen],
         "ended": ended,
         "last": last and last.step,
         "loss_scale": trainer.scale.scale,

@@ -293,6 +293,29 @@ def test_what_cannot_be_read_is_never_pruned(tmp_path, storage):
     assert Job(tmp_path).restore(before=30) == 20
 
 
+@pytest.mark.parametrize("keep_last", [1, 2, 3, 9])
+def test_the_newest_one_from_before_a_step_is_kept_as_this_step_moves_on(tmp_path, keep_last):
+    """Each is saved while it is too young to go back to, and by the time that it is not, newer ones have been made."""
+    checkpointer, numbers = Job(tmp_path, keep_last=keep_last).checkpointer, {"numbers": Numbers(0)}
+    for step in range(4, 61, 4):
+        before = min(step - 15, 30)
+        checkpointer.save(step, numbers, keep_before=before)
+        checkpointer._settle()
+        kept = steps_at(tmp_path)
+        assert len(kept) <= keep_last + 2
+        if before > 4:
+            assert max(old for old in kept if old < before) >= before - 16 - 2 * 4
+    assert checkpointer.restore(numbers, before=30) in range(8, 30)
+
+
+def test_a_part_that_earlier_checkpoints_lack_stays_as_it_is(tmp_path):
+    job, numbers, health = Job(tmp_path).save(10), Numbers(0), Numbers(5)
+    assert job.checkpointer.restore({"numbers": numbers, "health": health}) == 10
+    assert (numbers.value, health.value) == (10, 5)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        job.checkpointer.restore({"numbers": numbers, "outer": health})
+
+
 def test_what_is_damaged_is_not_pruned_before_a_restore_has_said_so(tmp_path):
     Job(tmp_path).save(10, 20)
     data_file(tmp_path, 20).with_name("manifest.json").write_bytes(b"{")

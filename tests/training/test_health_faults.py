@@ -10,6 +10,15 @@ BLAMELESS = {"straggler": "off"}  # the machine of the tests is shared: ranks ar
 FLIPPED_HIGH = {"flip": {"batches": [6], "ranks": [1], "bit": 30}}
 FLIPPED_LOW = {"flip": {"batches": [6], "ranks": [1], "bit": 3}}
 
+# The defaults at a scale of 1:25: 20 steps until a divergence is found, a checkpoint every 4, and the last 3 are kept.
+DIVERGING = {
+    "health": {**BLAMELESS, "spike": "off", "divergence": {"action": "rollback", "steps": 20}},
+    "faults": {"loss": {"batches": list(range(42, 77)), "factor": 9}},
+    "to_files": True,
+    "train": {"steps": 80},
+    "optim": {"lr": 1e-3},
+}
+
 CASES = {
     "transient": case(health=BLAMELESS, faults={"gradient": {"batches": [5], "ranks": [1], "tries": 1}}),
     "skipped": case(health=BLAMELESS, faults={"gradient": {"batches": [5, 6], "ranks": [1]}}),
@@ -59,6 +68,22 @@ CASES = {
         health={**BLAMELESS, "spike": "off", "divergence": {"action": "rollback", "steps": 2}},
         faults={"loss": {"batches": list(range(12, 26)), "factor": 9}},
         keeps_every=5,
+    ),
+    "diverging_on": case(
+        health={**BLAMELESS, "spike": "off", "divergence": {"action": "rollback", "steps": 2}},
+        faults={"loss": {"batches": list(range(22, 70)), "factor": 9}},
+        keeps_every=5,
+        train={"steps": 46},
+        optim={"lr": 1e-3},
+    ),
+    "diverged_with_files": case(**DIVERGING, keeps_every=4),
+    "diverged_and_resumed": case(
+        **{**DIVERGING, "faults": {**DIVERGING["faults"], "stop": {"batch": 60}}}, keeps_every=4, resumes=True
+    ),
+    "diverged_before_the_first": case(**DIVERGING, keeps_every=48),
+    "diverged_without_checkpoints": case(**DIVERGING, keeps_every=None),
+    "nan_before_the_first": case(
+        health={**BLAMELESS, "nan": {"action": "rollback"}}, faults={"gradient": {"batches": [5]}}, keeps_every=10
     ),
     "flip_named": case(health={**BLAMELESS, "corruption": {"action": "warn", "every": 4}}, faults=FLIPPED_HIGH),
     "flip_unnamed": case(health={**BLAMELESS, "corruption": {"action": "restart", "every": 4}}, faults=FLIPPED_LOW),
@@ -160,6 +185,11 @@ def test_without_checkpoints_a_rollback_is_a_restart(seen):
     assert all(rank["ended"] for rank in seen["no_checkpoints"])
 
 
+def test_a_nan_before_the_first_checkpoint_is_a_restart(seen):
+    assert told(seen["nan_before_the_first"]) == [("nan", "rollback"), ("nan", "restart")]
+    assert "no checkpoint from before step 5" in seen["nan_before_the_first"][0]["ended"]
+
+
 def test_what_no_rollback_cures_is_stopped(seen):
     outcome = seen["hopeless"]
     assert told(outcome) == [("nan", "rollback")] * 5 + [("nan", "stop")]
@@ -216,6 +246,36 @@ def test_a_divergence_goes_back_to_before_it_began(seen):
     back = next(after for before, after in itertools.pairwise(steps) if after <= before)
     assert back <= 16
     assert steps[-1] == 24
+
+
+def test_what_was_known_of_the_loss_is_restored_so_that_a_divergence_that_comes_back_is_found(seen):
+    outcome = seen["diverging_on"]
+    assert told(outcome) == [("divergence", "rollback")] * 2
+    assert outcome[0]["last"] == 46
+
+
+@pytest.mark.parametrize("name", ["diverged_with_files", "diverged_and_resumed"])
+def test_the_checkpoint_from_before_a_divergence_is_still_there_when_it_is_found(seen, name):
+    """Though more have been made since than are kept, and whether or not another attempt went on meanwhile."""
+    outcome = seen[name]
+    assert told(outcome) == [("divergence", "rollback")]
+    assert "until step 76" in outcome[0]["marks"][0]["message"]
+    assert outcome[0]["steps"] == [*range(1, 77), *range(41, 81)]
+    assert outcome[0]["losses"][76] < outcome[0]["losses"][75] / 2
+
+
+def test_a_divergence_without_a_checkpoint_from_before_it_ends_the_job(seen):
+    """A restart would go on from the one of step 48, in the midst of it."""
+    outcome = seen["diverged_before_the_first"]
+    assert told(outcome) == [("divergence", "rollback"), ("divergence", "stop")]
+    for rank in outcome:
+        assert "no checkpoint from before step 41" in rank["ended"] and "checkpoint.every_steps" in rank["ended"]
+        assert rank["steps"] == list(range(1, 77))
+
+
+def test_a_divergence_without_checkpoints_ends_the_job(seen):
+    assert told(seen["diverged_without_checkpoints"]) == [("divergence", "stop")]
+    assert all("no checkpoints are made" in rank["ended"] for rank in seen["diverged_without_checkpoints"])
 
 
 def test_a_flipped_high_bit_names_its_rank_even_of_two(seen):

@@ -53,7 +53,7 @@ class Slow:
         self.seen.append("restore")
         return 4
 
-    def save(self, step, state, *, metrics):
+    def save(self, step, state, *, metrics, keep_before):
         self.seen.append("save")
 
     def finish(self):
@@ -61,7 +61,9 @@ class Slow:
 
 
 def trainer_with(checkpointer) -> Any:
-    monitor = SimpleNamespace(returned=lambda step: None, after_keep=lambda step, stall_s: None)
+    monitor = SimpleNamespace(
+        returned=lambda step: None, after_keep=lambda step, stall_s: None, keep_before=lambda step: None
+    )
     return SimpleNamespace(checkpointer=checkpointer, state=dict, monitor=monitor, layout=SimpleNamespace(outer=None))
 
 

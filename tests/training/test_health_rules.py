@@ -66,6 +66,51 @@ def test_a_divergence_knows_when_it_began():
     assert step - rule.steps_since + 1 == 41
 
 
+@pytest.mark.parametrize("missing", [(50,), (62, 63), (62, 70)])
+def test_steps_without_a_finite_loss_are_no_less_part_of_a_divergence(missing):
+    losses = [2.0] * 40 + [4.0] * 60
+    for step in missing:
+        losses[step - 1] = NAN
+    rule = Divergence(factor=1.5, steps=20)
+    step = next(step for step, loss in enumerate(losses, 1) if rule.remember(loss))
+    assert step == 76 + len(missing)
+    assert step - rule.steps_since + 1 == 41
+
+
+def test_before_a_divergence_shows_the_step_where_it_would_have_begun_never_goes_back():
+    dice = random.Random(3)
+    rule, began = Divergence(factor=1.5, steps=50), []
+    for step in range(1, 1000):
+        rule.remember(NAN if dice.random() < 0.1 else 2.0 + 4.0 * (step % 200 > 150))
+        began.append(step - rule.steps_since + 1)
+    assert began == sorted(began)
+    assert began[-1] > 900
+
+
+@pytest.mark.parametrize("at", [3, 35, 50, 70])
+def test_rules_go_on_from_their_state_as_if_nothing_had_been(at):
+    dice = random.Random(7)
+    losses = [2.0 + dice.random() / 10 + 4.0 * (step > 45) for step in range(90)]
+    losses[60] = NAN
+    whole, first, second = (rules_of_the_loss() for _ in range(3))
+    seen = [remember(whole, loss) for loss in losses]
+    assert [remember(first, loss) for loss in losses[:at]] == seen[:at]
+    for rule, earlier in zip(second, first, strict=True):
+        rule.load_state_dict(earlier.state_dict())
+    assert [remember(second, loss) for loss in losses[at:]] == seen[at:]
+    assert seen[-1][2]
+
+
+def rules_of_the_loss():
+    return Spikes(factor=10, window=16), Divergence(factor=1.5, steps=20)
+
+
+def remember(rules, loss):
+    spikes, divergence = rules
+    spikes.remember(loss)
+    return spikes.limit, divergence.steps_since, divergence.remember(loss), divergence.lowest
+
+
 @pytest.mark.parametrize(
     ("story", "values", "odd"),
     [

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from torch.distributed.checkpoint.stateful import Stateful
 
 from phalanx_worker.training import checkpoint_store
-from phalanx_worker.training.checkpoint_reader import CheckpointReader
+from phalanx_worker.training.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from phalanx_worker.training.checkpoint_store import CheckpointError, Entry, Manifest, Store, damage, unreadable
 from phalanx_worker.training.checkpoint_writer import CheckpointWriter, Sums
 from phalanx_worker.training.health.life import LONGEST_WAIT_S, life
@@ -96,16 +96,24 @@ class Checkpointer:
         self._stager = _stager()
         self._pending: tuple[int, AsyncSaveResponse] | None = None
         self._newest: int | None = None  # the step that was saved or restored last
-        self._given: tuple[int, State, dict[str, float]] | None = None  # to save last
+        self._given: tuple[int, State, dict[str, float], int | None] | None = None  # to save last
         self._rating = threading.Lock()  # whether a rating or the manifest comes first
         self._rated: tuple[int, Mapping[str, float]] | None = None  # the last rating
         self._written: int | None = None  # the step of the last manifest
         self._failure: str | None = None  # why that save failed, if it did
 
-    def save(self, step: int, state: State, *, metrics: Mapping[str, float] | None = None, wait: bool = True) -> float:
+    def save(
+        self,
+        step: int,
+        state: State,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        keep_before: int | None = None,
+        wait: bool = True,
+    ) -> float:
         """Save the state as of `step`; how many seconds this thread was held: for a copy to the CPU, and for the save
-        before where that is still being written. `metrics` decide which checkpoints are the best. Saving the same step
-        again does nothing.
+        before where that is still being written. `metrics` decide which checkpoints are the best; the newest that is
+        older than step `keep_before`, which never goes down, is kept too. Saving the same step again does nothing.
 
         Without `wait` the copy too is made aside, and the caller calls `staged()` before anything of the state
         changes: for most models before the next optimizer step, but a batch norm changes with the forward pass.
@@ -114,7 +122,7 @@ class Checkpointer:
         if step != self._newest:
             self._settle()
             self._newest = step
-            self._given = (step, state, dict(metrics or {}))
+            self._given = (step, state, dict(metrics or {}), keep_before)
             self._start(*self._given)
             if not self._config.asynchronous:
                 self._settle()
@@ -153,7 +161,8 @@ class Checkpointer:
             return None
         try:
             reader = CheckpointReader(entry.url)
-            load(cast(dict[str, Any], dict(state)), storage_reader=reader, process_group=self._group)
+            parts = cast(dict[str, Any], dict(state))
+            load(parts, storage_reader=reader, planner=CheckpointPlanner(), process_group=self._group)
         except CheckpointException as error:
             raise CheckpointError(
                 f"{entry.url} is whole but does not fit what is trained now ({_reason(error)}); restore the "
@@ -188,12 +197,12 @@ class Checkpointer:
                 f"({failures[0]}); mend the storage and start again: it goes on from the checkpoint before"
             )
 
-    def _start(self, step: int, state: State, metrics: dict[str, float]) -> None:
+    def _start(self, step: int, state: State, metrics: dict[str, float], keep_before: int | None) -> None:
         writer = CheckpointWriter(
             self._store.url_of(step),
             sync=self._store.is_local,
             clear=partial(self._store.clear, step),
-            complete=partial(self._complete, step, metrics, time.perf_counter()),
+            complete=partial(self._complete, step, metrics, keep_before, time.perf_counter()),
         )
         if torch.accelerator.is_available():
             torch.accelerator.current_stream().synchronize()  # the copy is made on a stream that does not wait for it
@@ -227,7 +236,9 @@ class Checkpointer:
             self._failure = _reason(error)
             log.error("the checkpoint of step %d could not be saved: %s", step, self._failure)
 
-    def _complete(self, step: int, metrics: dict[str, float], began: float, sums: Sums) -> None:
+    def _complete(
+        self, step: int, metrics: dict[str, float], keep_before: int | None, began: float, sums: Sums
+    ) -> None:
         """On rank 0, in the thread that saves: every file is there."""
         with self._rating:
             if self._rated is not None and self._rated[0] == step:
@@ -238,7 +249,7 @@ class Checkpointer:
         url = self._store.url_of(step)
         self.last = Saved(step=step, url=url, bytes=manifest.bytes, took_s=time.perf_counter() - began)
         self._register(url, **{**metrics, "step": step, "bytes": manifest.bytes})
-        self._store.prune(self._config, newest=step)
+        self._store.prune(self._config, newest=step, keep_before=keep_before)
 
     def _choose(self, before: int | None) -> Entry | None:
         """The newest that can be used, the same on every rank."""

@@ -1,6 +1,6 @@
-"""The storage end of torch's Distributed Checkpoint when it is read: in pieces that show that it goes on.
+"""How torch's Distributed Checkpoint is read: in pieces that show that it goes on, and without what it lacks.
 
-Owns the stream of these pieces. What is read, by which rank, is torch's planner's.
+Owns the stream of these pieces, and what a checkpoint need not have. What is read, by which rank, is torch's planner's.
 """
 
 from __future__ import annotations
@@ -10,10 +10,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader  # where torch documents it
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from phalanx_worker.training.health.life import PIECE_BYTES, life
+
+ADDED_LATER = ("health",)  # parts that checkpoints of earlier versions lack
+
+
+class CheckpointPlanner(DefaultLoadPlanner):
+    """Leaves values of the parts ADDED_LATER as they are where the checkpoint has none; all others it has to have."""
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        has = self.metadata.state_dict_metadata
+        self.state_dict = {
+            name: value
+            for name, value in self.state_dict.items()
+            if name in has or self.mappings[name][0] not in ADDED_LATER
+        }
+        return super().create_local_plan()
 
 
 class CheckpointReader(FsspecReader):

@@ -174,27 +174,35 @@ class Store:
             self._system.rm_file(f"{path}/{MANIFEST}")
         self._system.rm(path, recursive=True)
 
-    def prune(self, config: CheckpointConfig, *, newest: int) -> None:
-        """Remove what `config` does not keep and what never became complete. Never raises: it is tidying up."""
+    def prune(self, config: CheckpointConfig, *, newest: int, keep_before: int | None = None) -> None:
+        """Remove what is `superfluous` and what never became complete. Never raises: it is tidying up."""
         try:
-            for entry in superfluous(self.entries(), config):
+            for entry in superfluous(self.entries(), config, keep_before=keep_before):
                 if entry.step != newest:
                     self.remove(entry.url)
         except Exception as error:
             log.warning("old checkpoints in %s could not be removed: %s", self._url, error)
 
 
-def superfluous(entries: Iterable[Entry], config: CheckpointConfig) -> list[Entry]:
-    """Those that are neither among the last nor among the best, and those that are unfinished. What is damaged or
-    could not be read stays: the next restore says so, and a person may still need it."""
+def superfluous(entries: Iterable[Entry], config: CheckpointConfig, *, keep_before: int | None = None) -> list[Entry]:
+    """Those that are neither among the last nor among the best nor to go back to before a step, and those that are
+    unfinished. What is damaged or could not be read stays: the next restore says so, and a person may still need it."""
     entries = list(entries)
     whole = [entry for entry in entries if entry.manifest is not None]
     last = sorted(whole, key=lambda entry: -entry.step)[: config.keep_last]
     sign = 1 if config.best == "lowest" else -1
     rated = [(sign * metric, -entry.step, entry) for entry in whole if (metric := _metric(entry, config)) is not None]
     best = [entry for _, _, entry in sorted(rated, key=lambda row: row[:2])][: config.keep_best]
-    removable = [entry for entry in entries if entry.fault in (None, "unfinished")]
-    return [entry for entry in removable if entry not in last and entry not in best]
+    kept = [*last, *best, *(_around(whole, keep_before) if keep_before is not None else [])]
+    return [entry for entry in entries if entry.fault in (None, "unfinished") and entry not in kept]
+
+
+def _around(whole: Iterable[Entry], step: int) -> list[Entry]:
+    """The newest one from before that step, and the oldest of the others, which takes its place when the step has moved
+    on: else none would live long enough to."""
+    ordered = sorted(whole, key=lambda entry: entry.step)
+    older = [entry for entry in ordered if entry.step < step]
+    return [*older[-1:], *ordered[len(older) :][:1]]
 
 
 def damage(entry: Entry, names: Sequence[str], *, whole: bool, moved: Callable[[], None] = lambda: None) -> list[str]:

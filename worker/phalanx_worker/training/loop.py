@@ -36,7 +36,17 @@ Batch = Mapping[str, Tensor]
 class Checkpointer(Protocol):
     """Keeps the training state; every rank calls each method at the same step."""
 
-    def save(self, step: int, state: Mapping[str, Stateful], /, *, metrics: Mapping[str, float]) -> object: ...
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Stateful],
+        /,
+        *,
+        metrics: Mapping[str, float],
+        keep_before: int | None = None,
+    ) -> object:
+        """However many are kept, the newest that is older than `keep_before` is."""
+        ...
 
     def restore(self, state: Mapping[str, Stateful], /, *, before: int | None = None) -> int | None: ...
 
@@ -78,6 +88,14 @@ class Observer(Protocol):
     def after_backward(self, pulse: Pulse, again: Again) -> tuple[Pulse, bool]: ...
 
     def after_step(self, facts: Facts, *, keeps: bool) -> int | None: ...
+
+    def state(self) -> Stateful | None:
+        """What it has to know of the steps before to look on."""
+        ...
+
+    def keep_before(self, step: int) -> int | None:
+        """The step before which training may yet have to go back to a checkpoint, as of this one, if so."""
+        ...
 
     def after_keep(self, step: int, stall_s: float) -> None: ...
 
@@ -143,6 +161,7 @@ class Trainer:
             "loss_scale": self.scale,
             "outer": self.layout.outer,
             "stream": self.batches if hasattr(self.batches, "state_dict") else None,
+            "health": self.monitor.state(),
         }
         return {name: part for name, part in parts.items() if part is not None}  # pyright: ignore[reportReturnType]
 
@@ -265,7 +284,10 @@ def _keep(trainer: Trainer, facts: Facts) -> None:
     if trainer.checkpointer:
         began = time.perf_counter()
         with life.around():
-            trainer.checkpointer.save(facts.step, trainer.state(), metrics={"loss": facts.loss})
+            keep_before = trainer.monitor.keep_before(facts.step)
+            trainer.checkpointer.save(
+                facts.step, trainer.state(), metrics={"loss": facts.loss}, keep_before=keep_before
+            )
         trainer.monitor.after_keep(facts.step, time.perf_counter() - began)
 
 

@@ -104,6 +104,12 @@ class Monitor:
             self._report(facts, in_full=self._news or keeps)
         return before
 
+    def state(self) -> Watch:
+        return self.watch
+
+    def keep_before(self, step: int) -> int | None:
+        return self.watch.keep_before(step)
+
     def after_keep(self, step: int, stall_s: float) -> None:
         self.meter.after_keep(step, stall_s)
 
@@ -114,7 +120,7 @@ class Monitor:
             phalanx.report(step=step, total_steps=self._train.steps, **self._totals(step))
 
     def returned(self, step: int | None) -> None:
-        """Training was rolled back to this step; None: there was no checkpoint. Raises Unhealthy then."""
+        """Training was rolled back to this step; None: no checkpoint is old enough. Raises Unhealthy then."""
         self.watch.returned(step)
         if step is not None:
             self.meter.totals.went_back(step)

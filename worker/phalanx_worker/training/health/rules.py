@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from operator import itemgetter
+from typing import Any
 
 FIRST_LOSSES = 8  # fewer say nothing about what is usual
 LEAST_DEVIATION = 1e-3  # of the median: losses that hardly move are no measure of what a spike is
@@ -47,6 +48,14 @@ class Spikes:
         if self._new >= self._every:
             self.limit, self._new = self._limit(), 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self._losses), "new": self._new, "limit": self.limit}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._losses.clear()
+        self._losses.extend(state["losses"])  # the last ones, where the window is smaller now
+        self._new, self.limit = state["new"], state["limit"]
+
 
 class Divergence:
     """A smoothed loss (the median of the last 32) that stays over `factor` times its lowest value for `steps` steps."""
@@ -57,33 +66,48 @@ class Divergence:
 
     def forget(self) -> None:
         """Start anew."""
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []  # the same
+        self._recent: deque[tuple[int, float]] = deque()  # step and loss
+        self._sorted: list[float] = []  # the losses
+        self._step = self._began = 0  # counted here; the first step of the rise, or of one that would show next
         self.lowest = float("inf")
         self.over = 0  # steps in a row
 
     def remember(self, loss: float) -> bool:
         """Takes the next loss; whether training has diverged by now."""
+        self._step += 1
         if not isfinite(loss):
             return False
         self._take(loss)
-        if len(self._recent) < FIRST_LOSSES:
-            return False
         smooth = _middle(self._sorted)
-        self.over = self.over + 1 if smooth > self._limit else 0
-        self.lowest = min(self.lowest, smooth)
+        if smooth > self._limit:
+            self.over += 1
+        else:
+            self.over, self._began = 0, self._recent[len(self._recent) // 2][0]
+        if len(self._recent) >= FIRST_LOSSES:
+            self.lowest = min(self.lowest, smooth)
         return self.over >= self._steps
 
     def _take(self, loss: float) -> None:
         if len(self._recent) == SMOOTH_STEPS:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        self._recent.append(loss)
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft()[1])]
+        self._recent.append((self._step, loss))
         insort(self._sorted, loss)
 
     @property
     def steps_since(self) -> int:
-        """How many steps ago it began, the last one included: the median turns half its window later than the loss."""
-        return self.over + len(self._recent) // 2
+        """How many steps ago it began, the last one included: the median turns half its window later than the loss.
+        As long as nothing has risen, of a rise that would show next."""
+        return self._step - self._began + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"step": self._step, "began": self._began, "over": self.over}
+        return {"recent": list(self._recent), "lowest": self.lowest, **counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._recent = deque(state["recent"])
+        self._sorted = sorted(loss for _, loss in self._recent)
+        self._step, self._began, self.over = state["step"], state["began"], state["over"]
+        self.lowest = state["lowest"]
 
     @property
     def _limit(self) -> float:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isfinite
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ class Watch:
     stage of a pipeline, None without one: stages differ in what they have to do, so that stragglers are looked for
     within each alone, and not at all where a stage has one rank. `can_return`: there are checkpoints to roll back to.
     `repeatable`: a step can be computed twice.
+
+    What the rules of the loss remember is its state, the same on every rank: a later attempt goes on watching with it,
+    and a rollback takes it back to what it was then.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class Watch:
         self._refused: Counter[str] = Counter()  # updates in a row, by the check that refused them
         self._rollbacks = 0
         self._return_before: int | None = None
-        self._why: Finding | None = None
+        self._going_back: tuple[Finding, int]  # what for, and to before which step, the last time
         self._again: Again | None = None
         self._compare_due = False
         self._work_s: list[float] = []
@@ -91,6 +95,20 @@ class Watch:
         before, self._return_before = self._return_before, None
         return before
 
+    def keep_before(self, step: int) -> int | None:
+        """Were a rise of the loss that is under way, or begins to show after this step, found to be a divergence: the
+        step before which to roll back to. None where that is not what is done about it."""
+        if self._health.divergence.action != "rollback":
+            return None
+        return step - self._divergence.steps_since + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spikes": self._spikes.state_dict(), "divergence": self._divergence.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._spikes.load_state_dict(state_dict["spikes"])
+        self._divergence.load_state_dict(state_dict["divergence"])
+
     def take(self, spread: Spread, step: int) -> None:
         """Times of all ranks over some steps."""
         rule = self._health.straggler
@@ -104,11 +122,10 @@ class Watch:
             self._work_s, self._work_steps = [], 0
 
     def returned(self, step: int | None) -> None:
-        """Training was rolled back to this step; None where no checkpoint is there."""
-        assert self._why is not None
+        """Training was rolled back to this step; None where no checkpoint is old enough. Raises Unhealthy then."""
+        finding, before = self._going_back
         if step is None:
-            end(replace(self._why, message=f"{self._why.message}, and there is no checkpoint to go back to"), "restart")
-        self._divergence.forget()
+            _end_without_return(finding, f"there is no checkpoint from before step {before}")
         self._refused.clear()
         self._told = Edge()
 
@@ -143,9 +160,10 @@ class Watch:
         if self._rollbacks >= MOST_ROLLBACKS:
             end(replace(finding, message=f"{finding.message}, after {MOST_ROLLBACKS} rollbacks"), "stop")
         if not self._can_return:
-            end(replace(finding, message=f"{finding.message}, and no checkpoints are made"), "restart")
+            _end_without_return(finding, "no checkpoints are made")
         self._rollbacks += 1
-        self._return_before, self._why = before, finding
+        self._return_before, self._going_back = before, (finding, before)
+        self._divergence.forget()  # a checkpoint that has something of it brings it back
         tell(finding, "rollback")
 
     def _with_blame(self, finding: Finding, pulse: Pulse) -> Finding:
@@ -232,6 +250,19 @@ class Watch:
         if rule.action == "restart":
             end(finding, "restart")
         tell(finding, "warn")
+
+
+def _end_without_return(finding: Finding, why: str) -> NoReturn:
+    """End the attempt, as there is nothing to go back to.
+
+    A restart cures what happened in this very step: where no checkpoint is older, there is none at all, so that it
+    begins anew. A divergence has been under way for long: a restart would take it along from the newest checkpoint, or
+    come to it again with the same data, so that it is for a person to change something.
+    """
+    if finding.check != "divergence":
+        end(replace(finding, message=f"{finding.message}, and {why}"), "restart")
+    advice = "train anew with a lower optim.lr, and with earlier checkpoints (checkpoint.url, checkpoint.every_steps)"
+    end(replace(finding, message=f"{finding.message}, and {why}; {advice}"), "stop")
 
 
 def _what_is_bad(pulse: Pulse) -> str:
