@@ -66,7 +66,10 @@ def reduced_bytes(curve):
 
 
 def test_accumulating_gradients_exchanges_them_once_a_step(two):
-    assert two["DDP, accumulated"]["traffic"] == two["DDP"]["traffic"]
+    sums = [
+        two[name]["traffic"]["allreduce_"] for name in ("DDP, accumulated", "DDP")
+    ]  # times are gathered by the clock
+    assert sums[0] == sums[1]
     assert two["DDP, accumulated"]["loss"] == pytest.approx(two["DDP"]["loss"], rel=2e-6)
 
 
