@@ -8,13 +8,15 @@ from the front half and its mirror from the back half: under a causal mask all h
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from phalanx_worker.training.models.transformer import Attention, WholeSequence
 
@@ -52,10 +54,18 @@ class PartOfSequence(WholeSequence):
 def _end_of(chunk: tuple[Tensor, int], key: Tensor, value: Tensor) -> Tensor:
     """What a chunk of queries makes of all that is not behind it. GPUs have kernels for that, which need no mask."""
     query, end = chunk
-    causal = causal_lower_right(query.shape[2], end)
+    causal = _causal(query.shape[2], end)
     key, value = key[:, :, :end], value[:, :, :end]
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=causal, enable_gqa=grouped)
+
+
+@cache
+def _causal(queries: int, keys: int) -> CausalBias:
+    """Of the last queries over all keys: two numbers in the guise of a tensor. torch (2.13) can make none while something
+    looks on at its operations, such as selective recomputation."""
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 def use_parts(modules: Iterable[nn.Module], part: PartOfSequence) -> None:
