@@ -9,6 +9,7 @@ from fault_gang import case, outcomes
 BLAMELESS = {"straggler": "off"}  # the machine of the tests is shared: ranks are slow for other reasons
 FLIPPED_HIGH = {"flip": {"batches": [6], "ranks": [1], "bit": 30}}
 FLIPPED_LOW = {"flip": {"batches": [6], "ranks": [1], "bit": 3}}
+POWERSGD = {"compress": "powersgd"}  # from its eleventh step on
 
 # The defaults at a scale of 1:25: 20 steps until a divergence is found, a checkpoint every 4, and the last 3 are kept.
 DIVERGING = {
@@ -91,6 +92,30 @@ CASES = {
         health={**BLAMELESS, "corruption": {"action": "rollback", "every": 4}}, faults=FLIPPED_LOW, keeps_every=5
     ),
     "flip_not_kept": case(health={**BLAMELESS, "corruption": "warn"}, faults=FLIPPED_LOW, keeps_every=5),
+    "powersgd_skipped": case(
+        health=BLAMELESS, faults={"gradient": {"batches": [15], "ranks": [1]}}, keeps_every=5, parallel=POWERSGD
+    ),
+    "powersgd_rolled_back": case(
+        health={**BLAMELESS, "nan": {"action": "rollback"}},
+        faults={"gradient": {"batches": [15], "ranks": [1]}},
+        keeps_every=5,
+        parallel=POWERSGD,
+    ),
+    "powersgd_overflowing": case(
+        health={**BLAMELESS, "spike": "off"},
+        train={"steps": 40},
+        parallel=POWERSGD,
+        precision={"compute": "fp16", "loss_scale": 2.0**20, "loss_scale_interval": 6},
+    ),
+    **{
+        f"powersgd_healed_of_bit_{bit}": case(
+            health={**BLAMELESS, "corruption": {"action": "rollback", "every": 4}},
+            faults={"flip": {"batches": [14], "ranks": [1], "bit": bit}},
+            keeps_every=5,
+            parallel=POWERSGD,
+        )
+        for bit in (3, 21)
+    },
     "stopped_while_going_back": case(
         health={**BLAMELESS, "nan": {"action": "rollback"}},
         faults={"gradient": {"batches": [24]}, "stop": {"batch": 24}},
@@ -311,3 +336,35 @@ def test_a_slow_rank_is_named_once(seen):
 
 def test_a_rollback_is_the_same_from_memory_and_from_files(seen):
     assert seen["too_many"][0]["losses"][10:] == seen["too_many_with_files"][0]["losses"][10:]
+
+
+def test_powersgd_forgets_a_gradient_that_is_nan_and_trains_on(seen):
+    outcome = seen["powersgd_skipped"]
+    assert told(outcome) == [("nan", "skip")]
+    for rank in outcome:
+        assert [step for step, updated in zip(rank["steps"], rank["updated"], strict=True) if not updated] == [15]
+    assert outcome[0]["losses"][-1] < outcome[0]["losses"][14]
+
+
+def test_powersgd_trains_on_after_a_rollback_from_nan(seen):
+    outcome = seen["powersgd_rolled_back"]
+    assert told(outcome) == [("nan", "rollback")]
+    assert outcome[0]["steps"][14:16] == [15, 11]
+    assert outcome[0]["updated"].count(False) == 1 and outcome[0]["steps"][-1] == 24
+    assert outcome[0]["losses"][-1] < outcome[0]["losses"][14]
+
+
+def test_powersgd_in_fp16_trains_on_after_gradients_that_overflow(seen):
+    updated = seen["powersgd_overflowing"][0]["updated"]
+    refused = [i for i, applied in enumerate(updated) if not applied and i > 10]
+    assert refused, "the loss scale did not grow until gradients overflow"
+    assert all(updated[i + 1] for i in refused if i + 1 < len(updated))
+
+
+def test_what_powersgd_left_out_before_a_rollback_is_not_added_after_it(seen):
+    """From one checkpoint, with the same data, it is the same whatever went astray before."""
+    low, high = (seen[f"powersgd_healed_of_bit_{bit}"] for bit in (3, 21))
+    assert told(low) == told(high) == [("corruption", "rollback")]
+    assert low[0]["steps"][13:16] == [14, 15, 11]
+    assert low[0]["losses"][14] != high[0]["losses"][14]
+    assert low[0]["losses"][15:] == high[0]["losses"][15:]

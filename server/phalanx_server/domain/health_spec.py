@@ -79,7 +79,7 @@ class Gpu(Check):
 
 
 class Preflight(Check):
-    """Before the ranks of each attempt begin: memory, speed and the network of its nodes, against each other. A node
+    """Before the ranks of each attempt begin: memory, speed and all-reduces of its nodes, against each other. A node
     that does worse than `factor` times the others is left out, and the gang placed again."""
 
     action: Literal["off", "replace"] = "off"

@@ -73,6 +73,7 @@ def _look_at_nodes(group: GroupSpec) -> None:
                 torch.set_num_threads(group.threads)
             from phalanx_worker.training import preflight  # imports torch, which a rank without preflight may not need
 
+            process_groups.install()
             code = preflight.run(group.preflight_factor)
         except BaseException as error:
             os.write(2, f"phalanx: the preflight failed: {error}\n{traceback.format_exc()}".encode())

@@ -225,7 +225,8 @@ def _compute(trainer: Trainer, step: int, batch: Batch) -> Pulse:
 
 
 def _update(trainer: Trainer, pulse: Pulse, *, scale: float, wanted: bool) -> bool:
-    """Clip and update, unless the gradients overflowed or it is not wanted; gradients are gone afterwards."""
+    """Clip and update, unless the gradients overflowed or it is not wanted; gradients are gone afterwards, and nothing
+    of refused ones comes into a later step."""
     ok = trainer.scale.accept(finite=pulse.finite) and wanted
     if ok:
         parameters = list(trainer.layout.parameters())
@@ -235,6 +236,8 @@ def _update(trainer: Trainer, pulse: Pulse, *, scale: float, wanted: bool) -> bo
             clip(parameters, norm=pulse.norm, limit=trainer.optim.clip)
         for optimizer in trainer.optimizers:
             optimizer.step()
+    else:
+        trainer.layout.forget_left_out()
     _drop_gradients(trainer)
     return ok
 
@@ -260,19 +263,25 @@ def _agree(own_loss: Tensor | None, norm: Tensor, stop: bool) -> tuple[float, in
 
 def _resume(trainer: Trainer) -> int:
     """The step that the restored state is of; 0 for a fresh start."""
-    with life.around():
-        return (trainer.checkpointer.restore(trainer.state()) or 0) if trainer.checkpointer else 0
+    return (_restore(trainer, trainer.state()) or 0) if trainer.checkpointer else 0
 
 
 def _go_back(trainer: Trainer, before: int) -> int:
     """Restore all but the place in the data from a checkpoint older than that step: training goes on after what led
     astray. Gives the checkpoint's step."""
-    assert trainer.checkpointer is not None, "the monitor was told so"
     state = {name: part for name, part in trainer.state().items() if name != "stream"}
-    with life.around():
-        step = trainer.checkpointer.restore(state, before=before)
+    step = _restore(trainer, state, before=before)
     trainer.monitor.returned(step)
     assert step is not None, "the monitor ends the attempt otherwise"
+    return step
+
+
+def _restore(trainer: Trainer, state: Mapping[str, Stateful], *, before: int | None = None) -> int | None:
+    """The step whose state is restored, without what was left out of gradients since."""
+    assert trainer.checkpointer is not None, "the monitor was told so"
+    with life.around():
+        step = trainer.checkpointer.restore(state, before=before)
+    trainer.layout.forget_left_out()
     return step
 
 

@@ -62,8 +62,8 @@ def _end_of(chunk: tuple[Tensor, int], key: Tensor, value: Tensor) -> Tensor:
 
 @cache
 def _causal(queries: int, keys: int) -> CausalBias:
-    """Of the last queries over all keys: two numbers in the guise of a tensor. torch (2.13) can make none while something
-    looks on at its operations, such as selective recomputation."""
+    """Of the last queries over all keys: two numbers in the guise of a tensor. torch (2.13) can make none while
+    something looks on at its operations, such as selective recomputation."""
     with _disable_current_modes():
         return causal_lower_right(queries, keys)
 

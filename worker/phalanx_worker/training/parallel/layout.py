@@ -16,7 +16,6 @@ from phalanx.recipes.parallel import Parallel
 from phalanx.recipes.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.parallel import context, pipeline, recompute, replicas, sharding, tensor
@@ -52,6 +51,12 @@ class Layout:
         """This rank's inputs and targets, on its device: of sequences that are shared out, its part of each."""
         inputs, targets = (part.to(self.world.device) for part in self._task.inputs_and_targets(batch))
         return (inputs, targets) if self._part is None else (self._part.take(inputs), self._part.take(targets))
+
+    def forget_left_out(self) -> None:
+        """Drop what compression left out of the gradients so far; on all ranks between the same steps."""
+        for model in self._runs.values():
+            if isinstance(model, replicas.Replica):
+                model.forget_left_out()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's, of all its stages."""
@@ -154,13 +159,13 @@ def _replicated(module: nn.Module, world: World) -> nn.Module:
     group = world.group("replicas")
     if group is None or world.parallel.fully_sharded or world.parallel.local.every:
         return module
-    return replicas.replicate(module, group, world.parallel)
+    return replicas.Replica(module, group, world.parallel)
 
 
 def _exchanging(model: nn.Module, now: bool) -> AbstractContextManager[None]:
     """While inside, backward reduces gradients over ranks, or (not `now`) adds them up on each rank alone."""
     if isinstance(model, sharding.FSDPModule):
         sharding.exchange_gradients(model, now)
-    elif isinstance(model, DistributedDataParallel) and not now:
+    elif isinstance(model, replicas.Replica) and not now:
         return model.no_sync()
     return nullcontext()

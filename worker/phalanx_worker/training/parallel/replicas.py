@@ -13,19 +13,30 @@ EVERYTHING = 1 << 40  # bytes of a bucket
 POWERSGD_FIRST_STEP = 10  # exact steps before: early gradients compress badly (torch asks for at least 2)
 
 
-def replicate(module: nn.Module, group: dist.ProcessGroup, parallel: Parallel) -> DistributedDataParallel:
-    """The module as one of the group's replicas."""
-    replica = DistributedDataParallel(
-        module,
-        process_group=group,
-        bucket_cap_mb=_bucket_bytes(parallel, group) / (1 << 20),  # pyright: ignore[reportArgumentType]  (fractions are fine)
-        gradient_as_bucket_view=True,
-    )
-    if parallel.compress == "powersgd":
-        replica.register_comm_hook(_powersgd(group, parallel.powersgd_rank), powerSGD_hook.powerSGD_hook)
-    elif parallel.compress != "none":
-        replica.register_comm_hook(group, _HALF[parallel.compress])
-    return replica
+class Replica(DistributedDataParallel):
+    """A module as one of the group's replicas."""
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, parallel: Parallel) -> None:
+        super().__init__(
+            module,
+            process_group=group,
+            bucket_cap_mb=_bucket_bytes(parallel, group) / (1 << 20),  # pyright: ignore[reportArgumentType]  (fractions are fine)
+            gradient_as_bucket_view=True,
+        )
+        self._powersgd = _powersgd(group, parallel.powersgd_rank) if parallel.compress == "powersgd" else None
+        if self._powersgd:
+            self.register_comm_hook(self._powersgd, powerSGD_hook.powerSGD_hook)
+        elif parallel.compress != "none":
+            self.register_comm_hook(group, _HALF[parallel.compress])
+
+    def forget_left_out(self) -> None:
+        """Drop what compression left out of the gradients so far, which it adds to the next. To be called by all
+        replicas between the same steps: PowerSGD then begins again with random factors, from a generator that has drawn
+        as often on each of them. Its count of steps stays, so none is exact again, nor are buckets built anew."""
+        if self._powersgd:
+            self._powersgd.error_dict.clear()
+            self._powersgd.p_memory_dict.clear()
+            self._powersgd.q_memory_dict.clear()
 
 
 def _bucket_bytes(parallel: Parallel, group: dist.ProcessGroup) -> int:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.parallel import DistributedDataParallel
 
 from phalanx_worker.training.mesh import World
 from phalanx_worker.training.models.dlrm import Tables, start_rows
@@ -37,7 +36,7 @@ class TablesLayout(Layout):
         self.tables = tables
         self._mean_loss, self._parts = loss, accumulate
         group = world.group("replicas")
-        self._dense = dense if group is None else replicas.replicate(dense, group, world.parallel)
+        self._dense = dense if group is None else replicas.Replica(dense, group, world.parallel)
 
     def run(self, batch: Mapping[str, Tensor], *, loss_scale: float = 1.0) -> Tensor:
         """Forward and backward of this rank's part of a global batch: `dense` (batch, counts), `categories` (batch,
@@ -53,10 +52,14 @@ class TablesLayout(Layout):
             total += loss.detach()
         return total
 
+    def forget_left_out(self) -> None:
+        if isinstance(self._dense, replicas.Replica):
+            self._dense.forget_left_out()
+
     def _exchanging(self, now: bool):
         """While inside, backward reduces the layers' gradients over ranks, or (not `now`) adds them up on each alone;
         gradients of rows go to their owner every time."""
-        return self._dense.no_sync() if isinstance(self._dense, DistributedDataParallel) and not now else nullcontext()
+        return self._dense.no_sync() if isinstance(self._dense, replicas.Replica) and not now else nullcontext()
 
 
 def share_out(tables: Tables, world: World, *, seed: int) -> None:
