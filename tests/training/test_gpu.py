@@ -1,0 +1,77 @@
+"""What only a real GPU can show of a training: bf16 and FP8 by its own units, memory, pinned batches."""
+
+import json
+
+import phalanx
+import pytest
+import torch
+from phalanx import job
+from phalanx_worker.training.main import run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+TEXT = "the quick brown fox jumps over the lazy dog. " * 400
+HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+class Told:
+    """What a training says of itself."""
+
+    def __init__(self, monkeypatch):
+        self.notes, self.reports = [], []
+        monkeypatch.setattr(phalanx, "report", lambda **values: self.reports.append(values))
+        monkeypatch.setattr(job, "mark", lambda kind, **data: self.notes.append(data["message"]))
+
+    def all(self, name):
+        return [values[name] for values in self.reports if name in values]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """What a small model says when it is trained with these sections."""
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def train(**sections):
+        told = Told(monkeypatch)
+        args = {
+            "data": {"paths": [str(tmp_path / "text.txt")], "seq_len": 128, "cache": str(tmp_path / "cache")},
+            "model": {"layers": 4, "width": 256, "heads": 8, "kv_heads": 2},
+            "train": {"steps": 60, "global_batch": 16, "seed": 3},
+            "optim": {"lr": 3e-3},
+            "checkpoint": {"every_steps": 0},
+            "device": "cuda",
+        }
+        assert run(["lm", json.dumps(args | sections)]) == 0
+        losses = told.all("loss")
+        assert losses[-1] < losses[0] - 1, losses
+        return told
+
+    return train
+
+
+def test_bf16_learns_as_fp32_does_and_tells_what_the_gpu_did(trained):
+    exact, told = trained(), trained(precision={"compute": "bf16"})
+    assert told.all("loss")[-1] == pytest.approx(exact.all("loss")[-1], rel=0.1)
+    assert all(0 < share < 1 for share in told.all("mfu"))
+    assert told.all("gpu_memory_max_bytes")[-1] > 0
+    assert "of GPU memory at most" in told.notes[0]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"precision": {"compute": "fp16"}},
+        {"precision": {"compute": "bf16"}, "parallel": {"recompute": "selective"}},
+        {"precision": {"compute": "bf16"}, "data": {"workers": 2}},
+        {"optim": {"name": "adafactor", "lr": 3e-2}},
+        {"optim": {"name": "lamb", "lr": 3e-2}},
+        pytest.param(
+            {"precision": {"compute": "fp8"}}, marks=pytest.mark.skipif(not HAS_FP8, reason="a GPU without FP8")
+        ),
+    ],
+    ids=["fp16", "recomputed", "workers", "adafactor", "lamb", "fp8"],
+)
+def test_it_learns_with(trained, sections, tmp_path):
+    if "data" in sections:
+        paths = {"paths": [str(tmp_path / "text.txt")], "seq_len": 128, "cache": str(tmp_path / "cache")}
+        sections = sections | {"data": paths | sections["data"]}
+    trained(**sections)
