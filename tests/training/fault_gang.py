@@ -26,6 +26,7 @@ ARGS = {
     "optim": {"lr": 5e-3},
     "device": "cpu",
 }
+BLAMELESS = {"straggler": "off"}  # the machine of the tests is shared: ranks are slow for other reasons
 
 
 def case(
@@ -37,16 +38,22 @@ def case(
     resumes: bool = False,
     **sections: Any,
 ) -> dict[str, Any]:
-    """`ARGS` with some fields of some sections replaced, and what is put in."""
+    """`ARGS` with some fields of some sections replaced, and what is put in. `nan: stop` is short for `nan: {action: stop}`, as
+    in a job file."""
     args = {**ARGS, **{name: {**ARGS.get(name, {}), **fields} for name, fields in sections.items()}}
     return {
         "args": args,
-        "health": health or {},
+        "health": {name: {"action": of} if isinstance(of, str) else of for name, of in (health or {}).items()},
         "faults": faults or {},
         "keeps_every": keeps_every,
         "to_files": to_files,
         "resumes": resumes,
     }
+
+
+def told(outcome: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Check and action of everything that was told, of the whole job."""
+    return [(mark["check"], mark["action"]) for rank in outcome for mark in rank["marks"]]
 
 
 def outcomes(cases: dict[str, Any], *, ranks: int, timeout_s: float = 240) -> dict[str, list[dict[str, Any]]]:

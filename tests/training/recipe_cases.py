@@ -1,4 +1,4 @@
-"""The small cases of recipes that the tests share: one start of a gang for all of 1 rank, and one for all of 2."""
+"""The small cases of recipes that tests share. What fast ones need is one start of a gang of 1 rank and one of 2."""
 
 LM_MODEL = {"vocabulary": 64, "layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "hidden": 96}
 VIT = {"kind": "vit", "vit": {"patch": 2, "layers": 2, "width": 32, "heads": 4}}
@@ -31,6 +31,9 @@ ONE = {
     "vit": vision(VIT),
     "resnet": vision(RESNET),
     "recsys": recsys(),
+}
+
+ONE_SLOW = {
     "lm": lm(),
     "lm, selective": lm(parallel={"recompute": "selective"}),
     "lm, full": lm(parallel={"recompute": "full"}),
@@ -46,11 +49,11 @@ TWO = {
     "resnet, FSDP2": vision(RESNET, parallel={"shard": 2}),
     "recsys": recsys(),
     "recsys, accumulated": recsys(train={**TRAIN, "accumulate": 2}),
-    "lm, DDP": lm(),
-    "lm, tensor": lm(parallel={"tensor": 2}),
 }
 
 TWO_SLOW = {
+    "lm, DDP": lm(),
+    "lm, tensor": lm(parallel={"tensor": 2}),
     "vit, tensor, recomputed": vision(VIT, parallel={"tensor": 2, "recompute": "full"}),
     "resnet, FSDP2, recomputed": vision(RESNET, parallel={"shard": 2, "recompute": "full"}),
     "vit, bf16": vision(VIT, precision=BF16),

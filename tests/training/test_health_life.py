@@ -64,7 +64,8 @@ def trainer_with(checkpointer) -> Any:
     monitor = SimpleNamespace(
         returned=lambda step: None, after_keep=lambda step, stall_s: None, keep_before=lambda step: None
     )
-    return SimpleNamespace(checkpointer=checkpointer, state=dict, monitor=monitor, layout=SimpleNamespace(outer=None))
+    layout = SimpleNamespace(outer=None, forget_left_out=lambda: None)
+    return SimpleNamespace(checkpointer=checkpointer, state=dict, monitor=monitor, layout=layout)
 
 
 def test_a_sign_of_life_is_given_at_most_once_in_the_gap(monkeypatch):
