@@ -38,8 +38,8 @@ def case(
     resumes: bool = False,
     **sections: Any,
 ) -> dict[str, Any]:
-    """`ARGS` with some fields of some sections replaced, and what is put in. `nan: stop` is short for `nan: {action: stop}`, as
-    in a job file."""
+    """`ARGS` with some fields of some sections replaced, and what is put in. `nan: stop` is short for
+    `nan: {action: stop}`, as in a job file."""
     args = {**ARGS, **{name: {**ARGS.get(name, {}), **fields} for name, fields in sections.items()}}
     return {
         "args": args,
