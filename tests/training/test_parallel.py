@@ -132,7 +132,7 @@ def test_replicas_that_train_alone_all_go_on_from_the_optimizer_of_one_of_them(s
     assert resumed["held_out"] == pytest.approx(whole["held_out"], rel=3e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("layout", SPREAD)
 def test_replicas_that_are_spread_over_ranks_meet_as_whole_ones_do_and_go_on_from_there(computed, slow, layout):
     """With an outer momentum, of which each rank keeps that of its part."""

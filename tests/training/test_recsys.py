@@ -36,7 +36,7 @@ def assert_as_one(ranks):
         assert rank["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_that_measures_whole_parameters_takes_shared_tables(name):
     (one,) = trained(OPTIMIZERS, ranks=1)[name]
