@@ -83,6 +83,19 @@ async def test_a_report_that_comes_late_changes_nothing_that_is_newer(plane: Con
     assert (found.first_step, found.last_step, found.productive_s, found.rolled_back_s) == (2, 7, 7.0, 0.5)
 
 
+async def test_who_goes_back_behind_the_step_that_it_began_with_has_taken_the_lower_ones(plane: ControlPlane) -> None:
+    await plane.add_nodes(1)
+    job, attempt = await plane.run()
+    began = plane.later(10)
+    await plane.node_report("node-0", metrics=[plane.metric(attempt, 61, loss=1.0)])
+    plane.later(10)
+    back = plane.metric(attempt, 41, loss=1.0)
+    plane.later(10)
+    await plane.node_report("node-0", metrics=[back, plane.metric(attempt, 42, loss=1.0)])
+    (found,) = await times(plane, job)
+    assert (found.first_step, found.first_step_at, found.last_step) == (41, began, 42)
+
+
 async def test_steps_that_are_reported_without_a_value_count(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     job, attempt = await plane.run()

@@ -112,6 +112,23 @@ TABLE: dict[str, tuple[tuple[AttemptTime, ...], dict[str, float]]] = {
         ),
         {"start": 6, "rendezvous": 3, "setup": 6, "productive": 100, "redone": 100},
     ),
+    "a later attempt may go back behind its own beginning": (
+        (
+            attempt(first_step=1, last_step=100),
+            attempt(
+                200,
+                started=202,
+                rendezvous=203,
+                step=205,
+                end=305,
+                productive_s=80,
+                rolled_back_s=20,
+                first_step=61,
+                last_step=140,
+            ),
+        ),
+        {"start": 4, "rendezvous": 2, "setup": 4, "productive": 140, "rolled_back": 20, "redone": 40},
+    ),
     "clocks of ranks that run ahead make no more time than there was": (
         (attempt(productive_s=500, data_wait_s=20),),
         {"start": 2, "rendezvous": 1, "setup": 2, "productive": 80, "data_wait": 20},

@@ -201,6 +201,17 @@ def test_an_evaluation_that_is_over_before_the_checkpoint_is_complete_is_noted_w
     assert job.registered[0][1]["accuracy"] == 0.5
 
 
+def test_what_an_evaluation_found_of_a_state_that_was_given_up_is_not_noted_of_the_next_one(tmp_path):
+    job = Job(tmp_path)
+    for step in (5, 10):
+        job.checkpointer.save(step, {"numbers": Numbers(step)})
+    job.checkpointer.rate(10, {"accuracy": 0.9})
+    assert job.restore(before=10) == 5
+    job.save(10, losses={10: 1.0})
+    newest, _ = checkpoint_store.Store(str(tmp_path)).entries()
+    assert (newest.step, newest.manifest.metrics) == (10, {"loss": 1.0})
+
+
 def test_an_evaluation_that_is_made_up_for_after_a_resume_is_noted_too(tmp_path, caplog, storage):
     Job(tmp_path).save(10, losses={10: 1.0})
     job = Job(tmp_path)

@@ -1,12 +1,15 @@
 """What only a real GPU can show of a training: bf16 and FP8 by its own units, memory, pinned batches."""
 
 import json
+from functools import partial
 
 import phalanx
 import pytest
 import torch
 from phalanx import job
 from phalanx_worker.training.main import run
+from phalanx_worker.training.parallel.context import _end_of
+from torch.nn.functional import scaled_dot_product_attention as attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 TEXT = "the quick brown fox jumps over the lazy dog. " * 400
@@ -54,6 +57,21 @@ def test_bf16_learns_as_fp32_does_and_tells_what_the_gpu_did(trained):
     assert all(0 < share < 1 for share in told.all("mfu"))
     assert told.all("gpu_memory_max_bytes")[-1] > 0
     assert "of GPU memory at most" in told.notes[0]
+
+
+@pytest.mark.parametrize("key_heads", [8, 2])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_the_end_of_a_sequence_sees_all_of_it_and_nothing_behind(precision, key_heads):
+    draw = partial(torch.randn, device="cuda", dtype=precision, requires_grad=True)
+    query, key, value = draw(2, 8, 64, 64), draw(2, key_heads, 512, 64), draw(2, key_heads, 512, 64)
+    seen = torch.ones(64, 256, dtype=torch.bool, device="cuda").tril(192)
+    sides = (
+        _end_of((query, 256), key, value),
+        attention(query, key[:, :, :256], value[:, :, :256], attn_mask=seen, enable_gqa=key_heads < 8),
+    )
+    torch.testing.assert_close(*sides, rtol=2e-2, atol=2e-2)
+    gradients = [torch.autograd.grad(side.float().square().sum(), (query, key, value)) for side in sides]
+    torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fault_gang import case, outcomes
 from phalanx.recipes.lm import LmModel
+from phalanx_worker.training.metrics import meter
 from phalanx_worker.training.metrics.spread import Spread, Times
 from phalanx_worker.training.metrics.totals import Totals
 from phalanx_worker.training.metrics.work import count_work, peak_flops
@@ -24,6 +25,10 @@ CASES = {
     "pipeline": case(health=QUIET, parallel={"pipeline": 2}),
     "late": case(health=QUIET, faults=LATE, keeps_every=5, to_files=True),
 }
+
+
+class Facts:
+    step_time_s, data_wait_s, updated = 1.0, 0.0, True
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,20 @@ def test_the_totals_are_of_all_steps_but_the_first_and_of_the_last_checkpoint_to
     assert last["data_wait_total_s"] == pytest.approx(told), "two of the three late batches"
     assert last["checkpoint_total_s"] > last_of_steps["checkpoint_total_s"] > 0
     assert last["productive_s"] == last_of_steps["productive_s"]
+
+
+def test_what_came_between_steps_adds_up_until_it_is_told(monkeypatch):
+    now = iter((0.0, 10.0, 20.0, 30.0))
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(now))
+    one = meter.Meter(torch.device("cpu"), longest_window=100)
+    one._due = 100
+    told = []
+    for step in range(4):
+        one.before_step()
+        one.after_step(Facts())
+        told += [one.took_between()] if step in (0, 3) else []
+        one.after_keep(step, 2.0)
+    assert told == [(0.0, 0.0), (6.0, 21.0)], "of ten seconds each one is the step and two are a checkpoint"
 
 
 def test_time_in_steps_counts_until_it_is_rolled_back():

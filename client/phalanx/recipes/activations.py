@@ -23,8 +23,9 @@ FP32 = 4
 class Widths:
     """Bytes of a number: `stream` in the residual stream, `product` in and out of matrix products. Where autocast makes
     the one of the other, each product has a copy of its own (`copies`). GPUs have a kernel for RMSNorm that keeps its
-    input alone (`fused_norms`); elsewhere it keeps that and an intermediate result, both in fp32. They have one for
-    attention from the end of a sequence to all of it, too, which elsewhere takes a mask (`masks`)."""
+    input alone (`fused_norms`); elsewhere it keeps that and an intermediate result, both in fp32. Most have
+    one for attention from the end of a sequence to all of it, too, which elsewhere takes a mask (`masks`), as on all of
+    them do shared keys in fp32."""
 
     stream: int
     product: int
@@ -94,7 +95,8 @@ def lm(model: LmModel, part: Sequences, widths: Widths) -> Kept:
     swiglu = model.width * widths.inputs(2) + 4 * feed / tensor
     turn = FP32 * size * part.length  # of all sequences
     chunk = part.length / 2  # of a context rank's two, which see the whole and a chunk between them
-    masked = 0 if part.length == part.whole or not widths.masks else chunk * (part.whole + chunk)
+    no_kernel = widths.masks or (widths.product == FP32 and model.key_heads != model.heads)
+    masked = chunk * (part.whole + chunk) if part.length != part.whole and no_kernel else 0
     costly = (2 * product + 2 * widths.product * model.key_heads * size + FP32 * model.heads + 2 * feed) / tensor
     return Kept(
         block_input=round(tokens * stream / tensor),

@@ -23,8 +23,8 @@ class CheckpointConfig:
     """Steps between two; 0 saves only at the end and when the job is asked to stop."""
 
     keep_last: int = 3
-    """Beside them the one from before a rise of the loss stays, as long as that may be found to be a divergence that is
-    rolled back, and one that is to take its place."""
+    """Beside them, where `health.divergence` is rolled back, the one from before the loss passed its limit stays, as
+    long as it is over that, and one that is to take its place."""
 
     keep_best: int = 0
     """How many of the best are kept beside the last ones."""

@@ -31,7 +31,8 @@ step."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptTime:
     """What is known of one attempt. Moments are None until they are reached; totals and steps until they are reported.
-    `weight`: its GPUs, or its replicas where it has none."""
+    `weight`: its GPUs, or its replicas where it has none. `first_step` is the lowest: lower than the one it began with
+    where it went back to a checkpoint of an earlier attempt."""
 
     weight: int
     created_at: datetime
@@ -70,7 +71,7 @@ class Goodput:
 def goodput_of(attempts: Sequence[AttemptTime], now: datetime) -> Goodput:
     """Of a job's attempts in their order; one that has not ended is counted until now."""
     total: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    again_from: int | None = None  # the earliest step that any later attempt began with
+    again_from: int | None = None  # the lowest step that any later attempt took
     for attempt in reversed(attempts):
         for part, seconds in _split(attempt, again_from, now).items():
             total[part] += attempt.weight * seconds

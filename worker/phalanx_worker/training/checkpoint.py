@@ -170,7 +170,7 @@ class Checkpointer:
             ) from error
         self._newest = entry.step
         self._written = entry.step if entry.url == self._store.url_of(entry.step) else None
-        self._given = self._failure = None
+        self._given = self._failure = self._rated = None
         log.info("resumed from %s, step %d", entry.url, entry.step)
         return entry.step
 

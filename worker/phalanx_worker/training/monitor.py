@@ -134,7 +134,7 @@ class Monitor:
         return True
 
     def _report(self, facts: Facts, *, in_full: bool) -> None:
-        split = self.meter.split()
+        split, (checkpoint_s, other_s) = self.meter.split(), self.meter.took_between()
         values = {
             "loss": facts.loss,
             "grad_norm": facts.grad_norm,
@@ -143,7 +143,8 @@ class Monitor:
             "data_wait_s": facts.data_wait_s,
             "compute_s": split.compute_s,
             "comm_s": split.comm_s,
-            **self._between(),
+            "checkpoint_s": checkpoint_s,
+            "other_s": other_s,
             **{f"{what}_per_s": amount / facts.step_time_s for what, amount in self._per_step.items()},
         }
         if in_full:
@@ -152,10 +153,6 @@ class Monitor:
         if self._work is not None:
             values |= self._mfu(facts.step_time_s)
         phalanx.report(step=facts.step, total_steps=self._train.steps, **values)
-
-    def _between(self) -> dict[str, float]:
-        """Of the step before: what comes after this one is not known yet."""
-        return dict(zip(("checkpoint_s", "other_s"), self.meter.between or (), strict=False))
 
     def _comparison(self) -> dict[str, float]:
         """Of the ranks; and, the first time, the size of the model."""

@@ -64,8 +64,7 @@ class _Step:
 class Meter:
     """Call `before_step`, `after_step` and, where a checkpoint was made, `after_keep`, in this order in every step.
 
-    `spread` is the split of all ranks' steps over the last window; None before there is one. `between` is how long a
-    checkpoint and other things took between the step before and this one; None in the first. Steps are split when that
+    `spread` is the split of all ranks' steps over the last window; None before there is one. Steps are split when that
     is asked for, not each by itself: it would cost more than all the rest.
     """
 
@@ -73,11 +72,12 @@ class Meter:
         self.waits = Waits(device)
         self.totals = Totals()
         self.spread: Spread | None = None
-        self.between: tuple[float, float] | None = None
         self._device = device
         self._longest = longest_window
         self._began = 0.0
         self._step: _Step | None = None
+        self._is_first = True
+        self._between = (0.0, 0.0)
         self._window: list[_Step] = []
         self._due = 1  # steps until ranks are compared
 
@@ -87,7 +87,9 @@ class Meter:
         if self._step is not None:
             self._step.whole_s = now - self._began
             self._window.append(self._step)
-            self.between = (self._step.checkpoint_s, self._step.other_s)
+            self._is_first = False
+            checkpoint_s, other_s = self._between
+            self._between = (checkpoint_s + self._step.checkpoint_s, other_s + self._step.other_s)
         self._began, self._step = now, None
         spread = self._compare() if len(self._window) >= self._due else None
         self.waits.took()  # for what came between steps, an evaluation or this comparison, no step has waited
@@ -96,13 +98,18 @@ class Meter:
     def after_step(self, facts: StepTimes) -> None:
         """Its update is done, or was refused."""
         self._step = _Step(facts.step_time_s, facts.data_wait_s, self.waits.took())
-        if self.between is not None:
+        if not self._is_first:
             work_s = facts.step_time_s - facts.data_wait_s
             self.totals.step(work_s=work_s, data_wait_s=facts.data_wait_s, counts=facts.updated)
 
     def split(self) -> Times:
         """Of the step that `after_step` was told of last, as far as it has come."""
         return self._step.times() if self._step is not None else Times()
+
+    def took_between(self) -> tuple[float, float]:
+        """How long checkpoints, and other things, took between steps since this was asked last."""
+        took, self._between = self._between, (0.0, 0.0)
+        return took
 
     def after_keep(self, step: int, stall_s: float) -> None:
         """A checkpoint was made and held training up for so long."""
