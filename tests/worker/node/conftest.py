@@ -29,7 +29,7 @@ from phalanx_worker.protocol import DesiredAttempt, GroupPlacement, Launch
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
 
-ENDED_WITHIN_S = 30.0
+ENDED_WITHIN_S = 60.0
 # The last digits of an attempt's id name its directory in /tmp, and runners clear up what bears their attempts' ids:
 # two suites on one host must not meet.
 _attempt_numbers = itertools.count(secrets.randbits(40) << 16)
