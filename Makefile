@@ -32,7 +32,7 @@ test: setup  ## all tests but the slow ones
 test-slow: setup  ## the slow tests
 	@$(BIN)/pytest -m "slow and not full"
 
-test-full: setup  ## the fullest matrices of training: layouts, number formats, kills during a save
+test-full: setup  ## the fullest matrices of training: layouts, number formats, kills during a save (quarter of an hour)
 	@$(BIN)/pytest -m full
 
 worlds: setup  ## many seeded worlds: WORLDS=5000 FIRST_SEED=1
