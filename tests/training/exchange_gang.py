@@ -9,15 +9,12 @@ import copy
 import functools
 import gc
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from forked_ranks import serve
+from forked_ranks import answers, serve
 from training_gang import Batches, case
 
 EXACT_STEPS = 10  # of PowerSGD, before it compresses
@@ -53,16 +50,7 @@ TRACED_STEPS = 3
 def exchanged() -> dict[str, list[Any]]:
     """Of each case by its name, what `run_case` gives on each rank. Computed once per session."""
     cases = {**COUNTED, **TRACED}
-    done = subprocess.run(
-        [sys.executable, __file__, "2"],
-        input=json.dumps(list(cases.values())),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(cases, answers(__file__, list(cases.values()), ranks=2, timeout_s=300), strict=True))
 
 
 class Steps:

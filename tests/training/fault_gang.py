@@ -10,14 +10,12 @@ what each rank said, and what became of the training.
 import copy
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forked_ranks import serve
+from forked_ranks import answers, serve
 
 ARGS = {
     "model": {"vocabulary": 64, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "hidden": 64},
@@ -58,16 +56,7 @@ def told(outcome: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def outcomes(cases: dict[str, Any], *, ranks: int, timeout_s: float = 240) -> dict[str, list[dict[str, Any]]]:
     """Of each case by its name, what `run_case` gives on each rank."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(ranks)],
-        input=json.dumps(list(cases.items())),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answers(__file__, list(cases.items()), ranks=ranks, timeout_s=timeout_s)
 
 
 class Batches:

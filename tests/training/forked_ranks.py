@@ -1,10 +1,11 @@
 """Ranks that are forked from one process, so that torch and the recipes are imported once: how the gangs of these tests
-are served. Runs as a program of its own, and not in pytest's process, whose threads a fork would lose.
+are served, and asked. They run as a program of its own, and not in pytest's process, whose threads a fork would lose.
 """
 
 import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -12,6 +13,20 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def answers(program: str, cases: list[Any], *, ranks: int, timeout_s: float) -> Any:
+    """What a program that serves cases prints of these, on gloo."""
+    done = subprocess.run(
+        [sys.executable, program, str(ranks)],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def serve(run_case: Callable[[Any, Path], Any]) -> tuple[list[Any], list[list[Any]]]:

@@ -4,13 +4,10 @@ first has left.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from forked_ranks import serve
+from forked_ranks import answers, serve
 from training_gang import Batches, case
 
 MODEL = {"vocabulary": 4096, "layers": 4, "width": 384, "heads": 4, "kv_heads": 4, "hidden": 0}
@@ -21,16 +18,7 @@ ARGUMENTS = case(model=MODEL, data={"seq_len": 32}, train={"steps": 4, "global_b
 
 def heard() -> list[dict[str, Any]]:
     """Of each rank, its `notes` and those of its `reports` that tell of memory."""
-    done = subprocess.run(
-        [sys.executable, __file__, "2"],
-        input=json.dumps([ARGUMENTS]),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answers(__file__, [ARGUMENTS], ranks=2, timeout_s=120)
 
 
 def run_case(args: dict[str, Any], _: Path) -> dict[str, Any]:

@@ -7,14 +7,12 @@ A case is how many ranks each node has (`nodes`), and who is `slow`: a rank, in 
 
 import json
 import os
-import subprocess
-import sys
 import time
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from forked_ranks import serve
+from forked_ranks import answers, serve
 
 BYTES = 64 << 10  # to reduce: it takes a small part of the delay
 DELAY_S = 0.1
@@ -22,16 +20,7 @@ DELAY_S = 0.1
 
 def measured(cases: dict[str, Any], *, ranks: int) -> dict[str, list[dict[str, Any]]]:
     """Of each case by its name, what every rank measured, as fields of `Figures`."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(ranks)],
-        input=json.dumps(list(cases.values())),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(cases, answers(__file__, list(cases.values()), ranks=ranks, timeout_s=60), strict=True))
 
 
 def run_case(case: dict[str, Any], directory: Path) -> dict[str, Any]:

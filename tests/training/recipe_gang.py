@@ -6,26 +6,14 @@ One start serves many cases: torch is imported once, the ranks are forked, and e
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
-from forked_ranks import serve
+from forked_ranks import answers, serve
 
 
 @functools.cache
 def _trained(cases: str, ranks: int) -> list[Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, str(ranks)],
-        input=cases,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answers(__file__, json.loads(cases), ranks=ranks, timeout_s=240)
 
 
 def trained(cases: dict[str, list[Any]], *, ranks: int) -> dict[str, list[dict[str, Any]]]:

@@ -68,7 +68,6 @@ def test_a_rank_that_waits_for_a_slow_one_shows_it_as_communication(reports, lay
     assert waits[len(waits) // 2] > 0.8 * SLEEP_S
     full = [one for one in reports[layout] if "slowest_rank" in one]
     assert (full[-1]["slowest_rank"], full[-1]["compute_max_rank"]) == (1, 1)
-    assert median(one["comm_max_rank"] for one in full) == 0
     assert full[-1]["compute_max_s"] > SLEEP_S
     assert full[-1]["comm_max_s"] > full[-1]["comm_min_s"]
 

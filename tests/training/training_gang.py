@@ -5,13 +5,10 @@ the arguments of the `lm` recipe; its curve is what every rank saw.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from forked_ranks import serve
+from forked_ranks import answers, serve
 
 MODEL = {"vocabulary": 64, "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "hidden": 64}
 CASE = {
@@ -36,17 +33,7 @@ def _over(base: Any, fields: Any) -> Any:
 
 def curves(cases: list[dict[str, Any]], *, ranks: int) -> list[dict[str, Any]]:
     """What became of each case on a gang of so many ranks: `loss` and `grad_norm` per step, or `error`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(ranks)],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        timeout=120 + 60 * ranks,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answers(__file__, cases, ranks=ranks, timeout_s=120 + 60 * ranks)
 
 
 class Batches:

@@ -127,8 +127,8 @@ class Monitor:
 
     def _is_wanted(self, step: int) -> bool:
         now = time.perf_counter()
-        is_first = not self._reported_at  # by it the end of the setup is known
-        if not is_first and (step % self._train.report_every or now < self._reported_at + REPORT_GAP_S):
+        has_reported = self._reported_at > 0  # by the first report the end of the setup is known
+        if has_reported and (step % self._train.report_every or now < self._reported_at + REPORT_GAP_S):
             return False
         self._reported_at = now
         return True
