@@ -27,7 +27,7 @@ SCRIPT = HERE / "ddp_steps.py"
 
 def inside(main: Callable[[], None], *, nodes: int = 2, gpus_per_node: int = 2) -> None:
     """Run `main` with PHALANX_URL set, in a `phalanx up` of its own where there is none."""
-    if "PHALANX_URL" in os.environ:
+    if "PHALANX_URL" in os.environ or {"-h", "--help"} & set(sys.argv):
         main()
         return
     with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as data:

@@ -33,6 +33,10 @@ CASES = {
         health={"straggler": {"action": "warn", "window": 8, "factor": 2.0}},
         faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},
     ),
+    "slow_stopped": case(
+        health={"straggler": {"action": "stop", "window": 8, "factor": 2.0}},
+        faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},
+    ),
 }
 
 
@@ -107,6 +111,12 @@ def test_a_slow_rank_is_named_once(seen):
     assert told(outcome) == [("straggler", "warn")]
     assert outcome[0]["marks"][0]["blamed"] == 1
     assert "times the median" in outcome[0]["marks"][0]["message"]
+
+
+def test_a_slow_rank_can_end_the_job(seen):
+    outcome = seen["slow_stopped"]
+    assert told(outcome) == [("straggler", "stop")]
+    assert all("rank 1 works" in rank["ended"] for rank in outcome)
 
 
 def test_a_flipped_bit_is_healed_by_going_back(seen):

@@ -51,7 +51,7 @@ class Straggler:
     """A rank whose own work takes `factor` times the median of its pipeline stage, over `window`
     steps."""
 
-    action: str = "warn"  # off, warn, restart
+    action: str = "warn"  # off, warn, restart, stop
     factor: float = 1.5
     window: int = 50
 

@@ -67,7 +67,7 @@ class Straggler(Check):
     """A rank whose own work takes `factor` times the median of its pipeline stage, over `window`
     steps."""
 
-    action: Literal["off", "warn", "restart"] = "warn"
+    action: Literal["off", "warn", "restart", "stop"] = "warn"
     factor: Factor = 1.5
     window: Annotated[Steps, Field(ge=8, le=100_000)] = 50
 

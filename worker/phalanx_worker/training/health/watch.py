@@ -247,8 +247,8 @@ class Watch:
         others = "all ranks" if self._alike is None else "its stage"
         text = f"rank {rank} works {work_s:.3g} s on a step, {ratio:.1f} times the median of {others}"
         finding = Finding("straggler", step, f"{text} ({wait_s:.3g} s of it waiting for data)", rank)
-        if rule.action == "restart":
-            end(finding, "restart")
+        if rule.action in ("restart", "stop"):
+            end(finding, rule.action)
         tell(finding, "warn")
 
 
