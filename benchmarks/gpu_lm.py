@@ -27,7 +27,7 @@ from phalanx_worker.training.data.tokens import write_tokens
 from phalanx_worker.training.main import run
 
 VOCABULARY = 32_768
-PARTS = ("compute_s", "comm_s", "data_wait_s", "other_s")
+PARTS = ("compute", "comm", "data_wait", "checkpoint", "other")  # means per step, of the median rank
 MEMORY = ("memory_peak_bytes", "memory_estimated_bytes")
 RATES = {"tokens_per_s": "tokens/s", "mfu": "MFU", "gpu_utilization_median": "GPU utilisation"}
 GIB = 1 << 30
@@ -62,8 +62,8 @@ def arguments(options: argparse.Namespace, tokens: Path) -> list[str]:
 def show(reports: Reports, options: argparse.Namespace) -> None:
     first = options.steps // 3
     rows = [[label, *spread(reports.after(first, name), 1.0)] for name, label in RATES.items()]
-    rows.append(["step, ms", *spread(reports.after(first, "step_time_s"), 1e3)])
-    rows += [[f"  {name.removesuffix('_s')}, ms", *spread(reports.after(first, name), 1e3)] for name in PARTS]
+    rows.append(["step, ms", *spread(reports.after(first, "step_time_median_s"), 1e3)])
+    rows += [[f"  {name}, ms", *spread(reports.after(first, f"{name}_median_s"), 1e3)] for name in PARTS]
     rows += [[f"{name.removesuffix('_bytes')}, GiB", *spread(reports.after(0, name)[-1:], 1 / GIB)] for name in MEMORY]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     (_, parameters), *_ = reports.values["parameters"]

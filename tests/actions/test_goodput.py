@@ -96,6 +96,21 @@ async def test_who_goes_back_behind_the_step_that_it_began_with_has_taken_the_lo
     assert (found.first_step, found.first_step_at, found.last_step) == (41, began, 42)
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_an_epoch_is_no_step_to_go_back_to(plane: ControlPlane, together: bool) -> None:
+    """Of a script whose own names do not say which steps are the training's: it began with the first in time."""
+    await plane.add_nodes(1)
+    job, attempt = await plane.run()
+    plane.later(10)
+    first = plane.metric(attempt, 5001, train_loss=1.0)
+    plane.later(10)
+    second = plane.metric(attempt, 6, accuracy=0.5)
+    for report in [[first, second]] if together else [[first], [second]]:
+        await plane.node_report("node-0", metrics=report)
+    (found,) = await times(plane, job)
+    assert found.first_step == 5001
+
+
 async def test_steps_that_are_reported_without_a_value_count(plane: ControlPlane) -> None:
     await plane.add_nodes(1)
     job, attempt = await plane.run()

@@ -5,6 +5,7 @@ from training_gang import case
 PIPELINE = {"pipeline": 2, "microbatches": 4}
 INTERLEAVED = {**PIPELINE, "schedule": "interleaved"}
 SGD = {"name": "sgd", "lr": 0.3, "momentum": 0.0, "clip": 0.0}
+LOCAL_SGD = {"local": {"every": 1, "outer_lr": 1.0, "outer_momentum": 0.0}}
 
 ONE = {"one rank": case()}
 
@@ -23,5 +24,8 @@ FAST = {
     **LAYOUTS,
     "fp16 hook": case(parallel={"compress": "fp16"}),
     "DDP, SGD": case(optim=SGD),
-    "local SGD": case(optim=SGD, parallel={"local": {"every": 1, "outer_lr": 1.0, "outer_momentum": 0.0}}),
+    "local SGD": case(optim=SGD, parallel=LOCAL_SGD),
+    "local SGD, grown": case(
+        stop_at=4, optim=SGD, parallel={**LOCAL_SGD, "shard": 2}, then={"parallel": {**LOCAL_SGD, "data": 2}}
+    ),
 }

@@ -87,6 +87,10 @@ def test_meeting_after_every_step_without_momentum_is_plain_data_parallel_sgd(tw
     assert two["local SGD"]["loss"] == pytest.approx(two["DDP, SGD"]["loss"], rel=2e-6)
 
 
+def test_one_replica_that_trains_alone_goes_on_as_two(two):
+    assert two["local SGD, grown"]["loss"] == pytest.approx(two["DDP, SGD"]["loss"], rel=2e-6)
+
+
 @pytest.mark.slow
 def test_meeting_every_fourth_step_moves_a_quarter_and_still_learns(slow):
     rare, always = slow["DiLoCo, long"], slow["DDP, long"]

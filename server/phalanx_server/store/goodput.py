@@ -29,8 +29,9 @@ TOTALS = {
 _OF_TRAINING = frozenset({"loss", "productive_s"})
 """Metrics whose steps are those of the training: a script may report others, as by epoch."""
 
-# Reports of a node may come out of their order, after it was without the server. The first step is the lowest, since a
-# training may go back to a checkpoint of an earlier attempt.
+# Reports of a node may come out of their order, after it was without the server. The first step of a training is the
+# lowest, since it may go back to a checkpoint of an earlier attempt. Of others it is the first in time: an epoch's
+# number is no step, and lower than most.
 _IS_FIRST = "(EXCLUDED.of_training, old.first_step_at) > (old.of_training, EXCLUDED.first_step_at)"
 _IS_LAST = "(EXCLUDED.of_training, EXCLUDED.last_step_at) >= (old.of_training, old.last_step_at)"
 _NOTE_STEPS = text(
@@ -41,8 +42,8 @@ _NOTE_STEPS = text(
             CAST(:totals AS jsonb))
     ON CONFLICT (attempt_id) DO UPDATE SET
         of_training = old.of_training OR EXCLUDED.of_training,
-        first_step = CASE WHEN EXCLUDED.of_training = old.of_training THEN LEAST(EXCLUDED.first_step, old.first_step)
-                          WHEN EXCLUDED.of_training THEN EXCLUDED.first_step ELSE old.first_step END,
+        first_step = CASE WHEN EXCLUDED.of_training AND old.of_training THEN LEAST(EXCLUDED.first_step, old.first_step)
+                          WHEN {_IS_FIRST} THEN EXCLUDED.first_step ELSE old.first_step END,
         first_step_at = CASE WHEN {_IS_FIRST} THEN EXCLUDED.first_step_at ELSE old.first_step_at END,
         last_step = CASE WHEN {_IS_LAST} THEN EXCLUDED.last_step ELSE old.last_step END,
         last_step_at = CASE WHEN {_IS_LAST} THEN EXCLUDED.last_step_at ELSE old.last_step_at END,
@@ -68,11 +69,12 @@ async def note_steps(
     """Add what rank 0 of an attempt reported: each step with its time (seconds since the epoch), at least one, and its
     points. The steps of the training go before all others."""
     trained = [(p.step, p.at_s) for p in points if p.name in _OF_TRAINING and p.step is not None]
-    lowest, first_at_s = (min(values) for values in zip(*(trained or steps), strict=True))
+    first, first_at_s = min(trained or steps, key=lambda told: (told[1], told[0]))
+    first = min(step for step, _ in trained) if trained else first
     last = max(trained or steps, key=lambda told: (told[1], told[0]))
     told = [point for point in points if point.name in TOTALS.values() and point.step is not None]
     totals = {point.name: point.value for point in sorted(told, key=lambda point: point.at_s)}
-    values = {"first_step": lowest, "first_at_s": first_at_s, "last_step": last[0], "last_at_s": last[1]}
+    values = {"first_step": first, "first_at_s": first_at_s, "last_step": last[0], "last_at_s": last[1]}
     values |= {"attempt_id": attempt_id, "of_training": bool(trained), "totals": dump_json(totals)}
     await conn.execute(_NOTE_STEPS, values)
 

@@ -205,12 +205,13 @@ def _step(trainer: Trainer, step: int) -> tuple[Facts, bool]:
     monitor.before_forward()
     compute = partial(_compute, trainer, step, batch)
     pulse, wanted = monitor.after_backward(compute(), compute)
+    norm = float(pulse.norm)  # the ranks have just agreed, so nothing is waited for; after the update a GPU would be
     answers = [watcher.after_backward(step, pulse.loss, pulse.norm) for watcher in trainer.watchers]  # all are asked
     updated = _update(trainer, pulse, scale=trainer.scale.scale, wanted=wanted and all(answers))
     if layout.outer:
         layout.outer.after(step)
     took = time.perf_counter() - began
-    return Facts(step, pulse.loss, float(pulse.norm), rate, updated, step_time_s=took, data_wait_s=waited), pulse.stop
+    return Facts(step, pulse.loss, norm, rate, updated, step_time_s=took, data_wait_s=waited), pulse.stop
 
 
 def _compute(trainer: Trainer, step: int, batch: Batch) -> Pulse:

@@ -99,10 +99,8 @@ def own_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 def process_group(device: torch.device, *, offload: bool = False) -> Iterator[int]:
     """The default process group of torchrun's environment (a gang of one without it) while inside; gives its size.
     `offload`: parameters and gradients lie in host memory (`parallel.offload`)."""
-    if "RANK" in os.environ:
-        dist.init_process_group(_backends(device, offload=offload), device_id=_index(device))
-    else:
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(_backends(device, offload=offload), device_id=_index(device), **alone)
     try:
         yield dist.get_world_size()
     finally:

@@ -32,7 +32,9 @@ class Peak:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._hidden_below = device, 0.0
-        if device.type == "cpu":
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
             try:
                 (PROCESS / "clear_refs").write_text(FORGET_PEAK)
             except OSError:  # not allowed, or no Linux: the peak of before hides those of now that are no higher

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from phalanx.recipes.parallel import Parallel
+from phalanx.recipes.parallel import LocalSteps, Parallel
 from phalanx.recipes.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -37,7 +37,7 @@ class Layout:
         self._part = _part_of_sequence(modules.values(), world.group("context"))
         self._runs = {index: _replicated(module, world) for index, module in modules.items()}
         self._schedule = self._make_schedule(world.parallel, world.group("pipeline"))
-        self.outer = self._make_outer(world.parallel, world.group("replicas"))
+        self.outer = self._make_outer(world.parallel.local, world.group("replicas"))
 
     def run(self, batch: Mapping[str, Tensor], *, loss_scale: float = 1.0) -> Tensor | None:
         """Forward and backward of this rank's part of a global batch: leaves in `grad` the gradient of `loss_scale` ×
@@ -93,10 +93,8 @@ class Layout:
             return None
         return pipeline.make_schedule(self._runs, parallel, group, device=self.world.device, loss=self._piece_loss)
 
-    def _make_outer(self, parallel: Parallel, group: dist.ProcessGroup | None) -> Outer | None:
-        if group is None or not parallel.local.every:
-            return None
-        return Outer(self.named_parameters(), parallel.local, group)
+    def _make_outer(self, local: LocalSteps, group: dist.ProcessGroup | None) -> Outer | None:
+        return Outer(self.named_parameters(), local, group) if local.every else None
 
 
 def lay_out(task: Task, world: World, precision: Precision, *, seed: int, accumulate: int = 1) -> Layout:

@@ -18,9 +18,12 @@ from torch.distributed.tensor import DTensor
 
 
 class Outer:
-    """The outer optimizer: SGD with Nesterov momentum on the mean way that the replicas went since they last met."""
+    """The outer optimizer: SGD with Nesterov momentum on the mean way that the replicas went since they last met. A
+    single one (no `group`) meets itself, so that it can go on as one of several and from several."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: LocalSteps, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], config: LocalSteps, group: dist.ProcessGroup | None
+    ) -> None:
         self._every = config.every
         self._group = group
         self._own = {name: parameter.detach() for name, parameter in named}
@@ -46,8 +49,10 @@ class Outer:
         """Exchange, take one outer step, and go on from there."""
         for name, common in self._common.items():
             way = common - self._own[name]
-            dist.all_reduce(_local(way), group=self._group)
-            common.grad = way / self._group.size()
+            if self._group is not None:
+                dist.all_reduce(_local(way), group=self._group)
+                way /= self._group.size()
+            common.grad = way
         self._optimizer.step()
         for name, common in self._common.items():
             self._own[name].copy_(common)
