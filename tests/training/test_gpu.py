@@ -9,6 +9,7 @@ import pytest
 import torch
 from phalanx import job
 from phalanx_worker.training import loop
+from phalanx_worker.training.data.stream import Stream
 from phalanx_worker.training.main import run
 from phalanx_worker.training.parallel.context import _end_of
 from torch.nn.functional import scaled_dot_product_attention as attention
@@ -97,6 +98,11 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(trained, tmp_path
     assert rest.all("loss")[-1] == pytest.approx(whole.all("loss")[-1], rel=0.05)
 
 
+def pinned(batch):
+    assert all(tensor.is_pinned() for tensor in batch.values())
+    return batch
+
+
 @pytest.mark.parametrize("key_heads", [8, 2])
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
 def test_the_end_of_a_sequence_sees_all_of_it_and_nothing_behind(precision, key_heads):
@@ -126,8 +132,10 @@ def test_the_end_of_a_sequence_sees_all_of_it_and_nothing_behind(precision, key_
     ],
     ids=["fp16", "recomputed", "workers", "adafactor", "lamb", "fp8"],
 )
-def test_it_learns_with(trained, sections, tmp_path):
+def test_it_learns_with(trained, sections, tmp_path, monkeypatch):
     if "data" in sections:
+        place = Stream._placed
+        monkeypatch.setattr(Stream, "_placed", lambda self, batch: place(self, pinned(batch)))
         paths = {"paths": [str(tmp_path / "text.txt")], "seq_len": 128, "cache": str(tmp_path / "cache")}
         sections = sections | {"data": paths | sections["data"]}
     losses = trained(**sections).all("loss")

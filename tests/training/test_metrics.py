@@ -1,5 +1,6 @@
 """What is measured of a step, and how the ranks compare."""
 
+from dataclasses import dataclass
 from statistics import median
 
 import pytest
@@ -27,8 +28,11 @@ CASES = {
 }
 
 
+@dataclass
 class Facts:
-    step_time_s, data_wait_s, updated = 1.0, 0.0, True
+    step_time_s: float
+    data_wait_s: float
+    updated: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,8 @@ def test_the_totals_are_of_all_steps_but_the_first_and_of_the_last_checkpoint_to
     assert last["productive_s"] == last_of_steps["productive_s"]
 
 
-def test_what_came_between_steps_adds_up_until_it_is_told(monkeypatch):
+def test_all_steps_since_the_last_report_are_told(monkeypatch):
+    """Means of what is in them, and the sums of what came between."""
     now = iter((0.0, 10.0, 20.0, 30.0))
     monkeypatch.setattr(meter.time, "perf_counter", lambda: next(now))
     one = meter.Meter(torch.device("cpu"), longest_window=100)
@@ -102,10 +107,25 @@ def test_what_came_between_steps_adds_up_until_it_is_told(monkeypatch):
     told = []
     for step in range(4):
         one.before_step()
-        one.after_step(Facts())
-        told += [one.took_between()] if step in (0, 3) else []
+        one.waits._held_s += 0.25 * step
+        one.after_step(Facts(1.0 + step, 0.5 * step))
+        told += [one.since_told()] if step in (0, 3) else []
         one.after_keep(step, 2.0)
-    assert told == [(0.0, 0.0), (6.0, 21.0)], "of ten seconds each one is the step and two are a checkpoint"
+    assert told == [
+        Times(step_time_s=1.0, compute_s=1.0),
+        Times(step_time_s=3.0, data_wait_s=1.0, comm_s=0.5, compute_s=1.5, checkpoint_s=6.0, other_s=18.0),
+    ]
+
+
+def test_a_gpu_that_does_not_tell_how_busy_it_is_ends_no_training(monkeypatch):
+    """As a part of one (MIG) does not, or a container without NVML; its errors are plain exceptions."""
+
+    def refuse(device):
+        raise Exception("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "utilization", refuse)
+    assert meter._gpu(torch.device("cuda", 0)) == {"gpu_memory_bytes": 5.0}
 
 
 def test_time_in_steps_counts_until_it_is_rolled_back():

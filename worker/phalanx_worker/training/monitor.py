@@ -1,7 +1,8 @@
 """What looks on while a model trains: the meter of its time, the watch over its health, and the report of both.
 
-Owns what is reported and when: the step's own numbers as often as is wanted, but five times a second at most; the
-comparison of the ranks and the running totals every other second, and with each checkpoint.
+Owns what is reported and when: the step's loss and the times of all steps since the last report as often as is wanted,
+but five times a second at most; the comparison of the ranks and the running totals every other second, and with each
+checkpoint.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Monitor:
     ) -> None:
         health, world = health_of_job(), layout.world
         every = world.parallel.local.every
-        self.meter = Meter(world.device, longest_window=health.straggler.window)
+        self._is_first = dist.get_rank() == 0
+        self.meter = Meter(world.device, longest_window=health.straggler.window, tells=self._is_first)
         self.watch = Watch(
             health,
             device=world.device,
@@ -70,7 +72,6 @@ class Monitor:
         self._layout, self._train, self._precision = layout, train, precision
         self._per_step, self._count_work = per_step, work
         self._work: Work | None = None
-        self._is_first = dist.get_rank() == 0
         self._news = False
         self._reported_at = 0.0
 
@@ -134,24 +135,24 @@ class Monitor:
         return True
 
     def _report(self, facts: Facts, *, in_full: bool) -> None:
-        split, (checkpoint_s, other_s) = self.meter.split(), self.meter.took_between()
+        times = self.meter.since_told()
         values = {
             "loss": facts.loss,
             "grad_norm": facts.grad_norm,
             "lr": facts.lr,
-            "step_time_s": facts.step_time_s,
-            "data_wait_s": facts.data_wait_s,
-            "compute_s": split.compute_s,
-            "comm_s": split.comm_s,
-            "checkpoint_s": checkpoint_s,
-            "other_s": other_s,
-            **{f"{what}_per_s": amount / facts.step_time_s for what, amount in self._per_step.items()},
+            "step_time_s": times.step_time_s,
+            "data_wait_s": times.data_wait_s,
+            "compute_s": times.compute_s,
+            "comm_s": times.comm_s,
+            "checkpoint_s": times.checkpoint_s,
+            "other_s": times.other_s,
+            **{f"{what}_per_s": amount / times.step_time_s for what, amount in self._per_step.items()},
         }
         if in_full:
             values |= self._comparison() | self._totals(facts.step)
             self._news = False
         if self._work is not None:
-            values |= self._mfu(facts.step_time_s)
+            values |= self._mfu(times.step_time_s)
         phalanx.report(step=facts.step, total_steps=self._train.steps, **values)
 
     def _comparison(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -40,9 +41,13 @@ class _Step:
 
     step_s: float
     data_wait_s: float
-    comm_s: Callable[[], float]
+    waited: Callable[[], float]
     checkpoint_s: float = 0.0
     whole_s: float = 0.0
+
+    @cached_property
+    def comm_s(self) -> float:
+        return self.waited()
 
     @property
     def other_s(self) -> float:
@@ -50,11 +55,10 @@ class _Step:
         return max(0.0, self.whole_s - self.step_s - self.checkpoint_s)
 
     def times(self) -> Times:
-        comm_s = self.comm_s()
         return Times(
             step_time_s=self.whole_s,
-            compute_s=max(0.0, self.step_s - self.data_wait_s - comm_s),
-            comm_s=comm_s,
+            compute_s=max(0.0, self.step_s - self.data_wait_s - self.comm_s),
+            comm_s=self.comm_s,
             data_wait_s=self.data_wait_s,
             checkpoint_s=self.checkpoint_s,
             other_s=self.other_s,
@@ -65,19 +69,20 @@ class Meter:
     """Call `before_step`, `after_step` and, where a checkpoint was made, `after_keep`, in this order in every step.
 
     `spread` is the split of all ranks' steps over the last window; None before there is one. Steps are split when that
-    is asked for, not each by itself: it would cost more than all the rest.
+    is asked for, not each by itself: it would cost more than all the rest. `tells`: somebody asks what came
+    `since_told`.
     """
 
-    def __init__(self, device: torch.device, *, longest_window: int) -> None:
+    def __init__(self, device: torch.device, *, longest_window: int, tells: bool = True) -> None:
         self.waits = Waits(device)
         self.totals = Totals()
         self.spread: Spread | None = None
-        self._device = device
-        self._longest = longest_window
+        self._device, self._longest, self._tells = device, longest_window, tells
         self._began = 0.0
         self._step: _Step | None = None
         self._is_first = True
         self._between = (0.0, 0.0)
+        self._untold: list[_Step] = []
         self._window: list[_Step] = []
         self._due = 1  # steps until ranks are compared
 
@@ -98,6 +103,8 @@ class Meter:
     def after_step(self, facts: StepTimes) -> None:
         """Its update is done, or was refused."""
         self._step = _Step(facts.step_time_s, facts.data_wait_s, self.waits.took())
+        if self._tells:
+            self._untold.append(self._step)
         if not self._is_first:
             work_s = facts.step_time_s - facts.data_wait_s
             self.totals.step(work_s=work_s, data_wait_s=facts.data_wait_s, counts=facts.updated)
@@ -106,10 +113,14 @@ class Meter:
         """Of the step that `after_step` was told of last, as far as it has come."""
         return self._step.times() if self._step is not None else Times()
 
-    def took_between(self) -> tuple[float, float]:
-        """How long checkpoints, and other things, took between steps since this was asked last."""
-        took, self._between = self._between, (0.0, 0.0)
-        return took
+    def since_told(self) -> Times:
+        """Since this was asked last, at least one step ago: means per step of what is in steps, `step_time_s` without
+        what came between them, and in full what did, `checkpoint_s` and `other_s`."""
+        steps, self._untold = self._untold, []
+        (checkpoint_s, other_s), self._between = self._between, (0.0, 0.0)
+        step_s = sum(step.step_s for step in steps) / len(steps)
+        means = _mean([step.times() for step in steps])
+        return replace(means, step_time_s=step_s, checkpoint_s=checkpoint_s, other_s=other_s)
 
     def after_keep(self, step: int, stall_s: float) -> None:
         """A checkpoint was made and held training up for so long."""
