@@ -163,6 +163,29 @@ def test_dry_run_of_what_can_never_start_does_not_say_that_it_waits(
     assert said == "valid, but it can never start: needs 16 h100, but the nodes have 8 [impossible]\n"
 
 
+def test_dry_run_of_a_recipe_says_what_memory_each_rank_needs_and_where_that_is_there(
+    wired: FakeServer, run: Run, tmp_path: Path
+) -> None:
+    parts = {"parameters": 30 << 30, "activations": 66 << 30, "logits": 0, "copies": 512 << 20}
+    lacks = "does not fit on h100-80gb: needs 96.5 of 80 GiB; use parallel.shard = 4"
+    suits = "fits on b200-192gb: 96.5 of 192 GiB"
+    on = [
+        {"gpu_type": "h100", "fits": False, "message": lacks},
+        {"gpu_type": "b200", "fits": True, "message": suits},
+    ]
+    memory = {"total_bytes": sum(parts.values()), "parts_bytes": parts, "on": on}
+    tried = {"valid": True, "would": {"start": True}, "warnings": [], "memory": memory}
+    wired.on("POST /v1/jobs", answer(tried), answer({**tried, "memory": None}))
+    file = job_file(tmp_path, "name: lm\n")
+    assert run("submit", "--dry-run", file).stdout.splitlines() == [
+        "valid; it would start now",
+        "memory of each rank: 96.5 GiB (parameters 30, activations 66, copies 0.5)",
+        f"  {lacks}",
+        f"  {suits}",
+    ]
+    assert run("submit", "--dry-run", file).stdout == "valid; it would start now\n", "of a command nobody knows"
+
+
 @pytest.mark.parametrize("words", [[], ["--follow"]])
 def test_what_may_not_be_as_meant_is_said_at_submit(
     wired: FakeServer, run: Run, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +65,32 @@ def test_a_language_model_trains_on_two_nodes(client):
     assert all(part >= 0 for part in parts)
     assert sum(parts) == pytest.approx(job.phases.total_s, abs=1e-6)
     assert "30" in client.logs(job.id, rank=0)
+
+
+# What is set of an example to end it sooner, and between what each number that it is judged by has to lie.
+RECIPES = {
+    "vision": (["train.steps=60"], {"accuracy": (0.5, 1.0)}),
+    "recsys": (["train.steps=100", "data.paths=[CLICKS]"], {"auc": (0.6, 1.0), "normalized_entropy": (0.5, 1.0)}),
+    "lm-recipe": (["train.steps=40", "evaluate.share=0.02"], {"perplexity": (2.0, 60.0)}),
+}
+
+
+@pytest.mark.slow
+def test_the_examples_of_recipes_learn_and_say_how_good_they_are(up, client, tmp_path):
+    clicks = tmp_path / "clicks.tsv"
+    rows = ["--rows", "50000", "--values", "30"]
+    subprocess.run([sys.executable, "-m", "phalanx_worker.training.data.click_log", *rows, str(clicks)], check=True)
+    jobs = {}
+    for name, (changes, _) in RECIPES.items():
+        words = [f"--set=run.args.{change.replace('CLICKS', str(clicks))}" for change in changes]
+        jobs[name] = up.cli("submit", str(EXAMPLES / name / "job.yaml"), *words).stdout.strip()
+    for name, (_, judged) in RECIPES.items():
+        job = client.wait(jobs[name], timeout_s=END_S)
+        assert job.state == "succeeded", (name, job.message, client.logs(job.id))
+        told = {series.name: series.points for series in client.metrics(job.id, names=["loss", *judged])}
+        assert told["loss"][-1].min < 0.9 * told["loss"][0].max, name
+        for number, (least, most) in judged.items():
+            assert least < told[number][-1].mean <= most, (name, number)
 
 
 def test_a_script_for_torchrun_runs_unmodified(client):

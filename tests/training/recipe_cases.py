@@ -73,6 +73,7 @@ TWO_SLOW = {
 
 FOUR = {
     "vit, hybrid sharding": vision(VIT, parallel={"data": 2, "shard": 2}),
+    "vit, tensor": vision(VIT, parallel={"tensor": 4}),  # of 4 numbers of a patch each has one; 10 classes lie unevenly
     "vit, data × tensor": vision(VIT, parallel={"data": 2, "tensor": 2}),
     "vit, shard × tensor": vision(VIT, parallel={"shard": 2, "tensor": 2}),
     "resnet, hybrid sharding": vision(RESNET, parallel={"data": 2, "shard": 2}),

@@ -167,6 +167,16 @@ def test_the_usual_sizes_have_the_usual_number_of_parameters():
         ({"parallel": {"pipeline": 2}}, 2, "parallel.pipeline = 2: vision has no such layout; use 1"),
         ({"parallel": {"tensor": 3}}, 3, "parallel.tensor = 3 does not divide the ViT's heads = 4; use a divisor"),
         (
+            {"model": {**VIT, "classes": 3}, "parallel": {"tensor": 4}},
+            4,
+            "parallel.tensor = 4 is more than model.classes = 3; use at most 3",
+        ),
+        (
+            {"model": {"vit": {**VIT["vit"], "patch": 1}}, "parallel": {"tensor": 2}},
+            2,
+            "parallel.tensor = 2 is more than channels × model.vit.patch² = 1; use at most 1",
+        ),
+        (
             {"model": RESNET, "parallel": {"tensor": 2}},
             2,
             "parallel.tensor = 2: convolutions are not cut; use 1, and shard or data",

@@ -146,7 +146,7 @@ def _check_layout(config: VisionConfig) -> None:
     if model.kind == "resnet" and parallel.tensor > 1:
         raise RecipeError("parallel.tensor", f"= {parallel.tensor}: convolutions are not cut; use 1, and shard or data")
     if model.kind == "vit":
-        _check_vit(model.vit, config.picture, parallel.tensor)
+        _check_vit(model, config.picture, parallel.tensor)
 
 
 def _check_precision(config: VisionConfig) -> None:
@@ -157,7 +157,8 @@ def _check_precision(config: VisionConfig) -> None:
     check_fp8(config.precision, sizes, tensor=config.parallel.tensor)
 
 
-def _check_vit(vit: Vit, picture: Picture, tensor: int) -> None:
+def _check_vit(model: VisionModel, picture: Picture, tensor: int) -> None:
+    vit = model.vit
     if picture.size % vit.patch:
         text = f"= {vit.patch} does not divide the pictures' {picture.size} pixels; use {divisors(picture.size)}"
         raise RecipeError("model.vit.patch", text)
@@ -165,3 +166,8 @@ def _check_vit(vit: Vit, picture: Picture, tensor: int) -> None:
     for name, size in pieces.items():
         if size % tensor:
             raise RecipeError("parallel.tensor", f"= {tensor} does not divide the ViT's {name} = {size}; use a divisor")
+    # Cut too, evenly or not; but torch (2.13) updates none that is shorter than there are ranks.
+    shared = {"model.classes": model.classes, "channels × model.vit.patch²": picture.channels * vit.patch**2}
+    for name, size in shared.items():
+        if size < tensor:
+            raise RecipeError("parallel.tensor", f"= {tensor} is more than {name} = {size}; use at most {size}")

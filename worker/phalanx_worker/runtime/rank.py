@@ -38,7 +38,9 @@ def enter(
         os.dup2(fds.stderr, 2)
         linux.go_first_when_memory_ends()
         confine.enter(group.cgroup, group.cores)
-        if group.uid is not None:
+        if group.uid is None:
+            linux.be_readable()  # for the runner, who is the same user; other tenants are where nodes are shared so
+        else:
             linux.become_user(group.uid)
         linux.die_with_parent(guardian_pid)
         _reset_signals()
