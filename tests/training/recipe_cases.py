@@ -79,3 +79,11 @@ FOUR = {
     "resnet, hybrid sharding": vision(RESNET, parallel={"data": 2, "shard": 2}),
     "recsys": recsys(),
 }
+
+EIGHT = {
+    "vit, DDP": vision(VIT, parallel={"data": 8}),
+    "vit, hybrid sharding": vision(VIT, parallel={"data": 2, "shard": 4}),
+    "vit, data × shard × tensor": vision(VIT, parallel={"data": 2, "shard": 2, "tensor": 2}),
+    "resnet, hybrid sharding": vision(RESNET, parallel={"data": 2, "shard": 4}),
+    "recsys": recsys(),
+}

@@ -13,7 +13,7 @@ from forked_ranks import answers, serve
 
 @functools.cache
 def _trained(cases: str, ranks: int) -> list[Any]:
-    return answers(__file__, json.loads(cases), ranks=ranks, timeout_s=240)
+    return answers(__file__, json.loads(cases), ranks=ranks, timeout_s=180 + 60 * ranks)
 
 
 def trained(cases: dict[str, list[Any]], *, ranks: int) -> dict[str, list[dict[str, Any]]]:

@@ -8,6 +8,8 @@ from fault_gang import BLAMELESS, case, outcomes, told
 
 FLIPPED_HIGH = {"flip": {"batches": [6], "ranks": [1], "bit": 30}}
 FLIPPED_LOW = {"flip": {"batches": [6], "ranks": [1], "bit": 3}}
+RISING = {"loss": {"batches": list(range(10, 99)), "factor": 9}}
+SLOW = {"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.1}}
 
 CASES = {
     "flip_healed": case(
@@ -28,15 +30,24 @@ CASES = {
     "spike_skipped": case(
         health={**BLAMELESS, "spike": {"action": "skip"}}, faults={"loss": {"batches": [15], "factor": 9}}
     ),
+    "spike_stopped": case(
+        health={**BLAMELESS, "spike": "stop"}, faults={"loss": {"batches": [10], "ranks": [1], "factor": 9}}
+    ),
+    "diverged": case(
+        health={**BLAMELESS, "spike": "off", "divergence": {"steps": 2}}, faults=RISING, train={"steps": 21}
+    ),
+    "diverged_stopped": case(
+        health={**BLAMELESS, "spike": "off", "divergence": {"action": "stop", "steps": 2}}, faults=RISING
+    ),
+    "flip_stopped": case(health={**BLAMELESS, "corruption": {"action": "stop", "every": 4}}, faults=FLIPPED_HIGH),
     "flip_named": case(health={**BLAMELESS, "corruption": {"action": "warn", "every": 4}}, faults=FLIPPED_HIGH),
     "slow": case(
-        health={"straggler": {"action": "warn", "window": 8, "factor": 2.0}},
-        faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},
+        health={"straggler": {"action": "warn", "window": 5, "factor": 2.0}}, faults=SLOW, train={"steps": 12}
     ),
-    "slow_stopped": case(
-        health={"straggler": {"action": "stop", "window": 8, "factor": 2.0}},
-        faults={"slow": {"batches": list(range(99)), "ranks": [1], "seconds": 0.05}},
-    ),
+    **{
+        f"slow, {action}": case(health={"straggler": {"action": action, "window": 5, "factor": 2.0}}, faults=SLOW)
+        for action in ("restart", "stop")
+    },
 }
 
 
@@ -100,6 +111,40 @@ def test_a_batch_with_a_spike_can_be_skipped(seen):
     ]
 
 
+def test_a_spike_can_end_the_job_before_its_update(seen):
+    outcome = seen["spike_stopped"]
+    assert told(outcome) == [("spike", "stop")]
+    for rank in outcome:
+        assert rank["ended"].startswith("the loss of step 10 is ") and rank["ended"].endswith(" is usual: stop")
+        assert rank["steps"] == list(range(1, 10))
+
+
+def test_a_divergence_is_told_once_and_trained_through_where_nothing_else_is_asked(seen):
+    outcome = seen["diverged"]
+    assert told(outcome) == [("divergence", "warn")]
+    assert outcome[0]["marks"][0]["message"].endswith("for 2 steps until step 19")
+    for rank in outcome:
+        assert (rank["last"], rank["ended"]) == (21, None)
+        assert rank["steps"] == list(range(1, 22)) and all(rank["updated"])
+
+
+def test_a_divergence_can_end_the_job(seen):
+    outcome = seen["diverged_stopped"]
+    assert told(outcome) == [("divergence", "stop")]
+    for rank in outcome:
+        assert rank["ended"].endswith("for 2 steps until step 19: stop")
+        assert rank["steps"] == list(range(1, 20))
+
+
+def test_a_flipped_bit_can_end_the_job(seen):
+    outcome = seen["flip_stopped"]
+    assert told(outcome) == [("nan", "skip"), ("corruption", "stop")]
+    assert outcome[0]["marks"][1]["blamed"] == 1
+    for rank in outcome:
+        assert "parameters of rank 1 differ" in rank["ended"] and rank["ended"].endswith(": stop")
+        assert rank["steps"] == list(range(1, 9))
+
+
 def test_a_flipped_high_bit_names_its_rank_even_of_two(seen):
     (mark,) = [mark for mark in seen["flip_named"][0]["marks"] if mark["step"] == 8]
     assert (mark["check"], mark["blamed"]) == ("corruption", 1)
@@ -113,10 +158,12 @@ def test_a_slow_rank_is_named_once(seen):
     assert "times the median" in outcome[0]["marks"][0]["message"]
 
 
-def test_a_slow_rank_can_end_the_job(seen):
-    outcome = seen["slow_stopped"]
-    assert told(outcome) == [("straggler", "stop")]
-    assert all("rank 1 works" in rank["ended"] for rank in outcome)
+@pytest.mark.parametrize("action", ["restart", "stop"])
+def test_a_slow_rank_can_end_the_attempt_or_the_job(seen, action):
+    outcome = seen[f"slow, {action}"]
+    assert told(outcome) == [("straggler", action)]
+    assert outcome[0]["marks"][0]["blamed"] == 1
+    assert all("rank 1 works" in rank["ended"] and rank["ended"].endswith(f": {action}") for rank in outcome)
 
 
 def test_a_flipped_bit_is_healed_by_going_back(seen):

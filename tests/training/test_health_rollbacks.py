@@ -51,6 +51,9 @@ CASES = {
         faults={"loss": {"batches": [16, 17, 18], "factor": 9}},
         keeps_every=5,
     ),
+    "spike_rolled_back": case(
+        health={**BLAMELESS, "spike": "rollback"}, faults={"loss": {"batches": [15], "factor": 9}}, keeps_every=5
+    ),
     "diverged": case(
         health={**BLAMELESS, "spike": "off", "divergence": {"action": "rollback", "steps": 2}},
         faults={"loss": {"batches": list(range(12, 26)), "factor": 9}},
@@ -174,6 +177,17 @@ def test_after_too_many_skipped_spikes_training_goes_back(seen):
     outcome = seen["too_many_spikes"]
     assert told(outcome) == [("spike", "skip"), ("spike", "rollback")]
     assert outcome[0]["steps"][15:20] == [16, 17, 18, 16, 17]
+
+
+def test_a_spike_can_be_gone_back_from_at_once(seen):
+    """Its update is refused, what was applied since the last checkpoint goes with it, and its data stay behind."""
+    outcome = seen["spike_rolled_back"]
+    assert told(outcome) == [("spike", "rollback")]
+    for rank in outcome:
+        assert rank["steps"] == [*range(1, 16), *range(11, 25)]
+        assert [i for i, updated in enumerate(rank["updated"]) if not updated] == [14]
+        assert rank["losses"][15] < rank["losses"][14] / 2
+        assert rank["ended"] is None and rank["same_parameters"]
 
 
 def test_a_divergence_goes_back_to_before_it_began(seen):

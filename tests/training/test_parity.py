@@ -63,6 +63,10 @@ EIGHT = {
     "shard × tensor × pipeline": case(model=DEEP, parallel={"shard": 2, "tensor": 2, **PIPELINE}),
     "shard × tensor × pipeline, interleaved": case(model=DEEP, parallel={"shard": 2, "tensor": 2, **INTERLEAVED}),
     "data × shard × context": case(model=DEEP, parallel={"data": 2, "shard": 2, "context": 2}),
+    "data × tensor × context": case(model=DEEP, parallel={"data": 2, "tensor": 2, "context": 2}),
+    "data × pipeline × context": case(model=DEEP, parallel={"data": 2, "context": 2, **PIPELINE}),
+    "shard × tensor × context": case(model=DEEP, parallel={"shard": 2, "tensor": 2, "context": 2}),
+    "shard × pipeline × context": case(model=DEEP, parallel={"shard": 2, "context": 2, **PIPELINE}),
     "tensor × pipeline × context": case(model=DEEP, parallel={"tensor": 2, "context": 2, **PIPELINE}),
 }
 

@@ -12,7 +12,7 @@ from phalanx_worker.training.loop import train
 from phalanx_worker.training.mesh import make_world, process_group
 from phalanx_worker.training.models.dlrm import BLOCK, products, start_rows
 from phalanx_worker.training.recipes.recsys import auc, judged, make
-from recipe_cases import DLRM, FOUR, ONE, TRAIN, TWO, recsys
+from recipe_cases import DLRM, EIGHT, FOUR, ONE, TRAIN, TWO, recsys
 from recipe_gang import trained
 from sklearn.metrics import roc_auc_score
 
@@ -27,6 +27,11 @@ def test_two_ranks_with_shared_tables_train_as_one_does(name):
 @pytest.mark.slow
 def test_four_ranks_with_shared_tables_train_as_one_does():
     assert_as_one(trained(FOUR, ranks=4)["recsys"])
+
+
+@pytest.mark.full
+def test_eight_ranks_with_shared_tables_train_as_one_does():
+    assert_as_one(trained(EIGHT, ranks=8)["recsys"])
 
 
 def assert_as_one(ranks):

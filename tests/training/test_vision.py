@@ -18,7 +18,7 @@ from phalanx_worker.training.mesh import make_world, process_group
 from phalanx_worker.training.models.vit import squares
 from phalanx_worker.training.recipes.vision import make
 from PIL import Image
-from recipe_cases import FOUR, ONE, TWO, TWO_SLOW, vision
+from recipe_cases import EIGHT, FOUR, ONE, TWO, TWO_SLOW, vision
 from recipe_gang import trained
 
 LOSS, NORM = 2e-6, 2e-5  # as in test_parity
@@ -50,6 +50,12 @@ def test_two_ranks_that_recompute_train_as_one_does(name):
 @pytest.mark.parametrize("name", names(FOUR))
 def test_four_ranks_train_as_one_does(name):
     assert_as_one(trained(FOUR, ranks=4)[name], name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", names(EIGHT))
+def test_eight_ranks_train_as_one_does(name):
+    assert_as_one(trained(EIGHT, ranks=8)[name], name)
 
 
 VIT = {"kind": "vit", "vit": {"patch": 2, "layers": 2, "width": 64, "heads": 4}}

@@ -115,7 +115,7 @@ def test_a_gpu_without_a_counter_and_a_node_without_a_driver_tell_what_they_can(
 
 
 @pytest.mark.asyncio(loop_scope="session")
-@pytest.mark.parametrize(("action", "ends"), [("warn", False), ("restart", True), ("off", False)])
+@pytest.mark.parametrize(("action", "ends"), [("warn", False), ("restart", True), ("stop", True), ("off", False)])
 async def test_the_owner_of_the_gpu_is_told_and_nobody_else(workbench: Any, action: str, ends: bool) -> None:
     attempt = await workbench.attempt("sleep 60", ranks=2, health=Health(gpu=action)).start()
     (group,) = [each for each in attempt.runners[0]._groups() if each.order.attempt_id == attempt.id]
@@ -124,7 +124,7 @@ async def test_the_owner_of_the_gpu_is_told_and_nobody_else(workbench: Any, acti
     if not ends:
         await attempt.runners[0].kill_group(attempt.id)
     exits = await attempt.exits()
-    assert {end["fault"] for end in exits} == {"health" if ends else ""}
+    assert [(end["fault"], end["final"]) for end in exits] == [("health" if ends else "", action == "stop")] * 2
     assert [end["reason"] for end in exits] == ["used GPU 1, which had a fault (Xid 79)" if ends else ""] * 2
     told = [mark["data"] for mark in workbench.server.marks(attempt.id, "health")]
     assert [(data["message"], data["action"]) for data in told] == (
