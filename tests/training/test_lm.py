@@ -42,11 +42,27 @@ def test_one_rank_learns_the_alphabet(text, capsys):
     assert last_loss(capsys.readouterr().out) < 3.0, "5.5 is chance"
 
 
+TORN_DOWN = "the interpreter of a rank was torn down"
+SITE = f"""
+import os, sys
+class Last:
+    def __del__(self, write=os.write):
+        write(2, b"{TORN_DOWN}")
+if "RANK" in os.environ:
+    sys.modules["last"] = Last()
+"""
+
+
 @pytest.mark.slow
-def test_two_ranks_under_torchrun_learn_the_same(text, capsys):
+def test_two_ranks_under_torchrun_learn_the_same(text, capsys, tmp_path):
+    """And end without what gloo's threads do not outlive: they may abort a process that tears its interpreter down."""
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    path = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     argv = [*TORCHRUN, "-m", "phalanx_worker.training.main", "lm", arguments(text), "parallel.shard=2"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
+    assert TORN_DOWN not in done.stderr
     assert main(["lm", arguments(text)]) == 0
     assert last_loss(done.stdout) == pytest.approx(last_loss(capsys.readouterr().out), abs=2e-4)
 

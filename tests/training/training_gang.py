@@ -33,7 +33,7 @@ def _over(base: Any, fields: Any) -> Any:
 
 def curves(cases: list[dict[str, Any]], *, ranks: int) -> list[dict[str, Any]]:
     """What became of each case on a gang of so many ranks: `loss` and `grad_norm` per step, or `error`."""
-    return answers(__file__, cases, ranks=ranks, timeout_s=120 + 60 * ranks)
+    return answers(__file__, cases, ranks=ranks, timeout_s=120 + 100 * ranks)
 
 
 class Batches:

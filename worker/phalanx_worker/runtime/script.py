@@ -25,12 +25,12 @@ _OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
 
 def run_script(path: str, arguments: list[str], *, keep_modules: frozenset[str]) -> NoReturn:
     """As `python PATH ARGUMENTS…`. Modules in `keep_modules` are those that a fresh interpreter loads by itself."""
-    _exit_as_python(lambda: _execute_file(path, arguments, keep_modules))
+    exit_as_python(lambda: _execute_file(path, arguments, keep_modules))
 
 
 def run_module(name: str, arguments: list[str], *, keep_modules: frozenset[str]) -> NoReturn:
     """As `python -m NAME ARGUMENTS…`."""
-    _exit_as_python(lambda: _execute_module(name, arguments, keep_modules))
+    exit_as_python(lambda: _execute_module(name, arguments, keep_modules))
 
 
 def _execute_file(path: str, arguments: list[str], keep_modules: frozenset[str]) -> None:
@@ -97,7 +97,8 @@ def _is_module(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and Path(entry.path, "__init__.py").exists()
 
 
-def _exit_as_python(body: Any) -> NoReturn:
+def exit_as_python(body: Any) -> NoReturn:
+    """Call it, and end with the status and the last words that Python would have ended with."""
     code: int
     try:
         body()

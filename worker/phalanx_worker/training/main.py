@@ -20,6 +20,7 @@ import phalanx
 import torch
 from phalanx.recipes.parse import RecipeError, parse
 
+from phalanx_worker.runtime import process_groups, script
 from phalanx_worker.training.data.files import DataError
 from phalanx_worker.training.loop import Facts, Trainer, Watcher, train
 from phalanx_worker.training.mesh import make_world, own_device, process_group
@@ -90,7 +91,5 @@ def _summary(facts: Facts | None) -> str:
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it and fp32 is what is computed in
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)
+    process_groups.install()  # Phalanx has done so, a plain torchrun has not
+    script.exit_as_python(lambda: sys.exit(main(sys.argv[1:])))
