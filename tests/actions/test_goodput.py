@@ -108,7 +108,7 @@ async def test_an_epoch_is_no_step_to_go_back_to(plane: ControlPlane, together: 
     for report in [[first, second]] if together else [[first], [second]]:
         await plane.node_report("node-0", metrics=report)
     (found,) = await times(plane, job)
-    assert found.first_step == 5001
+    assert (found.first_step, found.last_step, found.last_step_at) == (5001, 5001, plane.now)
 
 
 async def test_steps_that_are_reported_without_a_value_count(plane: ControlPlane) -> None:

@@ -319,12 +319,12 @@ def test_the_newest_one_from_before_a_step_is_kept_as_this_step_moves_on(tmp_pat
     assert checkpointer.restore(numbers, before=30) in range(8, 30)
 
 
-def test_a_part_that_earlier_checkpoints_lack_stays_as_it_is(tmp_path):
+def test_a_part_that_a_checkpoint_may_lack_stays_as_it_is(tmp_path):
     job, numbers, health = Job(tmp_path).save(10), Numbers(0), Numbers(5)
     assert job.checkpointer.restore({"numbers": numbers, "health": health}) == 10
     assert (numbers.value, health.value) == (10, 5)
     with pytest.raises(CheckpointError, match="does not fit"):
-        job.checkpointer.restore({"numbers": numbers, "outer": health})
+        job.checkpointer.restore({"numbers": numbers, "optimizer": health})
 
 
 def test_what_is_damaged_is_not_pruned_before_a_restore_has_said_so(tmp_path):

@@ -60,10 +60,11 @@ def test_bf16_learns_as_fp32_does_and_tells_what_the_gpu_did(trained):
     assert all(outcome.all("loss")[-1] < 1 for outcome in (exact, told))
     assert told.all("mfu") and all(0 < share < 1 for share in told.all("mfu"))
     assert told.all("gpu_memory_max_bytes")[-1] > 0
-    assert 0 <= max(told.all("gpu_utilization_max"), default=-1) <= 1
+    assert 0 <= max(told.all("gpu_utilization_max"), default=0) <= 1
     assert "of GPU memory at most" in told.notes[0]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_waits_for_nothing_after_its_ranks_have_agreed(trained, monkeypatch):
     """torch raises where anything waits for the GPU between the update and the end of the step."""
     update, facts = loop._update, loop.Facts
@@ -94,8 +95,8 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(trained, tmp_path
         stopped.setattr(phalanx, "should_stop", lambda: next(asked))
         trained(**kept)
     rest = trained(**kept)
-    assert rest.reports[0]["step"] > 20
-    assert rest.all("loss")[-1] == pytest.approx(whole.all("loss")[-1], rel=0.05)
+    assert rest.reports[0]["step"] == 31
+    assert rest.all("loss")[-1] == pytest.approx(whole.all("loss")[-1], abs=0.05)
 
 
 def pinned(batch):

@@ -13,6 +13,7 @@ from phalanx_worker.training.recipes.lm import lm_task
 from training_gang import MODEL, case
 
 LONG = {"steps": 24}
+HALF_LOCAL_SGD = {"local": {"every": 1, "outer_lr": 0.5, "outer_momentum": 0.0}}
 MANY_WORDS = {"vocabulary": 1024}  # so that a replica meets some that the others have not met yet
 
 SLOW = {
@@ -36,6 +37,10 @@ SLOW = {
     "interleaved, then DDP": case(stop_at=4, parallel=INTERLEAVED, then={"parallel": {}}),
     "DiLoCo": case(optim=SGD, parallel={"local": {"every": 2}}),
     "DiLoCo, resumed": case(stop_at=4, optim=SGD, parallel={"local": {"every": 2}}, then={}),
+    "SGD, slower later": case(stop_at=4, optim=SGD, then={"optim": case(optim={**SGD, "lr": SGD["lr"] / 2})["optim"]}),
+    "SGD, local later": case(stop_at=4, optim=SGD, then={"parallel": HALF_LOCAL_SGD}),
+    "DiLoCo, alone": case(optim=SGD, parallel={"local": {"every": 2}, "shard": 2}),
+    "DiLoCo, alone, resumed": case(stop_at=4, optim=SGD, parallel={"local": {"every": 2}, "shard": 2}, then={}),
     "DiLoCo, AdamW": case(model=MANY_WORDS, parallel={"local": {"every": 2}}),
     "DiLoCo, AdamW, resumed": case(stop_at=4, model=MANY_WORDS, parallel={"local": {"every": 2}}, then={}),
     "fp16, resumed": case(stop_at=4, precision={"compute": "fp16"}, then={}),
@@ -119,9 +124,15 @@ def test_a_checkpoint_goes_on_in_another_layout(slow, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DiLoCo", "fp16"])
+@pytest.mark.parametrize("name", ["DiLoCo", "DiLoCo, alone", "fp16"])
 def test_the_outer_optimizer_and_the_loss_scale_are_resumed(slow, name):
     assert slow[f"{name}, resumed"]["loss"] == slow[name]["loss"]
+
+
+@pytest.mark.slow
+def test_replicas_can_begin_to_train_alone_from_a_checkpoint_of_others_and_what_they_have_in_common_is_its_model(slow):
+    """Half of each step is then an SGD of half the rate; from other values in common it would lead elsewhere."""
+    assert slow["SGD, local later"]["loss"] == pytest.approx(slow["SGD, slower later"]["loss"], rel=2e-6)
 
 
 @pytest.mark.slow

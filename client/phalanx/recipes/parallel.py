@@ -23,7 +23,8 @@ AXES = ("data", "shard", "tensor", "pipeline", "context")
 class LocalSteps:
     """Infrequent synchronisation: replicas take `every` steps of their own, then an outer optimizer (SGD with Nesterov
     momentum) moves the common parameters towards their mean. DiLoCo, Douillard et al. 2023, arXiv:2311.08105; with
-    `outer_lr` 1 and `outer_momentum` 0 it is local SGD (Stich 2018, arXiv:1805.09767). `every` 0 switches it off."""
+    `outer_lr` 1 and `outer_momentum` 0 it is local SGD (Stich 2018, arXiv:1805.09767). A single replica takes the outer
+    steps too. `every` 0 switches it off."""
 
     every: int = 0
     outer_lr: float = 0.7

@@ -31,8 +31,9 @@ step."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptTime:
     """What is known of one attempt. Moments are None until they are reached; totals and steps until they are reported.
-    `weight`: its GPUs, or its replicas where it has none. `first_step` is the lowest: lower than the one it began with
-    where it went back to a checkpoint of an earlier attempt."""
+    `weight`: its GPUs, or its replicas where it has none. `first_step` of a training is the lowest: lower than the one
+    it began with where it went back to a checkpoint of an earlier attempt; of what does not say that it is one, the
+    first in time, and `last_step` the highest."""
 
     weight: int
     created_at: datetime

@@ -30,8 +30,8 @@ _OF_TRAINING = frozenset({"loss", "productive_s"})
 """Metrics whose steps are those of the training: a script may report others, as by epoch."""
 
 # Reports of a node may come out of their order, after it was without the server. The first step of a training is the
-# lowest, since it may go back to a checkpoint of an earlier attempt. Of others it is the first in time: an epoch's
-# number is no step, and lower than most.
+# lowest, since it may go back to a checkpoint of an earlier attempt. Of others it is the first in time, and the last is
+# the highest: an epoch's number is no step, and lower than most.
 _IS_FIRST = "(EXCLUDED.of_training, old.first_step_at) > (old.of_training, EXCLUDED.first_step_at)"
 _IS_LAST = "(EXCLUDED.of_training, EXCLUDED.last_step_at) >= (old.of_training, old.last_step_at)"
 _NOTE_STEPS = text(
@@ -45,7 +45,9 @@ _NOTE_STEPS = text(
         first_step = CASE WHEN EXCLUDED.of_training AND old.of_training THEN LEAST(EXCLUDED.first_step, old.first_step)
                           WHEN {_IS_FIRST} THEN EXCLUDED.first_step ELSE old.first_step END,
         first_step_at = CASE WHEN {_IS_FIRST} THEN EXCLUDED.first_step_at ELSE old.first_step_at END,
-        last_step = CASE WHEN {_IS_LAST} THEN EXCLUDED.last_step ELSE old.last_step END,
+        last_step = CASE WHEN NOT (EXCLUDED.of_training OR old.of_training)
+                              THEN GREATEST(EXCLUDED.last_step, old.last_step)
+                         WHEN {_IS_LAST} THEN EXCLUDED.last_step ELSE old.last_step END,
         last_step_at = CASE WHEN {_IS_LAST} THEN EXCLUDED.last_step_at ELSE old.last_step_at END,
         totals = CASE WHEN EXCLUDED.last_step_at >= old.last_step_at
                       THEN old.totals || EXCLUDED.totals ELSE EXCLUDED.totals || old.totals END
@@ -71,10 +73,11 @@ async def note_steps(
     trained = [(p.step, p.at_s) for p in points if p.name in _OF_TRAINING and p.step is not None]
     first, first_at_s = min(trained or steps, key=lambda told: (told[1], told[0]))
     first = min(step for step, _ in trained) if trained else first
-    last = max(trained or steps, key=lambda told: (told[1], told[0]))
+    last, last_at_s = max(trained or steps, key=lambda told: (told[1], told[0]))
+    last = last if trained else max(step for step, _ in steps)
     told = [point for point in points if point.name in TOTALS.values() and point.step is not None]
     totals = {point.name: point.value for point in sorted(told, key=lambda point: point.at_s)}
-    values = {"first_step": first, "first_at_s": first_at_s, "last_step": last[0], "last_at_s": last[1]}
+    values = {"first_step": first, "first_at_s": first_at_s, "last_step": last, "last_at_s": last_at_s}
     values |= {"attempt_id": attempt_id, "of_training": bool(trained), "totals": dump_json(totals)}
     await conn.execute(_NOTE_STEPS, values)
 

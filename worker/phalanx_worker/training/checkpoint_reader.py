@@ -16,11 +16,11 @@ from torch.futures import Future
 
 from phalanx_worker.training.health.life import PIECE_BYTES, life
 
-ADDED_LATER = ("health",)  # parts that checkpoints of earlier versions lack
+OPTIONAL = ("health", "outer")  # parts that checkpoints of earlier versions lack, or of jobs that went without
 
 
 class CheckpointPlanner(DefaultLoadPlanner):
-    """Leaves values of the parts ADDED_LATER as they are where the checkpoint has none; all others it has to have."""
+    """Leaves values of the OPTIONAL parts as they are where the checkpoint has none; all others it has to have."""
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -28,7 +28,7 @@ class CheckpointPlanner(DefaultLoadPlanner):
         self.state_dict = {
             name: value
             for name, value in self.state_dict.items()
-            if name in has or self.mappings[name][0] not in ADDED_LATER
+            if name in has or self.mappings[name][0] not in OPTIONAL
         }
         return super().create_local_plan()
 

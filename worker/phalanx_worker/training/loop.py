@@ -106,10 +106,9 @@ class Observer(Protocol):
 
 class Watcher(Protocol):
     """Looks on. `after_backward` may refuse the update (skip this batch): it sees what all ranks see (but for
-    `grad_norm` where replicas train alone; it is a scalar on the device, so that only who reads it waits for it), and
-    all have to answer alike."""
+    `grad_norm` where replicas train alone), and all have to answer alike."""
 
-    def after_backward(self, step: int, loss: float, grad_norm: Tensor) -> bool: ...
+    def after_backward(self, step: int, loss: float, grad_norm: float) -> bool: ...
 
     def after_step(self, facts: Facts) -> None: ...
 
@@ -206,7 +205,7 @@ def _step(trainer: Trainer, step: int) -> tuple[Facts, bool]:
     compute = partial(_compute, trainer, step, batch)
     pulse, wanted = monitor.after_backward(compute(), compute)
     norm = float(pulse.norm)  # the ranks have just agreed, so nothing is waited for; after the update a GPU would be
-    answers = [watcher.after_backward(step, pulse.loss, pulse.norm) for watcher in trainer.watchers]  # all are asked
+    answers = [watcher.after_backward(step, pulse.loss, norm) for watcher in trainer.watchers]  # all are asked
     updated = _update(trainer, pulse, scale=trainer.scale.scale, wanted=wanted and all(answers))
     if layout.outer:
         layout.outer.after(step)

@@ -135,7 +135,7 @@ class Monitor:
         return True
 
     def _report(self, facts: Facts, *, in_full: bool) -> None:
-        times = self.meter.since_told()
+        times, checkpoint_s, other_s = self.meter.since_told()
         values = {
             "loss": facts.loss,
             "grad_norm": facts.grad_norm,
@@ -144,8 +144,8 @@ class Monitor:
             "data_wait_s": times.data_wait_s,
             "compute_s": times.compute_s,
             "comm_s": times.comm_s,
-            "checkpoint_s": times.checkpoint_s,
-            "other_s": times.other_s,
+            "checkpoint_s": checkpoint_s,
+            "other_s": other_s,
             **{f"{what}_per_s": amount / times.step_time_s for what, amount in self._per_step.items()},
         }
         if in_full:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from phalanx import job
 from phalanx.recipes.catalog import Config
 from phalanx.recipes.memory import estimate
-from torch import Tensor
 
 from phalanx_worker.training.loop import Facts
 
@@ -108,7 +107,7 @@ class MemoryReport:
         self._updates = 0
         self._is_told = False
 
-    def after_backward(self, step: int, loss: float, grad_norm: Tensor) -> bool:
+    def after_backward(self, step: int, loss: float, grad_norm: float) -> bool:
         return True
 
     def after_step(self, facts: Facts) -> None:

@@ -6,6 +6,7 @@ What is told, and where, is the monitor's.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,6 +51,10 @@ class _Step:
         return self.waited()
 
     @property
+    def compute_s(self) -> float:
+        return max(0.0, self.step_s - self.data_wait_s - self.comm_s)
+
+    @property
     def other_s(self) -> float:
         """Between the step and the next one, without checkpoints: evaluations, and what looks on."""
         return max(0.0, self.whole_s - self.step_s - self.checkpoint_s)
@@ -57,7 +62,7 @@ class _Step:
     def times(self) -> Times:
         return Times(
             step_time_s=self.whole_s,
-            compute_s=max(0.0, self.step_s - self.data_wait_s - self.comm_s),
+            compute_s=self.compute_s,
             comm_s=self.comm_s,
             data_wait_s=self.data_wait_s,
             checkpoint_s=self.checkpoint_s,
@@ -83,6 +88,7 @@ class Meter:
         self._is_first = True
         self._between = (0.0, 0.0)
         self._untold: list[_Step] = []
+        self._sums, self._count = Times(), 0  # of those untold that are no longer in the list
         self._window: list[_Step] = []
         self._due = 1  # steps until ranks are compared
 
@@ -110,17 +116,25 @@ class Meter:
             self.totals.step(work_s=work_s, data_wait_s=facts.data_wait_s, counts=facts.updated)
 
     def split(self) -> Times:
-        """Of the step that `after_step` was told of last, as far as it has come."""
+        """Of the step that `after_step` was told of last, as far as it has come; for who looks at every single one."""
         return self._step.times() if self._step is not None else Times()
 
-    def since_told(self) -> Times:
-        """Since this was asked last, at least one step ago: means per step of what is in steps, `step_time_s` without
-        what came between them, and in full what did, `checkpoint_s` and `other_s`."""
-        steps, self._untold = self._untold, []
-        (checkpoint_s, other_s), self._between = self._between, (0.0, 0.0)
-        step_s = sum(step.step_s for step in steps) / len(steps)
-        means = _mean([step.times() for step in steps])
-        return replace(means, step_time_s=step_s, checkpoint_s=checkpoint_s, other_s=other_s)
+    def since_told(self) -> tuple[Times, float, float]:
+        """Since this was asked last, at least one step ago: means per step, of the steps alone; and how long
+        checkpoints, and other things, took between them in all."""
+        self._add_up()
+        means = Times(*(total / self._count for total in vars(self._sums).values()))
+        between, self._between = self._between, (0.0, 0.0)
+        self._sums, self._count = Times(), 0
+        return means, *between
+
+    def _add_up(self) -> None:
+        """What is untold: a step that is read no longer needs its events."""
+        for step in self._untold:
+            own = Times(step.step_s, step.compute_s, step.comm_s, step.data_wait_s)
+            self._sums = Times(*(map(operator.add, vars(self._sums).values(), vars(own).values())))
+        self._count += len(self._untold)
+        self._untold = []
 
     def after_keep(self, step: int, stall_s: float) -> None:
         """A checkpoint was made and held training up for so long."""
@@ -132,6 +146,7 @@ class Meter:
         own = replace(_mean([step.times() for step in self._window]), **_gpu(self._device))
         self.spread = gather(own, steps=len(self._window), device=self._device)
         self._window = []
+        self._add_up()
         wanted = WINDOW_S / max(self.spread.step_time_s, 1e-6)
         self._due = max(1, min(self._longest, round(wanted)))
         return self.spread

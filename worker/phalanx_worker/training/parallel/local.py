@@ -58,16 +58,15 @@ class Outer:
             self._own[name].copy_(common)
 
     def state_dict(self) -> dict[str, Any]:
-        """By the parameters' names in the whole model. Right after a meeting it is the same on all replicas."""
-        return {
-            "common": {name: common.detach() for name, common in self._common.items()},
-            "momentum": {name: self._momentum_of(common) for name, common in self._common.items()},
-        }
+        """By the parameters' names in the whole model. It is kept right after a meeting, so it is the same on all
+        replicas, and what they have in common is the model."""
+        return {"momentum": {name: self._momentum_of(common) for name, common in self._common.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Call it when the model has been loaded."""
         for name, common in self._common.items():
-            common.copy_(state["common"][name])
+            common.copy_(self._own[name])
             self._momentum_of(common).copy_(state["momentum"][name])
 
     def _momentum_of(self, common: nn.Parameter) -> Tensor:
