@@ -71,10 +71,12 @@ async def note_steps(
     """Add what rank 0 of an attempt reported: each step with its time (seconds since the epoch), at least one, and its
     points. The steps of the training go before all others."""
     trained = [(p.step, p.at_s) for p in points if p.name in _OF_TRAINING and p.step is not None]
-    first, first_at_s = min(trained or steps, key=lambda told: (told[1], told[0]))
-    first = min(step for step, _ in trained) if trained else first
-    last, last_at_s = max(trained or steps, key=lambda told: (told[1], told[0]))
-    last = last if trained else max(step for step, _ in steps)
+    in_time = sorted((at_s, step) for step, at_s in trained or steps)
+    (first_at_s, first), (last_at_s, last) = in_time[0], in_time[-1]
+    if trained:
+        first = min(step for step, _ in trained)
+    else:
+        last = max(step for step, _ in steps)
     told = [point for point in points if point.name in TOTALS.values() and point.step is not None]
     totals = {point.name: point.value for point in sorted(told, key=lambda point: point.at_s)}
     values = {"first_step": first, "first_at_s": first_at_s, "last_step": last, "last_at_s": last_at_s}
